@@ -1,5 +1,37 @@
 """Weight averaging for PyTorch, used first through MosaicML Composer."""
 
-from composer_ema.version import __version__
+from typing import TYPE_CHECKING, Any
 
-__all__ = ['__version__']
+from composer_ema.functional import compute_ema  # one functional update
+from composer_ema.shadow import ShadowModel  # the averaged copy: update, swap, state
+from composer_ema.version import __version__  # the package's version
+
+if TYPE_CHECKING:
+    from composer_ema.algorithm import EMA  # the Composer algorithm
+    from composer_ema.checkpoint import CheckpointError, export, load_average  # the average of a checkpoint
+
+__all__ = ['EMA', 'CheckpointError', 'ShadowModel', '__version__', 'compute_ema', 'export', 'load_average']
+
+#: Names that are imported on first use, since Composer is not needed for the others.
+_LAZY = {
+    'EMA': 'composer_ema.algorithm',
+    'CheckpointError': 'composer_ema.checkpoint',
+    'export': 'composer_ema.checkpoint',
+    'load_average': 'composer_ema.checkpoint',
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    import importlib
+
+    try:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split('.')[0] != 'composer':
+            raise
+        raise ImportError(
+            f'composer_ema.{name} needs MosaicML Composer, which is not installed. '
+            "Install it with: pip install 'composer-ema[composer]'"
+        ) from error

@@ -1,0 +1,111 @@
+"""The algorithm's state in a checkpoint: its version, and one function that upgrades every older format.
+
+A state is plain strings, numbers, lists, dictionaries and tensors, so that ``torch.load(weights_only=True)`` reads it::
+
+    {'version': 1, 'repr': ..., 'config': {...}, 'started': bool,
+     'averages': {'ema': {'version', 'parameters', 'buffers', 'num_updates', 'aliases', 'last_update'}},
+     'training_weights': {...}}          # only in a checkpoint taken while a model held the average
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from composer_ema.naming import listed
+from composer_ema.sharding import canonical_name
+
+#: The format that this release writes, and reads without upgrading.
+VERSION = 1
+#: The name under which the one average of :class:`composer_ema.EMA` is stored.
+AVERAGE = 'ema'
+
+
+def upgrade(
+    state: Mapping[str, Any],
+    *,
+    model_slot: Mapping[str, Tensor],
+    tracked: Collection[str] | None = None,
+    buffers: Collection[str] = (),
+) -> dict[str, Any]:
+    """Returns ``state`` in the current format; the given one is not changed.
+
+    Read besides our own are the two formats of Composer's built-in EMA. Both store the average in a checkpoint's model
+    slot, and the training weights in the algorithm's, when they were saved at a checkpoint event; that is undone here,
+    so the average is always the average and the training weights become the stash.
+
+    Args:
+        state: an algorithm state, as ``state['algorithms']`` of a checkpoint holds it.
+        model_slot: the weights that came with it in the model slot, by canonical name.
+        tracked: names of the parameters to take; None takes whatever the state has.
+        buffers: names of the model's buffers, which the oldest format does not tell from parameters.
+
+    Raises:
+        ValueError: no known format, or a newer version.
+    """
+    if not isinstance(state, Mapping):
+        raise ValueError(f'the saved EMA state is a {type(state).__name__}, not a dictionary.')
+    if 'version' in state:
+        if state['version'] != VERSION:
+            raise ValueError(
+                f'the saved EMA state has format version {state["version"]!r}, this release reads up to {VERSION}. '
+                'Install a newer composer_ema.'
+            )
+        return dict(state)
+    if {'ema_model', 'ema_weights_active', 'ema_started'} <= state.keys():
+        return _upgrade_builtin(state, model_slot, tracked, buffers)
+    raise ValueError(f'the saved EMA state is of no known format: it has the keys {listed(sorted(map(str, state)))}.')
+
+
+def _upgrade_builtin(
+    state: Mapping[str, Any],
+    model_slot: Mapping[str, Tensor],
+    tracked: Collection[str] | None,
+    buffers: Collection[str],
+) -> dict[str, Any]:
+    ema_model, is_swapped = state['ema_model'], bool(state['ema_weights_active'])
+    has_two_models = 'training_model' in state  # up to Composer 0.12
+    if has_two_models:
+        average = ema_model
+        training = state['training_model'] if is_swapped else None
+    else:
+        held = {**ema_model['named_parameters_dict'], **ema_model['named_buffers_dict']}
+        buffers = {*buffers, *_user_names(ema_model['named_buffers_dict'], model_slot)}
+        average, training = (model_slot, held) if is_swapped else (held, None)
+
+    average = _user_names(average, model_slot)
+    training = None if training is None else _user_names(training, model_slot)
+    wanted = set(average if training is None else training)
+    parameters = {name for name in wanted if name not in buffers and (tracked is None or name in tracked)}
+    upgraded: dict[str, Any] = {
+        'version': VERSION,
+        'config': {},
+        'started': bool(state['ema_started']),
+        'averages': {
+            AVERAGE: {
+                'version': VERSION,
+                # The built-in does not count; one is enough for the average to be used.
+                'num_updates': int(bool(state['ema_started'])),
+                'parameters': {name: average[name] for name in sorted(parameters) if name in average},
+                'buffers': {name: average[name] for name in sorted(wanted.intersection(buffers)) if name in average},
+                'aliases': {},
+                'last_update': None,
+            }
+        },
+    }
+    if training is not None:
+        names = parameters | wanted.intersection(buffers)
+        upgraded['training_weights'] = {name: tensor for name, tensor in training.items() if name in names}
+    return upgraded
+
+
+def _user_names(tensors: Mapping[str, Tensor], model_slot: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``tensors`` under the names of ``model_slot``: the built-in keeps DDP's ``module.`` where it met the wrapper."""
+    named = {canonical_name(name): tensor for name, tensor in tensors.items()}
+    stripped = {name.removeprefix('module.'): tensor for name, tensor in named.items()}
+    is_wrapped = all(name.startswith('module.') for name in named) and len(stripped.keys() & model_slot.keys()) > len(
+        named.keys() & model_slot.keys()
+    )
+    return stripped if is_wrapped else named

@@ -1,0 +1,102 @@
+"""The portable fast path: one ``torch._foreach_lerp_`` per dtype and device, no allocation after the first call.
+
+Sources of another dtype or device than their shadow pass through one scratch buffer of bounded size, chunk by chunk.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+# Elements of scratch: on CPU what stays in a core's cache, on an accelerator what fills the device.
+_CHUNK_CPU = 2**18
+_CHUNK_ACCELERATOR = 2**24
+
+
+def prepare(shadows: Sequence[Tensor], sources: Sequence[Tensor]) -> Callable[[float], None]:
+    """Groups the pairs by dtype and device and returns a step that runs one fused call per group or chunk."""
+    groups: defaultdict[tuple[torch.device, torch.dtype, bool], tuple[list[Tensor], list[Tensor]]]
+    groups = defaultdict(lambda: ([], []))
+    for shadow, source in zip(shadows, sources, strict=True):
+        if shadow.numel():
+            is_alike = shadow.dtype == source.dtype and shadow.device == source.device
+            group = groups[shadow.device, shadow.dtype, is_alike]
+            group[0].append(shadow)
+            group[1].append(source)
+
+    calls: list[Callable[[float], None]] = []
+    for (device, dtype, is_alike), (group_shadows, group_sources) in groups.items():
+        if is_alike:
+            calls.append(partial(torch._foreach_lerp_, group_shadows, group_sources))
+        else:
+            calls.extend(_through_scratch(group_shadows, group_sources, device, dtype))
+
+    @torch.no_grad()
+    def step(weight: float) -> None:
+        for call in calls:
+            call(weight)
+
+    return step
+
+
+def _through_scratch(
+    shadows: list[Tensor], sources: list[Tensor], device: torch.device, dtype: torch.dtype
+) -> Iterator[Callable[[float], None]]:
+    limit = _CHUNK_CPU if device.type == 'cpu' else _CHUNK_ACCELERATOR
+    pieces = [piece for pair in zip(shadows, sources, strict=True) for piece in _pieces(*pair, limit)]
+    chunks = list(_chunks(pieces, limit))
+    scratch = torch.empty(max(map(_total, chunks)), device=device, dtype=dtype)
+    for chunk in chunks:
+        piece_shadows, piece_sources = [shadow for shadow, _ in chunk], [source for _, source in chunk]
+        yield partial(_cast_then_lerp, piece_shadows, piece_sources, _carve(scratch, piece_shadows))
+
+
+def _cast_then_lerp(shadows: list[Tensor], sources: list[Tensor], casts: list[Tensor], weight: float) -> None:
+    torch._foreach_copy_(casts, sources)
+    torch._foreach_lerp_(shadows, casts, weight)
+
+
+def _pieces(shadow: Tensor, source: Tensor, limit: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Flat views of at most ``limit`` elements where both tensors lie densely in the same order, else the pair."""
+    if shadow.stride() == source.stride() and (flat_shadow := _flat(shadow)) is not None:
+        flat_source = _flat(source.detach())
+        assert flat_source is not None
+        yield from zip(flat_shadow.split(limit), flat_source.split(limit), strict=True)
+    else:
+        yield shadow, source
+
+
+def _flat(tensor: Tensor) -> Tensor | None:
+    """The elements in the order in which memory holds them, as a view; None where there are gaps or overlaps."""
+    outermost_first = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    in_memory_order = tensor.permute(outermost_first)
+    return in_memory_order.view(-1) if in_memory_order.is_contiguous() else None
+
+
+def _chunks(pieces: list[tuple[Tensor, Tensor]], limit: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Packs pieces, in order, into chunks of at most ``limit`` elements; a larger piece has a chunk of its own."""
+    chunk, size = [], 0
+    for piece in pieces:
+        if chunk and size + piece[0].numel() > limit:
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(piece)
+        size += piece[0].numel()
+    yield chunk
+
+
+def _total(chunk: list[tuple[Tensor, Tensor]]) -> int:
+    return sum(shadow.numel() for shadow, _ in chunk)
+
+
+def _carve(scratch: Tensor, shadows: list[Tensor]) -> list[Tensor]:
+    """Views of ``scratch``, one behind the other, with the shapes of ``shadows``."""
+    views, start = [], 0
+    for shadow in shadows:
+        views.append(scratch[start : start + shadow.numel()].view(shadow.shape))
+        start += shadow.numel()
+    return views

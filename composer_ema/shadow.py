@@ -1,0 +1,599 @@
+"""The averaged copy of a model: storage, update, swap and state.
+
+Invariants: the shadow holds the average at all times; a swap copies and never exchanges; after the first update on an
+unchanged model an update walks no module, allocates nothing and never makes the host wait.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from composer_ema import kernels
+from composer_ema.averages import check_share, weight_from_smoothing
+from composer_ema.naming import Inventory, Selection, Watch, check_same
+from composer_ema.sharding import broadcast_, unwrap
+from composer_ema.stream import SideStream
+
+log = logging.getLogger(__name__)
+
+#: Version of the state that :meth:`ShadowModel.state_dict` writes.
+STATE_VERSION = 1
+
+BufferMode = Literal['average', 'copy']
+
+_RESUME_REMEDY = (
+    'Nothing was loaded. Build the same model with the same include, exclude and frozen parameters, '
+    'or leave the average out of what you load.'
+)
+
+
+class ShadowModel:
+    """Keeps a copy of a model's trainable parameters and buffers, and averages it towards the model.
+
+    One update is, for each tracked tensor::
+
+        shadow += (1 - smoothing) * (source - shadow)      # in the shadow's dtype
+
+    Tracked are the parameters that require a gradient, each once however often it is tied, and the buffers. Floating
+    buffers are averaged or copied as ``buffers`` says; integer and boolean ones are copied. Frozen parameters cost no
+    memory and stay whatever the model holds; one that is unfrozen joins, at its value, at the next update. A tracked
+    parameter that is frozen later stays tracked.
+
+    Args:
+        model: the model to follow; DDP, ``torch.compile`` and the like are looked through. Only read.
+        buffers: ``'average'`` or ``'copy'``.
+        include: regular expressions searched for in canonical names; only matching names are tracked. Default: all.
+        exclude: regular expressions that take names out again.
+        dtype: floating dtype of the shadow, or its name. Default: float32 for 16-bit tensors, else each tensor's own.
+        device: where the shadow lives. Default: beside each tensor.
+        backend: see :func:`composer_ema.kernels.prepare`.
+        overlap: on CUDA, run the update of the parameters on a side stream. Whoever sets it calls :meth:`wait` before
+            the parameters are written again.
+
+    Raises:
+        TypeError, ValueError: an argument out of range, or a pattern that matches nothing.
+
+    Example:
+        >>> model = nn.Linear(1, 1, bias=False)
+        >>> shadow = ShadowModel(model)
+        >>> _ = nn.init.constant_(model.weight, 1.0)
+        >>> shadow.update(model, smoothing=0.0)
+        >>> _ = nn.init.constant_(model.weight, 3.0)
+        >>> shadow.update(model, smoothing=0.75)
+        >>> with shadow.swapped(model):
+        ...     model.weight.item()
+        1.5
+        >>> model.weight.item()
+        3.0
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        buffers: BufferMode = 'average',
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        backend: str = 'auto',
+        overlap: bool = False,
+    ) -> None:
+        self._selection = Selection(include, exclude)
+        self._buffer_mode = check_buffer_mode(buffers)
+        self._dtype = parse_dtype(dtype)
+        self._device = parse_device(device)
+        self._backend = backend
+        self._overlap = overlap
+
+        self.num_updates = 0
+        self._parameters: dict[str, Tensor] = {}
+        self._buffers: dict[str, Tensor] = {}
+        self._stash: dict[str, Tensor] | None = None
+        self._swapped_model: weakref.ref[nn.Module] | None = None
+        self._streams: dict[torch.device, SideStream] = {}
+        self._plan: _Plan | None = None
+
+        inventory = Inventory.of(unwrap(model))
+        self._selection.check([*inventory.parameters, *inventory.buffers])
+        self._track(inventory)
+
+    @classmethod
+    def from_tensors(
+        cls, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], **options: Any
+    ) -> ShadowModel:
+        """A shadow that starts from copies of named tensors, to follow a model with these names.
+
+        Args:
+            parameters: canonical name to tensor.
+            buffers: likewise.
+            options: as for the class.
+        """
+        shadow = cls(nn.Module(), **options)
+        shadow._parameters = {name: shadow._new_shadow(tensor) for name, tensor in parameters.items()}
+        shadow._buffers = {name: shadow._new_shadow(tensor) for name, tensor in buffers.items()}
+        shadow._persistent = set(buffers)
+        return shadow
+
+    def resolve(self, model: nn.Module) -> None:
+        """Pairs the shadow with ``model`` and puts it in its place now, rather than at the next update.
+
+        Raises:
+            ValueError: ``model`` lacks a tracked parameter, or has it in another shape.
+        """
+        self._forget_plan()
+        self._plan_for(model)
+
+    # Updating
+
+    def update(self, model: nn.Module, smoothing: float | None = None, *, weight: float | None = None) -> None:
+        """Moves the shadow towards ``model``. Runs on the current stream, parameters beside it with ``overlap``.
+
+        Args:
+            model: the model followed so far, or another of the same architecture. Only read.
+            smoothing: share of the old average to keep, in [0, 1]: 0 copies, 1 freezes.
+            weight: instead of ``smoothing``, the share ``1 - smoothing`` of the model, for when that is known better.
+
+        Raises:
+            RuntimeError: the shadow is swapped into a model.
+            TypeError, ValueError: a share out of range, or a tracked parameter that the model lacks.
+        """
+        if (smoothing is None) == (weight is None):
+            raise TypeError(f'pass either smoothing or weight, got smoothing={smoothing} and weight={weight}.')
+        if smoothing is not None:
+            weight = weight_from_smoothing(smoothing)
+        assert weight is not None
+        check_share('weight', weight, 'It is the share of the model in the new average.')
+        if self.is_swapped:
+            raise RuntimeError(
+                'the model holds the average, so there is nothing to average. Call swap_out(model) first.'
+            )
+
+        plan = self._plan_for(model)
+        for stream, average, copy in plan.parameter_steps:
+            with stream.fork():  # joined by wait(), which every read below calls too
+                copy() if weight == 1 else average(weight)
+        # The next forward writes buffers, so they never leave the current stream.
+        plan.copy_averaged_buffers() if weight == 1 else plan.average_buffers(weight)
+        plan.copy_other_buffers()
+        self.num_updates += 1
+
+    def wait(self) -> None:
+        """Orders the current stream after the last update. Never blocks the host; does nothing without overlap."""
+        for stream in self._streams.values():
+            stream.join()
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether an update runs on a side stream that :meth:`wait` has not joined yet."""
+        return any(stream.is_pending for stream in self._streams.values())
+
+    # Swapping
+
+    @property
+    def is_swapped(self) -> bool:
+        """Whether a model holds the average while its training weights are stashed here."""
+        return self._stash is not None
+
+    @torch.no_grad()
+    def swap_in(self, model: nn.Module) -> None:
+        """Stashes the tracked weights of ``model`` and copies the average into it, in place.
+
+        Raises:
+            RuntimeError: swapped in already.
+        """
+        if self.is_swapped:
+            raise RuntimeError('the average is swapped in already. Call swap_out(model) first.')
+        plan = self._plan_for(model)
+        self.wait()
+        stash = {name: source.detach().clone() for name, source in plan.sources.items()}
+        live, shadows = list(plan.sources.values()), [self._tensor(name) for name in plan.sources]
+        try:
+            torch._foreach_copy_(live, shadows)
+        except BaseException:
+            torch._foreach_copy_(live, list(stash.values()))
+            raise
+        self._stash, self._swapped_model = stash, weakref.ref(unwrap(model))
+
+    @torch.no_grad()
+    def swap_out(self, model: nn.Module) -> None:
+        """Restores every bit of the training weights that :meth:`swap_in` stashed.
+
+        A buffer that the model meanwhile replaced by one of another shape, as caches do, keeps its new value.
+
+        Raises:
+            RuntimeError: nothing is swapped in, or the average is in another model.
+        """
+        if self._stash is None:
+            raise RuntimeError('nothing is swapped in. Call swap_in(model) first.')
+        module = unwrap(model)
+        if self._swapped_model is not None and self._swapped_model() is not module:
+            raise RuntimeError('the average is swapped into another model. Pass that one to swap_out.')
+        inventory = Inventory.of(module)
+        live = inventory.tensors()
+        gone = sorted(name for name in self._stash if name not in live and name in self._parameters)
+        if gone:
+            raise RuntimeError(
+                f'the model has lost {gone[0]} and {len(gone) - 1} more parameters since it was swapped in.'
+            )
+        names = [name for name, kept in self._stash.items() if name in live and live[name].shape == kept.shape]
+        torch._foreach_copy_([live[name] for name in names], [self._stash[name] for name in names])
+        self._stash = self._swapped_model = None
+
+    @contextmanager
+    def swapped(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Lends ``model`` with the average in it, and restores the training weights whatever happens."""
+        self.swap_in(model)
+        try:
+            yield model
+        finally:
+            if self.is_swapped:
+                self.swap_out(model)
+
+    @torch.no_grad()
+    def copy_to(self, model: nn.Module) -> None:
+        """Overwrites the tracked tensors of ``model`` with the average, for good. Other tensors stay.
+
+        Raises:
+            RuntimeError: the average is swapped into this very model.
+            ValueError: ``model`` lacks a tracked name or has it in another shape; nothing is written then.
+        """
+        module = unwrap(model)
+        if self._swapped_model is not None and self._swapped_model() is module:
+            raise RuntimeError('this model holds the average already, over a stash. Call swap_out(model) first.')
+        live = Inventory.of(module).tensors()
+        shadows = {**self._parameters, **self._buffers}
+        check_same(
+            'the model given to copy_to',
+            shadows,
+            {n: live[n] for n in shadows if n in live},
+            remedy='Pass the same architecture.',
+        )
+        self.wait()
+        torch._foreach_copy_([live[name] for name in shadows], list(shadows.values()))
+
+    # Reading
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Canonical name and shadow of each tracked parameter: n tensors, shapes equal to their sources, aliased."""
+        self.wait()
+        return iter(self._parameters.items())
+
+    def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """Canonical name and shadow of each buffer, aliased."""
+        self.wait()
+        return iter(self._buffers.items())
+
+    def parameters(self) -> Iterator[Tensor]:
+        """The shadows of :meth:`named_parameters`."""
+        return (tensor for _, tensor in self.named_parameters())
+
+    def buffers(self) -> Iterator[Tensor]:
+        """The shadows of :meth:`named_buffers`."""
+        return (tensor for _, tensor in self.named_buffers())
+
+    def training_weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """The tracked training weights: the stash while swapped, else the live tensors of ``model``, aliased."""
+        if self._stash is not None:
+            return dict(self._stash)
+        live = Inventory.of(unwrap(model)).tensors()
+        return {name: live[name].detach() for name in (*self._parameters, *self._buffers) if name in live}
+
+    @torch.no_grad()
+    def relative_distance(self, model: nn.Module) -> Tensor:
+        """Norm of shadow minus weights over norm of weights, of all tracked parameters; a float64 scalar tensor.
+
+        Zero when both norms are zero. Takes memory for one tensor at a time.
+        """
+        plan = self._plan_for(model)
+        self.wait()
+        differences, weights = [], []
+        for name, shadow in self._parameters.items():
+            source = plan.sources[name].detach().to(shadow.device, shadow.dtype)
+            differences.append(_norm(shadow - source))
+            weights.append(_norm(source))
+        if not weights:
+            return torch.zeros((), dtype=torch.float64)
+        distance, size = _norm(_gather(differences)), _norm(_gather(weights))
+        return torch.where(distance == 0, distance, distance / size)
+
+    def broadcast_buffers(self) -> None:
+        """Gives every process rank 0's buffers. A collective call; does nothing with one process.
+
+        Under DDP each process sees its own batches, so BatchNorm's statistics drift apart between two forwards.
+        """
+        broadcast_(self._buffers[name] for name in sorted(self._buffers))
+
+    def __repr__(self) -> str:
+        count = sum(tensor.numel() for tensor in self._parameters.values())
+        size = sum(t.numel() * t.element_size() for t in (*self._parameters.values(), *self._buffers.values()))
+        dtypes = sorted({str(t.dtype).removeprefix('torch.') for t in self._parameters.values()})
+        devices = sorted({str(t.device) for t in self._parameters.values()})
+        return (
+            f'ShadowModel({len(self._parameters)} parameters of {count:,} elements, {len(self._buffers)} buffers, '
+            f'{size / 2**20:,.1f} MiB, {"/".join(dtypes)} on {"/".join(devices)}, {self.num_updates} updates)'
+        )
+
+    # Moving and saving
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None) -> ShadowModel:
+        """Moves the shadow to a device, casts its floating tensors to a dtype, and stays there. Returns itself."""
+        self._device = parse_device(device) or self._device
+        self._dtype = parse_dtype(dtype) or self._dtype
+        self._forget_plan()
+        for tensors in (self._parameters, self._buffers):
+            for name, tensor in tensors.items():
+                tensors[name] = tensor.to(self._device or tensor.device, self._dtype_for(tensor))
+        return self
+
+    def state_dict(self) -> dict[str, Any]:
+        """The average as plain dictionaries of tensors, which alias the shadow: save or copy them before updating.
+
+        ``training_weights`` is there only while swapped. Buffers that the model itself does not save are left out.
+        """
+        self.wait()
+        state: dict[str, Any] = {
+            'version': STATE_VERSION,
+            'num_updates': self.num_updates,
+            'parameters': dict(self._parameters),
+            'buffers': {name: self._buffers[name] for name in self._buffers if name in self._persistent},
+            'aliases': dict(self._aliases),
+        }
+        if self._stash is not None:
+            state['training_weights'] = {name: t for name, t in self._stash.items() if name not in self._volatile()}
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Loads what :meth:`state_dict` returned, in place and with the shadow's own dtypes and devices.
+
+        All is checked first; after an error the shadow is as it was. A state taken while swapped leaves this shadow
+        swapped: the model it belongs to holds the average, and ``swap_out(model)`` restores its training weights.
+
+        Raises:
+            ValueError: another version, or names and shapes that do not fit, all listed.
+        """
+        parameters, buffers, stash = self._checked(state)
+        self.wait()
+        if self._dtype is None:
+            narrowed = [
+                n for n, t in parameters.items() if n in self._parameters and _loses_digits(t, self._parameters[n])
+            ]
+            if narrowed:
+                warnings.warn(
+                    f'the saved average is {parameters[narrowed[0]].dtype}, the shadow {self._parameters[narrowed[0]].dtype}: '
+                    'digits are lost. Pass the dtype of the saved run to keep them.',
+                    stacklevel=2,
+                )
+        self._forget_plan()
+        for shadows, loaded in ((self._parameters, parameters), (self._buffers, buffers)):
+            for name, tensor in loaded.items():
+                if name in shadows:
+                    shadows[name].copy_(tensor)
+                else:  # frozen here, trainable in the saved run
+                    shadows[name] = self._new_shadow(tensor)
+        self.num_updates = state['num_updates']
+        self._stash = None if stash is None else {name: tensor.clone() for name, tensor in stash.items()}
+        self._swapped_model = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and deepcopy: the average without the ties to a model; the copy is not swapped into any."""
+        self.wait()
+        return {**self.__dict__, '_plan': None, '_streams': {}, '_stash': None, '_swapped_model': None}
+
+    # Helpers, in call order
+
+    def _track(self, inventory: Inventory) -> None:
+        """Lets new trainable parameters and new buffers join at their value, and puts every shadow in its place."""
+        for name, parameter in inventory.parameters.items():
+            if name in self._parameters:
+                self._parameters[name] = self._placed(self._parameters[name], parameter)
+            elif parameter.requires_grad and name in self._selection:
+                self._parameters[name] = self._new_shadow(parameter)
+        for name, buffer in inventory.buffers.items():
+            if name in self._buffers and self._buffers[name].shape == buffer.shape:
+                self._buffers[name] = self._placed(self._buffers[name], buffer)
+            elif name in self._selection:
+                self._buffers[name] = self._new_shadow(buffer)
+        self._shapes = {name: torch.empty_like(t, device='meta') for name, t in inventory.parameters.items()}
+        self._persistent, self._aliases = inventory.persistent, inventory.aliases
+
+    def _new_shadow(self, source: Tensor) -> Tensor:
+        with torch.inference_mode(False):
+            return source.detach().to(self._device or source.device, self._dtype_for(source), copy=True)
+
+    def _placed(self, shadow: Tensor, source: Tensor) -> Tensor:
+        return shadow.to(self._device or source.device)
+
+    def _dtype_for(self, source: Tensor) -> torch.dtype:
+        if not source.is_floating_point():
+            return source.dtype
+        return self._dtype or (torch.float32 if source.element_size() < 4 else source.dtype)
+
+    def _tensor(self, name: str) -> Tensor:
+        return self._parameters[name] if name in self._parameters else self._buffers[name]
+
+    def _volatile(self) -> set[str]:
+        return self._buffers.keys() - self._persistent
+
+    def _plan_for(self, model: nn.Module) -> _Plan:
+        module = unwrap(model)
+        if self._plan is None or not self._plan.watch.is_current(module):
+            self._forget_plan()
+            self._plan = self._new_plan(module)
+        return self._plan
+
+    def _new_plan(self, module: nn.Module) -> _Plan:
+        inventory = Inventory.of(module)
+        check_same(
+            'the model',
+            self._parameters,
+            {name: p for name, p in inventory.parameters.items() if name in self._parameters},
+            remedy='The average follows the architecture that it was built with; build a new one for another.',
+        )
+        self._track(inventory)
+        parameters = {name: (self._parameters[name], inventory.parameters[name]) for name in self._parameters}
+        buffers = {
+            name: (self._buffers[name], inventory.buffers[name]) for name in self._buffers if name in inventory.buffers
+        }
+        for tensor, _ in parameters.values():
+            if tensor.device not in self._streams:
+                self._streams[tensor.device] = SideStream(tensor.device, overlap=self._overlap)
+        watch = Watch(module, inventory, on_gone=_weakly(self._forget_plan))
+        return _Plan(watch, parameters, buffers, self._buffer_mode, self._streams, self._backend)
+
+    def _forget_plan(self) -> None:
+        self.wait()
+        self._plan = None
+
+    def _checked(
+        self, state: Mapping[str, Any]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor] | None]:
+        version = state.get('version') if isinstance(state, Mapping) else None
+        if version != STATE_VERSION:
+            raise ValueError(
+                f'the state has format version {version!r}, this release reads {STATE_VERSION}. Nothing was loaded.'
+            )
+        for key, kind in (('num_updates', int), ('parameters', Mapping), ('buffers', Mapping)):
+            if not isinstance(state.get(key), kind):
+                raise ValueError(
+                    f"the state's {key!r} is a {type(state.get(key)).__name__}, not a {kind.__name__}. Nothing was loaded."
+                )
+        frozen = {
+            name: shape
+            for name, shape in self._shapes.items()
+            if name not in self._parameters and name in self._selection
+        }
+        check_same(
+            'the saved average',
+            {**frozen, **self._parameters},
+            state['parameters'],
+            optional=frozen,
+            remedy=_RESUME_REMEDY,
+        )
+        check_same(
+            "the saved average's buffers",
+            self._buffers,
+            state['buffers'],
+            optional=self._volatile(),
+            remedy=_RESUME_REMEDY,
+        )
+        stash = state.get('training_weights')
+        if stash is not None:
+            tracked = {**{n: self._shapes[n] for n in state['parameters']}, **self._buffers}
+            check_same('the saved training weights', tracked, stash, optional=self._volatile(), remedy=_RESUME_REMEDY)
+        return dict(state['parameters']), dict(state['buffers']), stash
+
+
+class _Plan:
+    """The tensors of one model paired with their shadows, and prepared steps; valid while the model stays as it is."""
+
+    def __init__(
+        self,
+        watch: Watch,
+        parameters: Mapping[str, tuple[Tensor, Tensor]],
+        buffers: Mapping[str, tuple[Tensor, Tensor]],
+        buffer_mode: BufferMode,
+        streams: Mapping[torch.device, SideStream],
+        backend: str,
+    ) -> None:
+        self.watch = watch
+        self.sources = {name: source for name, (_, source) in (*parameters.items(), *buffers.items())}
+        self.parameter_steps: list[tuple[SideStream, kernels.Step, Callable[[], None]]] = []
+        for device in {shadow.device for shadow, _ in parameters.values()}:
+            shadows, sources = _unzip(pair for pair in parameters.values() if pair[0].device == device)
+            streams[device].keep_alive(shadows + [source for source in sources if source.device == device])
+            self.parameter_steps.append(
+                (streams[device], kernels.prepare(shadows, sources, backend=backend), _copier(shadows, sources))
+            )
+
+        averaged = [pair for pair in buffers.values() if buffer_mode == 'average' and _is_inexact(pair[0])]
+        others = [pair for pair in buffers.values() if not (buffer_mode == 'average' and _is_inexact(pair[0]))]
+        self.average_buffers = kernels.prepare(*_unzip(averaged), backend=backend)
+        self.copy_averaged_buffers = _copier(*_unzip(averaged))
+        self.copy_other_buffers = _copier(*_unzip(others))
+
+
+def _weakly(method: Callable[[], None]) -> Callable[[], None]:
+    """Calls a bound method as long as its object lives, without keeping it alive."""
+    reference = weakref.WeakMethod(method)
+
+    def call() -> None:
+        living = reference()
+        if living is not None:
+            living()
+
+    return call
+
+
+def _copier(shadows: list[Tensor], sources: list[Tensor]) -> Callable[[], None]:
+    @torch.no_grad()
+    def copy() -> None:
+        if shadows:
+            torch._foreach_copy_(shadows, sources)
+
+    return copy
+
+
+def _unzip(pairs: Any) -> tuple[list[Tensor], list[Tensor]]:
+    pairs = list(pairs)
+    return [shadow for shadow, _ in pairs], [source for _, source in pairs]
+
+
+def _is_inexact(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _norm(tensor: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(tensor, dtype=torch.complex128 if tensor.is_complex() else torch.float64)
+
+
+def _gather(norms: list[Tensor]) -> Tensor:
+    return torch.stack([norm.to(norms[0].device) for norm in norms])
+
+
+def _loses_digits(saved: Tensor, shadow: Tensor) -> bool:
+    return torch.promote_types(saved.dtype, shadow.dtype) != shadow.dtype
+
+
+def check_buffer_mode(buffers: str) -> BufferMode:
+    """Returns ``buffers`` or raises a ValueError."""
+    if buffers == 'average' or buffers == 'copy':
+        return buffers
+    raise ValueError(f"buffers must be 'average' or 'copy', got {buffers!r}.")
+
+
+def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A floating dtype from itself or its name, or None.
+
+    Raises:
+        ValueError: no floating dtype.
+    """
+    parsed = getattr(torch, dtype.removeprefix('torch.'), None) if isinstance(dtype, str) else dtype
+    if parsed is None and dtype is None:
+        return None
+    if not isinstance(parsed, torch.dtype) or not parsed.is_floating_point:
+        raise ValueError(f"the shadow's dtype must be a floating dtype such as 'float32' or 'bfloat16', got {dtype!r}.")
+    return parsed
+
+
+def parse_device(device: torch.device | str | None) -> torch.device | None:
+    """A device from itself or its name, or None.
+
+    Raises:
+        ValueError: torch does not know the device.
+    """
+    if device is None:
+        return None
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"the shadow's device must be one such as 'cpu' or 'cuda:0', got {device!r}.") from error

@@ -1,0 +1,103 @@
+"""Time strings such as ``'1000ba'``, read and checked without importing Composer."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+#: Composer's units of training time, each with the words an error message uses.
+UNITS = {
+    'iter': 'iterations',
+    'ep': 'epochs',
+    'ba': 'batches',
+    'sp': 'samples',
+    'tok': 'tokens',
+    'dur': 'share of the run',
+}
+#: Units that a part of may have passed; batches, samples and tokens come whole.
+FRACTIONAL_UNITS = frozenset({'iter', 'ep', 'dur'})
+
+_TIME_STRING = re.compile(r'\s*(?P<value>[^a-zA-Z]*(?:[eE][^a-zA-Z]+)?)(?P<unit>[a-zA-Z]*)\s*')
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stretch of training: so many batches, epochs, samples, tokens or iterations, or a share of the run.
+
+    Args:
+        value: how many; whole for batches, samples and tokens.
+        unit: a key of :data:`UNITS`.
+
+    Example:
+        >>> Span.parse('1.5ep', name='half_life')
+        Span(value=1.5, unit='ep')
+        >>> str(Span(1000, 'ba'))
+        '1000ba'
+    """
+
+    value: int | float
+    unit: str
+
+    def __str__(self) -> str:
+        return f'{self.value}{self.unit}'
+
+    @classmethod
+    def parse(cls, time: Any, *, name: str, units: Collection[str] = tuple(UNITS), positive: bool = False) -> Span:
+        """Reads a time string, a :class:`Span`, or anything with Composer's ``value`` and ``unit``.
+
+        Args:
+            time: ``'<number><unit>'``, for example ``'1000ba'``, ``'1.5ep'``, ``'3e6sp'``, ``'0.1dur'``.
+            name: the argument's name, for the error message.
+            units: the units that make sense for this argument.
+            positive: whether zero is refused too.
+
+        Raises:
+            TypeError: ``time`` is no time at all.
+            ValueError: it does not parse, its unit is not in ``units``, or its value is out of range.
+        """
+        value, unit = _split(time, name)
+        example = f"Pass for example {name}='{_EXAMPLES[next(iter(units))]}'."
+        if unit not in units:
+            legal = ', '.join(f'{unit} ({UNITS[unit]})' for unit in units)
+            raise ValueError(f'{name} takes the units {legal}, got {str(time)!r}. {example}')
+        if not math.isfinite(value):
+            raise ValueError(f'{name} must be finite, got {str(time)!r}. {example}')
+        if value < 0 or (positive and value == 0):
+            raise ValueError(
+                f'{name} must {"be above zero" if positive else "not be negative"}, got {str(time)!r}. {example}'
+            )
+        if unit not in FRACTIONAL_UNITS and value != int(value):
+            raise ValueError(
+                f'{name} counts whole {UNITS[unit]}, got {str(time)!r}. Round it, or pass a share of epochs.'
+            )
+        return cls(int(value) if value == int(value) and unit != 'dur' else float(value), unit)
+
+
+_EXAMPLES = {'iter': '2iter', 'ep': '2ep', 'ba': '1000ba', 'sp': '50000sp', 'tok': '1000000tok', 'dur': '0.1dur'}
+
+
+def _split(time: Any, name: str) -> tuple[float, str]:
+    if isinstance(time, str):
+        match = _TIME_STRING.fullmatch(time)
+        value = match and _number(match['value'])
+        if match is None or value is None:
+            raise ValueError(f"{name} must be a number followed by a unit, such as '1000ba', got {time!r}.")
+        return value, match['unit'].lower()
+    value, unit = getattr(time, 'value', None), getattr(time, 'unit', None)
+    unit = getattr(unit, 'value', unit)
+    if isinstance(value, (int, float)) and isinstance(unit, str):
+        return value, unit
+    raise TypeError(
+        f"{name} must be a time string such as '1000ba', got {time!r} of type {type(time).__name__}. "
+        'A bare number has no unit: write the unit behind it.'
+    )
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
