@@ -1,0 +1,108 @@
+"""The commands of ``composer-ema``; each reads its arguments, calls one function of the library and prints."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+app = typer.Typer(
+    help='Train with an average of the weights, and get the average out.',
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+USAGE_ERROR = 2
+
+
+@app.command()
+def train(
+    recipe: Annotated[
+        Path, typer.Argument(help='A YAML recipe, such as yamls/fashion_mnist.yaml.', show_default=False)
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help='key=value, as in algorithms.ema.half_life=100ba', show_default=False)
+    ] = None,
+    dry_run: Annotated[bool, typer.Option('--dry-run', help='Build everything, train nothing.')] = False,
+    seeds: Annotated[str | None, typer.Option(help='Train once per seed, as in 1,2,3, and show one table.')] = None,
+) -> None:
+    """Train a recipe and show what the average did."""
+    numbers = _numbers(seeds)
+    with _usage_errors():
+        # Composer and torch take seconds to import, which --help should not cost.
+        from composer_ema.recipe import run, schema
+
+        loaded = schema.load(recipe, overrides or [])
+        if dry_run:
+            run.rehearse(loaded, _show)
+        elif numbers:
+            run.train_seeds(loaded, numbers, _show)
+        else:
+            run.train(loaded, _show)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help='A Composer checkpoint.', show_default=False)],
+    out: Annotated[Path, typer.Argument(help='The safetensors file to write.', show_default=False)],
+) -> None:
+    """Write the average of a checkpoint to a safetensors file."""
+    with _usage_errors():
+        from rich.table import Table
+
+        from composer_ema import checkpoint as checkpoints
+
+        table = Table(title=str(out), title_justify='left', show_header=False)
+        for key, value in checkpoints.export(checkpoint, out).items():
+            table.add_row(escape(str(key)), escape(str(value)))
+        _show(table)
+
+
+def main() -> None:
+    """The entry point of ``composer-ema`` and of ``python -m composer_ema.cli``."""
+    app()
+
+
+def _show(renderable: Any) -> None:
+    """Prints on rank 0; text is printed as it is, however wide, so that it can be copied."""
+    if os.environ.get('RANK', '0') == '0':
+        Console().print(renderable, markup=False, highlight=False, soft_wrap=isinstance(renderable, str))
+
+
+def _numbers(seeds: str | None) -> list[int]:
+    try:
+        return [] if seeds is None else [int(seed) for seed in seeds.split(',')]
+    except ValueError:
+        raise typer.BadParameter(
+            f'seeds must be whole numbers with commas between, got {seeds!r}, as in 1,2,3'
+        ) from None
+
+
+@contextlib.contextmanager
+def _usage_errors() -> Iterator[None]:
+    """Ends the program with one line and exit code 2 when the user's input is wrong; our own bugs keep their trace."""
+    try:
+        yield
+    except ImportError as error:
+        if error.name not in ('composer', 'omegaconf'):
+            raise
+        _fail(f'{error}. Install what recipes need with: pip install "composer-ema[composer]"')
+    except ValueError as error:
+        if type(error).__name__ not in ('RecipeError', 'CheckpointError'):
+            raise
+        _fail(str(error))
+
+
+def _fail(message: str) -> None:
+    Console(stderr=True).print(message, style='red', markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(USAGE_ERROR)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,192 @@
+"""From a checked recipe to a Trainer: everything that needs no data is built first, so its errors cost nothing."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer import Evaluator, Trainer
+from composer.core import Algorithm
+from composer.utils import dist, get_device, reproducibility
+
+from composer_ema.recipe.data import Data
+from composer_ema.recipe.recorder import Recorder
+from composer_ema.recipe.schema import Named, Place, Plan, Recipe, plan
+
+log = logging.getLogger(__name__)
+
+METRICS_FILE, RECIPE_FILE, CHECKPOINT_FOLDER = 'metrics.jsonl', 'recipe.yaml', 'checkpoints'
+DEFAULT_SEED = 0
+
+
+@dataclass(frozen=True)
+class Run:
+    """A Trainer that is ready to fit, and where its results go.
+
+    Args:
+        recipe (Recipe): The recipe with seed and run name filled in.
+        plan (Plan): The same, checked.
+        folder (Path): The run folder, which may not exist yet.
+        trainer (Trainer): Built, loaded when the recipe resumes, not yet fitted.
+        recorder (Recorder): What it writes its metrics through.
+    """
+
+    recipe: Recipe
+    plan: Plan
+    folder: Path
+    trainer: Trainer
+    recorder: Recorder
+
+
+def build(recipe: Recipe, *, scratch: Path | None = None) -> Run:
+    """Builds the Trainer of a recipe: checks, then model, optimizer and plug-ins, then data, then the Trainer.
+
+    Args:
+        recipe (Recipe): What ``schema.load`` returned.
+        scratch (Path, optional): A folder for whatever building writes, for a run that is never fitted; the recipe's
+            own loggers are then built and left out, because they open files and connections as soon as a Trainer
+            starts. Default: None, the run folder.
+
+    Returns:
+        Run: Ready for ``run.trainer.fit()``.
+
+    Raises:
+        RecipeError: Anything about the recipe that is wrong, and in all but a few cases before data is touched.
+    """
+    checked = plan(recipe)
+    place = checked.place
+    _start_processes(checked)
+    seed = _seed(checked)
+    run_name = _run_name(checked)
+    folder = Path(checked.runs_folder) / run_name
+    if scratch is None:
+        _refuse_to_overwrite(checked, folder, place)
+
+    reproducibility.seed_all(seed)
+    model = checked.model.build()
+    optimizer = checked.optimizer.build(model.parameters()) if checked.optimizer else None
+    scheduler = _scheduler(checked.scheduler, optimizer)
+    algorithms = [_algorithm(each, checked.evaluate) for each in checked.algorithms]
+    callbacks = [each.build() for each in checked.callbacks]
+    loggers = [each.build() for each in checked.loggers]
+
+    data = checked.data.build(**({} if 'seed' in checked.data.arguments else {'seed': seed}))
+    _check_fit(model, data, checked.model.place)
+    recorder = Recorder(folder / METRICS_FILE if scratch is None else None)
+    arguments = {
+        **_trainer_arguments(checked.trainer, folder, scratch),
+        'seed': seed,
+        'run_name': run_name,
+        'model': model,
+        'train_dataloader': data.train,
+        'eval_dataloader': [Evaluator(label=f'eval_{each}', dataloader=data.evaluation) for each in checked.evaluate],
+        'optimizers': optimizer,
+        'schedulers': scheduler,
+        'algorithms': algorithms,
+        'callbacks': callbacks,
+        'loggers': [recorder, *(loggers if scratch is None else [])],
+    }
+    trainer = Named(place, 'Trainer', Trainer, arguments).build()
+    return Run(recipe.replace(seed=seed, run_name=run_name), checked, folder, trainer, recorder)
+
+
+def _start_processes(checked: Plan) -> None:
+    """Joins the process group when a launcher started several processes; they must agree on a run name."""
+    device = checked.trainer.get('device')
+    try:
+        found = get_device(device)
+        if dist.get_world_size() > 1:
+            dist.initialize_dist(found, checked.trainer.get('dist_timeout', 300.0))
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise (checked.place / 'device').error(f'{device!r} cannot be used here: {error}') from error
+
+
+def _seed(checked: Plan) -> int:
+    """The recipe's seed, or always the same one: a run that is started again must draw the same batches."""
+    seed = checked.trainer.get('seed')
+    return DEFAULT_SEED if seed is None else seed
+
+
+def _run_name(checked: Plan) -> str:
+    """The recipe's name for the run, or the recipe file's with the first free number; autoresume takes the last used.
+
+    ``fashion_mnist``, then ``fashion_mnist-2``, ``fashion_mnist-3``, ... as folders of these names exist.
+    """
+    if checked.recipe.run_name is not None:
+        return checked.recipe.run_name
+    names: list[Any] = [_numbered_name(checked, resumes=bool(checked.trainer.get('autoresume')))]
+    # Rank 0 decides: the folder may appear on another process's disk a moment later.
+    dist.broadcast_object_list(names)
+    return names[0]
+
+
+def _numbered_name(checked: Plan, *, resumes: bool) -> str:
+    stem = checked.recipe.name
+    folder = Path(checked.runs_folder)
+    taken = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    numbers = [int(match[1] or 1) for name in taken if (match := re.fullmatch(rf'{re.escape(stem)}(?:-(\d+))?', name))]
+    number = max(numbers, default=1) if resumes else max(numbers, default=0) + 1
+    return stem if number == 1 else f'{stem}-{number}'
+
+
+def _refuse_to_overwrite(checked: Plan, folder: Path, place: Place) -> None:
+    trainer = checked.trainer
+    continues = trainer.get('autoresume') or trainer.get('load_path') or trainer.get('save_overwrite')
+    is_taken = any((folder / name).exists() for name in (METRICS_FILE, RECIPE_FILE, CHECKPOINT_FOLDER))
+    # Every process must have looked before the first one writes.
+    dist.barrier()
+    if is_taken and not continues:
+        raise (place / 'run_name').error(
+            f'{folder} already holds a run. Continue it with autoresume=true, replace it with save_overwrite=true, '
+            'or give another run_name.'
+        )
+
+
+def _scheduler(named: Named | None, optimizer: torch.optim.Optimizer | None) -> Any:
+    if named is None:
+        return None
+    if not issubclass(named.factory, torch.optim.lr_scheduler.LRScheduler):  # pyright: ignore[reportArgumentType]: a class
+        return named.build()
+    if optimizer is None:
+        raise named.place.error(f'{named.name} needs an optimizer. Add one, as in optimizer: {{name: adamw}}.')
+    return named.build(optimizer)
+
+
+def _algorithm(named: Named, evaluate: list[str]) -> Algorithm:
+    if named.name != 'ema' or not evaluate:
+        return named.build()
+    return named.build(evaluate_with={f'eval_{weights}': weights for weights in evaluate})
+
+
+def _trainer_arguments(given: Mapping[str, Any], folder: Path, scratch: Path | None) -> dict[str, Any]:
+    """The recipe's own, with checkpoints in the run folder; in a scratch run nothing outside it is written."""
+    arguments = {'save_folder': str(folder / CHECKPOINT_FOLDER), **given}
+    # A process that is killed between writing a checkpoint and pointing 'latest' at it leaves one from the future.
+    arguments.setdefault('save_overwrite', bool(given.get('autoresume')))
+    if scratch is not None:
+        arguments['autoresume'] = False
+        if arguments['save_folder'] is not None:
+            arguments['save_folder'] = str(scratch / CHECKPOINT_FOLDER)
+    return arguments
+
+
+def _check_fit(model: torch.nn.Module, data: Data, place: Place) -> None:
+    """Sends one sample of zeros through the model, so that a wrong shape is told in terms of the recipe."""
+    model.eval()
+    sample = torch.zeros(1, *data.input_shape)
+    try:
+        with torch.no_grad():
+            outputs = model((sample, torch.zeros(1, dtype=torch.long)))
+    except (RuntimeError, ValueError) as error:
+        raise place.error(f'cannot take inputs of shape {data.input_shape}, which data gives: {error}') from error
+    finally:
+        model.train()
+    if outputs.shape[-1] < data.num_classes:
+        raise (place / 'num_classes').error(
+            f'must be at least {data.num_classes}, the classes of the data, got {outputs.shape[-1]}.'
+        )

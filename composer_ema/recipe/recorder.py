@@ -1,0 +1,178 @@
+"""Writes down what a run did, one line per batch or evaluation, and resumes with the run without gaps or repeats."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from composer.core import State
+from composer.loggers import Logger, LoggerDestination
+from composer.utils import dist
+
+_NUM_LINES, _EVALUATIONS = 'num_lines', 'evaluations'
+_STEP_SECONDS, _UPDATE_SECONDS, _NUM_BATCHES = 'step_seconds', 'update_seconds', 'num_batches'
+
+
+def write_beside(path: Path, content: str | bytes) -> None:
+    """Puts ``content`` at ``path`` whole or not at all: written to a file beside it, then renamed into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
+    try:
+        with os.fdopen(handle, 'wb') as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+        # mkstemp makes files private; a result is as readable as any other file of the user.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(beside, 0o666 & ~umask)
+        os.replace(beside, path)
+    except BaseException:
+        Path(beside).unlink(missing_ok=True)
+        raise
+
+
+class Recorder(LoggerDestination):
+    """Collects every metric that is logged, writes JSON lines on rank 0, and measures the cost of averaging.
+
+    One line per batch and one per epoch end: ``{"epoch": 1.0, "batch": 468, "sample": 59904, "loss/train/total": ...,
+    "metrics/eval_ema/MulticlassAccuracy": ...}``. Lines are appended, so a killed process loses at most the one that
+    it was writing. The state says how many lines had been written at the checkpoint; on resume the file is cut there,
+    and the run writes the rest anew. A run that resumes into another folder starts its file with the evaluations.
+
+    It is a logger destination, which Composer runs before all other callbacks and after all algorithms: the time from
+    BATCH_START to BATCH_END holds the step and the update of the average, and no other callback.
+
+    Args:
+        path (Path, optional): The file to write; None writes nothing. Default: None.
+
+    Attributes:
+        evaluations (list[dict]): The lines that hold metrics of an evaluator, oldest first.
+        step_seconds (float): Time from BATCH_START to BATCH_END, over ``num_batches`` batches.
+        update_seconds (float): What the averaging algorithms spent meanwhile, by their own ``update_seconds``; updates
+            that are made at the end of an epoch count too.
+        num_batches (int): How many batches were measured.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path
+        self.num_lines = 0
+        self.evaluations: list[dict[str, Any]] = []
+        self.step_seconds = 0.0
+        self.update_seconds = 0.0
+        self.num_batches = 0
+        self._pending: dict[str, float] = {}
+        self._batch_started: float | None = None
+        self._updates_seen = 0.0
+        self._has_fit = False
+
+    @property
+    def update_share(self) -> float | None:
+        """The share of step time that averaging cost, in [0, 1]; None when no batch was measured."""
+        return self.update_seconds / self.step_seconds if self.step_seconds > 0 else None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            _NUM_LINES: self.num_lines,
+            _EVALUATIONS: [dict(line) for line in self.evaluations],
+            _STEP_SECONDS: self.step_seconds,
+            _UPDATE_SECONDS: self.update_seconds,
+            _NUM_BATCHES: self.num_batches,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.num_lines = state[_NUM_LINES]
+        self.evaluations = [dict(line) for line in state[_EVALUATIONS]]
+        self.step_seconds = state[_STEP_SECONDS]
+        self.update_seconds = state[_UPDATE_SECONDS]
+        self.num_batches = state[_NUM_BATCHES]
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        # The times stand in each line already.
+        self._pending.update({name: value for name, value in metrics.items() if not name.startswith('time/')})
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        self._pending.clear()
+        self._updates_seen = _seconds_in_updates(state)
+        if self.path is not None and dist.get_global_rank() == 0:
+            self._cut_file(self.path)
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        self._batch_started = perf_counter()
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        if self._batch_started is not None:
+            self.step_seconds += perf_counter() - self._batch_started
+            self._count_updates(state)
+            self.num_batches += 1
+            self._batch_started = None
+
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        self._write_line(state)
+
+    def epoch_checkpoint(self, state: State, logger: Logger) -> None:
+        self._count_updates(state)
+        self._write_line(state)
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        self._has_fit = True
+
+    def eval_after_all(self, state: State, logger: Logger) -> None:
+        # Evaluators may still run after FIT_END, when no checkpoint event follows.
+        if self._has_fit:
+            self._write_line(state)
+
+    def _count_updates(self, state: State) -> None:
+        seen, self._updates_seen = self._updates_seen, _seconds_in_updates(state)
+        self.update_seconds += self._updates_seen - seen
+
+    def _cut_file(self, path: Path) -> None:
+        lines = path.read_text().splitlines()[: self.num_lines] if path.exists() else []
+        if len(lines) < self.num_lines:
+            lines = [json.dumps(line) for line in self.evaluations]
+        self.num_lines = len(lines)
+        write_beside(path, ''.join(f'{line}\n' for line in lines))
+
+    def _write_line(self, state: State) -> None:
+        metrics = {name: number for name, value in self._pending.items() if (number := _number(value)) is not None}
+        self._pending.clear()
+        if not metrics:
+            return
+        time = state.timestamp
+        line: dict[str, Any] = {
+            'epoch': _epochs(state),
+            'batch': int(time.batch),
+            'sample': int(time.sample),
+            **metrics,
+        }
+        if _is_evaluation(line, (evaluator.label for evaluator in state.evaluators)):
+            self.evaluations.append(line)
+        self.num_lines += 1
+        if self.path is not None and dist.get_global_rank() == 0:
+            with self.path.open('a') as file:
+                file.write(json.dumps(line) + '\n')
+
+
+def _seconds_in_updates(state: State) -> float:
+    return sum(getattr(algorithm, 'update_seconds', 0.0) for algorithm in state.algorithms)
+
+
+def _epochs(state: State) -> float:
+    """Epochs done, the running one counted by its share of batches."""
+    running = int(state.timestamp.batch_in_epoch)
+    length = int(state.dataloader_len) if state.dataloader_len is not None else None
+    return int(state.timestamp.epoch) + (running / length if length else 0.0)
+
+
+def _is_evaluation(line: dict[str, Any], labels: Iterable[str]) -> bool:
+    return any(name.startswith(f'metrics/{label}/') for label in labels for name in line)
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, torch.Tensor):
+        return value.item() if value.numel() == 1 else None
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
