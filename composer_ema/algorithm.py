@@ -286,24 +286,24 @@ class EMA(Algorithm):
             self._return_to_training(state)
 
     def _create(self, state: State) -> None:
-        if sum(type(algorithm).__qualname__ == type(self).__qualname__ for algorithm in state.algorithms) > 1:
+        namesakes = [a for a in state.algorithms if type(a).__qualname__ == type(self).__qualname__]
+        if len(namesakes) > 1:
             raise ValueError(
-                f'{sum(type(a).__qualname__ == type(self).__qualname__ for a in state.algorithms)} algorithms called EMA '
-                'in one Trainer: a checkpoint would keep the state of only one of them. Pass one.'
+                f'{len(namesakes)} algorithms called {type(self).__qualname__} in one Trainer, {namesakes}: '
+                'a checkpoint would keep the state of only one. Pass one.'
             )
         if state.fsdp_config is not None or is_sharded(state.model):
             raise NotImplementedError(
                 'this release does not average sharded models (FSDP, tensor parallel). Train with DDP, or without EMA.'
             )
-        overlap = not any(
-            isinstance(algorithm, ComposerSWA) for algorithm in state.algorithms
-        )  # it writes at BATCH_END
+        # Composer's SWA writes the weights at the event that updates the average, while a side stream may read them.
+        overlap = not any(isinstance(algorithm, ComposerSWA) for algorithm in state.algorithms)
         self._shadow = ShadowModel(state.model, overlap=overlap, **self._options)
         self._model = weakref.ref(unwrap(state.model))
         self.ema_started, self._last_update, self._is_pass_open, self.update_seconds = False, None, False, 0.0
         if not any(True for _ in self._shadow.named_parameters()):
             warnings.warn(
-                'no trainable parameter to average yet: all selected ones are frozen. They join when they are unfrozen.',
+                'no trainable parameter to average yet: all selected ones are frozen. They join when unfrozen.',
                 stacklevel=2,
             )
         if self._state_for_init is not None:
@@ -353,9 +353,8 @@ class EMA(Algorithm):
     def _warn_if_longer(self, name: str, span: Span, state: State, effect: str) -> None:
         length = run_length(span.unit, state)
         if length is not None and span.value > length:
-            given = self.update_interval if name == 'update_interval' else getattr(self, name)
             warnings.warn(
-                f"{name}='{given}' is longer than the run of {length:g} {words(span.unit)}: {effect}. "
+                f"{name}='{getattr(self, name)}' is longer than the run of {length:g} {words(span.unit)}: {effect}. "
                 f"Pass a shorter {name}, for example a share of the run such as {name}='0.1dur'.",
                 stacklevel=2,
             )
@@ -463,7 +462,8 @@ class EMA(Algorithm):
     def state_dict(self) -> dict[str, Any]:
         """The average, its counters and, while swapped, the training weights; see :mod:`composer_ema.formats`."""
         state = super().state_dict()
-        state.update(version=formats.VERSION, config=dict(self._arguments), started=self.ema_started, averages={})
+        config = {**self._arguments, 'update_interval': str(self.update_interval)}
+        state.update(version=formats.VERSION, config=config, started=self.ema_started, averages={})
         if self._shadow is not None:
             average = self._shadow.state_dict()
             if 'training_weights' in average:

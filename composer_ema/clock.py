@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from composer.core import State, Time, Timestamp
 
@@ -64,9 +65,7 @@ def resolve_share(span: Span, state: State, name: str) -> Span:
     if span.unit != 'dur':
         return span
     if state.max_duration is None:
-        raise ValueError(
-            f"{name}='{span}' is a share of the run, but max_duration is not set. Set it, or pass batches."
-        )
+        raise ValueError(f"{name}='{span}' is a share of the run, but the run has no max_duration. Set it.")
     return Span(span.value * state.max_duration.value, state.max_duration.unit.value)
 
 
@@ -86,7 +85,7 @@ def run_length(unit: str, state: State) -> float | None:
 
 
 def _samples_per_epoch(state: State) -> int | None:
-    dataset = getattr(state.dataloader, 'dataset', None)
+    dataset: Any = getattr(state.dataloader, 'dataset', None)
     return len(dataset) if hasattr(dataset, '__len__') else None
 
 

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter, is_
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -86,7 +87,9 @@ class Watch:
             for registry in (child._modules, child._parameters, child._buffers)
             for key, entry in registry.items()
         ]
-        self._registries, self._keys, self._entries = ([entry[i] for entry in entries] for i in range(3))
+        self._registries = [registry for registry, _, _ in entries]
+        self._keys = [key for _, key, _ in entries]
+        self._entries = [entry for _, _, entry in entries]
         self._parameters = list(inventory.parameters.values())
         self._requires_grad = list(map(_requires_grad, self._parameters))
         self._tensors = list(inventory.tensors().values())
@@ -96,7 +99,7 @@ class Watch:
         """Whether ``module`` is the watched one, with the same tensors at the same places."""
         return (
             self._module() is module
-            and all(map(is_, map(dict.get, self._registries, self._keys), self._entries))
+            and all(map(is_, map(_get, self._registries, self._keys), self._entries))
             and list(map(_requires_grad, self._parameters)) == self._requires_grad
             and list(map(_pointer, self._tensors)) == self._pointers
         )
@@ -104,6 +107,7 @@ class Watch:
 
 _requires_grad = attrgetter('requires_grad')
 _pointer = Tensor.data_ptr
+_get: Callable[[Any, str], object] = dict.get
 
 
 class Selection:

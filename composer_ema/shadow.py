@@ -88,7 +88,7 @@ class ShadowModel:
         overlap: bool = False,
     ) -> None:
         self._selection = Selection(include, exclude)
-        self._buffer_mode = check_buffer_mode(buffers)
+        self._buffer_mode: BufferMode = check_buffer_mode(buffers)
         self._dtype = parse_dtype(dtype)
         self._device = parse_device(device)
         self._backend = backend
@@ -369,8 +369,8 @@ class ShadowModel:
             ]
             if narrowed:
                 warnings.warn(
-                    f'the saved average is {parameters[narrowed[0]].dtype}, the shadow {self._parameters[narrowed[0]].dtype}: '
-                    'digits are lost. Pass the dtype of the saved run to keep them.',
+                    f'the saved average is {parameters[narrowed[0]].dtype}, the shadow '
+                    f'{self._parameters[narrowed[0]].dtype}: digits are lost. Pass the dtype of the saved run.',
                     stacklevel=2,
                 )
         self._forget_plan()
@@ -463,9 +463,9 @@ class ShadowModel:
                 f'the state has format version {version!r}, this release reads {STATE_VERSION}. Nothing was loaded.'
             )
         for key, kind in (('num_updates', int), ('parameters', Mapping), ('buffers', Mapping)):
-            if not isinstance(state.get(key), kind):
+            if not isinstance(value := state.get(key), kind):
                 raise ValueError(
-                    f"the state's {key!r} is a {type(state.get(key)).__name__}, not a {kind.__name__}. Nothing was loaded."
+                    f"the state's {key!r} is a {type(value).__name__}, not a {kind.__name__}. Nothing was loaded."
                 )
         frozen = {
             name: shape

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -31,8 +32,9 @@ class SideStream:
 
     def __init__(self, device: torch.device, *, overlap: bool = True) -> None:
         self.device = device
-        self._stream = torch.cuda.Stream(device) if overlap and device.type == 'cuda' else None
-        self._finished = torch.cuda.Event() if self._stream is not None else None
+        # Any: torch 2.7's stubs give its own stream and event types two incompatible bases.
+        self._stream: Any = torch.cuda.Stream(device) if overlap and device.type == 'cuda' else None
+        self._finished: Any = torch.cuda.Event() if self._stream is not None else None
         self._is_pending = False
 
     @property
@@ -49,7 +51,7 @@ class SideStream:
     @contextmanager
     def fork(self) -> Iterator[None]:
         """Runs the body's kernels on the side stream. Joined by :meth:`join`."""
-        if self._stream is None or self._finished is None:
+        if self._stream is None:
             yield
             return
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -62,6 +64,6 @@ class SideStream:
 
     def join(self) -> None:
         """Orders the current stream after the last forked work. Returns at once, however long that work takes."""
-        if self._is_pending and self._finished is not None:
+        if self._is_pending:
             torch.cuda.current_stream(self.device).wait_event(self._finished)
             self._is_pending = False

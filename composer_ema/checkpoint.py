@@ -1,0 +1,176 @@
+"""Reads the average out of a Composer checkpoint and writes it as safetensors. Never executes what a file holds."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+from torch.torch_version import TorchVersion
+
+from composer_ema import formats
+from composer_ema.naming import listed
+from composer_ema.sharding import canonical_name
+from composer_ema.version import __version__
+
+_multiarray: Any = (getattr(np, '_core', None) or np.core).multiarray  # numpy 2 moved it
+# What Composer's checkpoints hold besides tensors and plain types: times, torch's version, numpy's random state.
+_SAFE_TYPES: list[Any] = [
+    datetime.timedelta,
+    TorchVersion,
+    np.ndarray,
+    np.dtype,
+    *(type(np.dtype(code)) for code in '?bBhHiIlLqQefd'),
+    *(
+        (getattr(_multiarray, name), f'numpy.{module}.multiarray.{name}')
+        for name in ('_reconstruct', 'scalar')
+        for module in ('core', '_core')
+    ),
+]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read or holds no average. The message says which file and why."""
+
+
+def load_average(checkpoint: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The averaged weights of a Composer checkpoint, for ``model.load_state_dict``.
+
+    Reads checkpoints of :class:`composer_ema.EMA` and of Composer's built-in EMA, whichever weights their model slot
+    holds. Frozen parameters, and buffers that were not averaged, come from the model slot.
+
+    Args:
+        checkpoint: a ``.pt`` file that Composer's Trainer saved, with one or several processes under DDP.
+
+    Returns:
+        Canonical names and CPU tensors, in the order of the model. Averaged ones have the average's dtype, float32
+        for a 16-bit model.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or of another kind; it would run code; it holds no average.
+
+    Example:
+        .. code:: python
+
+            model.load_state_dict(load_average('runs/fashion_mnist/latest-rank0.pt'))
+    """
+    return _average_and_metadata(Path(checkpoint))[0]
+
+
+def export(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str]) -> dict[str, str]:
+    """Writes the averaged weights of ``checkpoint`` to ``out`` as safetensors, beside and renamed into place.
+
+    Args:
+        checkpoint: as for :func:`load_average`.
+        out: file to write; its folder is made where it is missing.
+
+    Returns:
+        The metadata written with the tensors: the run, the horizon, the number of updates, how far training had come.
+
+    Raises:
+        CheckpointError: as for :func:`load_average`, or safetensors cannot hold a tensor. ``out`` is not touched.
+    """
+    average, metadata = _average_and_metadata(Path(checkpoint))
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # Tied weights share memory, which safetensors refuses: each name gets its own copy.
+    tensors = {name: tensor.contiguous().clone() for name, tensor in average.items()}
+    handle, beside = tempfile.mkstemp(dir=out.parent, prefix=f'.{out.name}.')
+    os.close(handle)
+    try:
+        safetensors.torch.save_file(tensors, beside, metadata=metadata)
+        os.chmod(beside, 0o644)
+        os.replace(beside, out)
+    except (ValueError, KeyError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f'{checkpoint} cannot be written as safetensors: {error}') from error
+    finally:
+        Path(beside).unlink(missing_ok=True)
+    return metadata
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What a Composer checkpoint holds, on the CPU, read without executing anything.
+
+    Raises:
+        CheckpointError: as for :func:`load_average`.
+    """
+    if path.is_dir():
+        raise CheckpointError(f'{path} is a folder. Sharded checkpoints are not read yet: pass a single .pt file.')
+    if not path.exists():
+        raise CheckpointError(f'{path} does not exist.')
+    try:
+        with torch.serialization.safe_globals(_SAFE_TYPES):
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    # A damaged file fails in as many ways as there are bytes in it; all of them mean the same to the user.
+    except Exception as error:
+        raise CheckpointError(f'{path} cannot be read: {_reason(path, error)}') from error
+    if not isinstance(checkpoint, Mapping) or not isinstance(checkpoint.get('state'), Mapping):
+        raise CheckpointError(f"{path} is no Composer checkpoint: it has no 'state'.")
+    return dict(checkpoint)
+
+
+def _average_and_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    state = read_checkpoint(path)['state']
+    model = {canonical_name(name): tensor for name, tensor in _mapping(state, 'model', path).items()}
+    algorithms = dict(state.get('algorithms') or [])
+    if 'EMA' not in algorithms:
+        saved = f'the algorithms {listed(sorted(algorithms))}' if algorithms else 'no algorithms'
+        raise CheckpointError(
+            f'{path} holds no average: it was saved with {saved}. '
+            'Train with algorithms=[EMA()], and without save_weights_only.'
+        )
+    try:
+        saved = formats.upgrade(algorithms['EMA'], model_slot=model)
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f'{path}: {error}') from error
+    if not saved.get('started') or formats.AVERAGE not in _mapping(saved, 'averages', path):
+        raise CheckpointError(f'{path} holds no average yet: ema_start had not come when it was saved.')
+    average = saved['averages'][formats.AVERAGE]
+    averaged = {**_mapping(average, 'parameters', path), **_mapping(average, 'buffers', path)}
+    averaged |= {alias: averaged[name] for alias, name in average.get('aliases', {}).items() if name in averaged}
+    weights = {name: averaged.get(name, tensor) for name, tensor in model.items()}
+    return weights, _metadata(path, state, saved.get('config') or {}, average)
+
+
+def _metadata(path: Path, state: Mapping[str, Any], config: Mapping[str, Any], average: Mapping[str, Any]) -> dict:
+    timestamp = (state.get('timestamp') or {}).get('Timestamp') or {}
+    described = {
+        'format': 'pt',
+        'weights': 'exponential moving average',
+        'written_by': f'composer_ema {__version__}',
+        'checkpoint': path.name,
+        'run_name': state.get('run_name'),
+        'num_updates': average.get('num_updates') if config else None,
+        **{name: config.get(name) for name in ('half_life', 'smoothing', 'update_interval', 'ema_start', 'buffers')},
+        **{f'trained_{unit}': timestamp.get(unit) for unit in ('epoch', 'batch', 'sample', 'token')},
+    }
+    return {name: str(value) for name, value in described.items() if value is not None}
+
+
+def _mapping(of: Mapping[str, Any], key: str, path: Path) -> Mapping[str, Any]:
+    if not isinstance(of.get(key), Mapping):
+        raise CheckpointError(f'{path} is damaged or of another kind: its {key!r} is a {type(of.get(key)).__name__}.')
+    return of[key]
+
+
+def _reason(path: Path, error: Exception) -> str:
+    if isinstance(error, OSError):
+        return str(error)
+    try:
+        known = {f'{t.__module__}.{t.__qualname__}' for t in _SAFE_TYPES if not isinstance(t, tuple)}
+        known |= {t[1] for t in _SAFE_TYPES if isinstance(t, tuple)}
+        unsafe = sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - known)
+    except Exception:
+        return (
+            'it is truncated, damaged, or no torch file. Load an earlier checkpoint; decompress a compressed one first.'
+        )
+    if unsafe:
+        return f'it holds the types {listed(unsafe)}, which could run code when loaded.'
+    return str(error).splitlines()[0]
