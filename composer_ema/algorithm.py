@@ -157,7 +157,7 @@ class EMA(Algorithm):
         self.evaluate_with = _check_evaluate_with(evaluate_with)
         self._arguments = {
             'half_life': None if self.half_life is None else str(self.half_life),
-            'smoothing': smoothing,
+            'smoothing': None if smoothing is None else float(smoothing),
             'ema_start': str(self.ema_start),
             'update_interval': None if update_interval is None else str(self.update_interval),
             'buffers': buffers,
@@ -176,6 +176,7 @@ class EMA(Algorithm):
         self._last_update: Clock | None = None
         self._is_pass_open = False
         self._state_for_init: Mapping[str, Any] | None = None
+        self._loaded_config: Mapping[str, Any] = {}
         self._update_event = _event_of(self.update_interval)
         self._log_event = None if self.log_interval is None else _event_of(self.log_interval)
 
@@ -316,6 +317,7 @@ class EMA(Algorithm):
         shadow = self._require_shadow()
         self._model = weakref.ref(unwrap(state.model))
         self._check_run(state)
+        self._warn_of_other_horizon()
         shadow.resolve(state.model)
         log.info('EMA with %s: %s', self._horizon(), shadow)
 
@@ -501,9 +503,10 @@ class EMA(Algorithm):
         stash = {k: v for k, v in upgraded.items() if k == 'training_weights'}
         self._shadow.load_state_dict({**average, **stash})
         self.ema_started, self._last_update = started, last_update
-        self._warn_of_other_horizon(upgraded.get('config') or {})
+        self._loaded_config = upgraded.get('config') or {}
 
-    def _warn_of_other_horizon(self, config: Mapping[str, Any]) -> None:
+    def _warn_of_other_horizon(self) -> None:
+        config, self._loaded_config = self._loaded_config, {}
         for name in ('half_life', 'smoothing'):
             if name in config and config[name] != self._arguments[name]:
                 warnings.warn(

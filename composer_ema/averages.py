@@ -6,6 +6,7 @@ Every average is ``shadow += weight * (source - shadow)``; a profile only choose
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 _LN2 = math.log(2.0)
 
@@ -58,7 +59,7 @@ def weight_from_smoothing(smoothing: float) -> float:
 
 def check_share(name: str, value: float, remedy: str) -> None:
     """Raises unless ``value`` is a number in [0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f'{name} must be a number in [0, 1], got {value!r} of type {type(value).__name__}. {remedy}')
     if not 0 <= value <= 1:
         raise ValueError(f'{name} must lie in [0, 1], got {value}. {remedy}')
