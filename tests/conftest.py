@@ -1,0 +1,43 @@
+"""Shared fixtures: one torch thread, warnings of this package as errors, a builder of tiny Trainers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import toy
+from composer import Trainer
+
+torch.set_num_threads(1)  # the toy models are too small for more
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line('filterwarnings', r'error:::composer_ema(\.|$)')
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if 'gpu' in item.keywords:
+                item.add_marker(pytest.mark.skip(reason='needs a CUDA device, and this machine has none'))
+
+
+@pytest.fixture
+def model() -> toy.ComposerClassifier:
+    """A tiny classifier with BatchNorm and dropout."""
+    return toy.make_model()
+
+
+@pytest.fixture
+def trainer() -> Iterator[Callable[..., Trainer]]:
+    """Builds Trainers as :func:`toy.make_trainer` does, and closes them after the test."""
+    built: list[Trainer] = []
+
+    def build(*args, **kwargs) -> Trainer:
+        built.append(toy.make_trainer(*args, **kwargs))
+        return built[-1]
+
+    yield build
+    for each in built:
+        each.close()
