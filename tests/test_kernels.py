@@ -1,0 +1,260 @@
+"""Every backend against the equation in float64, over dtypes, layouts and sizes."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from composer_ema import kernels
+from composer_ema.kernels import foreach, reference
+
+DEVICES = [
+    'cpu',
+    pytest.param(
+        'cuda',
+        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')],
+    ),
+]
+BACKENDS = ['foreach', 'reference']
+WEIGHTS = [0.0, 1e-3, 0.25, 0.5, 0.75, 1.0]
+
+#: Largest error of one update, in units of the largest magnitude that took part.
+TOLERANCES = {
+    torch.float64: 4 * 2.0**-53,  # difference, product and sum each round once, and the reference rounds too
+    torch.float32: 4 * 2.0**-24,  # likewise
+    torch.complex64: 8 * 2.0**-24,  # a complex product is two real products and a sum
+    # The result is held in few digits; torch computes in float32 and rounds once, old releases after each operation.
+    torch.float16: 2 * 2.0**-11,
+    torch.bfloat16: 2 * 2.0**-8,
+}
+DTYPES = [
+    # shadow, source
+    *((dtype, dtype) for dtype in TOLERANCES),
+    (torch.float32, torch.float16),
+    (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float64),
+    (torch.float64, torch.float32),
+    (torch.bfloat16, torch.float32),
+]
+
+
+def _strided(*shape: int, **options) -> torch.Tensor:
+    return torch.randn(*(2 * size for size in shape), **options)[tuple(slice(None, None, 2) for _ in shape)]
+
+
+def _of_two_layouts(*shape: int, **options) -> torch.Tensor:
+    _of_two_layouts.calls += 1
+    contiguous = torch.randn(*shape, **options)
+    return contiguous.to(memory_format=torch.channels_last) if _of_two_layouts.calls % 2 else contiguous
+
+
+_of_two_layouts.calls = 0
+
+LAYOUTS: dict[str, Callable[..., torch.Tensor]] = {
+    'contiguous': lambda **o: torch.randn(5, 7, **o),
+    'scalar': lambda **o: torch.randn((), **o),
+    'empty': lambda **o: torch.randn(3, 0, **o),
+    'channels_last': lambda **o: torch.randn(2, 3, 4, 5, **o).to(memory_format=torch.channels_last),
+    'channels_last to contiguous': lambda **o: _of_two_layouts(2, 3, 4, 5, **o),
+    'transposed': lambda **o: torch.randn(5, 7, **o).t(),
+    'permuted': lambda **o: torch.randn(2, 3, 4, **o).permute(2, 0, 1),
+    'strided': lambda **o: _strided(3, 4, **o),
+    'a column': lambda **o: torch.randn(6, 4, **o)[:, 1],
+    'larger than the scratch': lambda **o: torch.randn(10, 13, **o),
+}
+
+
+@pytest.fixture(autouse=True)
+def _small_scratch(monkeypatch):
+    """So that a tensor of a hundred elements already goes through in several chunks."""
+    monkeypatch.setattr(foreach, '_CHUNK_CPU', 32)
+    monkeypatch.setattr(foreach, '_CHUNK_ACCELERATOR', 32)
+
+
+def assert_close(got, expected, dtypes, scale=1.0):
+    shadow_dtype, source_dtype = dtypes
+    assert got.dtype == shadow_dtype
+    # A cast through the shadow's dtype rounds the source as well.
+    tolerance = TOLERANCES[shadow_dtype] * (1 if shadow_dtype == source_dtype else 2)
+    error = (got.to(expected.dtype) - expected).abs().max().item() if got.numel() else 0.0
+    assert error <= tolerance * scale
+
+
+@pytest.mark.parametrize('dtypes', DTYPES, ids=lambda pair: ' from '.join(str(d).removeprefix('torch.') for d in pair))
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('backend', BACKENDS)
+@pytest.mark.parametrize('device', DEVICES)
+def test_an_update_equals_the_formula(device, backend, layout, dtypes):
+    torch.manual_seed(0)
+    shadow = LAYOUTS[layout](dtype=dtypes[0], device=device)
+    source = LAYOUTS[layout](dtype=dtypes[1], device=device)
+    strides, source_before = shadow.stride(), source.clone()
+    step = kernels.prepare([shadow], [source], backend=backend)
+    scale = max((t.abs().max().item() for t in (shadow, source) if t.numel()), default=0.0)
+    for weight in WEIGHTS:
+        expected = reference.average(shadow, source, weight)
+        step(weight)
+        assert_close(shadow, expected, dtypes, scale)
+    assert shadow.stride() == strides
+    assert torch.equal(source, source_before)
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+@pytest.mark.parametrize('device', DEVICES)
+def test_lists_of_all_dtypes_and_layouts_at_once(device, backend):
+    torch.manual_seed(1)
+    pairs = [
+        (make(dtype=dtypes[0], device=device), make(dtype=dtypes[1], device=device), dtypes)
+        for dtypes in DTYPES
+        for make in LAYOUTS.values()
+    ]
+    expected = [reference.average(shadow, source, 0.3) for shadow, source, _ in pairs]
+    step = kernels.prepare([s for s, _, _ in pairs], [s for _, s, _ in pairs], backend=backend)
+    step(0.3)
+    for (shadow, _, dtypes), wanted in zip(pairs, expected, strict=True):
+        assert_close(shadow, wanted, dtypes, scale=5)
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+@pytest.mark.parametrize('dtype', TOLERANCES, ids=str)
+def test_a_weight_of_zero_freezes_every_bit(backend, dtype):
+    shadow = torch.randn(50, dtype=dtype)
+    before = shadow.clone()
+    kernels.lerp_([shadow], [torch.randn(50, dtype=dtype)], 0.0, backend=backend)
+    assert torch.equal(shadow, before)
+
+
+@pytest.mark.parametrize('dtype', TOLERANCES, ids=str)
+def test_a_weight_of_one_copies_every_bit(dtype):
+    shadow, source = torch.randn(50, dtype=dtype), torch.randn(50, dtype=dtype)
+    kernels.lerp_([shadow], [source], 1.0)
+    assert torch.equal(shadow, source)
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_three_updates_by_hand(backend):
+    shadow, source = torch.tensor([8.0, 0.0]), torch.tensor([0.0, 8.0])
+    step = kernels.prepare([shadow], [source], backend=backend)
+    step(0.5)
+    assert shadow.tolist() == [4.0, 4.0]
+    step(0.25)
+    assert shadow.tolist() == [3.0, 5.0]
+    source.fill_(11)
+    step(0.5)
+    assert shadow.tolist() == [7.0, 8.0]
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_half_a_step_from_a_bfloat16_source_is_exact_in_a_float32_shadow(backend):
+    shadow, source = torch.zeros(40), torch.full((40,), 1.0078125, dtype=torch.bfloat16)
+    kernels.lerp_([shadow], [source], 2.0**-10, backend=backend)
+    assert torch.equal(shadow, torch.full((40,), 1.0078125 * 2.0**-10))
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_parameters_that_require_a_gradient_are_sources_and_shadows(backend):
+    shadow, source = torch.zeros(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    kernels.lerp_([shadow], [source], 0.5, backend=backend)
+    assert shadow.tolist() == [0.5] * 3
+    assert shadow.grad_fn is None
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_nothing_to_average_is_fine(backend):
+    kernels.lerp_([], [], 0.5, backend=backend)
+
+
+@given(data=st.data(), weight=st.floats(0, 1))
+@settings(max_examples=60, deadline=None)
+def test_any_list_of_tensors_moves_as_the_formula_says(data, weight):
+    sizes = data.draw(st.lists(st.integers(0, 90), max_size=6))
+    dtypes = data.draw(st.lists(st.sampled_from(DTYPES), min_size=len(sizes), max_size=len(sizes)))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    draw = torch.empty
+    shadows = [draw(n, dtype=d[0]).normal_(generator=generator) for n, d in zip(sizes, dtypes, strict=True)]
+    sources = [draw(n, dtype=d[1]).normal_(generator=generator) for n, d in zip(sizes, dtypes, strict=True)]
+    expected = [reference.average(*pair, weight) for pair in zip(shadows, sources, strict=True)]
+    kernels.lerp_(shadows, sources, weight)
+    for shadow, wanted, pair in zip(shadows, expected, dtypes, strict=True):
+        assert_close(shadow, wanted, pair, scale=6)
+
+
+def test_the_reference_rounds_once_into_the_shadow():
+    shadow, source = torch.tensor([1.0], dtype=torch.bfloat16), torch.tensor([2.0], dtype=torch.bfloat16)
+    assert reference.average(shadow, source, 1 / 3).tolist() == [1 + 1 / 3]
+    kernels.lerp_([shadow], [source], 1 / 3, backend='reference')
+    assert shadow.item() == torch.tensor(1 + 1 / 3, dtype=torch.float64).to(torch.bfloat16).item()
+
+
+def test_no_chunk_of_scratch_exceeds_its_limit(monkeypatch):
+    seen = []
+    cast_then_lerp = foreach._cast_then_lerp
+
+    def spy(shadows, sources, casts, weight):
+        seen.append(sum(cast.numel() for cast in casts))
+        cast_then_lerp(shadows, sources, casts, weight)
+
+    monkeypatch.setattr(foreach, '_cast_then_lerp', spy)
+    sizes = [100, 1, 31, 32, 33, 5]
+    shadows, sources = [torch.zeros(n) for n in sizes], [torch.ones(n, dtype=torch.float64) for n in sizes]
+    kernels.lerp_(shadows, sources, 0.5)
+    assert sum(seen) == sum(sizes)
+    assert max(seen) <= 32
+    assert all(torch.equal(shadow, torch.full_like(shadow, 0.5)) for shadow in shadows)
+
+
+def test_a_step_allocates_nothing():
+    shadows, sources = [torch.zeros(64, 64) for _ in range(3)], [torch.ones(64, 64).bfloat16() for _ in range(3)]
+    step = kernels.prepare([*shadows, torch.zeros(64)], [*sources, torch.ones(64)])
+    step(0.5)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step(0.5)
+    assert [e.name for e in profile.events() if e.cpu_memory_usage > 0] == []
+
+
+def test_auto_takes_the_fast_path(monkeypatch):
+    monkeypatch.setitem(kernels._BACKENDS, 'reference', None)
+    shadow = torch.zeros(3)
+    kernels.lerp_([shadow], [torch.ones(3)], 0.5, backend='auto')
+    assert shadow.tolist() == [0.5] * 3
+
+
+def test_an_unknown_backend_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="backend must be one of auto, foreach, reference, got 'triton'"):
+        kernels.prepare([], [], backend='triton')
+
+
+def test_lists_that_do_not_pair_up_are_refused():
+    with pytest.raises(ValueError, match='pair up, got 1 and 2 tensors'):
+        kernels.prepare([torch.zeros(1)], [torch.zeros(1)] * 2)
+
+
+def test_other_shapes_are_refused_although_they_would_broadcast():
+    shadow = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match=r'shadow 0 has shape \(2, 3\), its source \(3,\)'):
+        kernels.lerp_([shadow], [torch.ones(3)], 0.5)
+    assert not shadow.any()
+
+
+@pytest.mark.parametrize('dtype', [torch.int64, torch.bool])
+def test_integers_are_refused_with_the_remedy(dtype):
+    with pytest.raises(ValueError, match=rf'shadow 0 is {dtype}; only floating and complex .* Copy it\.'):
+        kernels.prepare([torch.zeros(2, dtype=dtype)], [torch.zeros(2)])
+
+
+@pytest.mark.parametrize('dtypes', [(torch.float32, torch.complex64), (torch.complex64, torch.float32)])
+def test_real_and_complex_do_not_mix(dtypes):
+    with pytest.raises(ValueError, match='both or neither are complex'):
+        kernels.prepare([torch.zeros(2, dtype=dtypes[0])], [torch.zeros(2, dtype=dtypes[1])])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+@pytest.mark.parametrize('devices', [('cpu', 'cuda'), ('cuda', 'cpu')], ids='{0[0]} shadow, {0[1]} source'.format)
+def test_a_shadow_on_another_device_than_its_source(devices):
+    shadow, source = torch.zeros(100, device=devices[0]), torch.ones(100, device=devices[1])
+    kernels.lerp_([shadow], [source], 0.25)
+    torch.cuda.synchronize()
+    assert torch.equal(shadow.cpu(), torch.full((100,), 0.25))

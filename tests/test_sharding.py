@@ -1,0 +1,170 @@
+"""Wrappers are looked through, whatever the user's own sub-modules are called; rank 0's tensors reach every rank."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+from composer_ema.naming import Inventory
+from composer_ema.sharding import broadcast_, canonical_name, is_sharded, unwrap
+
+
+class Classifier(nn.Module):
+    """Calls its own sub-module ``module``, as DDP calls the model it wraps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.module(x)
+
+
+NAMES = ['module.0.weight', 'module.0.bias', 'module.1.weight', 'module.1.bias']
+
+
+@pytest.fixture(scope='module')
+def _process_group(tmp_path_factory):
+    store = f'file://{tmp_path_factory.mktemp("store") / "store"}'
+    dist.init_process_group('gloo', init_method=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def names(model: nn.Module) -> list[str]:
+    return list(Inventory.of(unwrap(model)).parameters)
+
+
+@pytest.mark.parametrize(
+    'wrap',
+    [
+        lambda model: model,
+        DistributedDataParallel,
+        DataParallel,
+        AveragedModel,
+        torch.compile,
+        lambda model: torch.compile(DistributedDataParallel(model)),
+        lambda model: DistributedDataParallel(torch.compile(model)),
+        lambda model: AveragedModel(torch.compile(DistributedDataParallel(model))),
+    ],
+    ids=['bare', 'ddp', 'dp', 'averaged', 'compile', 'compile of ddp', 'ddp of compile', 'three deep'],
+)
+@pytest.mark.usefixtures('_process_group')
+def test_whole_model_wrappers_are_taken_off_and_a_submodule_called_module_is_kept(wrap):
+    wrapped = wrap(Classifier())
+    assert type(unwrap(wrapped)) is Classifier
+    assert names(wrapped) == NAMES
+
+
+def test_unwrapping_gives_the_very_module():
+    model = Classifier()
+    assert unwrap(model) is model
+    assert unwrap(torch.compile(model)) is model
+
+
+def test_a_compiled_submodule_keeps_its_name():
+    model = Classifier()
+    model.module[0] = torch.compile(model.module[0])
+    assert 'module.0._orig_mod.weight' in dict(model.named_parameters())
+    assert names(model) == NAMES
+
+
+def test_a_model_compiled_in_place_keeps_its_names():
+    model = Classifier()
+    model.compile()
+    assert names(model) == NAMES
+
+
+def test_a_checkpointed_submodule_keeps_its_name():
+    model = Classifier()
+    model.module[0] = checkpoint_wrapper(model.module[0])
+    assert names(model) == NAMES
+
+
+def test_nested_inner_wrappers_leave_no_segment():
+    model = Classifier()
+    model.module[0] = checkpoint_wrapper(torch.compile(model.module[0]))
+    model.module = torch.compile(model.module)
+    assert names(torch.compile(model)) == NAMES
+
+
+@pytest.mark.parametrize(
+    ('name', 'canonical'),
+    [
+        ('weight', 'weight'),
+        ('module.weight', 'module.weight'),
+        ('_fsdp_wrapped_module.module.weight', 'module.weight'),
+        ('a._fsdp_wrapped_module._checkpoint_wrapped_module._orig_mod.b.weight', 'a.b.weight'),
+        ('_orig_mod._orig_mod.weight', 'weight'),
+        ('my_orig_mod.weight', 'my_orig_mod.weight'),
+        ('_orig_model.weight', '_orig_model.weight'),
+        ('a._orig_mod', 'a._orig_mod'),
+    ],
+)
+def test_only_whole_segments_of_inner_wrappers_are_dropped(name, canonical):
+    assert canonical_name(name) == canonical
+    assert canonical_name(canonical) == canonical
+
+
+def test_a_plain_model_is_not_sharded():
+    assert not is_sharded(Classifier())
+
+
+@pytest.mark.usefixtures('_process_group')
+def test_a_model_of_distributed_tensors_is_sharded():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    model = nn.Linear(2, 2, bias=False)
+    mesh = init_device_mesh('cpu', (1,))
+    model.weight = nn.Parameter(distribute_tensor(model.weight.detach(), mesh, [Replicate()]))
+    assert is_sharded(model)
+
+
+def test_broadcast_does_nothing_without_a_process_group():
+    tensor = torch.arange(3)
+    broadcast_([tensor])
+    assert tensor.tolist() == [0, 1, 2]
+
+
+@pytest.mark.usefixtures('_process_group')
+def test_broadcast_does_nothing_with_one_process(monkeypatch):
+    monkeypatch.setattr(dist, 'broadcast', lambda *_, **__: pytest.fail('communicated'))
+    broadcast_([torch.zeros(2)])
+
+
+def _on_each_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
+    try:
+        tensors = [torch.full((3,), float(rank)), torch.tensor(rank), torch.tensor([True, False]).logical_xor_(
+            torch.tensor(bool(rank))
+        ), torch.zeros(0)]  # fmt: skip
+        broadcast_(iter(tensors))
+
+        wrapped = DistributedDataParallel(Classifier(), broadcast_buffers=False)
+        unwrap(wrapped).module[1].running_mean.fill_(rank + 5)
+        from composer_ema import ShadowModel
+
+        shadow = ShadowModel(wrapped)
+        own = dict(shadow.named_buffers())['module.1.running_mean'].tolist()
+        shadow.broadcast_buffers()
+        shared = dict(shadow.named_buffers())['module.1.running_mean'].tolist()
+        live = unwrap(wrapped).module[1].running_mean.tolist()
+        torch.save([tensors, own, shared, live, list(dict(shadow.named_parameters()))], f'{folder}/{rank}.pt')
+    finally:
+        dist.destroy_process_group()
+
+
+def test_two_processes_end_with_the_tensors_of_rank_0(tmp_path):
+    mp.start_processes(_on_each_rank, args=(str(tmp_path),), nprocs=2, start_method='spawn')
+    for rank in (0, 1):
+        tensors, own, shared, live, tracked = torch.load(tmp_path / f'{rank}.pt', weights_only=True)
+        assert [tensor.tolist() for tensor in tensors] == [[0, 0, 0], 0, [True, False], []]
+        assert own == live == [rank + 5] * 2
+        assert shared == [5, 5]
+        assert tracked == NAMES
