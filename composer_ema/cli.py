@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -66,6 +67,7 @@ def export(
 
 def main() -> None:
     """The entry point of ``composer-ema`` and of ``python -m composer_ema.cli``."""
+    warnings.showwarning = _show_warning
     app()
 
 
@@ -73,6 +75,12 @@ def _show(renderable: Any) -> None:
     """Prints on rank 0; text is printed as it is, however wide, so that it can be copied."""
     if os.environ.get('RANK', '0') == '0':
         Console().print(renderable, markup=False, highlight=False, soft_wrap=isinstance(renderable, str))
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """One line for the reader of the terminal, who has no use for the line of code that warned."""
+    if os.environ.get('RANK', '0') == '0':
+        _error_console().print(f'warning: {message}', style='yellow', markup=False, highlight=False, soft_wrap=True)
 
 
 def _numbers(seeds: str | None) -> list[int]:
@@ -100,8 +108,12 @@ def _usage_errors() -> Iterator[None]:
 
 
 def _fail(message: str) -> None:
-    Console(stderr=True).print(message, style='red', markup=False, highlight=False, soft_wrap=True)
+    _error_console().print(message, style='red', markup=False, highlight=False, soft_wrap=True)
     raise typer.Exit(USAGE_ERROR)
+
+
+def _error_console() -> Console:
+    return Console(stderr=True)
 
 
 if __name__ == '__main__':

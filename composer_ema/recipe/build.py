@@ -137,7 +137,8 @@ def _numbered_name(checked: Plan, *, resumes: bool) -> str:
 def _refuse_to_overwrite(checked: Plan, folder: Path, place: Place) -> None:
     trainer = checked.trainer
     continues = trainer.get('autoresume') or trainer.get('load_path') or trainer.get('save_overwrite')
-    is_taken = any((folder / name).exists() for name in (METRICS_FILE, RECIPE_FILE, CHECKPOINT_FOLDER))
+    metrics, checkpoints = folder / METRICS_FILE, folder / CHECKPOINT_FOLDER
+    is_taken = (metrics.exists() and metrics.stat().st_size > 0) or any(checkpoints.glob('*'))
     # Every process must have looked before the first one writes.
     dist.barrier()
     if is_taken and not continues:

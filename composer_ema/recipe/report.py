@@ -103,23 +103,21 @@ def epochs_table(outcome: Result) -> Table:
 
 
 def seeds_table(outcomes: Sequence[Result], title: str) -> Table:
-    """One row per seed and a row of means."""
+    """Per seed, and for the mean over seeds, one row for each set of weights."""
     header, *rows = _seeds_rows(outcomes)
     table = Table(title=title, title_justify='left')
     for name in header:
-        table.add_column(name, justify='right')
-    for row in rows[:-1]:
-        table.add_row(*row)
-    table.add_section()
-    table.add_row(*rows[-1])
+        table.add_column(name, justify='left' if name == 'weights' else 'right', no_wrap=name == 'weights')
+    for row, following in zip(rows, [*rows[1:], None], strict=True):
+        table.add_row(*row, end_section=following is not None and following[0] != row[0])
     return table
 
 
 def seeds_markdown(outcomes: Sequence[Result]) -> str:
     """The table of :func:`seeds_table` to be pasted into a page."""
     header, *rows = _seeds_rows(outcomes)
-    lines = [header, ['---:'] * len(header), *rows]
-    return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
+    rule = [':---' if name == 'weights' else '---:' for name in header]
+    return ''.join(f'| {" | ".join(line)} |\n' for line in (header, rule, *rows))
 
 
 def draw_curves(outcome: Result, folder: Path) -> list[Path]:
@@ -155,29 +153,27 @@ def draw_curves(outcome: Result, folder: Path) -> list[Path]:
 
 def _draw_accuracy(axes: Any, outcome: Result) -> None:
     _draw_lines(axes, outcome, lambda point: None if point.accuracy is None else 100 * point.accuracy)
+    firsts = ', '.join(f'{LABELS[weights]} {_epoch(outcome.first_epoch(weights))}' for weights in outcome.points)
     axes.set(ylabel='accuracy (%)')
+    axes.set_title(f'first epoch at {_target(outcome)}: {firsts}', loc='left', fontsize=9)
     target = 100 * outcome.target_accuracy
     low, high = axes.get_ylim()
     if not low - (high - low) <= target <= high + (high - low):
         return  # far away, the line would squeeze the curves flat
     axes.axhline(target, color='0.45', linewidth=0.9, zorder=0)
+    # At the left end, where a curve is still far below its target.
     axes.annotate(
-        f'{target:g} %', (1, target), xycoords=('axes fraction', 'data'), xytext=(-2, 2), textcoords='offset points',
-        ha='right', va='bottom', fontsize=8, color='0.35',
+        _target(outcome), (0, target), xycoords=('axes fraction', 'data'), xytext=(3, 3), textcoords='offset points',
+        fontsize=9, color='0.35',
     )  # fmt: skip
     axes.set_ylim(*axes.get_ylim())
-    for line, weights in enumerate(outcome.points):
-        _mark_first_epoch(axes, outcome, weights, line)
+    for weights in outcome.points:
+        _drop_line(axes, outcome, weights)
 
 
-def _mark_first_epoch(axes: Any, outcome: Result, weights: str, line: int) -> None:
-    """A drop line from the first evaluation at the target, and in words at the foot of the panel which epoch it was."""
+def _drop_line(axes: Any, outcome: Result, weights: str) -> None:
+    """A line from the first evaluation at the target down to the axis."""
     epoch = outcome.first_epoch(weights)
-    told = f'{LABELS[weights]}: {_epoch(epoch)}' if epoch is None else f'{LABELS[weights]}: epoch {_epoch(epoch)}'
-    axes.annotate(
-        told, (1, 0), xycoords='axes fraction', xytext=(-4, 6 + 13 * line), textcoords='offset points',
-        ha='right', color=_COLOURS[weights], fontsize=9,
-    )  # fmt: skip
     if epoch is not None:
         height = next(100 * (point.accuracy or 0.0) for point in outcome.points[weights] if point.epoch == epoch)
         axes.vlines(epoch, axes.get_ylim()[0], height, color=_COLOURS[weights], linestyle=':', linewidth=1.4, zorder=0)
@@ -205,25 +201,27 @@ def _draw_lines(axes: Any, outcome: Result, value: Callable[[Point], float | Non
 
 
 def _seeds_rows(outcomes: Sequence[Result]) -> list[list[str]]:
-    """Header, one row per seed, and the row of means, as text."""
+    """Header, then a row for each seed and set of weights, then the means, as text."""
+    header = ['seed', 'weights', f'first epoch at {_target(outcomes[0])}', 'final accuracy %', 'final loss']
     evaluated = [weights for weights in LABELS if any(weights in outcome.points for outcome in outcomes)]
-    target = f'{100 * outcomes[0].target_accuracy:g} %'
-    columns: list[tuple[str, Callable[[float | None], str], list[float | None]]] = []
-    for weights in evaluated:
-        firsts = [outcome.first_epoch(weights) for outcome in outcomes]
-        columns.append((f'first epoch at {target}: {LABELS[weights]}', _epoch, firsts))
-    for weights in evaluated:
-        finals = [outcome.final(weights).accuracy for outcome in outcomes]
-        columns.append((f'final accuracy %: {LABELS[weights]}', _percent, finals))
-    for weights in evaluated:
-        finals = [outcome.final(weights).loss for outcome in outcomes]
-        columns.append((f'final loss: {LABELS[weights]}', _loss, finals))
-    columns.append(('cost, % of step time', _percent, [outcome.update_share for outcome in outcomes]))
-    body = [
-        [str(outcome.seed), *(show(values[i]) for _, show, values in columns)] for i, outcome in enumerate(outcomes)
+    rows = [_seeds_row(str(outcome.seed), weights, [outcome]) for outcome in outcomes for weights in evaluated]
+    means = [_seeds_row('mean', weights, outcomes) for weights in evaluated]
+    return [[*header, 'cost, % of step time'], *rows, *means]
+
+
+def _seeds_row(seed: str, weights: str, outcomes: Sequence[Result]) -> list[str]:
+    """Means over the outcomes; a mean of first epochs exists only if all of them do."""
+    finals = [outcome.final(weights) for outcome in outcomes]
+    first_epochs = [outcome.first_epoch(weights) for outcome in outcomes]
+    is_partial = None in first_epochs and any(epoch is not None for epoch in first_epochs)
+    return [
+        seed,
+        LABELS[weights],
+        'not by all' if is_partial else _epoch(_mean(first_epochs)),
+        _percent(_mean([point.accuracy for point in finals])),
+        _loss(_mean([point.loss for point in finals])),
+        _percent(_mean([outcome.update_share for outcome in outcomes])) if weights == 'ema' else '',
     ]
-    means = ['mean', *(show(_mean(values)) for _, show, values in columns)]
-    return [['seed', *(name for name, _, _ in columns)], *body, means]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -231,9 +229,14 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return statistics.fmean(known) if known and len(known) == len(values) else None
 
 
+def _target(outcome: Result) -> str:
+    return f'{100 * outcome.target_accuracy:g} %'
+
+
 def _summary(outcome: Result) -> str:
-    target = f'{100 * outcome.target_accuracy:g} %'
-    lines = [f'first epoch at {target}, {LABELS[w]}: {_epoch(outcome.first_epoch(w))}' for w in outcome.points]
+    lines = [
+        f'first epoch at {_target(outcome)}, {LABELS[w]}: {_epoch(outcome.first_epoch(w))}' for w in outcome.points
+    ]
     if outcome.update_share is not None:
         share = f'{100 * outcome.update_share:.2f} % of step time, measured over {outcome.num_batches} batches'
         lines.append(f'cost of the average: {share}')

@@ -17,7 +17,7 @@ from composer_ema.recipe import report
 from composer_ema.recipe.build import RECIPE_FILE, Run, build
 from composer_ema.recipe.recorder import write_beside
 from composer_ema.recipe.report import Result
-from composer_ema.recipe.schema import Recipe
+from composer_ema.recipe.schema import Place, Plan, Recipe
 
 log = logging.getLogger(__name__)
 
@@ -95,12 +95,24 @@ def _fit(run: Run) -> None:
     if state.timestamp >= state.max_duration:
         log.info('%s has already trained for %s; there is nothing left to do.', state.run_name, state.max_duration)
         return
+    start = state.timestamp.batch
     try:
         run.trainer.fit()
     except FileExistsError as error:
         raise (run.plan.place / 'save_folder').error(
             f'{error} Continue the run with autoresume=true, or replace it with save_overwrite=true.'
         ) from error
+    except ValueError as error:
+        if state.timestamp.batch > start:
+            raise
+        # Refused before the first batch: a setting that cannot work in this run, such as a half-life of 2ep in 10ba.
+        raise _blame(run.plan, error).error(str(error)) from error
+
+
+def _blame(plan: Plan, error: Exception) -> Place:
+    """The one argument of an algorithm that the message speaks of, or else the recipe as a whole."""
+    blamed = [each.blame(error) for each in plan.algorithms]
+    return next((place for place, each in zip(blamed, plan.algorithms, strict=True) if place != each.place), plan.place)
 
 
 def _outcome(run: Run) -> Result:

@@ -22,8 +22,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import torch
 from composer import Trainer
-from composer.core import Callback, Time, ensure_time
-from composer.core import TimeUnit as Unit
+from composer.core import Callback, Time, TimeUnit, ensure_time
 from composer.loggers import LoggerDestination
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -115,9 +114,9 @@ class Named:
         try:
             return self.factory(*positional, **self.arguments, **further)
         except (ValueError, TypeError, ImportError, FileNotFoundError) as error:
-            raise self._blame(error).error(_said(error)) from error
+            raise self.blame(error).error(_said(error)) from error
 
-    def _blame(self, error: Exception) -> Place:
+    def blame(self, error: Exception) -> Place:
         """The one argument that the message speaks of, or else the whole entry."""
         spoken_of = [name for name in self.arguments if name in str(error).replace('`', ' ').replace('=', ' ').split()]
         return self.place / spoken_of[0] if len(spoken_of) == 1 else self.place
@@ -214,8 +213,8 @@ def plan(recipe: Recipe) -> Plan:
         recipe=recipe,
         model=_model(values.get('model'), place / 'model'),
         data=_data(values.get('data'), place / 'data'),
-        optimizer=_one(values.get('optimizer'), place / 'optimizer', registry.optimizers(), given={'params'}),
-        scheduler=_one(values.get('scheduler'), place / 'scheduler', registry.schedulers(), given={'optimizer'}),
+        optimizer=_one(values.get('optimizer'), place / 'optimizer', registry.optimizers(), 'adamw', 'params'),
+        scheduler=_one(values.get('scheduler'), place / 'scheduler', registry.schedulers(), 'linear_lr', 'optimizer'),
         algorithms=algorithms,
         callbacks=_section(values, 'callbacks', registry.callbacks(), place),
         loggers=_section(values, 'loggers', registry.loggers(), place),
@@ -322,13 +321,12 @@ def _model(section: Any, place: Place) -> Named:
     return Named(place, name, functools.partial(build_model, name), checked)
 
 
-def _one(section: Any, place: Place, known: Registry, *, given: Collection[str]) -> Named | None:
+def _one(section: Any, place: Place, known: Registry, example: str, given: str) -> Named | None:
     if section is None:
         return None
-    name, arguments = _named(section, place, next(iter(known.classes)))
+    name, arguments = _named(section, place, example)
     found = _find(name, place / 'name', known)
-    # Composer's schedulers and torch's share a section; only torch's are handed an optimizer.
-    return Named(place, known.canonical(name) or name, found, check_arguments(found, arguments, place, given=given))
+    return Named(place, known.canonical(name) or name, found, check_arguments(found, arguments, place, given={given}))
 
 
 def _section(values: Mapping[str, Any], key: str, known: Registry, place: Place) -> list[Named]:
@@ -396,15 +394,20 @@ def _trainer_arguments(values: Mapping[str, Any], names: Collection[str], place:
     for key, value in arguments.items():
         _checked_value(parameters[key].annotation, value, place / key)
         if Time in get_args(parameters[key].annotation) and value is not None:
-            _check_time(value, place / key)
+            _check_time(value, place / key, least=1 if key == 'max_duration' else 0)
+    seed = arguments.get('seed')
+    if seed is not None and not 0 <= seed < 2**31:
+        raise (place / 'seed').error(f'must be a whole number from 0 to {2**31 - 1}, got {seed}.')
     return arguments
 
 
-def _check_time(value: int | str, place: Place) -> None:
+def _check_time(value: int | str, place: Place, *, least: int) -> None:
     try:
-        ensure_time(value, Unit.EPOCH)
+        time = ensure_time(value, TimeUnit.EPOCH)
     except ValueError as error:
         raise place.error(f'{value!r} is no time. Write a number and a unit, as in 2ep, 100ba or 0.5dur.') from error
+    if time.value < least:
+        raise place.error(f'must be at least {least}, got {value!r}. Write a number and a unit, as in 2ep or 100ba.')
 
 
 def _checked_value(annotation: Any, value: Any, place: Place) -> Any:
@@ -470,9 +473,7 @@ def _yaml_class(annotation: type) -> Any:
     if issubclass(annotation, enum.Enum):
         values = tuple(each.value for each in annotation)
         return Literal[values] if all(isinstance(value, str | int) for value in values) else _FOREIGN
-    if issubclass(annotation, os.PathLike):
-        return str
-    if annotation in (torch.dtype, torch.device):
+    if annotation in (Path, os.PathLike, torch.dtype, torch.device):
         return str
     if issubclass(annotation, collections.abc.Mapping):
         return dict
@@ -499,7 +500,7 @@ def _in_words(form: Any) -> str:
     if origin in (Union, types.UnionType):
         return ' or '.join(dict.fromkeys(_in_words(each) for each in inner))
     if origin is tuple and Ellipsis not in inner:
-        return f'a list of {len(inner)} values'
+        return f'a list of {len(inner)} values, the first {_in_words(inner[0])}'
     if origin in (list, tuple) and inner[0] is not Any:
         return f'a list, each entry {_in_words(inner[0])}'
     return 'a mapping' if dict in (form, origin) else 'a list'
