@@ -10,6 +10,7 @@ from composer import Callback, DataSpec, Evaluator, Trainer
 from composer.models import ComposerClassifier
 from composer.utils import dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 CLASSES = 3
@@ -82,16 +83,10 @@ class IterationLength(Callback):
 
 
 def bits(tensors: nn.Module | Mapping[str, Tensor]) -> dict[str, bytes]:
-    """Every tensor as its bytes, so that equal means equal to the last bit."""
+    """Every tensor as its bytes, so that equal means equal to the last bit. DDP is taken off a module."""
     if isinstance(tensors, nn.Module):
-        tensors = {name.removeprefix('module.'): tensor for name, tensor in tensors.state_dict().items()}
+        tensors = (tensors.module if isinstance(tensors, DistributedDataParallel) else tensors).state_dict()
     return {name: t.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes() for name, t in tensors.items()}
-
-
-def user_model(trainer: Trainer) -> nn.Module:
-    """The model as it was given to the Trainer, DDP taken off."""
-    model = trainer.state.model
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
 def snapshot(trainer: Trainer) -> dict[str, Any]:
@@ -104,7 +99,7 @@ def snapshot(trainer: Trainer) -> dict[str, Any]:
     }
     time = trainer.state.timestamp
     return {
-        'weights': bits(user_model(trainer)),
+        'weights': bits(trainer.state.model),
         'average': bits({**average['parameters'], **average['buffers']}),
         'num_updates': average['num_updates'],
         'last_update': average['last_update'],

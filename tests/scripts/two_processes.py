@@ -1,0 +1,80 @@
+"""Trains on two processes: whole, without the average, resumed after every batch, and from a one-process checkpoint.
+
+    composer -n 2 two_processes.py FOLDER
+
+Reads FOLDER/one/ba*.pt, writes FOLDER/two/ba*.pt and what each rank saw to FOLDER/rank0.pt and FOLDER/rank1.pt.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+torch.set_num_threads(1)
+
+import toy  # noqa: E402
+from composer import Callback, Event, Trainer  # noqa: E402
+from composer.utils import dist  # noqa: E402
+
+from composer_ema import EMA  # noqa: E402
+
+
+class Watch(Callback):
+    """Notes the weights after every batch, and those that every evaluation runs on."""
+
+    def __init__(self) -> None:
+        self.history: list[dict[str, bytes]] = []
+        self.evaluated: list[dict[str, bytes]] = []
+
+    def run_event(self, event, state, logger) -> None:
+        if event is Event.BATCH_END:
+            self.history.append(toy.bits(state.model))
+        elif event is Event.EVAL_BATCH_START:
+            self.evaluated.append(toy.bits(state.model))
+
+
+def build(watch: Watch, *, with_ema: bool = True, **arguments: Any) -> Trainer:
+    return toy.make_trainer(
+        [EMA('1.5ep', update_interval='2ba')] if with_ema else [],
+        callbacks=[watch],
+        train_dataloader=toy.make_data(10, 2, shuffle=True),
+        eval_dataloader=toy.make_evaluator(interval='2ba'),
+        **arguments,
+    )
+
+
+def main(folder: Path) -> None:
+    seen: dict[str, Any] = {'resumed': {}, 'from_one': {}}
+    watch = Watch()
+    whole = build(watch, save_folder=str(folder / 'two'), save_interval='1ba', save_filename='ba{batch}.pt')
+    assert dist.get_world_size() == 2
+    whole.fit()
+    seen |= {'whole': toy.snapshot(whole), 'history': watch.history, 'evaluated': watch.evaluated}
+
+    watch = Watch()
+    build(watch, with_ema=False).fit()
+    seen['history_without'] = watch.history
+
+    for batch in range(1, 2 * toy.EPOCH):
+        resumed = build(
+            Watch(),
+            load_path=str(folder / 'two' / f'ba{batch}.pt'),
+            save_folder=str(folder / f'resumed_{batch}'),
+            save_interval='2ba',
+        )
+        resumed.fit()
+        seen['resumed'][batch] = toy.snapshot(resumed)
+
+    for batch in (2, toy.EPOCH, 5):
+        watch = Watch()
+        run = build(watch, load_path=str(folder / 'one' / f'ba{batch}.pt'))
+        loaded = toy.snapshot(run)
+        run.fit()
+        seen['from_one'][batch] = (loaded, toy.snapshot(run), watch.evaluated)
+    torch.save(seen, folder / f'rank{dist.get_global_rank()}.pt')
+
+
+if __name__ == '__main__':
+    main(Path(sys.argv[1]))

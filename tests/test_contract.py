@@ -1,0 +1,1427 @@
+"""The contract of the package, item by item, on real Composer runs; its slower halves run in subprocesses.
+
+Covered pairs of the grid for item 1: every value of each axis in ``AXES`` meets every value of every other axis in at
+least one run; ``test_the_grid_holds_every_pair_of_settings`` counts them.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import io
+import itertools
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import toy
+from composer import Callback, Event, Time, Trainer
+from composer.algorithms import EMA as BuiltinEMA
+from composer.algorithms import SAM, SWA, GradientClipping, LayerFreezing, SelectiveBackprop
+from composer.core import TimeUnit
+from composer.models import ComposerModel
+from composer.optim import CosineAnnealingScheduler
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader, TensorDataset
+
+from composer_ema import EMA, CheckpointError, export, load_average
+from toy import bits, make_data, make_evaluator, make_model, make_trainer, snapshot
+
+SCRIPTS = Path(__file__).parent / 'scripts'
+
+
+# 1. Training is untouched
+
+
+def every_second_batch(state, event) -> bool:
+    return event is Event.BATCH_END and int(state.timestamp.batch) % 2 == 0
+
+
+def save_after_odd_batches(state, event) -> bool:
+    return event is Event.BATCH_CHECKPOINT and int(state.timestamp.batch) % 2 == 1
+
+
+def save_when_numpy_says_so(state, event) -> np.bool_:
+    return np.bool_(int(state.timestamp.batch) in (2, 3))
+
+
+AXES: dict[str, tuple[Any, ...]] = {
+    'horizon': ('2ba', '1.5ep', '7sp', '30tok', '1iter', '0.25dur', '0ba', 0.75),
+    'update_interval': (None, '1ba', '2ba', '1ep', '0.5ep', '5sp', '20tok', '0.3dur'),
+    'evaluation': ('1ba', '2ba', '1ep', every_second_batch),
+    'saving': (None, '1ba', '1ep', '1iter', save_after_odd_batches, save_when_numpy_says_so),
+    'prediction': (None, Event.BATCH_END, Event.EPOCH_END),
+    'others': (None, 'sam', 'swa', 'selective_backprop', 'layer_freezing', 'gradient_clipping'),
+    'setting': ('plain', 'schedule', 'microbatches', 'autocast', 'two fits', 'unfreezing'),
+}
+
+
+class Case(NamedTuple):
+    horizon: Any
+    update_interval: Any
+    evaluation: Any
+    saving: Any
+    prediction: Any
+    others: Any
+    setting: str
+
+
+def pairs_in(case: Case) -> set[tuple[int, Any, int, Any]]:
+    """Every pair of settings that ``case`` tries together."""
+    return {(i, case[i], j, case[j]) for i, j in itertools.combinations(range(len(case)), 2)}
+
+
+def covering_cases() -> list[Case]:
+    """Few cases that hold every pair of settings: each takes an uncovered pair, then what covers most of the rest."""
+    values = list(AXES.values())
+    uncovered = {
+        (i, a, j, b): None for i, j in itertools.combinations(range(len(values)), 2) for a in values[i] for b in values[j]
+    }
+    cases = []
+    while uncovered:
+        i, a, j, b = next(iter(uncovered))
+        chosen = {i: a, j: b}
+        for axis in range(len(values)):
+            if axis in chosen:
+                continue
+            gain = {
+                value: sum(
+                    ((axis, value, k, v) if axis < k else (k, v, axis, value)) in uncovered for k, v in chosen.items()
+                )
+                for value in values[axis]
+            }
+            chosen[axis] = max(gain, key=gain.__getitem__)
+        case = Case(*(chosen[axis] for axis in range(len(values))))
+        for pair in pairs_in(case):
+            uncovered.pop(pair, None)
+        cases.append(case)
+    return cases
+
+
+CASES = covering_cases()
+
+
+def test_the_grid_holds_every_pair_of_settings():
+    tried = set().union(*map(pairs_in, CASES))
+    wanted = {
+        (i, a, j, b)
+        for (i, first), (j, second) in itertools.combinations(enumerate(AXES.values()), 2)
+        for a in first
+        for b in second
+    }
+    assert tried == wanted
+    assert len(CASES) < 100
+
+
+class Recorder(Callback):
+    """Keeps the bits of the model wherever training may be observed, and checks what evaluation runs on."""
+
+    MOMENTS = frozenset({
+        Event.FIT_START, Event.BATCH_START, Event.BATCH_END, Event.BATCH_CHECKPOINT, Event.EPOCH_END,
+        Event.EPOCH_CHECKPOINT, Event.ITERATION_END, Event.ITERATION_CHECKPOINT, Event.FIT_END,
+    })  # fmt: skip
+
+    def __init__(self, ema: EMA | None = None) -> None:
+        self.ema = ema
+        self.history: list[tuple[str, dict[str, bytes]]] = []
+        self.forwards_with_average = 0
+
+    def run_event(self, event, state, logger) -> None:
+        if event in self.MOMENTS:
+            self.history.append((event.value, bits(state.model)))
+        if event in (Event.EVAL_BEFORE_FORWARD, Event.PREDICT_BEFORE_FORWARD) and self.ema and self.ema.ema_started:
+            shadow = self.ema.ema_model
+            held, average = bits(state.model), {**dict(shadow.named_parameters()), **dict(shadow.named_buffers())}
+            assert all(held[name] == value for name, value in bits(average).items())
+            self.forwards_with_average += 1
+
+
+class PredictDuringFit(Callback):
+    def __init__(self, moment: Event) -> None:
+        self.moment = moment
+        self.trainer: Trainer | None = None
+
+    def run_event(self, event, state, logger) -> None:
+        if event is self.moment and self.trainer is not None:
+            self.trainer.predict(make_data(4, seed=3))
+
+
+class Unfreeze(Callback):
+    """Freezes the convolution until the end of the second batch."""
+
+    def init(self, state, logger) -> None:
+        state.model.get_parameter('module.0.weight').requires_grad_(False)
+
+    def batch_end(self, state, logger) -> None:
+        if int(state.timestamp.batch) == 2:
+            state.model.get_parameter('module.0.weight').requires_grad_(True)
+
+
+def other_algorithms(name: str | None) -> list[Any]:
+    return {
+        None: lambda: [],
+        'sam': lambda: [SAM(rho=0.1, interval=2)],
+        'swa': lambda: [SWA(swa_start='0.3dur', swa_end='0.9dur', update_interval='1ba')],
+        'selective_backprop': lambda: [SelectiveBackprop(start=0.0, end=1.0, keep=0.5, interrupt=2)],
+        'layer_freezing': lambda: [LayerFreezing(freeze_start=0.2, freeze_level=0.7)],
+        'gradient_clipping': lambda: [GradientClipping(clipping_type='norm', clipping_threshold=0.05)],
+    }[name]()
+
+
+def run_case(case: Case, folder: Path, ema: EMA | None) -> tuple[Recorder, Trainer, torch.Tensor]:
+    recorder = Recorder(ema)
+    callbacks: list[Callback] = [recorder]
+    predicting = None
+    if case.prediction is not None:
+        predicting = PredictDuringFit(case.prediction)
+        callbacks.append(predicting)
+    arguments: dict[str, Any] = {'eval_dataloader': make_evaluator(interval=case.evaluation)}
+    if case.saving is not None:
+        arguments |= {'save_folder': str(folder), 'save_interval': case.saving, 'save_overwrite': True}
+    if case.setting == 'schedule':
+        arguments |= {'schedulers': CosineAnnealingScheduler(), 'step_schedulers_every_batch': True}
+    if case.setting == 'microbatches':
+        arguments |= {'device_train_microbatch_size': 2}
+    model = arguments['model'] = make_model()
+    if case.others == 'layer_freezing':  # Composer cannot save the momentum of a frozen parameter
+        arguments['optimizers'] = torch.optim.SGD(model.parameters(), lr=0.3)
+    if case.setting == 'autocast':  # Composer has no mixed precision on the CPU; torch has
+        model.forward = torch.autocast('cpu', dtype=torch.bfloat16)(model.forward)
+    if case.setting == 'unfreezing':
+        callbacks.append(Unfreeze())
+    trainer = make_trainer(
+        [*other_algorithms(case.others), *([] if ema is None else [ema])],
+        iteration='1ep' if '1iter' in (case.horizon, case.saving) else None,
+        callbacks=callbacks,
+        **arguments,
+    )
+    if predicting is not None:
+        predicting.trainer = trainer
+    trainer.fit()
+    if case.setting == 'two fits':
+        trainer.fit(duration='2ba')
+    return recorder, trainer, torch.get_rng_state()
+
+
+@functools.cache
+def reference_run(case: Case, folder: Path) -> tuple[list, dict[str, bytes], dict, bytes]:
+    recorder, trainer, rng = run_case(case, folder, None)
+    return recorder.history, bits(trainer.state.model), momenta(trainer), rng.numpy().tobytes()
+
+
+def momenta(trainer: Trainer) -> dict[str, bytes]:
+    state = trainer.state.optimizers[0].state
+    tensors = {
+        f'{name}.{key}': value
+        for name, parameter in trainer.state.model.named_parameters()
+        for key, value in state.get(parameter, {}).items()
+        if isinstance(value, Tensor)
+    }
+    assert tensors or not trainer.state.optimizers[0].defaults['momentum']
+    return bits(tensors)
+
+
+def label(value: Any) -> str:
+    return getattr(value, '__name__', None) or getattr(value, 'value', None) or str(value)
+
+
+@pytest.mark.parametrize('case', CASES, ids=lambda case: '-'.join(map(label, case)))
+def test_training_is_bit_identical_with_and_without_the_average(case: Case, tmp_path_factory):
+    folder = tmp_path_factory.getbasetemp() / 'grid'
+    horizon = {'smoothing': case.horizon} if isinstance(case.horizon, float) else {'half_life': case.horizon}
+    ema = EMA(**horizon, update_interval=case.update_interval)
+    recorder, trainer, rng = run_case(case, folder, ema)
+    without_horizon = case._replace(horizon='1iter' if case.horizon == '1iter' else None, update_interval=None)
+    history, last, momentum, reference_rng = reference_run(without_horizon, folder)
+
+    assert [moment for moment, _ in recorder.history] == [moment for moment, _ in history]
+    for (moment, with_ema), (_, without) in zip(recorder.history, history, strict=True):
+        assert with_ema == without, f'weights differ at {moment}'
+    assert bits(trainer.state.model) == last
+    assert momenta(trainer) == momentum
+    assert rng.numpy().tobytes() == reference_rng
+    # The comparison would be empty if the average had not been kept, or not been evaluated with.
+    assert ema.ema_model.num_updates >= 2
+    assert recorder.forwards_with_average >= 1
+
+
+# 2. Which weights every event sees
+
+AVERAGE_IS_IN = frozenset({
+    Event.EVAL_BEFORE_ALL, Event.EVAL_STANDALONE_START, Event.EVAL_START, Event.EVAL_BATCH_START,
+    Event.EVAL_BEFORE_FORWARD, Event.EVAL_AFTER_FORWARD, Event.EVAL_BATCH_END, Event.EVAL_END, Event.PREDICT_START,
+    Event.PREDICT_BATCH_START, Event.PREDICT_BEFORE_FORWARD, Event.PREDICT_AFTER_FORWARD, Event.PREDICT_BATCH_END,
+})  # fmt: skip
+WITHIN_A_STEP = frozenset({
+    Event.BEFORE_TRAIN_BATCH, Event.BEFORE_FORWARD, Event.AFTER_FORWARD, Event.BEFORE_LOSS, Event.AFTER_LOSS,
+    Event.BEFORE_BACKWARD, Event.AFTER_BACKWARD, Event.AFTER_TRAIN_BATCH,
+})  # fmt: skip
+
+
+class Probe(Callback):
+    """Notes at every event whether the model holds the training weights or the average, told apart by their bits."""
+
+    def __init__(self, ema: EMA) -> None:
+        self.ema = ema
+        self.seen: list[tuple[Event, str | None, str]] = []
+        self.training: dict[str, bytes] = {}
+        self.outputs_differ = 0
+
+    def run_event(self, event, state, logger) -> None:
+        if event is Event.INIT:
+            state.optimizers[0].register_step_post_hook(lambda *_: self._note_training_weights(state))
+            self._note_training_weights(state)
+        held = bits(state.model)
+        if event in WITHIN_A_STEP:  # the forward pass is writing BatchNorm's buffers
+            held = {name: value for name, value in held.items() if name in dict(state.model.named_parameters())}
+        is_training = all(self.training[name] == value for name, value in held.items())
+        average = self._average()
+        is_average = all(average.get(name) == value for name, value in held.items())
+        kind = {(True, False): 'training', (False, True): 'average', (True, True): 'both'}.get(
+            (is_training, is_average), 'neither'
+        )
+        self.seen.append((event, state.dataloader_label, kind))
+        if event in (Event.EVAL_AFTER_FORWARD, Event.PREDICT_AFTER_FORWARD):
+            self._compare_outputs(state, average)
+
+    def kinds(self, event: Event, label: str | None = None) -> set[str]:
+        return {kind for e, l, kind in self.seen if e is event and label in (None, l)}
+
+    def _note_training_weights(self, state) -> None:
+        self.training = bits(state.model)
+
+    def _average(self) -> dict[str, bytes]:
+        shadow = self.ema.ema_model
+        return {} if shadow is None else bits({**dict(shadow.named_parameters()), **dict(shadow.named_buffers())})
+
+    def _compare_outputs(self, state, average: dict[str, bytes]) -> None:
+        """Runs the training weights by hand: the outputs must be others than those of the average."""
+        other = make_model(seed=1).eval()
+        for name, tensor in other.state_dict().items():
+            tensor.copy_(torch.frombuffer(bytearray(self.training[name]), dtype=tensor.dtype).view(tensor.shape))
+        self.outputs_differ += not torch.equal(other(state.batch), state.outputs)
+
+
+def test_every_event_sees_the_weights_of_the_table(trainer):
+    ema = EMA('2ba')
+    probe = Probe(ema)
+    evaluators = [make_evaluator('often', '1ba'), make_evaluator('seldom', '2ba'), make_evaluator('epochs', '1ep')]
+    run = trainer([ema], callbacks=[probe], eval_dataloader=evaluators, iteration='1ep')
+    run.fit()
+    assert bits(run.state.model) == probe.training
+    run.eval()
+    run.predict(make_data(4))
+    assert bits(run.state.model) == probe.training
+
+    # Where the first update copied the weights the two are equal; a later occurrence tells them apart.
+    events = {event for event, _, _ in probe.seen}
+    assert events == set(Event), f'never fired: {set(Event) - events}'
+    for event, where, kind in probe.seen:
+        assert kind in ('both', 'average' if event in AVERAGE_IS_IN else 'training'), (event, where)
+    for event in set(Event) - {Event.INIT, Event.BEFORE_LOAD, Event.AFTER_LOAD, Event.FIT_START}:
+        if event in (Event.ITERATION_START, Event.EPOCH_START) or event not in WITHIN_A_STEP:
+            assert probe.kinds(event) - {'both'}, f'{event} told nothing apart'
+    assert probe.outputs_differ > 5
+
+
+def test_each_evaluator_sees_the_weights_asked_for_by_its_label(trainer):
+    ema = EMA('2ba', evaluate_with={'raw': 'training', 'predict': 'training'})
+    probe = Probe(ema)
+    evaluators = [make_evaluator('raw', '1ba'), make_evaluator('averaged', '1ba'), make_evaluator('raw2', '2ba')]
+    run = trainer([ema], callbacks=[probe], eval_dataloader=evaluators)
+    run.fit()
+    run.eval()
+    run.predict(make_data(4))
+
+    within = [Event.EVAL_START, Event.EVAL_BEFORE_FORWARD, Event.EVAL_AFTER_FORWARD, Event.EVAL_BATCH_END, Event.EVAL_END]
+    for event in within:
+        assert probe.kinds(event, 'raw') <= {'training', 'both'}
+        assert 'training' in probe.kinds(event, 'raw')
+        for averaged in ('averaged', 'raw2'):
+            assert probe.kinds(event, averaged) <= {'average', 'both'}
+            assert 'average' in probe.kinds(event, averaged)
+    assert probe.kinds(Event.PREDICT_BEFORE_FORWARD) == {'training'}
+    assert bits(run.state.model) == probe.training
+
+
+def test_before_the_average_starts_evaluation_and_prediction_see_the_training_weights(trainer):
+    ema = EMA('2ba', ema_start='4ba')
+    probe = Probe(ema)
+    run = trainer([ema], callbacks=[probe], eval_dataloader=make_evaluator(interval='1ba'))
+    run.eval()
+    run.predict(make_data(4))
+    run.fit(duration='3ba')
+    assert not ema.ema_started
+    assert {kind for _, _, kind in probe.seen} <= {'training', 'both'}
+    assert probe.outputs_differ == 0
+
+    run.fit(duration='3ba')
+    assert ema.ema_started
+    assert 'average' in probe.kinds(Event.EVAL_BEFORE_FORWARD)
+
+
+@pytest.mark.parametrize('moment', [Event.EVAL_START, Event.EVAL_BATCH_START, Event.EVAL_BATCH_END, Event.EVAL_END])
+def test_a_prediction_inside_an_evaluation_leaves_it_the_average(trainer, moment):
+    ema = EMA('2ba')
+    predicting, probe = PredictDuringFit(moment), Probe(ema)
+    evaluators = [make_evaluator('first', '1ba'), make_evaluator('second', '1ba')]
+    run = trainer([ema], callbacks=[predicting, probe], eval_dataloader=evaluators)
+    predicting.trainer = run
+    run.fit()
+    for event, where, kind in probe.seen:
+        if event in AVERAGE_IS_IN:
+            assert kind in ('both', 'average'), (event, where)
+    assert bits(run.state.model) == probe.training
+
+
+def test_a_standalone_evaluation_of_given_data_uses_the_average(trainer):
+    ema = EMA('2ba')
+    probe = Probe(ema)
+    run = trainer([ema], callbacks=[probe])
+    run.fit()
+    run.eval(eval_dataloader=make_data(4))
+    assert probe.kinds(Event.EVAL_BEFORE_FORWARD) == {'average'}
+    assert bits(run.state.model) == probe.training
+
+
+# 3. The shadow is always the average
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_an_evaluation_leaves_every_bit_of_weights_and_average(trainer, dtype):
+    ema = EMA('2ba', shadow_dtype='float32')
+    model = make_model(dtype=dtype)
+    data = [(image.to(dtype), target) for image, target in make_data(8).dataloader]
+    run = trainer([ema], model=model, train_dataloader=data, max_duration='4ba')
+    run.fit()
+    before = snapshot(run)
+    run.eval(eval_dataloader=data)
+    run.predict(DataLoader([image[0] for image, _ in data], batch_size=2)) if dtype is None else None
+    assert snapshot(run) == before
+    with ema.ema_model.swapped(run.state.model):
+        assert bits(run.state.model) != before['weights']
+    assert snapshot(run) == before
+
+
+# 4. Checkpoints hold training weights; an exception inside a pass loses nothing
+
+
+class RaiseAt(Callback):
+    def __init__(self, event: Event, batch: int) -> None:
+        self.event, self.batch = event, batch
+
+    def run_event(self, event, state, logger) -> None:
+        if event is self.event and int(state.timestamp.batch) == self.batch:
+            self.batch = -1  # once
+            raise KeyboardInterrupt
+
+
+def uninterrupted(trainer, **arguments: Any) -> dict[str, Any]:
+    run = trainer([EMA('2ba')], eval_dataloader=make_evaluator(interval='1ba'), **arguments)
+    run.fit()
+    return snapshot(run)
+
+
+@pytest.mark.parametrize(
+    'moment',
+    [Event.EVAL_BEFORE_ALL, Event.EVAL_START, Event.EVAL_BEFORE_FORWARD, Event.EVAL_BATCH_END, Event.EVAL_END],
+)
+@pytest.mark.parametrize('batch', [2, 3])
+def test_a_checkpoint_after_an_exception_inside_evaluation_resumes_exactly(trainer, tmp_path, moment, batch):
+    path = str(tmp_path / 'after_exception.pt')
+    broken = trainer(
+        [EMA('2ba')], eval_dataloader=make_evaluator(interval='1ba'), callbacks=[RaiseAt(moment, batch)]
+    )
+    with pytest.raises(KeyboardInterrupt):
+        broken.fit()
+    broken.save_checkpoint(path)
+
+    training = expected_training_weights(trainer, batch)
+    resumed = trainer([EMA('2ba')], eval_dataloader=make_evaluator(interval='1ba'), load_path=path)
+    assert bits(resumed.state.model) == training
+    resumed.fit()
+    assert snapshot(resumed) == uninterrupted(trainer)
+
+
+def expected_training_weights(trainer, batch: int) -> dict[str, bytes]:
+    plain = trainer(eval_dataloader=make_evaluator(interval='1ba'), max_duration=f'{batch}ba')
+    plain.fit()
+    return bits(plain.state.model)
+
+
+def test_a_checkpoint_taken_while_swapped_is_read_rightly_by_load_average(trainer, tmp_path):
+    run = trainer([EMA('2ba')], callbacks=[RaiseAt(Event.EVAL_BATCH_END, 3)], eval_dataloader=make_evaluator('e', '1ba'))
+    with pytest.raises(KeyboardInterrupt):
+        run.fit()
+    run.save_checkpoint(str(tmp_path / 'swapped.pt'))
+    ema = run.state.algorithms[0]
+    assert ema.ema_weights_active
+    average = {**dict(ema.ema_model.named_parameters()), **dict(ema.ema_model.named_buffers())}
+    assert bits(load_average(tmp_path / 'swapped.pt')) == bits(average)
+
+
+@pytest.mark.parametrize('moment', [Event.PREDICT_START, Event.PREDICT_BATCH_END])
+def test_fit_goes_on_with_the_training_weights_after_an_exception_inside_prediction(trainer, moment):
+    raising = RaiseAt(moment, 3)
+    run = trainer([EMA('2ba')], callbacks=[raising], eval_dataloader=make_evaluator(interval='1ba'))
+    run.fit(duration='1ep')
+    with pytest.raises(KeyboardInterrupt):
+        run.predict(make_data(4))
+    assert run.state.algorithms[0].ema_weights_active
+    # Composer's own reference is lost with the exception: the Trainer would go on with the data of the prediction.
+    run.fit(train_dataloader=make_data(), duration='1ep')
+
+    reference = trainer([EMA('2ba')], eval_dataloader=make_evaluator(interval='1ba'))
+    reference.fit(duration='1ep')
+    reference.fit(train_dataloader=make_data(), duration='1ep')
+    assert snapshot(run) == snapshot(reference)
+
+
+def test_fit_goes_on_with_the_training_weights_after_an_exception_inside_evaluation(trainer):
+    run = trainer([EMA('2ba')], callbacks=[RaiseAt(Event.EVAL_BATCH_END, 3)])
+    run.fit(duration='1ep')
+    with pytest.raises(KeyboardInterrupt):
+        run.eval(eval_dataloader=make_data(4))
+    assert run.state.algorithms[0].ema_weights_active
+    run.fit(train_dataloader=make_data(), duration='1ep')
+
+    reference = trainer([EMA('2ba')])
+    reference.fit(duration='1ep')
+    reference.fit(train_dataloader=make_data(), duration='1ep')
+    assert snapshot(run) == snapshot(reference)
+
+
+@pytest.mark.parametrize('interval', ['1ba', '1ep', save_after_odd_batches, save_when_numpy_says_so])
+def test_the_model_slot_of_every_checkpoint_holds_the_training_weights(trainer, tmp_path, interval):
+    run = trainer(
+        [EMA('2ba')], eval_dataloader=make_evaluator(interval='1ba'), save_folder=str(tmp_path), save_interval=interval
+    )
+    run.fit()
+    paths = sorted(tmp_path.glob('ep*.pt'))
+    assert paths
+    for path in paths:
+        batch = int(re.search(r'ba(\d+)', path.name)[1])
+        state = torch.load(path, weights_only=False)['state']
+        assert bits(state['model']) == expected_training_weights(trainer, batch), path.name
+        assert 'training_weights' not in dict(state['algorithms'])['EMA']
+
+
+def test_the_state_in_a_checkpoint_holds_plain_types_only(trainer, tmp_path):
+    run = trainer([EMA('0.5ep', evaluate_with={'eval': 'ema'}, include='.')], callbacks=[RaiseAt(Event.EVAL_START, 6)])
+    run.fit()
+    with pytest.raises(KeyboardInterrupt):
+        run.eval(eval_dataloader=make_data(4))
+    state = run.state.algorithms[0].state_dict()
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=True)
+    assert loaded.keys() == state.keys()
+    assert 'training_weights' in loaded
+
+
+# 5. Resume is bit-exact
+
+BATCHES = 2 * toy.EPOCH
+
+RESUMED_SETTINGS = {
+    'batches': {'half_life': '2ba'},
+    'epochs': {'half_life': '1ep'},
+    'parts of epochs': {'half_life': '1.5ep', 'update_interval': '0.5ep'},
+    'samples': {'half_life': '9sp', 'update_interval': '5sp'},
+    'tokens, every second batch': {'half_life': '20tok', 'update_interval': '2ba'},
+    'share of the run, late start': {'half_life': '0.3dur', 'ema_start': '0.4dur'},
+    'smoothing, copied buffers': {'smoothing': 0.6, 'buffers': 'copy'},
+    'iterations': {'half_life': '1iter'},
+    '16-bit shadow': {'half_life': '3ba', 'shadow_dtype': 'bfloat16'},
+}
+
+
+@pytest.mark.parametrize('arguments', RESUMED_SETTINGS.values(), ids=RESUMED_SETTINGS)
+def test_resuming_after_any_batch_equals_the_uninterrupted_run(trainer, tmp_path, arguments):
+    def build(**more: Any) -> Trainer:
+        return trainer(
+            [EMA(**arguments)],
+            iteration='1ep' if arguments.get('half_life') == '1iter' else None,
+            train_dataloader=make_data(shuffle=True),
+            eval_dataloader=make_evaluator(interval='2ba'),
+            save_filename='ba{batch}.pt',
+            save_latest_filename=None,
+            **more,
+        )
+
+    whole = build(save_folder=str(tmp_path), save_interval='1ba')
+    whole.fit()
+    expected = snapshot(whole)
+    assert expected['num_updates'] >= 2
+    other_intervals = itertools.cycle(['2ba', '1ep', save_after_odd_batches])
+    for batch in range(1, BATCHES):
+        folder = tmp_path / f'resumed_{batch}'
+        resumed = build(
+            load_path=str(tmp_path / f'ba{batch}.pt'), save_folder=str(folder), save_interval=next(other_intervals)
+        )
+        resumed.fit()
+        assert snapshot(resumed) == expected, f'resumed after batch {batch}'
+        # What the resumed run saves is what the whole one saved.
+        for path in folder.glob('ba*.pt'):
+            assert saved_bits(path) == saved_bits(tmp_path / path.name), f'{path.name}, resumed after batch {batch}'
+
+
+def saved_bits(path: Path) -> dict[str, Any]:
+    state = torch.load(path, weights_only=False)['state']
+    ema = dict(state['algorithms'])['EMA']
+    average = ema['averages']['ema']
+    return {
+        'model': bits(state['model']),
+        'average': bits({**average['parameters'], **average['buffers']}),
+        'counters': (average['num_updates'], average['last_update'], ema['started']),
+    }
+
+
+def test_resuming_from_the_end_of_an_epoch_equals_the_uninterrupted_run(trainer, tmp_path):
+    def build(**more: Any) -> Trainer:
+        return trainer([EMA('1ep')], eval_dataloader=make_evaluator(), save_filename='ep{epoch}.pt', **more)
+
+    whole = build(save_folder=str(tmp_path), save_interval='1ep')
+    whole.fit()
+    resumed = build(load_path=str(tmp_path / 'ep1.pt'))
+    resumed.fit()
+    assert snapshot(resumed) == snapshot(whole)
+
+
+def test_a_chain_of_resumes_equals_the_uninterrupted_run(trainer, tmp_path):
+    path = None
+    for end in range(1, BATCHES + 1):
+        run = trainer([EMA('1.5ep', update_interval='2ba')], load_path=path)
+        run.fit(duration='1ba')
+        path = str(tmp_path / f'{end}.pt')
+        run.save_checkpoint(path)
+    whole = trainer([EMA('1.5ep', update_interval='2ba')])
+    whole.fit()
+    assert snapshot(run) == snapshot(whole)
+
+
+def test_loading_a_checkpoint_and_evaluating_uses_its_average_without_training(trainer, tmp_path):
+    run = trainer([EMA('2ba')])
+    run.fit()
+    run.save_checkpoint(str(tmp_path / 'end.pt'))
+    run.eval(eval_dataloader=make_data(4))
+
+    ema = EMA('2ba')
+    probe = Probe(ema)
+    loaded = trainer([ema], callbacks=[probe], load_path=str(tmp_path / 'end.pt'))
+    loaded.eval(eval_dataloader=make_data(4))
+    loaded.predict(make_data(4))
+    assert bits(dict(ema.ema_model.named_parameters())) == bits(dict(run.state.algorithms[0].ema_model.named_parameters()))
+    assert probe.outputs_differ == 2
+    assert {m: v.item() for m, v in loaded.state.eval_metric_values.items()} == {
+        m: v.item() for m, v in run.state.eval_metric_values.items()
+    }
+    assert bits(loaded.state.model) == bits(run.state.model)
+
+
+# 5, two processes
+
+
+@pytest.fixture(scope='module')
+def two_processes(tmp_path_factory) -> list[dict[str, Any]]:
+    """What each of two gloo processes saw; see scripts/two_processes.py. ``one`` holds a one-process run's checkpoints."""
+    folder = tmp_path_factory.mktemp('two_processes')
+    run = make_trainer(
+        [EMA('1.5ep', update_interval='2ba')],
+        save_folder=str(folder / 'one'),
+        save_interval='1ba',
+        save_filename='ba{batch}.pt',
+    )
+    run.fit()
+    command = [sys.executable, '-m', 'composer.cli.launcher', '-n', '2', '--master_port', str(free_port())]
+    finished = subprocess.run(
+        [*command, str(SCRIPTS / 'two_processes.py'), str(folder)],
+        capture_output=True, text=True, timeout=300, env={**os.environ, 'OMP_NUM_THREADS': '1'},
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-6000:]
+    return [{'folder': folder, **torch.load(folder / f'rank{rank}.pt', weights_only=False)} for rank in (0, 1)]
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        return probe.getsockname()[1]
+
+
+def test_two_processes_end_with_the_same_bits_on_both_ranks(two_processes):
+    first, second = (rank['whole'] for rank in two_processes)
+    assert first['num_updates'] >= 2
+    assert first['average'] != first['weights']
+    # Under DDP each rank's BatchNorm statistics are its own until the next forward pass; the average's are shared.
+    assert first['average'] == second['average']
+    assert parameters_of(first['weights']) == parameters_of(second['weights'])
+    assert {k: first[k] for k in ('num_updates', 'last_update', 'started', 'momentum', 'time')} == {
+        k: second[k] for k in ('num_updates', 'last_update', 'started', 'momentum', 'time')
+    }
+
+
+def parameters_of(weights: dict[str, bytes]) -> dict[str, bytes]:
+    return {name: value for name, value in weights.items() if 'running' not in name}
+
+
+def test_two_processes_train_alike_with_and_without_the_average(two_processes):
+    for rank in two_processes:
+        assert len(rank['history']) == BATCHES
+        assert rank['history'] == rank['history_without']
+
+
+def test_two_processes_evaluate_with_the_same_bits_on_both_ranks(two_processes):
+    first, second = (rank['evaluated'] for rank in two_processes)
+    assert len(first) >= 3
+    assert first == second
+    assert first[-1] == two_processes[0]['whole']['average']
+
+
+@pytest.mark.parametrize('batch', range(1, BATCHES))
+def test_two_processes_resumed_after_any_batch_equal_the_uninterrupted_run(two_processes, batch):
+    for rank in two_processes:
+        assert rank['resumed'][batch] == rank['whole']
+
+
+@pytest.mark.parametrize('batch', [2, toy.EPOCH, 5])
+def test_a_checkpoint_of_one_process_loads_exactly_on_two(two_processes, batch):
+    saved = saved_bits(two_processes[0]['folder'] / 'one' / f'ba{batch}.pt')
+    ends = []
+    for rank in two_processes:
+        loaded, end, evaluated = rank['from_one'][batch]
+        assert loaded['weights'] == saved['model']
+        assert loaded['average'] == saved['average']
+        assert (loaded['num_updates'], loaded['last_update'], loaded['started']) == saved['counters']
+        assert evaluated
+        ends.append((end['average'], parameters_of(end['weights']), end['num_updates'], end['last_update'], evaluated))
+    assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize('batch', [2, toy.EPOCH, 5])
+def test_a_checkpoint_of_two_processes_loads_exactly_on_one(trainer, two_processes, batch):
+    path = two_processes[0]['folder'] / 'two' / f'ba{batch}.pt'
+    saved = saved_bits(path)
+    run = trainer([EMA('1.5ep', update_interval='2ba')], load_path=str(path))
+    loaded = snapshot(run)
+    assert loaded['weights'] == saved['model']
+    assert loaded['average'] == saved['average']
+    assert (loaded['num_updates'], loaded['last_update'], loaded['started']) == saved['counters']
+    run.fit()
+    assert snapshot(run)['time'][1] == BATCHES
+
+
+# 5, killed
+
+
+@pytest.mark.parametrize('moment', ['eval_batch_end', 'after_backward'])
+def test_a_killed_run_that_resumes_by_itself_equals_the_uninterrupted_run(tmp_path, moment, request):
+    folder, marker = tmp_path / 'run', tmp_path / 'reached'
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPTS / 'stall.py'), str(folder), str(marker), moment, '4'],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'},
+    )  # fmt: skip
+    try:
+        wait_for(marker, process)
+        os.kill(process.pid, signal.SIGKILL)
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert (folder / 'latest-rank0.pt').exists()
+
+    sys.path.insert(0, str(SCRIPTS))
+    request.addfinalizer(lambda: sys.path.remove(str(SCRIPTS)))
+    import stall
+
+    resumed = stall.build(folder)
+    assert 1 <= int(resumed.state.timestamp.batch) < BATCHES
+    resumed.fit()
+    whole = stall.build(tmp_path / 'whole')
+    whole.fit()
+    assert snapshot(resumed) == snapshot(whole)
+
+
+def wait_for(marker: Path, process: subprocess.Popen, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not marker.exists():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline, 'the run never got there'
+        time.sleep(0.05)
+
+
+# 6. Nothing is half-loaded
+
+TIME_UNITS = ('ba', 'ep', 'sp', 'tok', 'iter', 'dur')
+LEGAL_UNITS = {
+    'half_life': TIME_UNITS,
+    'ema_start': ('ba', 'ep', 'sp', 'tok', 'dur'),
+    'update_interval': TIME_UNITS,
+    'log_interval': TIME_UNITS,
+}
+
+numbers = st.one_of(
+    st.integers(-3, 10**6).map(str),
+    st.floats().map(repr),
+    st.floats(0, 10).map(lambda f: f'{f:.3f}'),
+    st.sampled_from(['', '-', '.', '1_000', '٣', '½', 'nan', 'inf', '-inf', '1e400', '1e-320', '0x10', '+5', ' 7', '1,5']),
+)
+units = st.one_of(
+    st.sampled_from([*TIME_UNITS, 'BA', 'Ep', 's', 'sec', 'seconds', '', 'b', 'batch', 'ba ', ' ba', 'baa', 'ep\n']),
+    st.text(max_size=3),
+)
+times = st.one_of(
+    st.tuples(numbers, units).map(''.join),
+    st.tuples(st.floats(0, 20).map(lambda f: f'{f:g}'), st.sampled_from(TIME_UNITS)).map(''.join),
+    st.text(max_size=8),
+    st.sampled_from([0, 1, 2.5, True, b'1ba', ['1ba'], {'1ba'}, object(), math.nan, Time(3, TimeUnit.BATCH)]),
+    st.builds(Time, st.integers(-2, 5), st.sampled_from([TimeUnit.BATCH, TimeUnit.EPOCH, TimeUnit.SECOND])),
+    st.builds(Time, st.floats(0, 1), st.just(TimeUnit.DURATION)),
+)
+
+
+def understood(text: Any) -> tuple[float, str] | None:
+    """A time string read by other means: the longest known unit at its end, and Python's number before it."""
+    if isinstance(text, Time):
+        return text.value, text.unit.value
+    stripped = text.strip().lower()
+    for unit in sorted(TIME_UNITS, key=len, reverse=True):
+        if stripped.endswith(unit):
+            try:
+                return float(stripped.removesuffix(unit)), unit
+            except ValueError:
+                return None
+    return None
+
+
+@pytest.mark.parametrize('argument', LEGAL_UNITS)
+@given(time=times)
+@settings(max_examples=150, deadline=None)
+def test_a_time_gives_the_right_span_or_an_error_that_names_its_argument(argument, time):
+    try:
+        ema = EMA(**{argument: time})
+    except (ValueError, TypeError) as error:
+        assert argument in str(error)
+        read = understood(time) if isinstance(time, (str, Time)) else None
+        if read is not None and read[1] in LEGAL_UNITS[argument]:
+            value, unit = read
+            is_whole = unit in ('ep', 'iter', 'dur') or value == math.floor(value) if math.isfinite(value) else False
+            may_be_zero = argument in ('half_life', 'ema_start')
+            assert not (is_whole and math.isfinite(value) and (value > 0 or (value == 0 and may_be_zero))), 'legal'
+    else:
+        span = getattr(ema, argument)
+        assert (span.value, span.unit) == understood(time)
+        assert span.unit in LEGAL_UNITS[argument]
+        assert repr(eval(repr(ema), {'EMA': EMA})) == repr(ema)
+
+
+@pytest.mark.parametrize('argument', LEGAL_UNITS)
+@given(
+    value=st.one_of(st.floats(0, allow_infinity=False, allow_nan=False), st.integers(0, 20), st.floats(0, 3)),
+    unit=st.sampled_from(TIME_UNITS),
+)
+@example(value=5e-324, unit='ep')
+@example(value=1.7e308, unit='dur')
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@pytest.mark.filterwarnings('ignore:.*is longer than the run:UserWarning')
+def test_a_run_with_any_legal_time_trains_or_says_which_argument_cannot_work(argument, value, unit):
+    try:
+        ema = EMA(**{argument: f'{value!r}{unit}'})
+    except ValueError:
+        return
+    trainer = make_trainer([ema], max_duration='4ba')
+    try:
+        trainer.fit()
+    except ValueError as error:
+        assert argument in str(error)
+        return
+    state = ema.state_dict()['averages']['ema']
+    for name, tensor in {**state['parameters'], **state['buffers']}.items():
+        assert torch.isfinite(tensor).all(), name
+
+
+@functools.cache
+def trained() -> tuple[Trainer, EMA, dict[str, Any], dict[str, Any]]:
+    """A Trainer after four batches; its algorithm; the state after two batches, and that of an open swap."""
+    ema = EMA('2ba')
+    trainer = make_trainer([ema])
+    trainer.fit(duration='2ba')
+    early = copy.deepcopy(ema.state_dict())
+    ema.ema_model.swap_in(trainer.state.model)
+    swapped = copy.deepcopy(ema.state_dict())
+    ema.ema_model.swap_out(trainer.state.model)
+    trainer.fit(duration='2ba')
+    return trainer, ema, early, swapped
+
+
+def all_of(ema: EMA) -> tuple:
+    state = ema.state_dict()
+    average = state['averages']['ema']
+    stash = state.get('training_weights')
+    return (
+        bits({**average['parameters'], **average['buffers']}),
+        average['num_updates'],
+        average['last_update'],
+        average['aliases'],
+        state['started'],
+        None if stash is None else bits(stash),
+    )
+
+
+def paths_in(tree: Any, path: tuple = ()) -> list[tuple]:
+    """The paths of everything in nested dictionaries."""
+    found = []
+    for key, value in tree.items() if isinstance(tree, dict) else ():
+        found += [(*path, key), *paths_in(value, (*path, key))]
+    return found
+
+
+WRONG_VALUES: list[Any] = [
+    None, True, -1, 2, 3.5, math.nan, math.inf, 'text', '', [], {}, [1, 2], {'a': 1}, torch.zeros(()), torch.zeros(0),
+    torch.zeros(3, 3), torch.ones(2, dtype=torch.int64), torch.ones(2, dtype=torch.complex64), torch.ones(2, device='meta'),
+    torch.ones(2).to_sparse(), np.ones(2), nn.Parameter(torch.ones(2)), 10**30,
+]  # fmt: skip
+
+
+@st.composite
+def mutated_states(draw: st.DrawFn) -> dict[str, Any]:
+    """A real state with one to three changes anywhere in it."""
+    _, _, early, swapped = trained()
+    state = copy.deepcopy(draw(st.sampled_from([early, swapped])))
+    for _ in range(draw(st.integers(1, 3))):
+        path = draw(st.sampled_from(paths_in(state)))
+        parent = functools.reduce(lambda tree, key: tree[key], path[:-1], state)
+        change = draw(st.sampled_from(['drop', 'rename', 'replace', 'add', 'reshape', 'recast']))
+        value = parent[path[-1]]
+        if change == 'drop':
+            del parent[path[-1]]
+        elif change == 'rename':
+            parent[draw(st.sampled_from(['other', 0, f'module.{path[-1]}', '']))] = parent.pop(path[-1])
+        elif change == 'add':
+            parent[draw(st.sampled_from(['extra', 'version', 'parameters', 7]))] = draw(st.sampled_from(WRONG_VALUES))
+        elif change == 'reshape' and isinstance(value, Tensor):
+            parent[path[-1]] = draw(st.sampled_from([value[None], value.reshape(-1), value.new_zeros(0), value.sum()]))
+        elif change == 'recast' and isinstance(value, Tensor):
+            dtypes = [torch.float64, torch.bfloat16, torch.int32, torch.bool, torch.complex64]
+            parent[path[-1]] = value.to(draw(st.sampled_from(dtypes)))
+        else:
+            parent[path[-1]] = draw(st.sampled_from(WRONG_VALUES))
+    return state
+
+
+@given(state=mutated_states())
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@pytest.mark.filterwarnings('ignore:the checkpoint was averaged with:UserWarning')
+@pytest.mark.filterwarnings('ignore:the saved average is:UserWarning')
+def test_a_changed_state_loads_exactly_or_changes_nothing(state):
+    _, ema, _, _ = trained()
+    sound = copy.deepcopy(ema.state_dict())
+    before = all_of(ema)
+    try:
+        ema.load_state_dict(copy.deepcopy(state))
+    except ValueError as error:
+        assert str(error)
+        assert all_of(ema) == before, 'an error has changed the object'
+        return
+    try:
+        check_loaded(ema, state, before)
+    finally:
+        ema.load_state_dict(sound)
+        assert all_of(ema) == before
+
+
+def check_loaded(ema: EMA, state: dict[str, Any], before: tuple) -> None:
+    if not state['averages']:  # saved before the Trainer was built: there is nothing to load
+        assert all_of(ema) == before
+        return
+    loaded, wanted = ema.state_dict(), state['averages']['ema']
+    got = loaded['averages']['ema']
+    assert type(got['num_updates']) is int
+    assert got['num_updates'] == wanted['num_updates'] >= 0
+    assert loaded['started'] is state['started']
+    assert got['last_update'] == wanted.get('last_update')
+    assert all(math.isfinite(value) for value in (got['last_update'] or {}).values())
+    for group in ('parameters', 'buffers'):
+        assert got[group].keys() == wanted[group].keys()
+        for name, tensor in got[group].items():
+            assert tensor.is_floating_point() or not wanted[group][name].is_floating_point(), f'{name} lost its digits'
+            assert wanted[group][name].is_complex() <= tensor.is_complex(), f'{name} lost its imaginary part'
+            assert torch.equal(tensor, wanted[group][name].to(tensor.dtype))
+    stash = state.get('training_weights')
+    assert ema.ema_weights_active == (stash is not None)
+    if stash is not None:
+        assert bits(loaded['training_weights']) == bits(stash)
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (lambda s: s['parameters'].pop('module.5.bias'), 'missing: module.5.bias'),
+        (lambda s: s['parameters'].update(new=torch.ones(1)), 'unexpected: new'),
+        (lambda s: s['parameters'].update({'module.5.bias': torch.ones(7)}), r'module\.5\.bias \(expected \(3,\), got \(7,\)'),
+        (lambda s: s['buffers'].pop('module.1.running_var'), 'missing: module.1.running_var'),
+        (lambda s: s.update(version=99), 'version 99'),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_that_does_not_fit_fails_by_name_when_the_trainer_is_built(trainer, tmp_path, change, message):
+    run = trainer([EMA('2ba')])
+    run.fit()
+    run.save_checkpoint(str(tmp_path / 'good.pt'))
+    checkpoint = torch.load(tmp_path / 'good.pt', weights_only=False)
+    change(dict(checkpoint['state']['algorithms'])['EMA']['averages']['ema'])
+    torch.save(checkpoint, tmp_path / 'changed.pt')
+
+    with pytest.raises(ValueError, match=message):
+        trainer([EMA('2ba')], load_path=str(tmp_path / 'changed.pt'))
+
+
+# 6, damaged files
+
+
+@pytest.fixture(scope='module')
+def checkpoint(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp('checkpoint') / 'sound.pt'
+    trainer = make_trainer([EMA('2ba')])
+    trainer.fit()
+    trainer.save_checkpoint(str(path))
+    return path
+
+
+@pytest.mark.parametrize('share', [0.0, 0.001, 0.1, 0.5, 0.9, 0.99, 0.9999])
+def test_a_truncated_checkpoint_is_refused_and_nothing_written(checkpoint, tmp_path, share):
+    content = checkpoint.read_bytes()
+    damaged = tmp_path / 'damaged.pt'
+    damaged.write_bytes(content[: int(share * len(content))])
+    refuses(damaged, tmp_path)
+
+
+def refuses(damaged: Path, folder: Path) -> None:
+    content, out = damaged.read_bytes(), folder / 'out.safetensors'
+    out.write_bytes(b'an earlier export')
+    with pytest.raises(CheckpointError, match=re.escape(str(damaged))):
+        load_average(damaged)
+    with pytest.raises(CheckpointError, match=re.escape(str(damaged))):
+        export(damaged, out)
+    with pytest.raises(CheckpointError):
+        export(damaged, folder / 'new' / 'out.safetensors')
+    assert out.read_bytes() == b'an earlier export'
+    assert damaged.read_bytes() == content
+    assert {path.name for path in folder.iterdir()} <= {'out.safetensors', damaged.name, 'new'}
+    assert not list(folder.glob('new/*'))
+
+
+@pytest.mark.parametrize(
+    'content', [b'', b'not a checkpoint', b'PK\x03\x04', b'\x80\x02}q\x00.', bytes(4096)], ids=lambda c: repr(c[:6])
+)
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, content):
+    path = tmp_path / 'other.pt'
+    path.write_bytes(content)
+    refuses(path, tmp_path)
+
+
+@given(data=st.data())
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+def test_a_checkpoint_with_damaged_bytes_is_refused_or_gives_the_same_average(checkpoint, tmp_path_factory, data):
+    content = bytearray(checkpoint.read_bytes())
+    start = data.draw(st.integers(0, len(content) - 1))
+    for offset in range(start, min(start + data.draw(st.integers(1, 64)), len(content))):
+        content[offset] ^= 0x5A
+    path = tmp_path_factory.getbasetemp() / 'bytes_damaged.pt'
+    path.write_bytes(content)
+    try:
+        average = load_average(path)
+    except CheckpointError as error:
+        assert str(path) in str(error)
+    else:
+        assert bits(average) == bits(load_average(checkpoint))
+
+
+def test_a_checkpoint_with_one_flipped_bit_in_a_weight_is_refused(checkpoint, tmp_path):
+    content = checkpoint.read_bytes()
+    weight = load_average(checkpoint)['module.5.weight'].numpy().tobytes()
+    where = content.index(weight)
+    path = tmp_path / 'flipped.pt'
+    path.write_bytes(content[:where] + bytes([content[where] ^ 1]) + content[where + 1 :])
+    refuses(path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (lambda s: s.pop('model'), 'model'),
+        (lambda s: s.update(model='text'), 'model'),
+        (lambda s: s.pop('algorithms'), 'no average'),
+        (lambda s: s.update(algorithms=7), ''),
+        (lambda s: s.update(algorithms=[('EMA', None)]), 'NoneType'),
+        (lambda s: s.update(algorithms=[('EMA', {})]), 'no known format'),
+        (lambda s: ema_of(s).update(averages=3), 'averages'),
+        (lambda s: ema_of(s).update(version=99), '99'),
+        (lambda s: ema_of(s).update(started=False), 'no average yet'),
+        (lambda s: ema_of(s)['averages'].update(ema=3), ''),
+        (lambda s: ema_of(s)['averages']['ema'].update(parameters=[1]), 'parameters'),
+        (lambda s: ema_of(s)['averages']['ema'].update(aliases=[1]), ''),
+        (lambda s: ema_of(s)['averages']['ema']['parameters'].update({'module.5.bias': 'text'}), ''),
+        (lambda s: ema_of(s)['averages']['ema']['parameters'].update({'module.5.bias': torch.ones(9)}), ''),
+        (lambda s: ema_of(s)['averages']['ema']['parameters'].pop('module.5.bias'), 'module.5.bias'),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_of_the_wrong_structure_is_refused(checkpoint, tmp_path, change, message):
+    content = torch.load(checkpoint, weights_only=False)
+    change(content['state'])
+    path = tmp_path / 'changed.pt'
+    torch.save(content, path)
+    with pytest.raises(CheckpointError, match=message):
+        load_average(path)
+    refuses(path, tmp_path)
+
+
+def ema_of(state: dict[str, Any]) -> dict[str, Any]:
+    return dict(state['algorithms'])['EMA']
+
+
+# 7. Nothing is silent
+
+
+def test_a_pattern_that_matches_no_name_is_an_error_when_the_trainer_is_built(trainer):
+    with pytest.raises(ValueError, match=r"include pattern 'no_such_layer' matches none"):
+        trainer([EMA('2ba', include='no_such_layer')])
+    with pytest.raises(ValueError, match=r"exclude pattern 'no_such_layer' matches none"):
+        trainer([EMA('2ba', exclude=['bias', 'no_such_layer'])])
+    with pytest.raises(ValueError, match='leave no name'):
+        trainer([EMA('2ba', include='bias', exclude='bias')])
+
+
+def test_a_model_without_trainable_parameters_is_warned_about(trainer):
+    model = make_model()
+    model.requires_grad_(False)
+    with pytest.warns(UserWarning, match='no trainable parameter'):
+        trainer([EMA('2ba')], model=model)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'duration', 'message'),
+    [
+        ({'half_life': '7ba'}, '2ep', r"half_life='7ba' is longer than the run of 6 batches"),
+        ({'half_life': '3ep'}, '2ep', r"half_life='3ep' is longer than the run of 2 epochs"),
+        ({'half_life': '21sp'}, '2ep', r"half_life='21sp' is longer than the run of 20 samples"),
+        ({'half_life': '7ba'}, '20sp', r"half_life='7ba' is longer than the run of 6 batches"),
+        ({'half_life': '31tok'}, '30tok', r"half_life='31tok' is longer than the run of 30 tokens"),
+        ({'half_life': '2iter'}, '2ep', r"half_life='2iter' is longer than the run of 1 iterations"),
+        ({'half_life': '1.5dur'}, '2ep', r"half_life='1.5dur' is longer than the run"),
+        ({'half_life': '2ba', 'update_interval': '7ba'}, '2ep', r"update_interval='7ba' is longer than the run"),
+        ({'half_life': '2ba', 'ema_start': '2.5ep'}, '2ep', r"ema_start='2.5ep' is longer than the run of 2 epochs"),
+        ({'smoothing': 0.9, 'update_interval': '3ep'}, '2ep', r"update_interval='3ep' is longer than the run"),
+    ],
+)  # fmt: skip
+def test_a_time_longer_than_the_run_is_warned_about_with_the_value_and_a_remedy(trainer, arguments, duration, message):
+    run = trainer([EMA(**arguments)], max_duration=duration, iteration='2ep')
+    with pytest.warns(UserWarning, match=message + r'.*Pass a shorter'):
+        run.fit()
+
+
+@pytest.mark.parametrize('half_life', ['1ep', '0.8ep'])
+def test_epochs_in_a_run_shorter_than_one_are_warned_about_or_refused(trainer, half_life):
+    """Whole epochs never come in such a run, so nothing would ever be averaged."""
+    run = trainer([EMA(half_life)], max_duration='2ba')
+    with pytest.warns(UserWarning, match=r"half_life='" + half_life + r"' is longer than the run of 0\.67 epochs|is longer"):
+        run.fit()
+
+
+def test_updates_once_an_epoch_in_a_run_shorter_than_one_are_warned_about(trainer):
+    run = trainer([EMA('1ba', update_interval='1ep')], max_duration='2ba')
+    with pytest.warns(UserWarning, match=r"update_interval='1ep' is longer than the run"):
+        run.fit()
+
+
+def test_a_half_life_as_long_as_the_run_is_not_warned_about(trainer):
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        warnings.filterwarnings('ignore', module=r'(?!composer_ema)')
+        trainer([EMA('6ba')]).fit()
+        trainer([EMA('1dur')]).fit()
+
+
+def test_two_instances_in_one_trainer_are_an_error(trainer):
+    with pytest.raises(ValueError, match='2 algorithms called EMA in one Trainer'):
+        trainer([EMA('2ba'), EMA('4ba')])
+
+
+def test_ours_beside_the_built_in_is_an_error(trainer):
+    with pytest.raises(ValueError, match='2 algorithms called EMA in one Trainer'):
+        trainer([EMA('2ba'), BuiltinEMA('4ba')])
+    with pytest.raises(ValueError, match='2 algorithms called EMA in one Trainer'):
+        trainer([BuiltinEMA('4ba'), EMA('2ba')])
+
+
+def test_an_unknown_evaluator_label_is_warned_about_with_the_nearest_one(trainer):
+    run = trainer([EMA('2ba', evaluate_with={'evla': 'training'})], eval_dataloader=make_evaluator('eval'))
+    with pytest.warns(UserWarning, match=r"'evla'.*Did you mean 'eval'\?"):
+        run.fit()
+
+
+def test_an_evaluator_label_without_any_evaluator_is_warned_about(trainer):
+    run = trainer([EMA('2ba', evaluate_with={'eval': 'training'})])
+    with pytest.warns(UserWarning, match=r"evaluate_with names the evaluator 'eval'"):
+        run.fit()
+
+
+@pytest.mark.parametrize('argument', ['half_life', 'update_interval', 'ema_start'])
+def test_tokens_without_a_dataloader_that_counts_them_are_an_error_or_a_warning(trainer, argument):
+    data = TensorDataset(torch.randn(8, 1, 6, 6), torch.zeros(8, dtype=torch.int64))
+    images = [{'image': image, 'label': target} for image, target in data]  # Composer would count a tensor's as one each
+    loader = DataLoader([(i['image'], i['label']) for i in images], batch_size=4)
+    run = trainer([EMA(**{argument: '4tok'})], train_dataloader=loader, max_duration='2ep')
+    with pytest.raises(ValueError, match=f"{argument}='4tok' counts tokens"):
+        run.fit()
+
+
+def test_iterations_in_a_run_without_any_are_an_error(trainer):
+    for argument in ('half_life', 'update_interval'):
+        run = trainer([EMA(**{argument: '1iter'})])
+        with pytest.raises(ValueError, match=f"{argument}='1iter' counts iterations"):
+            run.fit()
+
+
+def test_resuming_with_another_half_life_is_warned_about(trainer, tmp_path):
+    run = trainer([EMA('2ba')])
+    run.fit(duration='1ep')
+    run.save_checkpoint(str(tmp_path / 'c.pt'))
+    with pytest.warns(UserWarning, match=r"half_life='2ba', this run continues with half_life='3ba'"):
+        trainer([EMA('3ba')], load_path=str(tmp_path / 'c.pt'))
+
+
+def test_dropping_the_algorithm_on_resume_continues_the_same_training(trainer, tmp_path):
+    run = trainer([EMA('2ba')], eval_dataloader=make_evaluator(interval='1ba'), save_folder=str(tmp_path),
+                  save_interval='1ba', save_filename='ba{batch}.pt')  # fmt: skip
+    run.fit()
+    for batch in range(1, BATCHES):
+        without = trainer(eval_dataloader=make_evaluator(interval='1ba'), load_path=str(tmp_path / f'ba{batch}.pt'))
+        without.fit()
+        assert bits(without.state.model) == bits(run.state.model)
+
+
+def test_adding_the_algorithm_on_resume_averages_from_there(trainer, tmp_path):
+    plain = trainer(save_folder=str(tmp_path), save_interval='1ba', save_filename='ba{batch}.pt')
+    plain.fit()
+    ema = EMA('2ba')
+    added = trainer([ema], load_path=str(tmp_path / 'ba4.pt'))
+    assert not ema.ema_started
+    added.fit()
+    assert bits(added.state.model) == bits(plain.state.model)
+    assert ema.ema_model.num_updates == 2
+    # The first update, after batch 5, copied; the second, one batch later, moved by 1 - 2 ** (-1 / 2) of the way.
+    fifth, sixth = (torch.load(tmp_path / f'ba{n}.pt', weights_only=False)['state']['model'] for n in (5, 6))
+    for name, average in ema.ema_model.named_parameters():
+        expected = fifth[name].double() + (1 - 0.5**0.5) * (sixth[name].double() - fifth[name].double())
+        torch.testing.assert_close(average.double(), expected, rtol=1e-6, atol=1e-7)
+
+
+# 8. No synchronisation, no allocation, no traversal per update
+
+TRAVERSALS = (
+    'named_modules', 'modules', 'named_children', 'children', 'named_parameters', 'parameters', 'named_buffers',
+    'buffers', 'state_dict', '_named_members',
+)  # fmt: skip
+
+
+class Operations(TorchDispatchMode):
+    """Notes every operator that torch runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize('buffers', ['average', 'copy'])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_an_update_walks_no_module_and_allocates_nothing(trainer, monkeypatch, dtype, buffers):
+    ema = EMA('2ba', buffers=buffers, log_interval=None)
+    run = trainer([ema], model=make_model(dtype=dtype))
+    state, logger = run.state, run.logger
+    for _ in range(2):  # the first copies and prepares, the second is the first to average
+        advance(state)
+        ema.apply(Event.BATCH_END, state, logger)
+    shadow = ema.ema_model
+    pointers = [t.data_ptr() for t in (*shadow.parameters(), *shadow.buffers())]
+    for name in TRAVERSALS:
+        monkeypatch.setattr(nn.Module, name, refuse(name))
+    with torch.no_grad():
+        state.model.module[5].weight += 1
+
+    advance(state)
+    before = bits(dict(shadow.named_parameters()))
+    with Operations() as operations:
+        assert ema.match(Event.BATCH_END, state)
+        ema.apply(Event.BATCH_END, state, logger)
+    assert shadow.num_updates == 3
+    assert bits(dict(shadow.named_parameters())) != before
+    assert [t.data_ptr() for t in (*shadow.parameters(), *shadow.buffers())] == pointers
+    written_in_place = {'aten._foreach_lerp_.Scalar', 'aten._foreach_copy_.default'}
+    assert operations.names
+    assert set(operations.names) <= written_in_place, operations.names
+
+
+def advance(state) -> None:
+    state.previous_timestamp = state.timestamp
+    state.timestamp = state.timestamp.to_next_batch(samples=4, tokens=12)
+
+
+def refuse(name: str) -> Any:
+    def walk(self, *args, **kwargs):
+        raise AssertionError(f'{name} walks the model')
+
+    return walk
+
+
+def test_an_update_notices_a_replaced_tensor(trainer):
+    """What the cached plan must not miss: the price of walking nothing is checked here."""
+    ema = EMA('0ba')
+    run = trainer([ema])
+    advance(run.state)
+    ema.apply(Event.BATCH_END, run.state, run.logger)
+    network = run.state.model.module
+    network[5].weight = nn.Parameter(torch.full((3, 8), 7.0))
+    network[5].bias.data = torch.full((3,), 8.0)
+    advance(run.state)
+    ema.apply(Event.BATCH_END, run.state, run.logger)
+    average = dict(ema.ema_model.named_parameters())
+    assert average['module.5.weight'].eq(7).all()
+    assert average['module.5.bias'].eq(8).all()
+
+
+# 9. One formula
+
+
+class Zoo(ComposerModel):
+    """Parameters and buffers of every dtype; the loss pulls each parameter towards one."""
+
+    PARAMETERS = {
+        'f32': torch.float32, 'f64': torch.float64, 'bf16': torch.bfloat16, 'f16': torch.float16, 'c64': torch.complex64,
+    }  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(5)
+        for name, dtype in self.PARAMETERS.items():
+            self.register_parameter(name, nn.Parameter(torch.randn(3, 4, generator=generator).to(dtype)))
+        self.scalar = nn.Parameter(torch.tensor(0.3))
+        self.empty = nn.Parameter(torch.zeros(0, 4))
+        self.frozen = nn.Parameter(torch.ones(2), requires_grad=False)
+        self.transposed = nn.Parameter(torch.randn(4, 3, generator=generator).t())
+        self.register_buffer('float_buffer', torch.zeros(2))
+        self.register_buffer('half_buffer', torch.zeros(2, dtype=torch.float16))
+        self.register_buffer('count', torch.zeros((), dtype=torch.int64))
+        self.register_buffer('flags', torch.zeros(3, dtype=torch.bool))
+
+    def forward(self, batch):
+        with torch.no_grad():
+            self.count += 1
+            self.float_buffer += 0.5
+            self.half_buffer.copy_(self.float_buffer * self.count)
+            self.flags[int(self.count) % 3] ^= True
+        return sum((p.to(torch.complex128) - 1).abs().square().sum() for p in self.parameters()).float()
+
+    def loss(self, outputs, batch):
+        return outputs
+
+
+class Follow(Callback):
+    """Works the formula out in float64 from what training left behind, without the package."""
+
+    def __init__(self, half_life: float) -> None:
+        self.half_life = half_life
+        self.average: dict[str, Tensor] = {}
+
+    def batch_end(self, state, logger) -> None:
+        weight = 1.0 if not self.average else 1.0 - 2.0 ** (-1.0 / self.half_life)
+        for name, source in state.model.state_dict().items():
+            if source.is_floating_point() or source.is_complex():
+                wide = source.to(torch.complex128 if source.is_complex() else torch.float64)
+                old = self.average.get(name, torch.zeros_like(wide))
+                self.average[name] = old + weight * (wide - old)
+            else:
+                self.average[name] = source.clone()
+
+
+# Rounding of one update is at most half a unit in the last place of the shadow's dtype; 20 updates, each of which
+# halves what the earlier ones left within three batches, add up to a few units.
+TOLERANCES = {torch.float32: 1e-6, torch.float64: 2e-15, torch.complex64: 1e-6}
+
+
+@pytest.mark.parametrize('buffers', ['average', 'copy'])
+def test_a_run_follows_the_float64_formula_in_every_dtype(trainer, buffers):
+    ema, follow, model = EMA('3ba', buffers=buffers), Follow(3.0), Zoo()
+    run = trainer(
+        [ema],
+        model=model,
+        callbacks=[follow],
+        train_dataloader=DataLoader(TensorDataset(torch.zeros(40, 1)), batch_size=2),
+        max_duration='20ba',
+        optimizers=torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.5),
+    )
+    run.fit()
+    shadows = {**dict(ema.ema_model.named_parameters()), **dict(ema.ema_model.named_buffers())}
+    sources = dict(model.state_dict())
+    assert shadows.keys() == sources.keys() - {'frozen'}
+    for name, shadow in shadows.items():
+        source = sources[name]
+        is_16_bit = source.dtype in (torch.bfloat16, torch.float16)
+        assert shadow.dtype == (torch.float32 if is_16_bit else source.dtype), name
+        is_copied = not (source.is_floating_point() or source.is_complex()) or (buffers == 'copy' and 'buffer' in name)
+        if is_copied:
+            assert torch.equal(shadow, source.to(shadow.dtype)), name
+        else:
+            expected, tolerance = follow.average[name], TOLERANCES[shadow.dtype]
+            torch.testing.assert_close(shadow.to(expected.dtype), expected, rtol=tolerance, atol=tolerance)
+            assert not shadow.numel() or not torch.equal(shadow, source.to(shadow.dtype)), f'{name} was not averaged'
+
+
+class StepOnce(Callback):
+    """Moves every weight from 0 to 1 after the first update, then leaves them there."""
+
+    def batch_end(self, state, logger) -> None:
+        with torch.no_grad():
+            for parameter in state.model.parameters():
+                parameter.fill_(1.0)
+
+
+def test_after_one_half_life_a_bfloat16_model_s_average_has_covered_half_of_a_step(trainer):
+    model = make_model(dtype=torch.bfloat16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    images = torch.zeros(2, 1, 6, 6, dtype=torch.bfloat16)
+    ema = EMA('400ba', log_interval=None)
+    run = trainer(
+        [ema],
+        model=model,
+        callbacks=[StepOnce()],
+        train_dataloader=DataLoader([(image, 0) for image in images] * 401, batch_size=2),
+        max_duration='401ba',
+        optimizers=torch.optim.SGD(model.parameters(), lr=0.0),
+    )
+    run.fit()
+    for name, average in ema.ema_model.named_parameters():
+        assert average.dtype is torch.float32
+        covered = average.double()
+        assert (covered - 0.5).abs().max() < 0.005, f'{name} has covered {covered.mean():.3f}'  # 1 % of one half
