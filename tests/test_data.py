@@ -4,12 +4,14 @@ import gzip
 import hashlib
 import http.server
 import inspect
+import io
 import logging
 import random
 import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +61,7 @@ def places(tmp_path, monkeypatch):
 
         def offer(self, name, files=None):
             def fetcher(scratch):
+                assert not any(scratch.iterdir())
                 self.fetched.append(name)
                 if files is None:
                     raise fetch.Unusable(f'{name} is down')
@@ -384,6 +387,16 @@ class TestTorchvisionDownload:
         monkeypatch.setenv('no_proxy', '127.0.0.1')
         with socket.create_server(('127.0.0.1', 0)) as silent, pytest.raises(fetch.Unusable, match=r'answer|timed out'):
             fetch._require_answer(f'http://127.0.0.1:{silent.getsockname()[1]}/file')
+
+    def test_not_even_a_look_up_of_the_name_that_hangs_takes_longer(self, monkeypatch):
+        released = threading.Event()
+        monkeypatch.setattr(fetch, '_ANSWER_SECONDS', 0.1)
+        monkeypatch.setattr('urllib.request.urlopen', lambda *_, **__: released.wait(30) and io.BytesIO())
+        begun = time.monotonic()
+        with pytest.raises(fetch.Unusable, match=r'http://mirror/file did not answer within 0\.1 s'):
+            fetch._require_answer('http://mirror/file')
+        assert time.monotonic() - begun < 5
+        released.set()
 
 
 class TestCifar10:
