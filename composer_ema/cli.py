@@ -68,6 +68,8 @@ def export(
 def main() -> None:
     """The entry point of ``composer-ema`` and of ``python -m composer_ema.cli``."""
     warnings.showwarning = _show_warning
+    # Composer's word on every last batch that is smaller than the others; nothing is wrong then.
+    warnings.filterwarnings('ignore', message='Cannot split tensor of length')
     app()
 
 

@@ -88,8 +88,8 @@ def build(recipe: Recipe, *, scratch: Path | None = None) -> Run:
         'optimizers': optimizer,
         'schedulers': scheduler,
         'algorithms': algorithms,
-        'callbacks': callbacks,
-        'loggers': [recorder, *(loggers if scratch is None else [])],
+        'callbacks': [recorder, *callbacks],
+        'loggers': [recorder.collector, *(loggers if scratch is None else [])],
     }
     trainer = Named(place, 'Trainer', Trainer, arguments).build()
     return Run(recipe.replace(seed=seed, run_name=run_name), checked, folder, trainer, recorder)

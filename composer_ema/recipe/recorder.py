@@ -11,7 +11,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from composer.core import State
+from composer.core import Callback, State
 from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist
 
@@ -36,7 +36,27 @@ def write_beside(path: Path, content: str | bytes) -> None:
         raise
 
 
-class Recorder(LoggerDestination):
+class Collector(LoggerDestination):
+    """Holds what was logged since it was last emptied, a number per name; the newest number wins.
+
+    Attributes:
+        metrics (dict): Name to number or tensor.
+    """
+
+    def __init__(self) -> None:
+        self.metrics: dict[str, Any] = {}
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        # The times stand in each line already.
+        self.metrics.update({name: value for name, value in metrics.items() if not name.startswith('time/')})
+
+    def take(self) -> dict[str, float]:
+        """Empties it; values that are not numbers are dropped."""
+        taken, self.metrics = self.metrics, {}
+        return {name: number for name, value in taken.items() if (number := _number(value)) is not None}
+
+
+class Recorder(Callback):
     """Collects every metric that is logged, writes JSON lines on rank 0, and measures the cost of averaging.
 
     One line per batch and one per epoch end: ``{"epoch": 1.0, "batch": 468, "sample": 59904, "loss/train/total": ...,
@@ -44,13 +64,16 @@ class Recorder(LoggerDestination):
     it was writing. The state says how many lines had been written at the checkpoint; on resume the file is cut there,
     and the run writes the rest anew. A run that resumes into another folder starts its file with the evaluations.
 
-    It is a logger destination, which Composer runs before all other callbacks and after all algorithms: the time from
-    BATCH_START to BATCH_END holds the step and the update of the average, and no other callback.
+    Composer runs logger destinations after all callbacks, and so after the checkpoint is written; the lines are
+    therefore written by a callback, the first of the Trainer's, and ``collector`` is its ear among the loggers. Coming
+    first and after the algorithms, it sees between BATCH_START and BATCH_END the step and the update of the average,
+    and no other callback.
 
     Args:
         path (Path, optional): The file to write; None writes nothing. Default: None.
 
     Attributes:
+        collector (Collector): To be given to the Trainer as a logger.
         evaluations (list[dict]): The lines that hold metrics of an evaluator, oldest first.
         step_seconds (float): Time from BATCH_START to BATCH_END, over ``num_batches`` batches.
         update_seconds (float): What the averaging algorithms spent meanwhile, by their own ``update_seconds``; updates
@@ -60,12 +83,12 @@ class Recorder(LoggerDestination):
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
+        self.collector = Collector()
         self.num_lines = 0
         self.evaluations: list[dict[str, Any]] = []
         self.step_seconds = 0.0
         self.update_seconds = 0.0
         self.num_batches = 0
-        self._pending: dict[str, float] = {}
         self._batch_started: float | None = None
         self._updates_seen = 0.0
         self._has_fit = False
@@ -91,12 +114,8 @@ class Recorder(LoggerDestination):
         self.update_seconds = state[_UPDATE_SECONDS]
         self.num_batches = state[_NUM_BATCHES]
 
-    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        # The times stand in each line already.
-        self._pending.update({name: value for name, value in metrics.items() if not name.startswith('time/')})
-
     def fit_start(self, state: State, logger: Logger) -> None:
-        self._pending.clear()
+        self.collector.take()
         self._updates_seen = _seconds_in_updates(state)
         if self.path is not None and dist.get_global_rank() == 0:
             self._cut_file(self.path)
@@ -138,8 +157,7 @@ class Recorder(LoggerDestination):
         write_beside(path, ''.join(f'{line}\n' for line in lines))
 
     def _write_line(self, state: State) -> None:
-        metrics = {name: number for name, value in self._pending.items() if (number := _number(value)) is not None}
-        self._pending.clear()
+        metrics = self.collector.take()
         if not metrics:
             return
         time = state.timestamp

@@ -1,0 +1,605 @@
+"""Recipes: what is refused and how, what a run leaves behind, and that an interrupted run leaves the same."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from composer.core import Callback
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from composer_ema import load_average
+from composer_ema.algorithm import EMA
+from composer_ema.recipe import registry, report, run, schema
+from composer_ema.recipe.build import build
+from composer_ema.recipe.data import DATASETS
+from composer_ema.recipe.recorder import Recorder, write_beside
+from composer_ema.recipe.report import Point, Result
+from composer_ema.recipe.schema import Plan, RecipeError, check_arguments
+
+YAMLS = sorted((Path(__file__).parent.parent / 'yamls').rglob('*.yaml'))
+TINY: dict[str, Any] = {
+    'max_duration': '2ep',
+    'seed': 3,
+    'progress_bar': False,
+    'device': 'cpu',
+    'model': {'name': 'fashion_cnn', 'widths': [2, 2, 2, 2], 'num_classes': 3},
+    'data': {
+        'name': 'fake',
+        'image_size': [1, 17, 17],
+        'num_classes': 3,
+        'size': 40,
+        'eval_size': 10,
+        'batch_size': 8,
+        'eval_batch_size': 10,
+    },
+    'optimizer': {'name': 'adamw', 'lr': 0.01},
+    'algorithms': {'ema': {'half_life': '3ba'}},
+    'evaluate': ['training', 'ema'],
+}
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    """Writes the tiny recipe, with top-level keys replaced, and its runs in a folder of the test."""
+
+    def write(**values: Any) -> Path:
+        path = tmp_path / 'tiny.yaml'
+        path.write_text(yaml.safe_dump({**TINY, 'runs_folder': str(tmp_path / 'runs'), **values}))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def data_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes every data set fail the test when it is built."""
+
+    def refuse(builder: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(builder)
+        def touched(**arguments: Any) -> None:
+            raise AssertionError('data was touched')
+
+        return touched
+
+    for name, builder in list(DATASETS.items()):
+        monkeypatch.setitem(DATASETS, name, refuse(builder))
+
+
+def quiet(renderable: Any) -> None:
+    """Shows nothing."""
+
+
+def lines_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+
+
+# What is refused: override, path of the key in the file, and a piece of the message, most often the nearest legal name.
+REFUSED = [
+    ('algoritms.ema.half_life=3ba', 'algoritms', 'algorithms'),
+    ('max_durations=3ep', 'max_durations', 'max_duration'),
+    ('train_dataloader=x', 'train_dataloader', 'train_dataloader_label'),
+    ('algorithms.ema.half_lif=3ba', 'algorithms.ema.half_lif', 'half_life'),
+    ('algorithms.emma.half_life=3ba', 'algorithms.emma', 'ema'),
+    ('algorithms.ema.half_life=3', 'algorithms.ema.half_life', 'must be a string or null, got 3 (an integer)'),
+    ('algorithms.ema.half_life=3bananas', 'algorithms.ema.half_life', 'bananas'),
+    ('algorithms.ema=3ba', 'algorithms.ema', "must be a mapping, got '3ba'"),
+    ('algorithms.EMA.half_life=3ba', 'algorithms.EMA', 'algorithms.ema'),
+    ('algorithms.ema.evaluate_with={eval: ema}', 'algorithms.ema.evaluate_with', 'evaluate: [training, ema]'),
+    ('algorithms.mixup.alpha=much', 'algorithms.mixup.alpha', "must be a number, got 'much'"),
+    ('callbacks.speed_monitr={}', 'callbacks.speed_monitr', 'speed_monitor'),
+    ('callbacks.speed_monitor.window=3', 'callbacks.speed_monitor.window', 'window_size'),
+    ('callbacks.speed_monitor.window_size=ten', 'callbacks.speed_monitor.window_size', "an integer, got 'ten'"),
+    ('callbacks.nan_monitor.strict=true', 'callbacks.nan_monitor.strict', 'It takes none'),
+    ('callbacks.early_stopper={}', 'callbacks.early_stopper', 'needs monitor, dataloader_label'),
+    ('loggers.tensorbord={}', 'loggers.tensorbord', 'tensorboard_logger'),
+    ('loggers.file_logger.flush_interval=often', 'loggers.file_logger.flush_interval', "an integer, got 'often'"),
+    ('optimizer.name=adamm', 'optimizer.name', 'adam'),
+    ('optimizer.learning_rate=1', 'optimizer.learning_rate', 'AdamW has no such argument'),
+    ('optimizer.lr=fast', 'optimizer.lr', "must be a number, got 'fast'"),
+    ('optimizer.lr=true', 'optimizer.lr', 'must be a number, got True'),
+    ('optimizer.betas=[0.9]', 'optimizer.betas', 'a list of 2 values'),
+    ('optimizer.lr=-1', 'optimizer', 'Invalid learning rate'),
+    ('optimizer=adamw', 'optimizer', '{name: adamw}'),
+    ('scheduler.name=cosine_with_warmup', 'scheduler', 'needs t_warmup'),
+    ('scheduler={name: one_cycle_lr, max_lr: 1}', 'scheduler', 'total_steps'),
+    ('scheduler={name: reduce_lr_on_plateau}', 'scheduler.name', 'no scheduler'),
+    ('model.name=fashion_cn', 'model.name', 'fashion_cnn'),
+    ('model.width=3', 'model.width', 'widths'),
+    ('model.widths=[1,2]', 'model.widths', '4 numbers'),
+    ('model.widths=[1,2,3,x]', 'model.widths', 'must be a list, each entry an integer'),
+    ('data.name=fak', 'data.name', 'fake'),
+    ('data.batchsize=3', 'data.batchsize', 'batch_size'),
+    ('data.batch_size=x', 'data.batch_size', "must be an integer, got 'x'"),
+    ('evaluate=[emma]', 'evaluate.0', 'ema'),
+    ('evaluate=[ema,ema]', 'evaluate.1', 'twice'),
+    ('evaluate=3', 'evaluate', 'must be a list'),
+    ('evaluate={ema: true}', 'evaluate', 'does not fit the recipe'),
+    ('algorithms=null', 'evaluate', 'Add ema: {} under algorithms'),
+    ('report.target=1', 'report.target', 'target_accuracy'),
+    ('report.target_accuracy=90', 'report.target_accuracy', '[0, 1]'),
+    ('runs_folder=3', 'runs_folder', 'must be a string, got 3'),
+    ('max_duration=2eps', 'max_duration', "'2eps' is no time"),
+    ('max_duration=0ep', 'max_duration', 'at least 1'),
+    ('max_duration=null', 'max_duration', 'is missing'),
+    ('eval_interval=-1ep', 'eval_interval', 'at least 0'),
+    ('save_interval=often', 'save_interval', 'no time'),
+    ('precision=fp33', 'precision', 'fp32'),
+    ('device=gpux', 'device', 'cpu, gpu'),
+    ('seed=one', 'seed', "must be an integer or null, got 'one'"),
+    ('seed=-1', 'seed', 'from 0 to'),
+    ('variables.width=${nowhere}', 'variables.width', 'nowhere'),
+    ('variables.width=???', 'variables.width', 'Missing'),
+]
+
+
+class TestRefused:
+    @pytest.mark.parametrize(('override', 'key', 'said'), REFUSED, ids=[override for override, _, _ in REFUSED])
+    def test_with_path_and_remedy_before_data_is_touched(self, write, data_untouched, override, key, said):
+        path = write()
+        with pytest.raises(RecipeError) as refused:
+            build(schema.load(path, [override]))
+        assert refused.value.key == key
+        assert str(refused.value).startswith(f'{path}: {key}: ')
+        assert said in str(refused.value)
+        assert not (path.parent / 'runs').exists()
+
+    @pytest.mark.parametrize('override', ['max_duration', '=3', 'model..name=x', ' =3', 'model. name=x', 'evaluate=[1'])
+    def test_malformed_override(self, write, override):
+        with pytest.raises(RecipeError, match='override'):
+            schema.load(write(), [override])
+
+    @pytest.mark.parametrize(
+        ('text', 'said'),
+        [
+            ('max_duration: 1ep\nmax_duration: 2ep', 'duplicate key'),
+            ('data: {name: fake, size: 1, size: 2}', 'duplicate key'),
+            ('max_duration: [1', 'is not legal YAML'),
+            ('- max_duration', 'holds a list'),
+            ('3', 'cannot be read as a recipe'),
+            ('1: 2', 'a key must be a string'),
+            ('run_name: !!python/object/apply:os.getcwd []', 'python/object'),
+            ('run_name: !!binary aGk=', 'must be a string, a number'),
+            ('run_name: ${', 'run_name'),
+            ('run_name: ${run_name}', 'run_name'),
+            ('', 'model: must be a mapping with a name'),
+            ('max_duration: 1ep\nmodel: fashion_cnn', "{name: fashion_cnn}; got 'fashion_cnn'"),
+        ],
+    )
+    def test_file_that_is_no_recipe(self, tmp_path, text, said):
+        path = tmp_path / 'broken.yaml'
+        path.write_text(text)
+        with pytest.raises(RecipeError) as refused:
+            schema.plan(schema.load(path))
+        assert said in str(refused.value)
+
+    def test_missing_file_names_the_nearest(self, write):
+        path = write()
+        with pytest.raises(RecipeError, match=r'no such file\. The nearest is .*tiny\.yaml'):
+            schema.load(path.with_name('tny.yaml'))
+
+    def test_model_that_does_not_take_the_data(self, write):
+        model = {'name': 'mnist1d_cnn', 'num_classes': 3}
+        with pytest.raises(RecipeError, match=r'model: cannot take inputs of shape \(1, 17, 17\)'):
+            build(schema.load(write(model=model)))
+        with pytest.raises(RecipeError, match=r'model\.num_classes: must be at least 3'):
+            build(schema.load(write(), ['model.num_classes=2']))
+
+    def test_run_folder_that_holds_a_run(self, write, data_untouched, tmp_path):
+        write_beside(tmp_path / 'runs/mine/metrics.jsonl', '{}\n')
+        with pytest.raises(RecipeError, match=r'run_name: .*already holds a run.*autoresume=true'):
+            build(schema.load(write(), ['run_name=mine']))
+
+    def test_setting_that_cannot_work_in_this_run_is_told_by_its_key(self, write):
+        recipe = schema.load(write(), ['algorithms.ema.half_life=2iter', 'algorithms.ema.update_interval=1ba'])
+        with pytest.raises(RecipeError, match=r'algorithms\.ema\.\w+: .*iterations'):
+            run.train(recipe, quiet)
+
+
+class TestArguments:
+    @staticmethod
+    def takes(a: int, b: float | None = None, *, c: tuple[int, ...] = (), d: Callable | str = 'x') -> None: ...
+
+    @pytest.mark.parametrize(
+        'arguments',
+        [{'a': 1}, {'a': 1, 'b': 2}, {'a': 1, 'b': None}, {'a': 1, 'c': [1, 2]}, {'a': 1, 'd': 'y'}, {'a': 10**30}],
+    )
+    def test_that_fit_are_handed_on_unchanged(self, arguments):
+        assert check_arguments(self.takes, arguments, schema.Place('f', 'k')) == arguments
+
+    @pytest.mark.parametrize(
+        ('arguments', 'key'),
+        [({}, 'k'), ({'a': 1.5}, 'k.a'), ({'a': True}, 'k.a'), ({'a': 1, 'c': 3}, 'k.c'), ({'a': 1, 'd': 3}, 'k.d')],
+    )
+    def test_that_do_not_fit_are_refused_by_key(self, arguments, key):
+        with pytest.raises(RecipeError) as refused:
+            check_arguments(self.takes, arguments, schema.Place('f', 'k'))
+        assert refused.value.key == key
+
+
+class TestRegistry:
+    @pytest.mark.parametrize(
+        ('known', 'names'),
+        [
+            (registry.algorithms, ['gradient_clipping', 'GradientClipping', 'sam', 'SAM', 'cutmix', 'cut_mix']),
+            (registry.callbacks, ['lr_monitor', 'LRMonitor', 'early_stopper', 'mlperf', 'checkpoint_saver']),
+            (registry.loggers, ['tensorboard', 'tensorboard_logger', 'wandb', 'WandBLogger', 'file_logger']),
+            (registry.optimizers, ['adamw', 'AdamW', 'sgd', 'decoupled_adamw', 'DecoupledSGDW', 'sparse_adam']),
+            (registry.schedulers, ['cosine_with_warmup', 'ConstantScheduler', 'one_cycle_lr', 'CosineAnnealingLR']),
+        ],
+    )
+    def test_finds_snake_case_class_names_and_short_forms(self, known, names):
+        assert all(known().canonical(name) for name in names)
+
+    def test_ours_shadows_composers_ema(self):
+        assert registry.algorithms().find('ema') is EMA
+        assert registry.algorithms().find('EMA') is EMA
+
+    def test_full_class_name_wins_over_a_short_form(self):
+        found = registry.schedulers().find('CosineAnnealingWarmRestarts')
+        assert found is torch.optim.lr_scheduler.CosineAnnealingWarmRestarts
+
+    @pytest.mark.parametrize(
+        'known', [registry.algorithms, registry.callbacks, registry.loggers, registry.optimizers, registry.schedulers]
+    )
+    def test_every_class_is_found_by_its_own_name(self, known):
+        for name, cls in known().classes.items():
+            assert known().find(name) is cls
+            assert known().find(cls.__name__) is cls
+
+
+class TestLoad:
+    def test_variables_overrides_and_interpolation(self, write):
+        path = write(variables={'rate': 0.5, 'span': '7ba'}, run_name='r-${variables.rate}')
+        overrides = [
+            'variables.rate=1e-3',
+            'optimizer.lr=${variables.rate}',
+            'algorithms.ema.half_life=${variables.span}',
+        ]
+        values = schema.load(path, overrides).values
+        assert values['optimizer']['lr'] == 1e-3
+        assert values['run_name'] == 'r-0.001'
+        assert values['algorithms']['ema']['half_life'] == '7ba'
+
+    def test_null_arguments_are_no_arguments(self, write):
+        checked = schema.plan(schema.load(write(algorithms={'ema': None, 'sam': None})))
+        assert [each.name for each in checked.algorithms] == ['ema', 'sam']
+
+    @pytest.mark.parametrize(
+        ('evaluate', 'algorithms', 'expected'),
+        [
+            (['training', 'ema'], {'ema': {}}, ['training', 'ema']),
+            (['ema'], {'ema': {}}, ['ema']),
+            ('ema', {'EMA': {}}, ['ema']),
+            (['training'], {'ema': {}}, ['training']),
+            ([], {'ema': {}}, []),
+            (None, {'ema': {}}, ['training', 'ema']),
+            (None, None, ['training']),
+        ],
+    )
+    def test_evaluate(self, write, evaluate, algorithms, expected):
+        assert schema.plan(schema.load(write(evaluate=evaluate, algorithms=algorithms))).evaluate == expected
+
+
+class TestBuild:
+    @pytest.mark.parametrize('path', YAMLS, ids=lambda path: path.stem)
+    def test_every_recipe_of_the_package_builds(self, path, tmp_path, monkeypatch):
+        def tiny(**arguments: Any) -> Any:
+            known = {key: arguments[key] for key in ('batch_size', 'drop_last', 'seed') if key in arguments}
+            return DATASETS['fake'](image_size=[1, 28, 28], size=known['batch_size'], eval_size=4, **known)
+
+        builder = functools.wraps(DATASETS['fashion_mnist'])(tiny)
+        monkeypatch.setitem(DATASETS, 'fashion_mnist', builder)
+        monkeypatch.chdir(tmp_path)
+        shown: list[Any] = []
+        run.rehearse(schema.load(path, ['progress_bar=false', 'device=cpu']), shown.append)
+        assert yaml.safe_load(shown[0])['model'] == yaml.safe_load(path.read_text())['model']
+        assert list(tmp_path.iterdir()) == []
+
+    def test_evaluators_and_weights_are_paired(self, write):
+        built = build(schema.load(write()))
+        built.trainer.close()
+        (ema,) = built.trainer.state.algorithms
+        assert isinstance(ema, EMA)
+        assert ema.evaluate_with == {'eval_training': 'training', 'eval_ema': 'ema'}
+        assert [evaluator.label for evaluator in built.trainer.state.evaluators] == ['eval_training', 'eval_ema']
+
+    def test_every_kind_of_plugin_and_a_torch_scheduler(self, write, tmp_path):
+        recipe = write(
+            algorithms={
+                'ema': {'half_life': '2ba'},
+                'gradient_clipping': {'clipping_type': 'norm', 'clipping_threshold': 1.0},
+            },
+            callbacks={'lr_monitor': {}, 'SpeedMonitor': {'window_size': 2}},
+            loggers={'in_memory': None},
+            scheduler={'name': 'StepLR', 'step_size': 3},
+            step_schedulers_every_batch=True,
+            run_name='plugged',
+        )
+        outcome = run.train(schema.load(recipe), quiet)
+        lines = lines_of(tmp_path / 'runs/plugged')
+        assert outcome.final('ema').accuracy is not None
+        rates = [line['lr-AdamW/group0'] for line in lines if 'lr-AdamW/group0' in line]
+        assert rates[0] == pytest.approx(0.01)
+        assert rates[-1] == pytest.approx(0.01 * 0.1**3)
+
+    def test_run_names_count_up_and_autoresume_takes_the_last(self, write, tmp_path):
+        path, names = write(), []
+        for overrides in ([], [], ['autoresume=true']):
+            built = build(schema.load(path, overrides))
+            built.trainer.close()
+            names.append(built.recipe.values['run_name'])
+        assert names == ['tiny', 'tiny-2', 'tiny-2']
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory) -> tuple[Path, Result, list[Any]]:
+    """A finished run: its folder, its result, and what it showed."""
+    folder = tmp_path_factory.mktemp('trained')
+    path = folder / 'tiny.yaml'
+    path.write_text(yaml.safe_dump({**TINY, 'runs_folder': str(folder), 'run_name': 'here'}))
+    shown: list[Any] = []
+    return folder / 'here', run.train(schema.load(path), shown.append), shown
+
+
+class TestRun:
+    def test_leaves_checkpoints_metrics_recipe_and_pictures(self, trained):
+        folder, _, _ = trained
+        names = {path.name for path in folder.iterdir()}
+        assert names == {'checkpoints', 'metrics.jsonl', 'recipe.yaml', 'curves.png', 'curves.svg'}
+        assert (folder / 'checkpoints/latest-rank0.pt').exists()
+        assert (folder / 'curves.png').read_bytes().startswith(b'\x89PNG')
+        assert '</svg>' in (folder / 'curves.svg').read_text()
+
+    def test_metrics_hold_each_batch_once_and_each_evaluation_once(self, trained):
+        folder, _, _ = trained
+        lines = lines_of(folder)
+        assert [line['batch'] for line in lines if 'loss/train/total' in line] == list(range(1, 11))
+        assert [line['epoch'] for line in lines if 'metrics/eval_ema/CrossEntropy' in line] == [1.0, 2.0]
+        assert [line['ema/num_updates'] for line in lines if 'ema/num_updates' in line][-1] == 10
+
+    def test_result_is_what_the_metrics_say(self, trained):
+        folder, outcome, _ = trained
+        last = [line for line in lines_of(folder) if 'metrics/eval_ema/CrossEntropy' in line][-1]
+        assert outcome.final('training').loss == last['metrics/eval_training/CrossEntropy']
+        assert outcome.final('ema').accuracy == last['metrics/eval_ema/MulticlassAccuracy']
+        assert outcome.num_batches == 10
+        assert outcome.update_share is not None
+        assert 0 < outcome.update_share < 1
+
+    def test_evaluates_the_average_and_the_training_weights_apart(self, trained):
+        folder, outcome, _ = trained
+        saved = torch.load(folder / 'checkpoints/latest-rank0.pt', weights_only=False)['state']['model']
+        averaged = load_average(folder / 'checkpoints/latest-rank0.pt')
+        assert any(not torch.equal(saved[name], averaged[name]) for name in averaged)
+        assert outcome.final('training').loss != outcome.final('ema').loss
+
+    def test_resolved_recipe_trains_again(self, trained, tmp_path):
+        folder, outcome, _ = trained
+        again = schema.load(folder / 'recipe.yaml', [f'runs_folder={tmp_path}', 'run_name=again'])
+        assert run.train(again, quiet).points == outcome.points
+        assert lines_of(tmp_path / 'again') == lines_of(folder)
+
+    def test_table_shows_both_and_the_cost(self, trained):
+        _, outcome, shown = trained
+        console = Console(width=100, record=True, quiet=True)
+        with console.capture() as captured:
+            console.quiet = False
+            console.print(shown[0])
+        text = captured.get()
+        assert 'training weights' in text
+        assert 'average' in text
+        assert f'{100 * outcome.final("ema").accuracy:.2f}' in text  # pyright: ignore[reportOptionalOperand]
+        assert 'measured over 10 batches' in text
+
+    def test_seeds_end_with_one_table_and_a_markdown_file(self, write, tmp_path):
+        shown: list[Any] = []
+        outcomes = run.train_seeds(schema.load(write(), ['max_duration=1ep']), [1, 2], shown.append)
+        assert [outcome.run_name for outcome in outcomes] == ['tiny-seed1', 'tiny-seed2']
+        assert outcomes[0].points != outcomes[1].points
+        markdown = (tmp_path / 'runs/tiny-seeds.md').read_text()
+        assert markdown in shown
+        assert [line.split('|')[1].strip() for line in markdown.splitlines()[2:]] == [
+            '1',
+            '1',
+            '2',
+            '2',
+            'mean',
+            'mean',
+        ]
+
+
+class Interrupt(Callback):
+    """Stops the run like a crash would, before the batch counts as done in any checkpoint."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def batch_end(self, state, logger) -> None:
+        if int(state.timestamp.batch) == self.batch:
+            raise KeyboardInterrupt
+
+
+class TestResume:
+    @pytest.fixture
+    def interrupted_at(self, monkeypatch) -> Callable[[int | None], None]:
+        """Lets the next run be interrupted at a batch, through a callback that recipes can name."""
+
+        def interrupt(batch: int | None) -> None:
+            known = registry.callbacks()
+            stop = functools.partial(Interrupt, batch=batch or 0)
+            patched = registry.Registry('callback', {'interrupt': stop}, {'interrupt': 'interrupt'})  # pyright: ignore
+            monkeypatch.setattr(registry, 'callbacks', lambda: patched if batch else known)
+
+        return interrupt
+
+    @pytest.mark.parametrize('batch', [2, 4, 5, 6, 9, 10])
+    @pytest.mark.parametrize('save_interval', ['3ba', '1ep'])
+    def test_interrupted_and_resumed_leaves_the_same_lines(self, write, tmp_path, interrupted_at, batch, save_interval):
+        whole = schema.load(write(save_interval=save_interval), ['run_name=whole'])
+        expected = run.train(whole, quiet)
+        interrupted_at(batch)
+        path = write(save_interval=save_interval, run_name='broken', autoresume=True, callbacks={'interrupt': {}})
+        with pytest.raises(KeyboardInterrupt):
+            run.train(schema.load(path), quiet)
+        interrupted_at(None)
+        resumed = run.train(schema.load(path, ['callbacks=null']), quiet)
+        assert lines_of(tmp_path / 'runs/broken') == lines_of(tmp_path / 'runs/whole')
+        assert resumed.points == expected.points
+        assert resumed.num_batches == 10
+
+    def test_finished_run_is_reported_again_and_not_trained_further(self, write, tmp_path):
+        path = write(run_name='done', autoresume=True)
+        first = run.train(schema.load(path), quiet)
+        lines = lines_of(tmp_path / 'runs/done')
+        again = run.train(schema.load(path), quiet)
+        assert again == first
+        assert lines_of(tmp_path / 'runs/done') == lines
+
+    def test_load_path_continues_in_a_new_folder_with_the_evaluations_so_far(self, write, tmp_path):
+        path = write()
+        run.train(schema.load(path, ['run_name=first', 'max_duration=1ep']), quiet)
+        checkpoint = tmp_path / 'runs/first/checkpoints/latest-rank0.pt'
+        longer = run.train(schema.load(path, ['run_name=second', f'load_path={checkpoint}']), quiet)
+        straight = run.train(schema.load(path, ['run_name=straight']), quiet)
+        assert longer.points == straight.points
+        batches = [line['batch'] for line in lines_of(tmp_path / 'runs/second')]
+        assert batches == [5, 6, 7, 8, 9, 10, 10]
+
+    def test_half_written_last_line_is_dropped(self, tmp_path):
+        path = tmp_path / 'metrics.jsonl'
+        path.write_text('{"batch": 1}\n{"batch": 2}\n{"bat')
+        recorder = Recorder(path)
+        recorder.load_state_dict({**recorder.state_dict(), 'num_lines': 2})
+        recorder._cut_file(path)
+        assert path.read_text() == '{"batch": 1}\n{"batch": 2}\n'
+
+    def test_recorder_state_is_plain_and_survives_a_round_trip(self):
+        recorder = Recorder()
+        recorder.evaluations, recorder.num_lines, recorder.step_seconds = [{'epoch': 1.0, 'batch': 2}], 3, 0.5
+        state = recorder.state_dict()
+        assert json.loads(json.dumps(state)) == state
+        other = Recorder()
+        other.load_state_dict(state)
+        assert other.state_dict() == state
+
+
+class TestReport:
+    TRAINING = (Point(1, 0.85, 0.4), Point(2, 0.89, 0.3), Point(3, 0.91, 0.29), Point(4, 0.899, 0.28))
+    AVERAGE = (Point(1, 0.88, 0.35), Point(2, 0.90, 0.27), Point(3, 0.92, 0.25), Point(4, 0.93, 0.24))
+
+    def outcome(self, **changed: Any) -> Result:
+        points = {'training': list(self.TRAINING), 'ema': list(self.AVERAGE)}
+        arguments: dict[str, Any] = {'points': points, 'update_share': 0.012, 'num_batches': 40, **changed}
+        return Result('r', 1, arguments.pop('target_accuracy', 0.9), **arguments)
+
+    def test_first_epoch_is_the_first_at_or_above_the_target(self):
+        assert self.outcome().first_epoch('training') == 3
+        assert self.outcome().first_epoch('ema') == 2
+        assert self.outcome(target_accuracy=0.92).first_epoch('training') is None
+
+    def test_first_epoch_allows_for_the_rounding_of_float32(self):
+        accuracy = torch.tensor(0.9, dtype=torch.float32).item()
+        assert accuracy < 0.9
+        assert self.outcome(points={'ema': [Point(1, accuracy, 0.3)]}).first_epoch('ema') == 1
+        assert self.outcome(points={'ema': [Point(1, 0.8999, 0.3)]}).first_epoch('ema') is None
+
+    def test_markdown_by_hand(self):
+        never = {'training': [Point(1, 0.5, 1.0)], 'ema': [Point(1, 0.91, 0.5)]}
+        other = Result('s', 2, 0.9, never, update_share=0.02, num_batches=40)
+        assert report.seeds_markdown([self.outcome(), other]).splitlines() == [
+            '| seed | weights | first epoch at 90 % | final accuracy % | final loss | cost, % of step time |',
+            '| ---: | :--- | ---: | ---: | ---: | ---: |',
+            '| 1 | training weights | 3 | 89.90 | 0.2800 |  |',
+            '| 1 | average | 2 | 93.00 | 0.2400 | 1.20 |',
+            '| 2 | training weights | not reached | 50.00 | 1.0000 |  |',
+            '| 2 | average | 1 | 91.00 | 0.5000 | 2.00 |',
+            '| mean | training weights | not by all | 69.95 | 0.6400 |  |',
+            '| mean | average | 1.5 | 92.00 | 0.3700 | 1.60 |',
+        ]
+
+    def test_share_of_step_time_is_a_ratio_of_sums(self):
+        recorder = Recorder()
+        assert recorder.update_share is None
+        recorder.step_seconds, recorder.update_seconds = 4.0, 0.1
+        assert recorder.update_share == pytest.approx(0.025)
+
+    def test_nothing_evaluated_draws_nothing(self, tmp_path):
+        assert report.draw_curves(self.outcome(points={}), tmp_path) == []
+        report.epochs_table(self.outcome(points={}))
+
+    def test_failed_write_leaves_the_old_file_and_nothing_beside_it(self, tmp_path, monkeypatch):
+        path = tmp_path / 'file'
+        write_beside(path, 'old')
+
+        def refuse(*_: Any) -> None:
+            raise OSError('disk full')
+
+        monkeypatch.setattr('os.replace', refuse)
+        with pytest.raises(OSError, match='disk full'):
+            write_beside(path, 'new')
+        assert path.read_text() == 'old'
+        assert list(tmp_path.iterdir()) == [path]
+
+
+SCALARS = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(['3ba', 'ema'])
+)
+VALUES = st.recursive(SCALARS, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=6), v, max_size=3))
+PATHS = [
+    ('max_duration',), ('seed',), ('device',), ('precision',), ('eval_interval',), ('save_folder',),
+    ('load_ignore_keys',),     ('model',), ('model', 'name'), ('model', 'widths'), ('data',), ('data', 'name'),
+    ('data', 'batch_size'),
+    ('optimizer',), ('optimizer', 'lr'), ('optimizer', 'betas'), ('scheduler',), ('algorithms',), ('algorithms', 'ema'),
+    ('algorithms', 'ema', 'half_life'), ('algorithms', 'ema', 'include'), ('algorithms', 'ema', 'shadow_dtype'),
+    ('callbacks',), ('loggers',), ('evaluate',), ('report',), ('report', 'target_accuracy'), ('variables',),
+]  # fmt: skip
+
+
+def changed(values: Mapping[str, Any], path: tuple[str, ...], value: Any) -> dict[str, Any]:
+    """A copy of nested dictionaries with one entry replaced."""
+    inner = values.get(path[0])
+    new = value if len(path) == 1 else changed(inner if isinstance(inner, dict) else {}, path[1:], value)
+    return {**values, path[0]: new}
+
+
+@pytest.fixture(scope='module')
+def scratch(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp('hypothesis') / 'recipe.yaml'
+
+
+@settings(max_examples=200, deadline=None)
+@given(changes=st.lists(st.tuples(st.sampled_from(PATHS) | st.tuples(st.text(max_size=8)), VALUES), max_size=2))
+def test_any_recipe_is_refused_or_planned_as_it_says(scratch, changes):
+    values: dict[str, Any] = TINY
+    for path, value in changes:
+        values = changed(values, path, value)
+    scratch.write_text(yaml.safe_dump(values, allow_unicode=True))
+    try:
+        checked = schema.plan(schema.load(scratch))
+        for each in checked.algorithms:
+            each.build()
+    except RecipeError:
+        return
+    assert isinstance(checked, Plan)
+    assert checked.model.name == values['model']['name']
+    assert checked.trainer['max_duration'] == values['max_duration']
+    assert checked.data.arguments == {key: value for key, value in values['data'].items() if key != 'name'}
+
+
+@settings(max_examples=100, deadline=None)
+@given(overrides=st.lists(st.text(max_size=12) | st.tuples(st.text(max_size=8), st.text(max_size=8)).map('='.join)))
+def test_any_override_is_refused_or_merged(scratch, overrides):
+    scratch.write_text(yaml.safe_dump(TINY))
+    try:
+        schema.plan(schema.load(scratch, overrides))
+    except RecipeError:
+        return
