@@ -27,10 +27,17 @@ def make_model(seed: int = 0, dropout: float = 0.2, dtype: torch.dtype | None = 
     return ComposerClassifier(network.to(dtype), num_classes=CLASSES)
 
 
-def make_data(samples: int = 10, batch_size: int = 4, *, shuffle: bool = False, seed: int = 1) -> DataSpec:
+def make_data(
+    samples: int = 10,
+    batch_size: int = 4,
+    *,
+    shuffle: bool = False,
+    seed: int = 1,
+    dtype: torch.dtype = torch.float32,
+) -> DataSpec:
     """Images of 6 x 6 and labels; the last batch is smaller; every sample counts three tokens."""
     generator = torch.Generator().manual_seed(seed)
-    images, labels = torch.randn(samples, 1, 6, 6, generator=generator), torch.arange(samples) % CLASSES
+    images, labels = torch.randn(samples, 1, 6, 6, generator=generator).to(dtype), torch.arange(samples) % CLASSES
     dataset = TensorDataset(images, labels)
     # A generator of its own: otherwise every pass over the data draws one number of the training run's.
     loader = DataLoader(
@@ -94,9 +101,7 @@ def snapshot(trainer: Trainer) -> dict[str, Any]:
     ema = next(a for a in trainer.state.algorithms if type(a).__name__ == 'EMA')
     state = ema.state_dict()
     average = state['averages']['ema']
-    momentum = {
-        str(i): s['momentum_buffer'] for i, s in trainer.state.optimizers[0].state_dict()['state'].items() if s
-    }
+    momentum = {str(i): s['momentum_buffer'] for i, s in trainer.state.optimizers[0].state_dict()['state'].items() if s}
     time = trainer.state.timestamp
     return {
         'weights': bits(trainer.state.model),
