@@ -193,6 +193,15 @@ class TestRefused:
         with pytest.raises(RecipeError, match=r'model\.num_classes: must be at least 3'):
             build(schema.load(write(), ['model.num_classes=2']))
 
+    def test_checkpoint_to_load_that_is_missing_or_cut_off(self, write, data_untouched, tmp_path):
+        checkpoint = tmp_path / 'ep1.pt'
+        with pytest.raises(RecipeError, match=r'load_path: there is no file'):
+            build(schema.load(write(load_path=str(checkpoint))))
+        torch.save({'state': torch.zeros(100)}, checkpoint)
+        checkpoint.write_bytes(checkpoint.read_bytes()[:-30])
+        with pytest.raises(RecipeError, match=r'load_path: .*only the beginning'):
+            build(schema.load(write(load_path=str(checkpoint))))
+
     def test_run_folder_that_holds_a_run(self, write, data_untouched, tmp_path):
         write_beside(tmp_path / 'runs/mine/metrics.jsonl', '{}\n')
         with pytest.raises(RecipeError, match=r'run_name: .*already holds a run.*autoresume=true'):
@@ -398,7 +407,7 @@ class TestRun:
         assert 'training weights' in text
         assert 'average' in text
         assert f'{100 * outcome.final("ema").accuracy:.2f}' in text  # pyright: ignore[reportOptionalOperand]
-        assert 'measured over 10 batches' in text
+        assert 'measured over 10 batches' in shown[1]
 
     def test_seeds_end_with_one_table_and_a_markdown_file(self, write, tmp_path):
         shown: list[Any] = []
@@ -534,7 +543,14 @@ class TestReport:
 
     def test_nothing_evaluated_draws_nothing(self, tmp_path):
         assert report.draw_curves(self.outcome(points={}), tmp_path) == []
-        report.epochs_table(self.outcome(points={}))
+
+    def test_summary_by_hand(self):
+        assert report.summary(self.outcome(target_accuracy=0.92)).splitlines() == [
+            'first epoch at 92 %, training weights: not reached',
+            'first epoch at 92 %, average: 3',
+            'cost of the average: 1.20 % of step time, measured over 40 batches',
+        ]
+        assert report.summary(self.outcome(points={}, update_share=None)) == ''
 
     def test_failed_write_leaves_the_old_file_and_nothing_beside_it(self, tmp_path, monkeypatch):
         path = tmp_path / 'file'

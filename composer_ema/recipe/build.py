@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,7 @@ def build(recipe: Recipe, *, scratch: Path | None = None) -> Run:
     seed = _seed(checked)
     run_name = _run_name(checked)
     folder = Path(checked.runs_folder) / run_name
+    _check_load_path(checked)
     if scratch is None:
         _refuse_to_overwrite(checked, folder, place)
 
@@ -132,6 +134,19 @@ def _numbered_name(checked: Plan, *, resumes: bool) -> str:
     numbers = [int(match[1] or 1) for name in taken if (match := re.fullmatch(rf'{re.escape(stem)}(?:-(\d+))?', name))]
     number = max(numbers, default=1) if resumes else max(numbers, default=0) + 1
     return stem if number == 1 else f'{stem}-{number}'
+
+
+def _check_load_path(checked: Plan) -> None:
+    """Tells of a missing or cut-off checkpoint early; remote paths and patterns of names are Composer's to judge."""
+    given = checked.trainer.get('load_path')
+    if not given or '://' in given or '{' in given:
+        return
+    path, place = Path(given), checked.place / 'load_path'
+    if not path.exists():
+        raise place.error(f'there is no file {given}.')
+    # torch.save writes a zip archive, whose directory comes last and is what a cut-off file lacks.
+    if path.suffix == '.pt' and path.is_file() and not zipfile.is_zipfile(path):
+        raise place.error(f'{given} is no checkpoint, or only the beginning of one. Load an earlier one.')
 
 
 def _refuse_to_overwrite(checked: Plan, folder: Path, place: Place) -> None:

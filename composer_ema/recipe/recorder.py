@@ -95,8 +95,8 @@ class Recorder(Callback):
 
     @property
     def update_share(self) -> float | None:
-        """The share of step time that averaging cost, in [0, 1]; None when no batch was measured."""
-        return self.update_seconds / self.step_seconds if self.step_seconds > 0 else None
+        """The share of step time that averaging cost, in [0, 1]; None when nothing was averaged."""
+        return self.update_seconds / self.step_seconds if self.update_seconds > 0 and self.step_seconds > 0 else None
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -44,7 +44,7 @@ class Result:
         seed (int): Its seed.
         target_accuracy (float): The accuracy whose first epoch counts, in [0, 1].
         points (dict[str, list[Point]]): ``'training'`` and ``'ema'``, as far as evaluated, oldest first.
-        update_share (float | None): Share of step time that averaging cost, in [0, 1].
+        update_share (float | None): Share of step time that averaging cost, in [0, 1]; None when nothing was averaged.
         num_batches (int): Over how many batches that was measured.
     """
 
@@ -88,8 +88,8 @@ def result(recorder: Recorder, *, run_name: str, seed: int, target_accuracy: flo
 
 
 def epochs_table(outcome: Result) -> Table:
-    """Per evaluation: accuracy and loss of each set of weights; below: the first epoch at the target, and the cost."""
-    table = Table(title=outcome.run_name, caption=_summary(outcome), caption_justify='left', title_justify='left')
+    """Per evaluation: accuracy and loss of each set of weights."""
+    table = Table(title=outcome.run_name, title_justify='left')
     table.add_column('epoch', justify='right')
     for weights in outcome.points:
         table.add_column(f'accuracy %\n{LABELS[weights]}', justify='right')
@@ -100,6 +100,17 @@ def epochs_table(outcome: Result) -> Table:
         row = [points.get(epoch, Point(epoch, None, None)) for points in by_epoch.values()]
         table.add_row(f'{epoch:g}', *(_percent(p.accuracy) for p in row), *(_loss(p.loss) for p in row))
     return table
+
+
+def summary(outcome: Result) -> str:
+    """In words: the first epoch at which each set of weights reached the target, and what averaging cost."""
+    lines = [
+        f'first epoch at {_target(outcome)}, {LABELS[w]}: {_epoch(outcome.first_epoch(w))}' for w in outcome.points
+    ]
+    if outcome.update_share is not None:
+        share = f'{100 * outcome.update_share:.2f} % of step time, measured over {outcome.num_batches} batches'
+        lines.append(f'cost of the average: {share}')
+    return '\n'.join(lines)
 
 
 def seeds_table(outcomes: Sequence[Result], title: str) -> Table:
@@ -231,16 +242,6 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 def _target(outcome: Result) -> str:
     return f'{100 * outcome.target_accuracy:g} %'
-
-
-def _summary(outcome: Result) -> str:
-    lines = [
-        f'first epoch at {_target(outcome)}, {LABELS[w]}: {_epoch(outcome.first_epoch(w))}' for w in outcome.points
-    ]
-    if outcome.update_share is not None:
-        share = f'{100 * outcome.update_share:.2f} % of step time, measured over {outcome.num_batches} batches'
-        lines.append(f'cost of the average: {share}')
-    return '\n'.join(lines)
 
 
 def _metrics(line: dict[str, Any], prefix: str) -> dict[str, float]:

@@ -45,8 +45,9 @@ def train(recipe: Recipe, show: Callable[[Any], None]) -> Result:
     outcome = _outcome(run)
     if dist.get_global_rank() == 0:
         report.draw_curves(outcome, run.folder)
-    show(report.epochs_table(outcome))
-    show(f'run folder: {run.folder}')
+    if outcome.points:
+        show(report.epochs_table(outcome))
+    show(f'{report.summary(outcome)}\nrun folder: {run.folder}'.lstrip())
     return outcome
 
 

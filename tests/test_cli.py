@@ -1,0 +1,190 @@
+"""The command line: what it prints, its exit codes, and that it survives being killed and started by a launcher."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from composer_ema import cli, load_average
+
+TINY = {
+    'max_duration': '2ep',
+    'seed': 3,
+    'device': 'cpu',
+    'model': {'name': 'mnist1d_mlp', 'width': 4},
+    'data': {'name': 'mnist1d', 'num_samples': 100, 'batch_size': 8, 'eval_batch_size': 20},
+    'optimizer': {'name': 'sgd', 'lr': 0.1},
+    'algorithms': {'ema': {'half_life': '3ba'}},
+}
+Answer = tuple[int, str, str]
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / 'tiny.yaml'
+    path.write_text(yaml.safe_dump({**TINY, 'runs_folder': str(tmp_path / 'runs')}))
+    return path
+
+
+@pytest.fixture
+def call(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Answer]:
+    """Calls the command line in this process: exit code, standard output, standard error."""
+    monkeypatch.setenv('COLUMNS', '100')
+
+    def call(*arguments: object) -> Answer:
+        with pytest.raises(SystemExit) as stopped:
+            cli.app([str(argument) for argument in arguments])
+        out, err = capfd.readouterr()
+        assert isinstance(stopped.value.code, int)
+        return stopped.value.code, out, err
+
+    return call
+
+
+def spawn(*command: object, cwd: Path) -> subprocess.Popen[str]:
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'COLUMNS': '100'}
+    pipe = subprocess.PIPE
+    words = [sys.executable, *map(str, command)]
+    return subprocess.Popen(words, cwd=cwd, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def lines_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+
+
+def test_train_shows_the_table_and_the_folder(call, recipe, tmp_path):
+    code, out, err = call('train', recipe, 'max_duration=1ep')
+    assert code == 0
+    assert 'training weights' in out
+    assert 'first epoch at 90 %, average: not reached' in out
+    assert 'cost of the average:' in out
+    assert 'measured over 10 batches' in out
+    assert out.rstrip().endswith(f'run folder: {tmp_path}/runs/tiny')
+    assert 'Epoch   0:' in err, "Composer's progress bar shows"
+    assert 'Traceback' not in err
+    assert 'warn' not in err.lower()
+
+
+def test_dry_run_shows_the_resolved_recipe_and_what_was_built_and_leaves_nothing(call, recipe, tmp_path):
+    code, out, _ = call('train', recipe, 'variables.rate=0.5', 'optimizer.lr=${variables.rate}', '--dry-run')
+    assert code == 0
+    assert 'lr: 0.5' in out
+    assert 'mnist1d_mlp' in out
+    assert 'eval_training, eval_ema' in out
+    assert [path.name for path in tmp_path.iterdir()] == ['tiny.yaml']
+
+
+def test_seeds_end_in_markdown(call, recipe, tmp_path):
+    code, out, _ = call('train', recipe, 'max_duration=1ep', 'progress_bar=false', '--seeds', '1,2')
+    assert code == 0
+    assert (tmp_path / 'runs/tiny-seeds.md').read_text() in out
+    assert (tmp_path / 'runs/tiny-seed2/curves.png').exists()
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'said'),
+    [
+        (['algorithms.ema.half_lif=3ba'], 'tiny.yaml: algorithms.ema.half_lif: EMA has no such argument. '),
+        (['optimizer.lr=fast'], "tiny.yaml: optimizer.lr: must be a number, got 'fast' (a string)."),
+        (['max_duration'], "the override 'max_duration' must have the form key=value"),
+        (['--seeds', '1,x'], "seeds must be whole numbers with commas between, got '1,x'"),
+        (['--sed', '1'], '--seeds'),
+    ],
+)
+def test_usage_errors_are_one_message_and_exit_code_2(call, recipe, arguments, said):
+    code, out, err = call('train', recipe, *arguments)
+    assert code == 2
+    assert said in ' '.join(err.replace('│', ' ').split())
+    assert 'Traceback' not in out + err
+
+
+def test_missing_recipe_and_broken_yaml(call, tmp_path):
+    (tmp_path / 'broken.yaml').write_text('a: [1')
+    for name, said in (('brken.yaml', 'The nearest is'), ('broken.yaml', 'is not legal YAML')):
+        code, _, err = call('train', tmp_path / name)
+        assert code == 2
+        assert said in err
+        assert 'Traceback' not in err
+
+
+def test_bug_of_our_own_keeps_its_trace(recipe, monkeypatch):
+    def broken(*_: object) -> None:
+        raise ValueError('a bug')
+
+    monkeypatch.setattr('composer_ema.recipe.schema.load', broken)
+    with pytest.raises(ValueError, match='a bug'):
+        cli.app(['train', str(recipe)])
+
+
+def test_export_writes_the_average_of_a_checkpoint(call, recipe, tmp_path):
+    assert call('train', recipe, 'progress_bar=false')[0] == 0
+    checkpoint, exported = tmp_path / 'runs/tiny/checkpoints/latest-rank0.pt', tmp_path / 'average.safetensors'
+    code, out, _ = call('export', checkpoint, exported)
+    assert code == 0
+    assert '3ba' in out
+    expected = load_average(checkpoint)
+    written = load_file(exported)
+    assert written.keys() == expected.keys()
+    assert all(written[name].equal(expected[name]) for name in expected)
+    with safe_open(exported, 'pt') as file:
+        assert file.metadata()['run_name'] == 'tiny'
+
+
+def test_export_of_what_is_no_checkpoint(call, tmp_path):
+    (tmp_path / 'broken.pt').write_bytes(b'no checkpoint')
+    for name in ('missing.pt', 'broken.pt'):
+        code, _, err = call('export', tmp_path / name, tmp_path / 'out.safetensors')
+        assert code == 2
+        assert name in err
+        assert 'Traceback' not in err
+        assert not (tmp_path / 'out.safetensors').exists()
+
+
+def test_killed_run_continues_where_its_last_checkpoint_was(call, recipe, tmp_path):
+    command = ['train', recipe, 'max_duration=40ep', 'save_interval=7ba', 'autoresume=true', 'progress_bar=false']
+    process = spawn('-m', 'composer_ema.cli', *command, cwd=tmp_path)
+    metrics = tmp_path / 'runs/tiny/metrics.jsonl'
+    started = time.monotonic()
+    while not (metrics.exists() and metrics.read_text().count('\n') > 60):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() - started < 60, 'no 60 lines in a minute'
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    killed_after = len(metrics.read_text().splitlines())
+    assert call(*command)[0] == 0
+    assert call(*command[:-2], 'progress_bar=false', 'run_name=whole')[0] == 0
+    assert lines_of(tmp_path / 'runs/tiny') == lines_of(tmp_path / 'runs/whole')
+    assert killed_after < len(lines_of(tmp_path / 'runs/whole')), 'it was killed in the middle'
+
+
+def test_two_processes_of_composers_launcher_write_one_run(recipe, tmp_path):
+    command = ['composer.cli.launcher', '-n', '2', '-m', 'composer_ema.cli', 'train', recipe, 'max_duration=1ep']
+    process = spawn('-m', *command, cwd=tmp_path)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert out.count('run folder:') == 1
+    assert [path.name for path in (tmp_path / 'runs').iterdir()] == ['tiny']
+    lines = lines_of(tmp_path / 'runs/tiny')
+    assert [line['batch'] for line in lines if 'loss/train/total' in line] == list(range(1, 11))
+    assert lines[-1]['sample'] == 80
+
+
+def test_launcher_reports_a_wrong_recipe_without_traces(recipe, tmp_path):
+    command = ['composer.cli.launcher', '-n', '2', '-m', 'composer_ema.cli', 'train', recipe, 'optimizer.lr=fast']
+    process = spawn('-m', *command, cwd=tmp_path)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "optimizer.lr: must be a number, got 'fast'" in out + err
+    assert 'Traceback' not in out + err
