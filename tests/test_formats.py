@@ -1,6 +1,6 @@
 """Checkpoints of Composer's own EMA: average in the shadow, training weights in the model, and training goes on.
 
-``fixtures/make_checkpoints.py`` wrote them with the EMA of Composer 0.32.1 and that of 0.12.1, and what is true of each.
+``fixtures/make_checkpoints.py`` wrote them with the EMA of Composer 0.32.1 and 0.12.1, and what is true of each.
 """
 
 import copy

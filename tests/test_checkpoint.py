@@ -1,0 +1,349 @@
+"""Reading the average out of checkpoint files, whole or broken, and writing it where nothing can be half written."""
+
+import os
+import pickle
+import re
+
+import numpy as np
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+import toy
+from composer.models import ComposerClassifier
+from torch import nn
+
+from composer_ema import EMA, CheckpointError, checkpoint, export, load_average
+from composer_ema.naming import Inventory
+
+
+def average_of(ema: EMA) -> dict[str, torch.Tensor]:
+    return {**dict(ema.ema_model.named_parameters()), **dict(ema.ema_model.named_buffers())}
+
+
+@pytest.fixture
+def saved(trainer, tmp_path):
+    """A run of one epoch and its checkpoint."""
+    ema = EMA(half_life='2ba')
+    run = trainer([ema], max_duration='1ep', run_name='the-run', save_folder=str(tmp_path), save_filename='last.pt')
+    run.fit()
+    return run, ema, tmp_path / 'last.pt'
+
+
+class ToBfloat16(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.bfloat16()
+
+
+class TestReading:
+    def test_the_average_of_a_checkpoint_is_the_average_of_the_run(self, saved):
+        run, ema, path = saved
+        loaded, average = load_average(path), average_of(ema)
+        assert list(loaded) == list(run.state.model.state_dict())
+        assert all(torch.equal(tensor, average[name]) for name, tensor in loaded.items())
+        assert not torch.equal(loaded['module.0.weight'], run.state.model.module[0].weight)
+
+    def test_it_loads_strictly_into_the_model(self, saved):
+        _, ema, path = saved
+        model = toy.make_model(seed=9)
+        model.load_state_dict(load_average(str(path)), strict=True)
+        average = average_of(ema)
+        assert all(torch.equal(tensor, average[name]) for name, tensor in Inventory.of(model).tensors().items())
+
+    def test_frozen_parameters_and_unselected_names_come_from_the_model(self, trainer, tmp_path):
+        model = toy.make_model()
+        model.module[0].requires_grad_(False)
+        run = trainer(
+            [EMA(half_life='2ba', exclude='running')], model=model, max_duration='1ep',
+            save_folder=str(tmp_path), save_filename='last.pt',
+        )  # fmt: skip
+        run.fit()
+        loaded = load_average(tmp_path / 'last.pt')
+        live = model.state_dict()
+        assert loaded.keys() == live.keys()
+        for name in ('module.0.weight', 'module.1.running_mean', 'module.1.running_var'):
+            assert torch.equal(loaded[name], live[name])
+        assert not torch.equal(loaded['module.5.weight'], live['module.5.weight'])
+
+    def test_tied_weights_get_the_average_under_every_name(self, trainer, tmp_path):
+        network = nn.Sequential(nn.Flatten(), nn.Linear(36, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+        network[3].weight = network[2].weight
+        model = ComposerClassifier(network, num_classes=3)
+        ema = EMA(half_life='2ba')
+        run = trainer([ema], model=model, max_duration='1ep', save_folder=str(tmp_path), save_filename='last.pt')
+        run.fit()
+        loaded = load_average(tmp_path / 'last.pt')
+        assert torch.equal(loaded['module.3.weight'], average_of(ema)['module.2.weight'])
+        assert torch.equal(loaded['module.2.weight'], loaded['module.3.weight'])
+        twin = ComposerClassifier(
+            nn.Sequential(nn.Flatten(), *(nn.Linear(*s) for s in ((36, 3), (3, 3), (3, 3)))), num_classes=3
+        )
+        twin.load_state_dict(loaded, strict=True)
+
+    def test_a_bfloat16_model_gives_a_float32_average(self, trainer, tmp_path):
+        model = ComposerClassifier(
+            nn.Sequential(ToBfloat16(), nn.Flatten(), nn.Linear(36, 3).bfloat16()), num_classes=3
+        )
+        run = trainer([EMA(half_life='2ba')], model=model, max_duration='1ep', save_folder=str(tmp_path),
+                      save_filename='last.pt')  # fmt: skip
+        run.fit()
+        assert load_average(tmp_path / 'last.pt')['module.2.weight'].dtype == torch.float32
+
+    def test_a_compiled_run_gives_the_users_names(self, trainer, tmp_path):
+        model = toy.make_model()
+        names = list(model.state_dict())
+        model.module = torch.compile(model.module, backend='eager')
+        run = trainer([EMA(half_life='1ba')], model=model, max_duration='1ba', save_folder=str(tmp_path),
+                      save_interval='1ba', save_filename='last.pt')  # fmt: skip
+        run.fit()
+        assert list(load_average(tmp_path / 'last.pt')) == names
+
+    def test_a_checkpoint_taken_while_swapped_gives_the_average_too(self, trainer, tmp_path):
+        ema = EMA(half_life='2ba')
+        run = trainer([ema], max_duration='1ep')
+        run.fit()
+        average = {name: tensor.clone() for name, tensor in average_of(ema).items()}
+        ema.get_ema_model(run.state.model)
+        path = run.save_checkpoint(str(tmp_path / 'swapped.pt'))
+        assert 'training_weights' in dict(torch.load(path, weights_only=False)['state']['algorithms'])['EMA']
+        loaded = load_average(path)
+        assert all(torch.equal(tensor, average[name]) for name, tensor in loaded.items())
+
+
+class TestRefusing:
+    """Every file that is no good gives one error, which names the file and says why."""
+
+    @staticmethod
+    def refused(path, message):
+        with pytest.raises(CheckpointError, match=message) as error:
+            load_average(path)
+        assert str(path) in str(error.value)
+        with pytest.raises(CheckpointError, match=message):
+            export(path, path.parent / 'out.safetensors')
+        assert not (path.parent / 'out.safetensors').exists()
+        return str(error.value)
+
+    def test_the_error_is_a_value_error(self):
+        assert issubclass(CheckpointError, ValueError)
+
+    def test_a_missing_file(self, tmp_path):
+        self.refused(tmp_path / 'none.pt', 'does not exist')
+
+    def test_a_folder(self, tmp_path):
+        (tmp_path / 'ep1').mkdir()
+        self.refused(tmp_path / 'ep1', r'is a folder.*single \.pt file')
+
+    @pytest.mark.skipif(hasattr(os, 'geteuid') and os.geteuid() == 0, reason='root may read everything')
+    def test_a_file_that_may_not_be_read(self, tmp_path):
+        (tmp_path / 'shut.pt').write_bytes(b'')
+        (tmp_path / 'shut.pt').chmod(0)
+        self.refused(tmp_path / 'shut.pt', 'Permission denied')
+
+    @pytest.mark.parametrize(
+        'content',
+        [b'', b'hello', b'PK\x03\x04', b'\x80\x02}q\x00.', bytes(1000)],
+        ids=['empty', 'text', 'zip head', 'pickle', 'zeros'],
+    )
+    def test_what_is_no_torch_file(self, tmp_path, content):
+        (tmp_path / 'odd.pt').write_bytes(content)
+        self.refused(tmp_path / 'odd.pt', r'cannot be read|is no Composer checkpoint')
+
+    @pytest.mark.parametrize('content', [{'model': {}}, [1, 2], torch.zeros(3), 5, {'state': None}, {'state': []}])
+    def test_a_torch_file_of_another_kind(self, tmp_path, content):
+        torch.save(content, tmp_path / 'other.pt')
+        self.refused(tmp_path / 'other.pt', r"is no Composer checkpoint: it has no 'state'")
+
+    @pytest.mark.parametrize('share', [0.1, 0.5, 0.9, 0.99])
+    def test_a_truncated_file(self, saved, share):
+        path = saved[2]
+        content = path.read_bytes()
+        path.write_bytes(content[: int(share * len(content))])
+        self.refused(path, 'cannot be read: it is truncated, damaged, or no torch file')
+
+    def test_a_flipped_byte_is_an_error_or_harmless(self, saved):
+        path = saved[2]
+        content, names = path.read_bytes(), list(load_average(path))
+        for position in range(0, len(content), max(1, len(content) // 60)):
+            path.write_bytes(content[:position] + bytes([content[position] ^ 0xFF]) + content[position + 1 :])
+            try:
+                loaded = load_average(path)
+            except CheckpointError:
+                continue
+            assert list(loaded) == names
+
+    def test_a_pickle_that_would_run_code_is_refused_and_not_run(self, tmp_path):
+        class Bomb:
+            def __reduce__(self):
+                return os.mkdir, (str(tmp_path / 'executed'),)
+
+        for number, bomb in enumerate(({'state': {'model': {}, 'algorithms': [('EMA', Bomb())]}}, Bomb())):
+            path = tmp_path / f'{number}.pt'
+            torch.save(bomb, path)
+            message = self.refused(path, 'could run code when loaded')
+            assert 'mkdir' in message
+        (tmp_path / 'raw.pt').write_bytes(pickle.dumps(Bomb()))
+        self.refused(tmp_path / 'raw.pt', 'cannot be read')
+        assert not (tmp_path / 'executed').exists()
+
+    def test_the_safe_types_are_forgotten_again(self, saved):
+        before = torch.serialization.get_safe_globals()
+        load_average(saved[2])
+        assert torch.serialization.get_safe_globals() == before
+
+    def test_a_run_without_an_average(self, trainer, tmp_path):
+        run = trainer([], max_duration='1ba')
+        run.fit()
+        message = self.refused(
+            type(tmp_path)(run.save_checkpoint(str(tmp_path / 'plain.pt'))), r'holds no average: .* no algorithms'
+        )
+        assert 'algorithms=[EMA()]' in message
+
+    def test_weights_only(self, trainer, tmp_path):
+        run = trainer([EMA(half_life='1ba')], max_duration='1ba')
+        run.fit()
+        path = tmp_path / 'weights.pt'
+        run.save_checkpoint(str(path), weights_only=True)
+        assert 'without save_weights_only' in self.refused(path, 'holds no average')
+
+    def test_an_average_that_has_not_started(self, trainer, tmp_path):
+        run = trainer(
+            [EMA(half_life='1ba', ema_start='3ba')], max_duration='4ba',
+            save_folder=str(tmp_path), save_interval='1ba', save_filename='ba{batch}.pt',
+        )  # fmt: skip
+        run.fit()
+        path = tmp_path / 'ba2.pt'
+        self.refused(path, 'holds no average yet: ema_start had not come')
+
+    @pytest.mark.parametrize(
+        ('damage', 'message'),
+        [
+            (lambda s: s.pop('model'), "its 'model' is a NoneType"),
+            (lambda s: s.update(model=[]), "its 'model' is a list"),
+            (lambda s: dict(s['algorithms'])['EMA'].update(version=7), 'format version 7'),
+            (lambda s: dict(s['algorithms'])['EMA'].update(averages=3), "its 'averages' is a int"),
+            (lambda s: dict(s['algorithms'])['EMA'].update(averages={'ema': {}}), "its 'parameters' is a NoneType"),
+            (lambda s: dict(s['algorithms'])['EMA'].update(averages={'ema': None}), 'is a NoneType'),
+            (lambda s: s.update(algorithms=3), 'int'),
+            (lambda s: s.update(algorithms=[('EMA', None)]), 'NoneType'),
+            (lambda s: dict(s['algorithms'])['EMA']['averages']['ema'].update(aliases=None), 'NoneType'),
+            (lambda s: s.update(timestamp=[3]), None),
+            (lambda s: dict(s['algorithms'])['EMA'].update(config=3), None),
+        ],
+        ids=[
+            'no model', 'model a list', 'newer', 'averages a number', 'average empty', 'average none',
+            'algorithms a number', 'state none', 'aliases none', 'timestamp a list', 'config a number',
+        ],
+    )  # fmt: skip
+    def test_a_damaged_inside(self, saved, damage, message):
+        path = saved[2]
+        content = torch.load(path, weights_only=False)
+        damage(content['state'])
+        torch.save(content, path)
+        if message is None:  # what is only told in the metadata may be missing
+            try:
+                load_average(path)
+            except CheckpointError as error:
+                assert str(path) in str(error)  # noqa: PT017
+        else:
+            self.refused(path, message)
+
+
+class TestExport:
+    def test_the_file_holds_what_load_average_reads(self, saved, tmp_path):
+        out = tmp_path / 'deep' / 'er' / 'average.safetensors'
+        export(saved[2], out)
+        written, loaded = safetensors.torch.load_file(out), load_average(saved[2])
+        assert written.keys() == loaded.keys()
+        assert all(torch.equal(written[name], loaded[name]) for name in loaded)
+        assert (out.stat().st_mode & 0o777) == 0o644
+        toy.make_model().load_state_dict(written, strict=True)
+
+    def test_the_metadata_says_which_run_which_horizon_and_how_many_updates(self, saved, tmp_path):
+        metadata = export(saved[2], tmp_path / 'average.safetensors')
+        with safetensors.safe_open(tmp_path / 'average.safetensors', framework='pt') as file:
+            assert file.metadata() == metadata
+        assert metadata['run_name'] == 'the-run'
+        assert metadata['half_life'] == '2ba'
+        assert metadata['num_updates'] == str(toy.EPOCH)
+        assert metadata['trained_batch'] == str(toy.EPOCH)
+        assert metadata['trained_epoch'] == '1'
+        assert metadata['checkpoint'] == 'last.pt'
+        assert re.fullmatch(r'composer_ema \S+', metadata['written_by'])
+        assert all(isinstance(value, str) for value in metadata.values())
+
+    def test_tied_weights_are_written_under_every_name(self, trainer, tmp_path):
+        network = nn.Sequential(nn.Flatten(), nn.Linear(36, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+        network[3].weight = network[2].weight
+        model = ComposerClassifier(network, num_classes=3)
+        run = trainer([EMA(half_life='1ba')], model=model, max_duration='1ba', save_folder=str(tmp_path),
+                      save_interval='1ba', save_filename='last.pt')  # fmt: skip
+        run.fit()
+        export(tmp_path / 'last.pt', tmp_path / 'out.safetensors')
+        written = safetensors.torch.load_file(tmp_path / 'out.safetensors')
+        assert torch.equal(written['module.2.weight'], written['module.3.weight'])
+
+    @pytest.mark.parametrize('layout', ['transposed', 'channels_last'])
+    def test_tensors_of_any_layout_are_written(self, saved, tmp_path, layout):
+        path = saved[2]
+        content = torch.load(path, weights_only=False)
+        parameters = dict(content['state']['algorithms'])['EMA']['averages']['ema']['parameters']
+        name = 'module.5.weight' if layout == 'transposed' else 'module.0.weight'
+        tensor = parameters[name]
+        odd = tensor.t().contiguous().t() if layout == 'transposed' else tensor.to(memory_format=torch.channels_last)
+        parameters[name] = odd
+        torch.save(content, path)
+        export(path, tmp_path / 'out.safetensors')
+        assert torch.equal(safetensors.torch.load_file(tmp_path / 'out.safetensors')[name], tensor)
+
+    @pytest.mark.parametrize('moment', ['while writing', 'before renaming'])
+    def test_killed_in_the_middle_the_old_file_stays_and_nothing_else(self, saved, tmp_path, monkeypatch, moment):
+        out = tmp_path / 'exports' / 'average.safetensors'
+        out.parent.mkdir()
+        out.write_bytes(b'the old file')
+
+        def killed(*arguments, **_):
+            if moment == 'while writing':
+                with open(arguments[1], 'wb') as file:
+                    file.write(b'half of')
+            raise KeyboardInterrupt
+
+        if moment == 'while writing':
+            monkeypatch.setattr(safetensors.torch, 'save_file', killed)
+        else:
+            monkeypatch.setattr(os, 'replace', killed)
+        with pytest.raises(KeyboardInterrupt):
+            export(saved[2], out)
+        assert out.read_bytes() == b'the old file'
+        assert os.listdir(out.parent) == ['average.safetensors']
+
+    def test_what_safetensors_cannot_hold_is_said_and_the_old_file_stays(self, saved, tmp_path, monkeypatch):
+        out = tmp_path / 'average.safetensors'
+        out.write_bytes(b'the old file')
+
+        def refuses(*_, **__):
+            raise ValueError('no such dtype')
+
+        monkeypatch.setattr(safetensors.torch, 'save_file', refuses)
+        with pytest.raises(CheckpointError, match='cannot be written as safetensors: no such dtype'):
+            export(saved[2], out)
+        assert out.read_bytes() == b'the old file'
+
+    def test_complex_weights_are_written_or_refused_by_name(self, saved, tmp_path):
+        path = saved[2]
+        content = torch.load(path, weights_only=False)
+        content['state']['model']['module.phase'] = torch.zeros(2, dtype=torch.complex64)
+        torch.save(content, path)
+        try:
+            export(path, tmp_path / 'out.safetensors')
+        except CheckpointError as error:
+            assert 'safetensors' in str(error)  # noqa: PT017
+            assert not (tmp_path / 'out.safetensors').exists()
+
+
+def test_numpy_scalars_and_times_of_composers_checkpoints_are_read(saved):
+    path = saved[2]
+    content = torch.load(path, weights_only=False)
+    content['state']['numpy'] = [np.float64(1.5), np.bool_(True), np.arange(3), np.int64(3)]
+    torch.save(content, path)
+    assert checkpoint.read_checkpoint(path)['state']['numpy'][0] == 1.5
+    load_average(path)
