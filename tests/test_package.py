@@ -1,0 +1,232 @@
+"""The house: who may import whom, what works without Composer, and that every example runs."""
+
+import ast
+import doctest
+import importlib
+import inspect
+import pkgutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import composer_ema
+
+ROOT = Path(composer_ema.__file__).parent
+HAS_COMPOSER = importlib.util.find_spec('composer') is not None
+
+#: What each module may import of this package, lowest first. `averages` and `spans` depend on nothing.
+MAY_IMPORT = {
+    'version': set(),
+    'averages': set(),
+    'spans': set(),
+    'stream': set(),
+    'sharding': set(),
+    'kernels': set(),
+    'naming': {'sharding'},
+    'formats': {'naming', 'sharding'},
+    'shadow': {'kernels', 'averages', 'naming', 'sharding', 'stream'},
+    'functional': {'kernels', 'averages', 'naming', 'sharding', 'shadow'},
+    'checkpoint': {'formats', 'naming', 'sharding', 'version'},
+    'clock': {'spans'},
+    'algorithm': {'formats', 'averages', 'clock', 'naming', 'shadow', 'sharding', 'spans'},
+}
+#: Above the core: may import anything below themselves.
+TOP = ('recipe', 'cli', '__init__')
+#: Only these may name Composer; the rest works without it.
+MAY_NAME_COMPOSER = {'algorithm', 'clock', 'batchnorm', 'checkpoint', 'recipe', 'cli', '__init__'}
+#: What the package needs where Composer is missing.
+CORE_REQUIREMENTS = {'torch', 'safetensors', 'numpy'}
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix('.py')
+
+
+def sources() -> list[Path]:
+    return sorted(ROOT.rglob('*.py'))
+
+
+def imported(path: Path, *, at_run_time: bool = False) -> set[str]:
+    """Full names of the modules that a file imports, anywhere in it."""
+    names = set()
+    tree = ast.parse(path.read_text())
+    ignored = {
+        id(node)
+        for branch in ast.walk(tree)
+        if at_run_time and isinstance(branch, ast.If) and 'TYPE_CHECKING' in ast.unparse(branch.test)
+        for node in ast.walk(branch)
+    }
+    for node in ast.walk(tree):
+        if id(node) in ignored:
+            continue
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f'{path} imports relatively'
+            module = node.module or ''
+            names.add(module)
+            names |= {f'{module}.{alias.name}' for alias in node.names if module == 'composer_ema'}
+    return names
+
+
+def test_every_module_stands_in_the_table():
+    assert {part_of(path) for path in sources()} <= MAY_IMPORT.keys() | set(TOP) | {'batchnorm'}
+
+
+@pytest.mark.parametrize('path', sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_dependencies_point_down(path):
+    part = part_of(path)
+    parts = {name.split('.')[1] for name in imported(path) if name.startswith('composer_ema.')}
+    own = {name for name in parts if (ROOT / name).is_dir() or (ROOT / f'{name}.py').exists()} - {part}
+    if part in MAY_IMPORT:
+        assert own <= MAY_IMPORT[part]
+    if part == 'recipe':
+        assert 'cli' not in own
+
+
+def test_the_table_has_no_circle():
+    order = list(MAY_IMPORT)
+    assert all(order.index(low) < order.index(high) for high, lows in MAY_IMPORT.items() for low in lows)
+
+
+@pytest.mark.parametrize('path', sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_only_the_upper_modules_name_composer(path):
+    names_composer = any(name.split('.')[0] == 'composer' for name in imported(path, at_run_time=True))
+    assert not names_composer or part_of(path) in MAY_NAME_COMPOSER
+
+
+@pytest.mark.parametrize('part', sorted(MAY_IMPORT.keys() - MAY_NAME_COMPOSER))
+def test_the_core_imports_little_besides_torch(part):
+    paths = [p for p in sources() if part_of(p) == part]
+    roots = {name.split('.')[0] for path in paths for name in imported(path)}
+    assert roots <= CORE_REQUIREMENTS | sys.stdlib_module_names | {'composer_ema', '__future__'}
+
+
+def run(program: str) -> str:
+    """Runs a program in a fresh interpreter in which Composer cannot be imported."""
+    blocked = """
+        import sys
+
+        class Blocked:
+            def find_spec(self, name, path=None, target=None):
+                if name.split('.')[0] == 'composer':
+                    raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+        sys.meta_path.insert(0, Blocked())
+    """
+    program = textwrap.dedent(blocked) + textwrap.dedent(program)
+    done = subprocess.run(
+        [sys.executable, '-c', program], cwd=ROOT.parent, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_without_composer_the_core_works_and_ema_names_the_extra():
+    output = run("""
+        import composer_ema
+        from torch import nn
+
+        model = nn.Linear(2, 2)
+        shadow = composer_ema.ShadowModel(model)
+        shadow.update(model, smoothing=0.9)
+        composer_ema.compute_ema(model, nn.Linear(2, 2))
+        print(callable(composer_ema.load_average), callable(composer_ema.export), composer_ema.CheckpointError)
+        try:
+            composer_ema.EMA
+        except ImportError as error:
+            print(error)
+        try:
+            from composer_ema import EMA
+        except ImportError as error:
+            print(error)
+        try:
+            composer_ema.nothing
+        except AttributeError as error:
+            print(error)
+        assert not [name for name in sys.modules if name.split('.')[0] == 'composer']
+    """)
+    assert output.count("pip install 'composer-ema[composer]'") == 2
+    assert 'composer_ema.EMA needs MosaicML Composer' in output
+    assert "module 'composer_ema' has no attribute 'nothing'" in output
+
+
+def test_importing_the_package_does_not_import_composer():
+    program = 'import sys, composer_ema; assert "composer" not in sys.modules'
+    subprocess.run([sys.executable, '-c', program], cwd=ROOT.parent, check=True, timeout=120)
+
+
+CORE = [*MAY_IMPORT.keys() - MAY_NAME_COMPOSER, 'checkpoint', *(('clock', 'algorithm') if HAS_COMPOSER else ())]
+
+
+@pytest.mark.parametrize('part', sorted(CORE))
+def test_every_example_of_the_docstrings_runs(part):
+    module = importlib.import_module(f'composer_ema.{part}')
+    modules = [module]
+    if hasattr(module, '__path__'):
+        modules += [
+            importlib.import_module(m.name) for m in pkgutil.iter_modules(module.__path__, f'{module.__name__}.')
+        ]
+    for each in modules:
+        assert doctest.testmod(each).failed == 0
+
+
+def test_some_examples_ran():
+    from composer_ema import averages, functional, shadow, spans, stream
+
+    for module in (averages, functional, shadow, spans, stream):
+        assert doctest.testmod(module).attempted > 0, module.__name__
+
+
+def _public() -> list[str]:
+    return [name for name in composer_ema.__all__ if name != 'EMA' or HAS_COMPOSER]
+
+
+@pytest.mark.parametrize('name', _public())
+def test_public_names_exist_and_say_what_they_do(name):
+    value = getattr(composer_ema, name)
+    if name == '__version__':
+        assert value.count('.') >= 2
+        return
+    documented = inspect.getdoc(value)
+    assert documented
+    assert documented.split('\n')[0].rstrip().endswith(('.', '::'))
+
+
+def test_every_public_name_is_listed_once_and_in_order():
+    assert len(composer_ema.__all__) == len(set(composer_ema.__all__))
+
+
+def _documented_objects() -> list:
+    found = []
+    for part in sorted(CORE):
+        module = importlib.import_module(f'composer_ema.{part}')
+        found.append((module.__name__, module))
+        for name, value in vars(module).items():
+            is_own = getattr(value, '__module__', '').startswith(module.__name__)
+            if name.startswith('_') or not is_own or not (inspect.isclass(value) or inspect.isfunction(value)):
+                continue
+            found.append((f'{part}.{name}', value))
+            if inspect.isclass(value):
+                found += [
+                    (f'{part}.{name}.{key}', member)
+                    for key, member in vars(value).items()
+                    if not key.startswith('_') and (inspect.isfunction(member) or isinstance(member, property))
+                ]
+    return found
+
+
+#: Described where they are declared: as attributes of the class, by the base class, or by their name alone.
+DESCRIBED_ELSEWHERE = {'algorithm.EMA.ema_weights_active', 'algorithm.EMA.smoothing', 'algorithm.EMA.apply'}
+
+
+def test_modules_classes_and_public_methods_have_docstrings():
+    missing = [name for name, value in _documented_objects() if not inspect.getdoc(value)]
+    assert set(missing) <= DESCRIBED_ELSEWHERE
+
+
+def test_the_package_says_that_it_is_typed():
+    assert (ROOT / 'py.typed').exists()
