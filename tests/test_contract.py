@@ -430,6 +430,17 @@ def test_an_evaluation_leaves_every_bit_of_weights_and_average(trainer, dtype):
     assert snapshot(run) == before
 
 
+@pytest.mark.parametrize('interval', ['1ba', '2ba', '1ep'])
+def test_evaluating_more_often_does_not_change_the_average(trainer, interval):
+    averages = []
+    for evaluators in (None, make_evaluator(interval=interval)):
+        ema = EMA('3ba', update_interval='3ba')
+        trainer([ema], callbacks=[Unfreeze()], eval_dataloader=evaluators).fit()
+        averages.append(bits({**dict(ema.ema_model.named_parameters()), **dict(ema.ema_model.named_buffers())}))
+    assert averages[0].keys() >= {'module.0.weight'}
+    assert averages[0] == averages[1]
+
+
 # 4. Checkpoints hold training weights; an exception inside a pass loses nothing
 
 
@@ -876,7 +887,7 @@ def error_of(call: Callable[[], object]) -> ValueError | TypeError | None:
 
 @pytest.mark.parametrize('argument', LEGAL_UNITS)
 @given(time=times)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_a_time_gives_the_right_span_or_an_error_that_names_its_argument(argument, time):
     error = error_of(lambda: EMA(**{argument: time}))
     if error is not None:
@@ -902,7 +913,7 @@ def test_a_time_gives_the_right_span_or_an_error_that_names_its_argument(argumen
 )
 @example(value=5e-324, unit='ep')
 @example(value=1.7e308, unit='dur')
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, suppress_health_check=list(HealthCheck))
 @pytest.mark.filterwarnings('ignore:.*is longer than the run:UserWarning')
 def test_a_run_with_any_legal_time_trains_or_says_which_argument_cannot_work(argument, value, unit):
     if error_of(lambda: EMA(**{argument: f'{value!r}{unit}'})) is not None:
@@ -992,7 +1003,7 @@ def mutated_states(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @given(state=mutated_states())
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300, suppress_health_check=list(HealthCheck))
 @pytest.mark.filterwarnings('ignore:the checkpoint was averaged with:UserWarning')
 @pytest.mark.filterwarnings('ignore:the saved average is:UserWarning')
 def test_a_changed_state_loads_exactly_or_changes_nothing(state):
@@ -1060,6 +1071,7 @@ def same(loaded: Tensor, saved: Tensor) -> None:
         (lambda s: s['buffers'].pop('module.1.running_var'), 'missing: module.1.running_var'),
         (lambda s: s.update(version=99), 'version 99'),
     ],
+    ids=['missing parameter', 'new parameter', 'other shape', 'missing buffer', 'newer version'],
 )  # fmt: skip
 def test_a_checkpoint_that_does_not_fit_fails_by_name_when_the_trainer_is_built(trainer, tmp_path, change, message):
     run = trainer([EMA('2ba')])
@@ -1118,7 +1130,7 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, content):
 
 
 @given(data=st.data())
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, suppress_health_check=list(HealthCheck))
 def test_a_checkpoint_with_damaged_bytes_is_refused_or_gives_the_same_average(checkpoint, tmp_path_factory, data):
     content = bytearray(checkpoint.read_bytes())
     start = data.draw(st.integers(0, len(content) - 1))
@@ -1161,6 +1173,11 @@ def test_a_checkpoint_with_one_flipped_bit_in_a_weight_is_refused(checkpoint, tm
         (lambda s: average_of(s)['parameters'].update({'module.5.bias': 'text'}), 'module.5.bias'),
         (lambda s: average_of(s)['parameters'].update({'module.5.bias': torch.ones(9)}), 'module.5.bias'),
         (lambda s: average_of(s)['parameters'].update(other=torch.ones(9)), 'other'),
+    ],
+    ids=[
+        'no model', 'model a string', 'no algorithms', 'algorithms a number', 'state None', 'state empty',
+        'averages a number', 'newer version', 'not started', 'average a number', 'parameters a list',
+        'aliases a list', 'weight a string', 'weight of other shape', 'unknown weight',
     ],
 )  # fmt: skip
 def test_a_checkpoint_of_the_wrong_structure_is_refused(checkpoint, tmp_path, change, message):
