@@ -152,7 +152,10 @@ class TestRefused:
         assert said in str(refused.value)
         assert not (path.parent / 'runs').exists()
 
-    @pytest.mark.parametrize('override', ['max_duration', '=3', 'model..name=x', ' =3', 'model. name=x', 'evaluate=[1'])
+    @pytest.mark.parametrize(
+        'override',
+        ['max_duration', '=3', 'model..name=x', ' =3', 'model. name=x', '[=', 'evaluate[0]=ema', 'evaluate=[1'],
+    )
     def test_malformed_override(self, write, override):
         with pytest.raises(RecipeError, match='override'):
             schema.load(write(), [override])

@@ -13,6 +13,7 @@ import inspect
 import json
 import math
 import os
+import re
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -52,6 +53,8 @@ SECTIONS = (
 _BUILT_FROM_SECTIONS = frozenset(
     ('model', 'train_dataloader', 'eval_dataloader', 'algorithms', 'optimizers', 'schedulers', 'callbacks', 'loggers')
 )
+# OmegaConf 2.3 raises IndexError for some keys in brackets, and cannot set an entry of a list by them.
+_OVERRIDE_KEY = re.compile(r'[^\s.\[\]]+(\.[^\s.\[\]]+)*')
 _FOREIGN: Any = object()  # what no YAML value can be, such as a callable
 
 
@@ -124,7 +127,7 @@ class Named:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe as written: file, overrides and interpolations merged into plain values, top-level keys checked.
+    """A recipe as written: file, overrides and interpolations merged into plain values, not checked.
 
     Args:
         source (str): The file, as the user named it.
@@ -280,7 +283,7 @@ def _read(place: Place) -> DictConfig:
 def _merge(config: DictConfig, overrides: Sequence[str], place: Place) -> DictConfig:
     for override in overrides:
         key, equals, _ = override.partition('=')
-        if not equals or not all(part.strip() == part and part for part in key.split('.')):
+        if not equals or not _OVERRIDE_KEY.fullmatch(key):
             raise place.error(f'the override {override!r} must have the form key=value, as in max_duration=2ep.')
         try:
             merged = OmegaConf.merge(config, OmegaConf.from_dotlist([override]))
