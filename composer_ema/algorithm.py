@@ -45,18 +45,21 @@ class _Default(str):
 
 _DEFAULT_HALF_LIFE = _Default('1000ba')
 
-# What stands open while a model may hold the average.
-_PASS_OPENS = frozenset({Event.EVAL_BEFORE_ALL, Event.EVAL_STANDALONE_START})
-_PASS_CLOSES = frozenset({Event.EVAL_AFTER_ALL, Event.EVAL_STANDALONE_END, Event.PREDICT_END})
-_WEIGHTS_CHOSEN = frozenset({Event.EVAL_START, Event.PREDICT_START})
+# A pass during which the model may hold the average: the event that opens it and the one that closes it.
+_PASSES = {
+    Event.EVAL_BEFORE_ALL: Event.EVAL_AFTER_ALL,
+    Event.EVAL_STANDALONE_START: Event.EVAL_STANDALONE_END,
+    Event.PREDICT_START: Event.PREDICT_END,
+}
+_PASS_CLOSES = frozenset(_PASSES.values())
 # Training or saving goes on: the model must hold the training weights, also after an evaluation that raised.
 _TRAINING_GOES_ON = frozenset({
     Event.AFTER_LOAD, Event.FIT_START, Event.ITERATION_START, Event.EPOCH_START, Event.BATCH_START, Event.BATCH_END,
     Event.EPOCH_END, Event.ITERATION_END, Event.FIT_END, Event.BATCH_CHECKPOINT, Event.EPOCH_CHECKPOINT,
     Event.ITERATION_CHECKPOINT,
 })  # fmt: skip
-_ALWAYS = frozenset({Event.INIT, Event.AFTER_LOAD, Event.FIT_START, Event.FIT_END}) | _PASS_OPENS | _PASS_CLOSES
-_ALWAYS |= _WEIGHTS_CHOSEN | {Event.EVAL_END}
+_ALWAYS = frozenset({Event.INIT, Event.AFTER_LOAD, Event.FIT_START, Event.FIT_END, Event.EVAL_START, Event.EVAL_END})
+_ALWAYS |= _PASSES.keys() | _PASS_CLOSES
 
 
 class EMA(Algorithm):
@@ -174,7 +177,8 @@ class EMA(Algorithm):
         self._shadow: ShadowModel | None = None
         self._model: weakref.ref[nn.Module] | None = None
         self._last_update: Clock | None = None
-        self._is_pass_open = False
+        # Passes that stand open, innermost last: what closes each, and whether the average was in before it.
+        self._passes: list[tuple[Event, bool]] = []
         self._state_for_init: Mapping[str, Any] | None = None
         self._loaded_config: Mapping[str, Any] = {}
         self._update_event = _event_of(self.update_interval)
@@ -269,21 +273,23 @@ class EMA(Algorithm):
             if event is Event.FIT_START:
                 self._prepare_fit(state)
             elif event is Event.FIT_END and self._shadow is not None:
-                self._shadow.wait()  # whoever reads or writes the weights after training finds the update done
-                self._share_buffers()
+                self._share_buffers()  # waits, too: whoever writes the weights after training finds the update done
+                if not self.ema_started:
+                    _warn(
+                        f"training ended before the first update: ema_start='{self.ema_start}', "
+                        f"update_interval='{self.update_interval}'. Evaluation uses the training weights. "
+                        'Start earlier, or update more often.'
+                    )
             if event in (Event.BATCH_END, Event.EPOCH_END, Event.ITERATION_END):
                 self._update_and_log(event, state, logger)
-        elif event in _PASS_OPENS:
-            self._is_pass_open = True
-            if not self.evaluate_with or any(self._weights_for(e.label) == 'ema' for e in state.evaluators):
-                self._use_average(state)
-        elif event in _WEIGHTS_CHOSEN:
-            label = state.dataloader_label
-            if self._weights_for('predict' if event is Event.PREDICT_START else label) == 'ema':
-                self._use_average(state)
-            else:
-                self._use_training_weights(state)
-        elif event in _PASS_CLOSES or (event is Event.EVAL_END and not self._is_pass_open):
+        elif event in _PASSES:
+            self._passes.append((_PASSES[event], self.ema_weights_active))
+            self._use(self._weights_for_pass(event, state), state)
+        elif event is Event.EVAL_START:
+            self._use(self._weights_for(state.dataloader_label), state)
+        elif event in _PASS_CLOSES:
+            self._close_pass(event, state)
+        elif event is Event.EVAL_END and not self._passes:
             self._return_to_training(state)
 
     def _create(self, state: State) -> None:
@@ -301,12 +307,9 @@ class EMA(Algorithm):
         overlap = not any(isinstance(algorithm, ComposerSWA) for algorithm in state.algorithms)
         self._shadow = ShadowModel(state.model, overlap=overlap, **self._options)
         self._model = weakref.ref(unwrap(state.model))
-        self.ema_started, self._last_update, self._is_pass_open, self.update_seconds = False, None, False, 0.0
+        self.ema_started, self._last_update, self._passes, self.update_seconds = False, None, [], 0.0
         if not any(True for _ in self._shadow.named_parameters()):
-            warnings.warn(
-                'no trainable parameter to average yet: all selected ones are frozen. They join when unfrozen.',
-                stacklevel=2,
-            )
+            _warn('no trainable parameter to average yet: all selected ones are frozen. They join when unfrozen.')
         if self._state_for_init is not None:
             loaded, self._state_for_init = self._state_for_init, None
             self.load_state_dict(loaded)
@@ -346,19 +349,17 @@ class EMA(Algorithm):
         for label in self.evaluate_with:
             if labels and label not in labels and label != 'predict':
                 near = get_close_matches(label, labels, n=1) or labels
-                warnings.warn(
+                _warn(
                     f'evaluate_with names the evaluator {label!r}, which this Trainer does not have. '
-                    f'Did you mean {near[0]!r}? Its evaluators are {", ".join(labels)}.',
-                    stacklevel=2,
+                    f'Did you mean {near[0]!r}? Its evaluators are {", ".join(labels)}.'
                 )
 
     def _warn_if_longer(self, name: str, span: Span, state: State, effect: str) -> None:
         length = run_length(span.unit, state)
         if length is not None and span.value > length:
-            warnings.warn(
+            _warn(
                 f"{name}='{getattr(self, name)}' is longer than the run of {length:g} {words(span.unit)}: {effect}. "
-                f"Pass a shorter {name}, for example a share of the run such as {name}='0.1dur'.",
-                stacklevel=2,
+                f"Pass a shorter {name}, for example a share of the run such as {name}='0.1dur'."
             )
 
     def _is_update_due(self, state: State) -> bool:
@@ -375,13 +376,12 @@ class EMA(Algorithm):
         if self.ema_start.value == 0:
             return True
         start = resolve_share(self.ema_start, state, 'ema_start')
-        return read_clock(state)[start.unit] >= start.value - 1e-9
+        return _read(start.unit, state, 'ema_start', self.ema_start) >= start.value - 1e-9
 
     def _has_passed(self, interval: Span, since: Clock | None, state: State, name: str) -> bool:
         span = resolve_share(interval, state, name)
-        now = read_clock(state)
         earlier = _clock_before(state) if since is None else since
-        return has_crossed(earlier[span.unit], now[span.unit], span.value)
+        return has_crossed(earlier[span.unit], _read(span.unit, state, name, interval), span.value)
 
     def _update_and_log(self, event: Event, state: State, logger: Logger) -> None:
         shadow = self._shadow
@@ -409,11 +409,7 @@ class EMA(Algorithm):
         assert self.half_life is not None
         half_life = resolve_share(self.half_life, state, 'half_life')
         unit = half_life.unit
-        if unit == 'tok' and now['tok'] == 0:
-            raise ValueError(
-                f"half_life='{self.half_life}' counts tokens, but the dataloader reports none. "
-                'Pass samples or batches, or a DataSpec with get_num_tokens_in_batch.'
-            )
+        _read(unit, state, 'half_life', self.half_life)
         if self._last_update is not None:
             elapsed = now[unit] - self._last_update[unit]
         elif unit == self.update_interval.unit:
@@ -432,18 +428,34 @@ class EMA(Algorithm):
     def _weights_for(self, label: str | None) -> Weights:
         return self.evaluate_with.get(label or '', 'ema')
 
-    def _use_average(self, state: State) -> None:
-        if self._has_average and not self.ema_weights_active:
-            self._share_buffers()
-            self._require_shadow().swap_in(state.model)
+    def _weights_for_pass(self, opening: Event, state: State) -> Weights:
+        """What callbacks see before the first evaluator has chosen: the average, unless no evaluator wants it."""
+        if opening is Event.PREDICT_START:
+            return self._weights_for('predict')
+        labels = [evaluator.label for evaluator in state.evaluators]
+        return 'training' if labels and all(self._weights_for(label) == 'training' for label in labels) else 'ema'
 
-    def _use_training_weights(self, state: State) -> None:
-        if self.ema_weights_active:
-            self._require_shadow().swap_out(state.model)
+    def _use(self, weights: Weights, state: State) -> None:
+        shadow = self._require_shadow()
+        if weights == 'training' and shadow.is_swapped:
+            shadow.swap_out(state.model)
+        elif weights == 'ema' and self._has_average and not shadow.is_swapped:
+            self._share_buffers()
+            shadow.swap_in(state.model)
+
+    def _close_pass(self, closing: Event, state: State) -> None:
+        """Goes back to what was in the model before the pass, also where a pass inside it raised and never closed."""
+        while self._passes:
+            closes_it, was_average = self._passes.pop()
+            if closes_it is closing:
+                self._use('ema' if was_average else 'training', state)
+                return
+        self._return_to_training(state)
 
     def _return_to_training(self, state: State) -> None:
-        self._is_pass_open = False
-        self._use_training_weights(state)
+        self._passes.clear()
+        if self._shadow is not None:
+            self._use('training', state)
 
     def _share_buffers(self) -> None:
         """Under DDP, gives every rank the averaged buffers of rank 0, whose weights the checkpoint keeps."""
@@ -509,10 +521,9 @@ class EMA(Algorithm):
         config, self._loaded_config = self._loaded_config, {}
         for name in ('half_life', 'smoothing'):
             if name in config and config[name] != self._arguments[name]:
-                warnings.warn(
+                _warn(
                     f'the checkpoint was averaged with {name}={config[name]!r}, this run continues with '
-                    f'{name}={self._arguments[name]!r}.',
-                    stacklevel=3,
+                    f'{name}={self._arguments[name]!r}.'
                 )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -543,6 +554,21 @@ def _event_of(interval: Span) -> Event:
     if interval.value == int(interval.value):
         return {'ep': Event.EPOCH_END, 'iter': Event.ITERATION_END}.get(interval.unit, Event.BATCH_END)
     return Event.BATCH_END
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
+
+
+def _read(unit: str, state: State, name: str, span: Span) -> float:
+    """The time so far in ``unit``; raises where the run does not count it."""
+    now = read_clock(state)
+    if unit == 'tok' and now['tok'] == 0 and now['ba'] > 0:
+        raise ValueError(
+            f"{name}='{span}' counts tokens, but the dataloader reports none. "
+            'Pass samples or batches, or a DataSpec with get_num_tokens_in_batch.'
+        )
+    return now[unit]
 
 
 def _clock_before(state: State) -> Clock:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import tempfile
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from composer_ema import formats
-from composer_ema.naming import listed
+from composer_ema.naming import check_same, listed
 from composer_ema.sharding import canonical_name
 from composer_ema.version import __version__
 
-_multiarray: Any = (getattr(np, '_core', None) or np.core).multiarray  # numpy 2 moved it
+# The two functions that pickled arrays and scalars name, under numpy 1's name and under numpy 2's.
+_RECONSTRUCT, _SCALAR = np.zeros(0).__reduce__()[0], np.float64(0).__reduce__()[0]
 # What Composer's checkpoints hold besides tensors and plain types: times, torch's version, numpy's random state.
 _SAFE_TYPES: list[Any] = [
     datetime.timedelta,
@@ -29,8 +31,8 @@ _SAFE_TYPES: list[Any] = [
     np.dtype,
     *(type(np.dtype(code)) for code in '?bBhHiIlLqQefd'),
     *(
-        (getattr(_multiarray, name), f'numpy.{module}.multiarray.{name}')
-        for name in ('_reconstruct', 'scalar')
+        (function, f'numpy.{module}.multiarray.{name}')
+        for name, function in (('_reconstruct', _RECONSTRUCT), ('scalar', _SCALAR))
         for module in ('core', '_core')
     ),
 ]
@@ -106,6 +108,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise CheckpointError(f'{path} does not exist.')
     try:
+        _check_sums(path)
         with torch.serialization.safe_globals(_SAFE_TYPES):
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     # A damaged file fails in as many ways as there are bytes in it; all of them mean the same to the user.
@@ -118,25 +121,44 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 def _average_and_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     state = read_checkpoint(path)['state']
-    model = {canonical_name(name): tensor for name, tensor in _mapping(state, 'model', path).items()}
-    algorithms = dict(state.get('algorithms') or [])
+    try:
+        return _average_in(state, path)
+    except CheckpointError:
+        raise
+    # The file is sound, so what it holds was written by something else than a Trainer with an average.
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f'{path} holds no average that can be read: {error}') from error
+
+
+def _average_in(state: Mapping[str, Any], path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    model = {canonical_name(name): tensor for name, tensor in _mapping(state, 'model').items()}
+    algorithms = _algorithms(state)
     if 'EMA' not in algorithms:
-        saved = f'the algorithms {listed(sorted(algorithms))}' if algorithms else 'no algorithms'
+        found = f'the algorithms {listed(sorted(algorithms))}' if algorithms else 'no algorithms'
         raise CheckpointError(
-            f'{path} holds no average: it was saved with {saved}. '
+            f'{path} holds no average: it was saved with {found}. '
             'Train with algorithms=[EMA()], and without save_weights_only.'
         )
-    try:
-        saved = formats.upgrade(algorithms['EMA'], model_slot=model)
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f'{path}: {error}') from error
-    if not saved.get('started') or formats.AVERAGE not in _mapping(saved, 'averages', path):
+    saved = formats.upgrade(algorithms['EMA'], model_slot=model)
+    averages = _mapping(saved, 'averages')
+    if not saved.get('started') or formats.AVERAGE not in averages:
         raise CheckpointError(f'{path} holds no average yet: ema_start had not come when it was saved.')
-    average = saved['averages'][formats.AVERAGE]
-    averaged = {**_mapping(average, 'parameters', path), **_mapping(average, 'buffers', path)}
-    averaged |= {alias: averaged[name] for alias, name in average.get('aliases', {}).items() if name in averaged}
+    average = _mapping(averages, formats.AVERAGE)
+    parameters, aliases = _mapping(average, 'parameters'), _mapping(average, 'aliases')
+    buffers = {name: buffer for name, buffer in _mapping(average, 'buffers').items() if name in model}
+    averaged = {**parameters, **buffers}
+    check_same('the average', model, averaged, optional=model, remedy='The checkpoint is damaged.')
+    averaged |= {alias: averaged[name] for alias, name in aliases.items() if name in averaged}
     weights = {name: averaged.get(name, tensor) for name, tensor in model.items()}
     return weights, _metadata(path, state, saved.get('config') or {}, average)
+
+
+def _algorithms(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Composer writes a list of pairs, older releases a dictionary."""
+    algorithms = state.get('algorithms', [])
+    if not isinstance(algorithms, (list, Mapping)):
+        raise TypeError(f"its 'algorithms' is a {type(algorithms).__name__}.")
+    return dict(algorithms)
 
 
 def _metadata(path: Path, state: Mapping[str, Any], config: Mapping[str, Any], average: Mapping[str, Any]) -> dict:
@@ -154,10 +176,18 @@ def _metadata(path: Path, state: Mapping[str, Any], config: Mapping[str, Any], a
     return {name: str(value) for name, value in described.items() if value is not None}
 
 
-def _mapping(of: Mapping[str, Any], key: str, path: Path) -> Mapping[str, Any]:
-    if not isinstance(of.get(key), Mapping):
-        raise CheckpointError(f'{path} is damaged or of another kind: its {key!r} is a {type(of.get(key)).__name__}.')
-    return of[key]
+def _mapping(of: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    if not isinstance(value := of.get(key), Mapping):
+        raise TypeError(f'its {key!r} is a {type(value).__name__}.')
+    return value
+
+
+def _check_sums(path: Path) -> None:
+    """Raises where a byte has changed since the file was written: torch.load itself does not look."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f'the checksum of {damaged} is wrong')
 
 
 def _reason(path: Path, error: Exception) -> str:

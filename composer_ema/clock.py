@@ -76,6 +76,9 @@ def run_length(unit: str, state: State) -> float | None:
     end, end_unit = state.max_duration.value, state.max_duration.unit.value
     if end_unit == unit:
         return end
+    if unit == 'iter' and (length := state._iteration_length) is not None:
+        whole = run_length(length.unit.value, state)
+        return None if whole is None else whole / length.value
     epoch_length = state.dataloader_len.value if state.dataloader_len is not None else None
     samples_per_epoch = _samples_per_epoch(state)
     per_epoch = {'ep': 1, 'ba': epoch_length, 'sp': samples_per_epoch}
@@ -96,6 +99,8 @@ def has_crossed(earlier: float, now: float, interval: float) -> bool:
         >>> has_crossed(9, 10, 10), has_crossed(10, 11, 10), has_crossed(2.9, 3.1, 0.5)
         (True, False, True)
     """
+    if now <= earlier or now - earlier >= interval:
+        return now > earlier
     return math.floor(now / interval + 1e-9) > math.floor(earlier / interval + 1e-9)
 
 

@@ -176,21 +176,25 @@ def check_same(
     missing = expected.keys() - got.keys() - set(optional)
     unexpected = got.keys() - expected.keys()
     misshaped = [
-        f'{name} (expected {tuple(expected[name].shape)}, got {_shape(got[name])})'
+        f'{name} (expected {_kind(expected[name])}, got {_kind(got[name])})'
         for name in got
-        if name in expected and _shape(got[name]) != tuple(expected[name].shape)
+        if name in expected and _kind(got[name]) != _kind(expected[name])
     ]
     problems = [
         f'{len(names)} {label}: {listed(sorted(names))}'
-        for label, names in (('missing', missing), ('unexpected', unexpected), ('of another shape', misshaped))
+        for label, names in (('missing', missing), ('unexpected', unexpected), ('of another shape or kind', misshaped))
         if names
     ]
     if problems:
         raise ValueError(f'{what} does not fit the model. {"; ".join(problems)}. {remedy}')
 
 
-def _shape(value: object) -> tuple[int, ...] | str:
-    return tuple(value.shape) if isinstance(value, Tensor) else f'a {type(value).__name__}'
+def _kind(value: object) -> str:
+    """The shape, and whether it holds complex or whole numbers: what tensors must share for one to become the other."""
+    if not isinstance(value, Tensor):
+        return f'a {type(value).__name__}'
+    kind = 'complex ' if value.is_complex() else '' if value.is_floating_point() else 'whole '
+    return f'{kind}{tuple(value.shape)}'
 
 
 def listed(names: Sequence[str], limit: int = 12) -> str:

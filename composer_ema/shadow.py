@@ -104,7 +104,7 @@ class ShadowModel:
 
         inventory = Inventory.of(unwrap(model))
         self._selection.check([*inventory.parameters, *inventory.buffers])
-        self._track(inventory)
+        self._join(inventory)
 
     @classmethod
     def from_tensors(
@@ -157,7 +157,7 @@ class ShadowModel:
                 'the model holds the average, so there is nothing to average. Call swap_out(model) first.'
             )
 
-        plan = self._plan_for(model)
+        plan = self._plan_for(model, joining=True)
         for stream, average, copy in plan.parameter_steps:
             with stream.fork():  # joined by wait(), which every read below calls too
                 copy() if weight == 1 else average(weight)
@@ -391,17 +391,13 @@ class ShadowModel:
 
     # Helpers, in call order
 
-    def _track(self, inventory: Inventory) -> None:
-        """Lets new trainable parameters and new buffers join at their value, and puts every shadow in its place."""
+    def _join(self, inventory: Inventory) -> None:
+        """Lets trainable parameters and buffers that are not tracked yet, or have a new shape, join at their value."""
         for name, parameter in inventory.parameters.items():
-            if name in self._parameters:
-                self._parameters[name] = self._placed(self._parameters[name], parameter)
-            elif parameter.requires_grad and name in self._selection:
+            if name not in self._parameters and parameter.requires_grad and name in self._selection:
                 self._parameters[name] = self._new_shadow(parameter)
         for name, buffer in inventory.buffers.items():
-            if name in self._buffers and self._buffers[name].shape == buffer.shape:
-                self._buffers[name] = self._placed(self._buffers[name], buffer)
-            elif name in self._selection:
+            if name in self._selection and not (name in self._buffers and self._buffers[name].shape == buffer.shape):
                 self._buffers[name] = self._new_shadow(buffer)
         self._shapes = {name: torch.empty_like(t, device='meta') for name, t in inventory.parameters.items()}
         self._persistent, self._aliases = inventory.persistent, inventory.aliases
@@ -409,9 +405,6 @@ class ShadowModel:
     def _new_shadow(self, source: Tensor) -> Tensor:
         with torch.inference_mode(False):
             return source.detach().to(self._device or source.device, self._dtype_for(source), copy=True)
-
-    def _placed(self, shadow: Tensor, source: Tensor) -> Tensor:
-        return shadow.to(self._device or source.device)
 
     def _dtype_for(self, source: Tensor) -> torch.dtype:
         if not source.is_floating_point():
@@ -424,14 +417,16 @@ class ShadowModel:
     def _volatile(self) -> set[str]:
         return self._buffers.keys() - self._persistent
 
-    def _plan_for(self, model: nn.Module) -> _Plan:
+    def _plan_for(self, model: nn.Module, *, joining: bool = False) -> _Plan:
+        """The plan for ``model``, made anew where that has changed. Only an update lets new tensors join."""
         module = unwrap(model)
-        if self._plan is None or not self._plan.watch.is_current(module):
+        plan = self._plan
+        if plan is None or (joining and not plan.has_joined) or not plan.watch.is_current(module):
             self._forget_plan()
-            self._plan = self._new_plan(module)
-        return self._plan
+            plan = self._plan = self._new_plan(module, joining)
+        return plan
 
-    def _new_plan(self, module: nn.Module) -> _Plan:
+    def _new_plan(self, module: nn.Module, joining: bool) -> _Plan:
         inventory = Inventory.of(module)
         check_same(
             'the model',
@@ -439,16 +434,25 @@ class ShadowModel:
             {name: p for name, p in inventory.parameters.items() if name in self._parameters},
             remedy='The average follows the architecture that it was built with; build a new one for another.',
         )
-        self._track(inventory)
-        parameters = {name: (self._parameters[name], inventory.parameters[name]) for name in self._parameters}
-        buffers = {
-            name: (self._buffers[name], inventory.buffers[name]) for name in self._buffers if name in inventory.buffers
-        }
+        if joining:
+            self._join(inventory)
+        parameters = self._paired(self._parameters, inventory.parameters)
+        buffers = self._paired(self._buffers, inventory.buffers)
         for tensor, _ in parameters.values():
             if tensor.device not in self._streams:
                 self._streams[tensor.device] = SideStream(tensor.device, overlap=self._overlap)
         watch = Watch(module, inventory, on_gone=_weakly(self._forget_plan))
-        return _Plan(watch, parameters, buffers, self._buffer_mode, self._streams, self._backend)
+        return _Plan(watch, joining, parameters, buffers, self._buffer_mode, self._streams, self._backend)
+
+    def _paired(self, shadows: dict[str, Tensor], sources: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Shadows, moved to where they belong, beside their sources of the same shape."""
+        pairs = {}
+        for name, shadow in shadows.items():
+            source = sources.get(name)
+            if source is not None and source.shape == shadow.shape:
+                shadows[name] = shadow.to(self._device or source.device)
+                pairs[name] = (shadows[name], source)
+        return pairs
 
     def _forget_plan(self) -> None:
         self.wait()
@@ -463,7 +467,7 @@ class ShadowModel:
                 f'the state has format version {version!r}, this release reads {STATE_VERSION}. Nothing was loaded.'
             )
         for key, kind in (('num_updates', int), ('parameters', Mapping), ('buffers', Mapping)):
-            if not isinstance(value := state.get(key), kind):
+            if not isinstance(value := state.get(key), kind) or isinstance(value, bool):
                 raise ValueError(
                     f"the state's {key!r} is a {type(value).__name__}, not a {kind.__name__}. Nothing was loaded."
                 )
@@ -499,6 +503,7 @@ class _Plan:
     def __init__(
         self,
         watch: Watch,
+        has_joined: bool,
         parameters: Mapping[str, tuple[Tensor, Tensor]],
         buffers: Mapping[str, tuple[Tensor, Tensor]],
         buffer_mode: BufferMode,
@@ -506,6 +511,7 @@ class _Plan:
         backend: str,
     ) -> None:
         self.watch = watch
+        self.has_joined = has_joined
         self.sources = {name: source for name, (_, source) in (*parameters.items(), *buffers.items())}
         self.parameter_steps: list[tuple[SideStream, kernels.Step, Callable[[], None]]] = []
         for device in {shadow.device for shadow, _ in parameters.values()}:
