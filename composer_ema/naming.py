@@ -181,7 +181,7 @@ def check_same(
         if name in expected and _kind(got[name]) != _kind(expected[name])
     ]
     problems = [
-        f'{len(names)} {label}: {listed(sorted(names))}'
+        f'{len(names)} {label}: {listed(sorted(map(str, names)))}'
         for label, names in (('missing', missing), ('unexpected', unexpected), ('of another shape or kind', misshaped))
         if names
     ]

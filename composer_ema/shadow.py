@@ -471,6 +471,8 @@ class ShadowModel:
                 raise ValueError(
                     f"the state's {key!r} is a {type(value).__name__}, not a {kind.__name__}. Nothing was loaded."
                 )
+        if state['num_updates'] < 0:
+            raise ValueError(f"the state's num_updates is {state['num_updates']}, below zero. Nothing was loaded.")
         frozen = {
             name: shape
             for name, shape in self._shapes.items()
