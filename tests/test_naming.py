@@ -195,7 +195,7 @@ class TestCheckSame:
             check_same('the state', self._tensors(a=1, b=2, c=3), self._tensors(b=5, c=3, d=1, e=1), remedy='Stop.')
         assert str(error.value) == (
             'the state does not fit the model. 1 missing: a; 2 unexpected: d, e; '
-            '1 of another shape: b (expected (2,), got (5,)). Stop.'
+            '1 of another shape or kind: b (expected (2,), got (5,)). Stop.'
         )
 
     def test_what_is_no_tensor_is_named_by_its_type(self):
