@@ -371,6 +371,7 @@ def test_each_evaluator_sees_the_weights_asked_for_by_its_label(trainer):
     assert bits(run.state.model) == probe.training
 
 
+@pytest.mark.filterwarnings('ignore:training ended before the first update:UserWarning')
 def test_before_the_average_starts_evaluation_and_prediction_see_the_training_weights(trainer):
     ema = EMA('2ba', ema_start='4ba')
     probe, predicting, stop = Probe(ema), PredictDuringFit(Event.BATCH_START), StopAfter(3)
@@ -394,7 +395,7 @@ def test_a_prediction_inside_an_evaluation_leaves_it_the_average(trainer, moment
     ema = EMA('2ba')
     predicting, probe = PredictDuringFit(moment), Probe(ema)
     evaluators = [make_evaluator('first', '1ba'), make_evaluator('second', '1ba')]
-    run = trainer([ema], callbacks=[predicting, probe], eval_dataloader=evaluators)
+    run = trainer([ema], callbacks=[probe, predicting], eval_dataloader=evaluators)
     predicting.trainer = run
     run.fit()
     for event, where, kind in probe.seen:
@@ -455,6 +456,10 @@ class StopAfter(Callback):
             state.stop_training()
 
 
+class Interrupted(Exception):
+    pass
+
+
 class RaiseAt(Callback):
     def __init__(self, event: Event, batch: int) -> None:
         self.event, self.batch = event, batch
@@ -462,7 +467,7 @@ class RaiseAt(Callback):
     def run_event(self, event, state, logger) -> None:
         if event is self.event and int(state.timestamp.batch) == self.batch:
             self.batch = -1  # once
-            raise KeyboardInterrupt
+            raise Interrupted
 
 
 def uninterrupted(trainer, **arguments: Any) -> dict[str, Any]:
@@ -479,7 +484,7 @@ def uninterrupted(trainer, **arguments: Any) -> dict[str, Any]:
 def test_a_checkpoint_after_an_exception_inside_evaluation_resumes_exactly(trainer, tmp_path, moment, batch):
     path = str(tmp_path / 'after_exception.pt')
     broken = trainer([EMA('2ba')], eval_dataloader=make_evaluator(interval='1ba'), callbacks=[RaiseAt(moment, batch)])
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted):
         broken.fit()
     broken.save_checkpoint(path)
 
@@ -500,7 +505,7 @@ def test_a_checkpoint_taken_while_swapped_is_read_rightly_by_load_average(traine
     run = trainer(
         [EMA('2ba')], callbacks=[RaiseAt(Event.EVAL_BATCH_END, 3)], eval_dataloader=make_evaluator('e', '1ba')
     )
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted):
         run.fit()
     run.save_checkpoint(str(tmp_path / 'swapped.pt'))
     ema = run.state.algorithms[0]
@@ -514,7 +519,7 @@ def test_fit_goes_on_with_the_training_weights_after_an_exception_inside_predict
     raising = RaiseAt(moment, 3)
     run = trainer([EMA('2ba')], callbacks=[raising], eval_dataloader=make_evaluator(interval='1ba'))
     run.fit(duration='1ep')
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted):
         run.predict(make_data(4))
     assert run.state.algorithms[0].ema_weights_active
     # Composer's own reference is lost with the exception: the Trainer would go on with the data of the prediction.
@@ -529,7 +534,7 @@ def test_fit_goes_on_with_the_training_weights_after_an_exception_inside_predict
 def test_fit_goes_on_with_the_training_weights_after_an_exception_inside_evaluation(trainer):
     run = trainer([EMA('2ba')], callbacks=[RaiseAt(Event.EVAL_BATCH_END, 3)])
     run.fit(duration='1ep')
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted):
         run.eval(eval_dataloader=make_data(4))
     assert run.state.algorithms[0].ema_weights_active
     run.fit(train_dataloader=make_data(), duration='1ep')
@@ -538,6 +543,27 @@ def test_fit_goes_on_with_the_training_weights_after_an_exception_inside_evaluat
     reference.fit(duration='1ep')
     reference.fit(train_dataloader=make_data(), duration='1ep')
     assert snapshot(run) == snapshot(reference)
+
+
+@pytest.mark.parametrize('broken_pass', ['eval during fit', 'eval', 'predict'])
+@pytest.mark.parametrize('next_pass', ['eval', 'predict'])
+def test_a_whole_pass_after_a_broken_one_ends_with_the_training_weights(trainer, broken_pass, next_pass):
+    moment = Event.PREDICT_BATCH_END if broken_pass == 'predict' else Event.EVAL_BATCH_END
+    probe = Probe(ema := EMA('2ba'))
+    evaluator = make_evaluator() if broken_pass == 'eval during fit' else None
+    run = trainer([ema], callbacks=[probe, RaiseAt(moment, 3)], eval_dataloader=evaluator)
+    passes = {
+        'eval during fit': run.fit,
+        'eval': lambda: run.eval(eval_dataloader=make_evaluator()),
+        'predict': lambda: run.predict(make_data(4)),
+    }
+    if evaluator is None:
+        run.fit(duration='3ba')
+    with pytest.raises(Interrupted):
+        passes[broken_pass]()
+    assert ema.ema_weights_active
+    passes[next_pass]()
+    assert bits(run.state.model) == probe.training
 
 
 @pytest.mark.parametrize('interval', ['1ba', '1ep', save_after_odd_batches, save_when_numpy_says_so])
@@ -558,7 +584,7 @@ def test_the_model_slot_of_every_checkpoint_holds_the_training_weights(trainer, 
 def test_the_state_in_a_checkpoint_holds_plain_types_only(trainer, tmp_path):
     run = trainer([EMA('0.5ep', evaluate_with={'eval': 'ema'}, include='.')], callbacks=[RaiseAt(Event.EVAL_START, 6)])
     run.fit()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted):
         run.eval(eval_dataloader=make_data(4))
     state = run.state.algorithms[0].state_dict()
     buffer = io.BytesIO()
@@ -915,6 +941,7 @@ def test_a_time_gives_the_right_span_or_an_error_that_names_its_argument(argumen
 @example(value=1.7e308, unit='dur')
 @settings(max_examples=25, suppress_health_check=list(HealthCheck))
 @pytest.mark.filterwarnings('ignore:.*is longer than the run:UserWarning')
+@pytest.mark.filterwarnings('ignore:training ended before the first update:UserWarning')
 def test_a_run_with_any_legal_time_trains_or_says_which_argument_cannot_work(argument, value, unit):
     if error_of(lambda: EMA(**{argument: f'{value!r}{unit}'})) is not None:
         return
