@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import time
 import warnings
 import weakref
@@ -29,7 +30,7 @@ from composer_ema.clock import (
     run_length,
     words,
 )
-from composer_ema.naming import Inventory, Selection
+from composer_ema.naming import Inventory, Selection, check_same
 from composer_ema.shadow import BufferMode, ShadowModel, check_buffer_mode, parse_device, parse_dtype
 from composer_ema.sharding import canonical_name, is_sharded, unwrap
 from composer_ema.spans import Span
@@ -45,13 +46,11 @@ class _Default(str):
 
 _DEFAULT_HALF_LIFE = _Default('1000ba')
 
-# A pass during which the model may hold the average: the event that opens it and the one that closes it.
-_PASSES = {
-    Event.EVAL_BEFORE_ALL: Event.EVAL_AFTER_ALL,
-    Event.EVAL_STANDALONE_START: Event.EVAL_STANDALONE_END,
-    Event.PREDICT_START: Event.PREDICT_END,
-}
-_PASS_CLOSES = frozenset(_PASSES.values())
+# A pass over evaluators opens and closes; what happens inside it must find the weights that the evaluator asks for,
+# also after a prediction that a callback slipped in.
+_PASS_OPENS = frozenset({Event.EVAL_BEFORE_ALL, Event.EVAL_STANDALONE_START})
+_PASS_CLOSES = frozenset({Event.EVAL_AFTER_ALL, Event.EVAL_STANDALONE_END})
+_EVALUATION_GOES_ON = frozenset({Event.EVAL_BATCH_START, Event.EVAL_BEFORE_FORWARD, Event.EVAL_BATCH_END})
 # Training or saving goes on: the model must hold the training weights, also after an evaluation that raised.
 _TRAINING_GOES_ON = frozenset({
     Event.AFTER_LOAD, Event.FIT_START, Event.ITERATION_START, Event.EPOCH_START, Event.BATCH_START, Event.BATCH_END,
@@ -59,7 +58,7 @@ _TRAINING_GOES_ON = frozenset({
     Event.ITERATION_CHECKPOINT,
 })  # fmt: skip
 _ALWAYS = frozenset({Event.INIT, Event.AFTER_LOAD, Event.FIT_START, Event.FIT_END, Event.EVAL_START, Event.EVAL_END})
-_ALWAYS |= _PASSES.keys() | _PASS_CLOSES
+_ALWAYS |= _PASS_OPENS | _PASS_CLOSES | {Event.PREDICT_START, Event.PREDICT_END}
 
 
 class EMA(Algorithm):
@@ -177,8 +176,7 @@ class EMA(Algorithm):
         self._shadow: ShadowModel | None = None
         self._model: weakref.ref[nn.Module] | None = None
         self._last_update: Clock | None = None
-        # Passes that stand open, innermost last: what closes each, and whether the average was in before it.
-        self._passes: list[tuple[Event, bool]] = []
+        self._is_pass_open = False
         self._state_for_init: Mapping[str, Any] | None = None
         self._loaded_config: Mapping[str, Any] = {}
         self._update_event = _event_of(self.update_interval)
@@ -240,8 +238,9 @@ class EMA(Algorithm):
         live = None if self._model is None else self._model()
         if live is None:
             raise RuntimeError('the model in training is gone, and its weights with it. Load them from a checkpoint.')
-        weights = shadow.training_weights(live)
-        tensors = Inventory.of(unwrap(model)).tensors()
+        weights, tensors = shadow.training_weights(live), Inventory.of(unwrap(model)).tensors()
+        tensors = {name: tensors[name] for name in weights if name in tensors}
+        check_same('the given model', weights, tensors, remedy='Nothing was changed. Pass the same architecture.')
         with torch.no_grad():
             for name, weight in weights.items():
                 tensors[name].copy_(weight)
@@ -257,6 +256,8 @@ class EMA(Algorithm):
             return event is self._update_event and self._is_update_due(state)
         if event is Event.AFTER_TRAIN_BATCH:
             return self._shadow.is_pending
+        if event in _EVALUATION_GOES_ON:
+            return self._is_pass_open and self.ema_started and not self._shadow.is_swapped
         if event in _TRAINING_GOES_ON and self._shadow.is_swapped:
             return True
         return (event is self._update_event and self._is_update_due(state)) or (
@@ -282,15 +283,22 @@ class EMA(Algorithm):
                     )
             if event in (Event.BATCH_END, Event.EPOCH_END, Event.ITERATION_END):
                 self._update_and_log(event, state, logger)
-        elif event in _PASSES:
-            self._passes.append((_PASSES[event], self.ema_weights_active))
-            self._use(self._weights_for_pass(event, state), state)
-        elif event is Event.EVAL_START:
+        elif event in _PASS_OPENS:
+            self._is_pass_open = True
+            self._use(self._weights_for_pass(state), state)
+        elif event is Event.PREDICT_START:
+            self._use(self._weights_for('predict'), state)
+        elif (
+            event is Event.EVAL_START
+            or event in _EVALUATION_GOES_ON
+            or (event is Event.EVAL_END and self._is_pass_open)
+        ):
             self._use(self._weights_for(state.dataloader_label), state)
-        elif event in _PASS_CLOSES:
-            self._close_pass(event, state)
-        elif event is Event.EVAL_END and not self._passes:
+        elif event in _PASS_CLOSES or event is Event.EVAL_END:
             self._return_to_training(state)
+        elif event is Event.PREDICT_END:
+            # Whether an evaluation goes on around it cannot be told from one that raised; it takes the average back.
+            self._use('training', state)
 
     def _create(self, state: State) -> None:
         namesakes = [a for a in state.algorithms if type(a).__qualname__ == type(self).__qualname__]
@@ -307,7 +315,7 @@ class EMA(Algorithm):
         overlap = not any(isinstance(algorithm, ComposerSWA) for algorithm in state.algorithms)
         self._shadow = ShadowModel(state.model, overlap=overlap, **self._options)
         self._model = weakref.ref(unwrap(state.model))
-        self.ema_started, self._last_update, self._passes, self.update_seconds = False, None, [], 0.0
+        self.ema_started, self._last_update, self._is_pass_open, self.update_seconds = False, None, False, 0.0
         if not any(True for _ in self._shadow.named_parameters()):
             _warn('no trainable parameter to average yet: all selected ones are frozen. They join when unfrozen.')
         if self._state_for_init is not None:
@@ -380,8 +388,14 @@ class EMA(Algorithm):
 
     def _has_passed(self, interval: Span, since: Clock | None, state: State, name: str) -> bool:
         span = resolve_share(interval, state, name)
-        earlier = _clock_before(state) if since is None else since
-        return has_crossed(earlier[span.unit], _read(span.unit, state, name, interval), span.value)
+        now = _read(span.unit, state, name, interval)
+        if since is not None:
+            earlier = since[span.unit]
+        elif _event_of(interval) is Event.BATCH_END:
+            earlier = _clock_before(state)[span.unit]
+        else:
+            earlier = now - 1  # the epoch or iteration that has just ended
+        return has_crossed(earlier, now, span.value)
 
     def _update_and_log(self, event: Event, state: State, logger: Logger) -> None:
         shadow = self._shadow
@@ -428,10 +442,8 @@ class EMA(Algorithm):
     def _weights_for(self, label: str | None) -> Weights:
         return self.evaluate_with.get(label or '', 'ema')
 
-    def _weights_for_pass(self, opening: Event, state: State) -> Weights:
+    def _weights_for_pass(self, state: State) -> Weights:
         """What callbacks see before the first evaluator has chosen: the average, unless no evaluator wants it."""
-        if opening is Event.PREDICT_START:
-            return self._weights_for('predict')
         labels = [evaluator.label for evaluator in state.evaluators]
         return 'training' if labels and all(self._weights_for(label) == 'training' for label in labels) else 'ema'
 
@@ -443,17 +455,8 @@ class EMA(Algorithm):
             self._share_buffers()
             shadow.swap_in(state.model)
 
-    def _close_pass(self, closing: Event, state: State) -> None:
-        """Goes back to what was in the model before the pass, also where a pass inside it raised and never closed."""
-        while self._passes:
-            closes_it, was_average = self._passes.pop()
-            if closes_it is closing:
-                self._use('ema' if was_average else 'training', state)
-                return
-        self._return_to_training(state)
-
     def _return_to_training(self, state: State) -> None:
-        self._passes.clear()
+        self._is_pass_open = False
         if self._shadow is not None:
             self._use('training', state)
 
@@ -503,19 +506,14 @@ class EMA(Algorithm):
         slot = {name: tensor.detach() for name, tensor in inventory.tensors().items()}
         tracked = {name for name, _ in self._shadow.named_parameters()}
         upgraded = formats.upgrade(state, model_slot=slot, tracked=tracked, buffers=inventory.buffers)
-        started, averages = upgraded.get('started'), upgraded.get('averages')
-        if not isinstance(started, bool) or not isinstance(averages, Mapping):
-            raise ValueError("the saved EMA state lacks 'started' or 'averages'. Nothing was loaded.")
-        if not averages:
+        if not upgraded['averages']:
             return
-        average = averages.get(formats.AVERAGE)
-        if not isinstance(average, Mapping):
-            raise ValueError(f'the saved EMA state holds the averages {sorted(averages)}, not {formats.AVERAGE!r}.')
-        last_update = _check_clock(average.get('last_update'))
-        stash = {k: v for k, v in upgraded.items() if k == 'training_weights'}
+        average = upgraded['averages'][formats.AVERAGE]
+        last_update = _check_clock(average['last_update'])
+        stash = {key: weights for key, weights in upgraded.items() if key == 'training_weights'}
         self._shadow.load_state_dict({**average, **stash})
-        self.ema_started, self._last_update = started, last_update
-        self._loaded_config = upgraded.get('config') or {}
+        self.ema_started, self._last_update = upgraded['started'], last_update
+        self._loaded_config = upgraded['config']
 
     def _warn_of_other_horizon(self) -> None:
         config, self._loaded_config = self._loaded_config, {}
@@ -583,6 +581,10 @@ def _check_evaluate_with(evaluate_with: Mapping[str, Weights] | None) -> dict[st
     if not isinstance(evaluate_with, Mapping):
         raise TypeError(f"evaluate_with must map labels to weights, such as {{'eval': 'ema'}}, got {evaluate_with!r}.")
     for label, weights in evaluate_with.items():
+        if not isinstance(label, str):
+            raise TypeError(
+                f'evaluate_with maps labels, which are strings, got {label!r}. Pass the label of an evaluator.'
+            )
         if weights not in ('ema', 'training'):
             raise ValueError(f"evaluate_with[{label!r}] must be 'ema' or 'training', got {weights!r}.")
     return dict(evaluate_with)
@@ -591,10 +593,14 @@ def _check_evaluate_with(evaluate_with: Mapping[str, Weights] | None) -> dict[st
 def _check_clock(clock: Any) -> Clock | None:
     if clock is None:
         return None
-    is_clock = isinstance(clock, Mapping) and all(isinstance(clock.get(unit), (int, float)) for unit in CLOCK_UNITS)
+    is_clock = isinstance(clock, Mapping) and all(_is_time(clock.get(unit)) for unit in CLOCK_UNITS)
     if not is_clock:
         raise ValueError(f'last_update of the saved EMA state must give {", ".join(CLOCK_UNITS)}, got {clock!r}.')
     return dict(clock)
+
+
+def _is_time(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 def _plain(patterns: str | Sequence[str] | None) -> str | list[str] | None:

@@ -140,17 +140,16 @@ def _average_in(state: Mapping[str, Any], path: Path) -> tuple[dict[str, Tensor]
             'Train with algorithms=[EMA()], and without save_weights_only.'
         )
     saved = formats.upgrade(algorithms['EMA'], model_slot=model)
-    averages = _mapping(saved, 'averages')
-    if not saved.get('started') or formats.AVERAGE not in averages:
+    if not saved['started'] or not saved['averages']:
         raise CheckpointError(f'{path} holds no average yet: ema_start had not come when it was saved.')
-    average = _mapping(averages, formats.AVERAGE)
-    parameters, aliases = _mapping(average, 'parameters'), _mapping(average, 'aliases')
-    buffers = {name: buffer for name, buffer in _mapping(average, 'buffers').items() if name in model}
+    average = saved['averages'][formats.AVERAGE]
+    parameters, aliases = average['parameters'], average['aliases']
+    buffers = {name: buffer for name, buffer in average['buffers'].items() if name in model}
     averaged = {**parameters, **buffers}
     check_same('the average', model, averaged, optional=model, remedy='The checkpoint is damaged.')
     averaged |= {alias: averaged[name] for alias, name in aliases.items() if name in averaged}
     weights = {name: averaged.get(name, tensor) for name, tensor in model.items()}
-    return weights, _metadata(path, state, saved.get('config') or {}, average)
+    return weights, _metadata(path, state, saved['config'], average)
 
 
 def _algorithms(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -191,7 +190,7 @@ def _check_sums(path: Path) -> None:
 
 
 def _reason(path: Path, error: Exception) -> str:
-    if isinstance(error, OSError):
+    if isinstance(error, PermissionError):
         return str(error)
     try:
         known = {f'{t.__module__}.{t.__qualname__}' for t in _SAFE_TYPES if not isinstance(t, tuple)}

@@ -48,15 +48,60 @@ def upgrade(
     if not isinstance(state, Mapping):
         raise ValueError(f'the saved EMA state is a {type(state).__name__}, not a dictionary.')
     if 'version' in state:
-        if state['version'] != VERSION:
+        upgraded = {'config': {}, **state}
+        version = state['version']
+        if type(version) is not int or version != VERSION:
             raise ValueError(
-                f'the saved EMA state has format version {state["version"]!r}, this release reads up to {VERSION}. '
+                f'the saved EMA state has format version {version!r}, this release reads up to {VERSION}. '
                 'Install a newer composer_ema.'
             )
-        return dict(state)
-    if {'ema_model', 'ema_weights_active', 'ema_started'} <= state.keys():
-        return _upgrade_builtin(state, model_slot, tracked, buffers)
-    raise ValueError(f'the saved EMA state is of no known format: it has the keys {listed(sorted(map(str, state)))}.')
+    elif {'ema_model', 'ema_weights_active', 'ema_started'} <= state.keys():
+        upgraded = _upgrade_builtin(state, model_slot, tracked, buffers)
+    else:
+        raise ValueError(
+            f'the saved EMA state is of no known format: it has the keys {listed(sorted(map(str, state)))}.'
+        )
+    _check(upgraded)
+    return upgraded
+
+
+def _check(state: Mapping[str, Any]) -> None:
+    """Raises a ValueError unless every part of a current state is of its type."""
+    _expect(state, 'config', Mapping)
+    _expect(state, 'started', bool)
+    averages = _expect(state, 'averages', Mapping)
+    if averages and averages.keys() != {AVERAGE}:
+        raise ValueError(
+            f'the saved EMA state holds the averages {listed(sorted(map(str, averages)))}, not {AVERAGE!r}.'
+        )
+    for average in averages.values():
+        if not isinstance(average, Mapping):
+            raise ValueError(f'the saved average {AVERAGE!r} is a {type(average).__name__}, not a dictionary.')
+        _expect(average, 'num_updates', int)
+        for key, kind in (('parameters', Tensor), ('buffers', Tensor), ('aliases', str)):
+            _expect_named(average, key, kind)
+        if 'last_update' not in average:
+            raise ValueError("the saved EMA state lacks 'last_update'.")
+    if 'training_weights' in state:
+        _expect_named(state, 'training_weights', Tensor)
+
+
+def _expect(state: Mapping[str, Any], key: str, kind: type) -> Any:
+    value = state.get(key)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ValueError(f'{key!r} of the saved EMA state is a {type(value).__name__}, not a {kind.__name__}.')
+    return value
+
+
+def _expect_named(state: Mapping[str, Any], key: str, kind: type) -> Mapping[str, Any]:
+    named = _expect(state, key, Mapping)
+    for name, value in named.items():
+        if not isinstance(name, str) or not isinstance(value, kind):
+            raise ValueError(
+                f'{key!r} of the saved EMA state maps {name!r} to a {type(value).__name__}, '
+                f'not a name to a {kind.__name__}.'
+            )
+    return named
 
 
 def _upgrade_builtin(
@@ -65,14 +110,15 @@ def _upgrade_builtin(
     tracked: Collection[str] | None,
     buffers: Collection[str],
 ) -> dict[str, Any]:
-    ema_model, is_swapped = state['ema_model'], bool(state['ema_weights_active'])
-    has_two_models = 'training_model' in state  # up to Composer 0.12
-    if has_two_models:
-        average = ema_model
-        training = state['training_model'] if is_swapped else None
+    is_swapped = bool(state['ema_weights_active'])
+    if 'training_model' in state:  # up to Composer 0.12, which kept two whole models
+        average = _expect_named(state, 'ema_model', Tensor)
+        training = _expect_named(state, 'training_model', Tensor) if is_swapped else None
     else:
-        held = {**ema_model['named_parameters_dict'], **ema_model['named_buffers_dict']}
-        buffers = {*buffers, *_user_names(ema_model['named_buffers_dict'], model_slot)}
+        ema_model = _expect(state, 'ema_model', Mapping)
+        held_buffers = _expect_named(ema_model, 'named_buffers_dict', Tensor)
+        held = {**_expect_named(ema_model, 'named_parameters_dict', Tensor), **held_buffers}
+        buffers = {*buffers, *_user_names(held_buffers, model_slot)}
         average, training = (model_slot, held) if is_swapped else (held, None)
 
     average = _user_names(average, model_slot)

@@ -68,9 +68,10 @@ class Inventory:
 
 
 class Watch:
-    """Tells at the cost of three list comparisons whether a module still is what it was.
+    """Tells at the cost of a few list comparisons whether a module still is what it was.
 
-    Compared are every parameter, buffer and sub-module by identity, and every tensor's storage and ``requires_grad``.
+    Compared are every parameter, buffer and sub-module by identity, how many there are, and every tensor's storage and
+    ``requires_grad``.
     Keeps the module's tensors alive, not the module: drop the watch when ``on_gone`` is called.
 
     Args:
@@ -81,12 +82,9 @@ class Watch:
 
     def __init__(self, module: nn.Module, inventory: Inventory, on_gone: Callable[[], None]) -> None:
         self._module = weakref.ref(module, lambda _: on_gone())
-        entries = [
-            (registry, key, entry)
-            for child in module.modules()
-            for registry in (child._modules, child._parameters, child._buffers)
-            for key, entry in registry.items()
-        ]
+        self._sets = [s for child in module.modules() for s in (child._modules, child._parameters, child._buffers)]
+        self._sizes = list(map(len, self._sets))
+        entries = [(registry, key, entry) for registry in self._sets for key, entry in registry.items()]
         self._registries = [registry for registry, _, _ in entries]
         self._keys = [key for _, key, _ in entries]
         self._entries = [entry for _, _, entry in entries]
@@ -100,6 +98,7 @@ class Watch:
         return (
             self._module() is module
             and all(map(is_, map(_get, self._registries, self._keys), self._entries))
+            and list(map(len, self._sets)) == self._sizes
             and list(map(_requires_grad, self._parameters)) == self._requires_grad
             and list(map(_pointer, self._tensors)) == self._pointers
         )

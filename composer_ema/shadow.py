@@ -108,7 +108,7 @@ class ShadowModel:
 
     @classmethod
     def from_tensors(
-        cls, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], **options: Any
+        cls, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], /, **options: Any
     ) -> ShadowModel:
         """A shadow that starts from copies of named tensors, to follow a model with these names.
 
@@ -158,11 +158,11 @@ class ShadowModel:
             )
 
         plan = self._plan_for(model, joining=True)
-        for stream, average, copy in plan.parameter_steps:
+        for stream, average in plan.parameter_steps:
             with stream.fork():  # joined by wait(), which every read below calls too
-                copy() if weight == 1 else average(weight)
+                average(weight)
         # The next forward writes buffers, so they never leave the current stream.
-        plan.copy_averaged_buffers() if weight == 1 else plan.average_buffers(weight)
+        plan.average_buffers(weight)
         plan.copy_other_buffers()
         self.num_updates += 1
 
@@ -494,6 +494,8 @@ class ShadowModel:
         )
         stash = state.get('training_weights')
         if stash is not None:
+            if not isinstance(stash, Mapping):
+                raise ValueError(f"the state's 'training_weights' is a {type(stash).__name__}. Nothing was loaded.")
             tracked = {**{n: self._shapes[n] for n in state['parameters']}, **self._buffers}
             check_same('the saved training weights', tracked, stash, optional=self._volatile(), remedy=_RESUME_REMEDY)
         return dict(state['parameters']), dict(state['buffers']), stash
@@ -515,18 +517,15 @@ class _Plan:
         self.watch = watch
         self.has_joined = has_joined
         self.sources = {name: source for name, (_, source) in (*parameters.items(), *buffers.items())}
-        self.parameter_steps: list[tuple[SideStream, kernels.Step, Callable[[], None]]] = []
+        self.parameter_steps: list[tuple[SideStream, kernels.Step]] = []
         for device in {shadow.device for shadow, _ in parameters.values()}:
             shadows, sources = _unzip(pair for pair in parameters.values() if pair[0].device == device)
             streams[device].keep_alive(shadows + [source for source in sources if source.device == device])
-            self.parameter_steps.append(
-                (streams[device], kernels.prepare(shadows, sources, backend=backend), _copier(shadows, sources))
-            )
+            self.parameter_steps.append((streams[device], kernels.prepare(shadows, sources, backend=backend)))
 
         averaged = [pair for pair in buffers.values() if buffer_mode == 'average' and _is_inexact(pair[0])]
         others = [pair for pair in buffers.values() if not (buffer_mode == 'average' and _is_inexact(pair[0]))]
         self.average_buffers = kernels.prepare(*_unzip(averaged), backend=backend)
-        self.copy_averaged_buffers = _copier(*_unzip(averaged))
         self.copy_other_buffers = _copier(*_unzip(others))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from composer_ema.kernels import foreach, reference
 
-#: Performs one update in place; takes the weight of the current parameters, in [0, 1].
+#: Performs one update in place; takes the weight of the current parameters, in [0, 1]: 0 keeps, 1 copies.
 Step = Callable[[float], None]
 
 _BACKENDS = {'foreach': foreach, 'reference': reference}
@@ -61,6 +61,7 @@ def lerp_(shadows: Sequence[Tensor], sources: Sequence[Tensor], weight: float, *
         backend: see :func:`prepare`.
 
     Example:
+        >>> import torch
         >>> shadow = torch.zeros(2)
         >>> lerp_([shadow], [torch.ones(2)], 0.25)
         >>> shadow

@@ -31,7 +31,7 @@ def prepare(shadows: Sequence[Tensor], sources: Sequence[Tensor]) -> Callable[[f
     calls: list[Callable[[float], None]] = []
     for (device, dtype, is_alike), (group_shadows, group_sources) in groups.items():
         if is_alike:
-            calls.append(partial(torch._foreach_lerp_, group_shadows, group_sources))
+            calls.append(partial(_lerp, group_shadows, group_sources))
         else:
             calls.extend(_through_scratch(group_shadows, group_sources, device, dtype))
 
@@ -55,9 +55,14 @@ def _through_scratch(
         yield partial(_cast_then_lerp, piece_shadows, piece_sources, _carve(scratch, piece_shadows))
 
 
+def _lerp(shadows: list[Tensor], sources: list[Tensor], weight: float) -> None:
+    # A weight of 1 copies, also over a shadow that is not finite.
+    torch._foreach_copy_(shadows, sources) if weight == 1 else torch._foreach_lerp_(shadows, sources, weight)
+
+
 def _cast_then_lerp(shadows: list[Tensor], sources: list[Tensor], casts: list[Tensor], weight: float) -> None:
     torch._foreach_copy_(casts, sources)
-    torch._foreach_lerp_(shadows, casts, weight)
+    _lerp(shadows, casts, weight)
 
 
 def _pieces(shadow: Tensor, source: Tensor, limit: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -9,10 +9,13 @@ from torch import Tensor
 
 
 def average(shadow: Tensor, source: Tensor, weight: float) -> Tensor:
-    """``shadow + weight * (source - shadow)`` in float64 (complex128 for complex tensors), not rounded back."""
+    """``shadow + weight * (source - shadow)`` in float64 (complex128 for complex tensors), not rounded back.
+
+    A weight of 1 is the source itself, also where the shadow is not finite.
+    """
     wide = torch.complex128 if shadow.is_complex() else torch.float64
     old, new = shadow.to(wide), source.detach().to(device=shadow.device, dtype=wide)
-    return old + weight * (new - old)
+    return new if weight == 1 else old + weight * (new - old)
 
 
 def prepare(shadows: Sequence[Tensor], sources: Sequence[Tensor]) -> Callable[[float], None]:
