@@ -343,6 +343,16 @@ class TestBuild:
         assert rates[0] == pytest.approx(0.01)
         assert rates[-1] == pytest.approx(0.01 * 0.1**3)
 
+    def test_seed_orders_the_data_unless_the_data_have_their_own(self, write):
+        def first_targets(*overrides: str) -> list[int]:
+            built = build(schema.load(write(), overrides))
+            built.trainer.close()
+            return next(iter(built.trainer.state.train_dataloader))[1].tolist()  # pyright: ignore
+
+        assert first_targets('seed=1') == first_targets('seed=1')
+        assert first_targets('seed=1') != first_targets('seed=2')
+        assert first_targets('seed=1', 'data.seed=5') == first_targets('seed=2', 'data.seed=5')
+
     def test_run_names_count_up_and_autoresume_takes_the_last(self, write, tmp_path):
         path, names = write(), []
         for overrides in ([], [], ['autoresume=true']):
@@ -468,6 +478,17 @@ class TestResume:
         assert resumed.points == expected.points
         assert resumed.num_batches == 10
 
+    def test_checkpoint_written_but_not_yet_pointed_at_does_not_stop_the_resume(self, write, tmp_path, interrupted_at):
+        interrupted_at(8)
+        path = write(save_interval='3ba', run_name='broken', autoresume=True, callbacks={'interrupt': {}})
+        with pytest.raises(KeyboardInterrupt):
+            run.train(schema.load(path), quiet)
+        folder = tmp_path / 'runs/broken/checkpoints'
+        (folder / 'ep1-ba9-rank0.pt').write_bytes((folder / 'ep1-ba6-rank0.pt').read_bytes())
+        interrupted_at(None)
+        run.train(schema.load(path, ['callbacks=null']), quiet)
+        assert [line['batch'] for line in lines_of(tmp_path / 'runs/broken')][-1] == 10
+
     def test_finished_run_is_reported_again_and_not_trained_further(self, write, tmp_path):
         path = write(run_name='done', autoresume=True)
         first = run.train(schema.load(path), quiet)
@@ -485,6 +506,9 @@ class TestResume:
         assert longer.points == straight.points
         batches = [line['batch'] for line in lines_of(tmp_path / 'runs/second')]
         assert batches == [5, 6, 7, 8, 9, 10, 10]
+        saved = torch.load(tmp_path / 'runs/second/checkpoints/latest-rank0.pt', weights_only=False)
+        recorded = next(state for name, state in saved['state']['callbacks'].items() if 'Recorder' in name)
+        assert recorded['num_lines'] == len(batches), 'so that it can be interrupted once more'
 
     def test_half_written_last_line_is_dropped(self, tmp_path):
         path = tmp_path / 'metrics.jsonl'

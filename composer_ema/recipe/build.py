@@ -184,10 +184,8 @@ def _trainer_arguments(given: Mapping[str, Any], folder: Path, scratch: Path | N
     arguments = {'save_folder': str(folder / CHECKPOINT_FOLDER), **given}
     # A process that is killed between writing a checkpoint and pointing 'latest' at it leaves one from the future.
     arguments.setdefault('save_overwrite', bool(given.get('autoresume')))
-    if scratch is not None:
-        arguments['autoresume'] = False
-        if arguments['save_folder'] is not None:
-            arguments['save_folder'] = str(scratch / CHECKPOINT_FOLDER)
+    if scratch is not None and arguments['save_folder'] is not None:
+        arguments['save_folder'] = str(scratch / CHECKPOINT_FOLDER)
     return arguments
 
 
