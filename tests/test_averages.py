@@ -23,11 +23,11 @@ lengths = st.floats(min_value=1e-6, max_value=1e12)
     ],
 )
 def test_whole_numbers_of_half_lives_give_powers_of_one_half(elapsed, half_life, weight):
-    assert exponential_weight(elapsed, half_life) == pytest.approx(float(weight), rel=2**-52)
+    assert exponential_weight(elapsed, half_life) == pytest.approx(float(weight), rel=2**-52, abs=0)
 
 
 def test_half_of_a_half_life_keeps_one_over_the_square_root_of_two():
-    assert exponential_weight(1, 2) == pytest.approx(1 - math.sqrt(0.5), rel=4e-16)
+    assert exponential_weight(1, 2) == pytest.approx(1 - math.sqrt(0.5), rel=4e-16, abs=0)
 
 
 @pytest.mark.parametrize('exponent', [0, 3, 6, 9, 12, 15, 18, 100, 300])
@@ -37,7 +37,7 @@ def test_a_long_half_life_keeps_its_digits(exponent):
     x = math.log(2) / half_life
     series = x - x**2 / 2 + x**3 / 6 if exponent else 0.5
     error = x**4 / 24 / series if exponent else 0
-    assert exponential_weight(1, half_life) == pytest.approx(series, rel=4e-16 + error)
+    assert exponential_weight(1, half_life) == pytest.approx(series, rel=4e-16 + error, abs=0)
 
 
 @pytest.mark.parametrize('elapsed', [0, 1, 1e-30, 1e300])

@@ -37,8 +37,8 @@ MAY_IMPORT = {
 TOP = ('recipe', 'cli', '__init__')
 #: Only these may name Composer; the rest works without it.
 MAY_NAME_COMPOSER = {'algorithm', 'clock', 'batchnorm', 'checkpoint', 'recipe', 'cli', '__init__'}
-#: What the package needs where Composer is missing.
-CORE_REQUIREMENTS = {'torch', 'safetensors', 'numpy'}
+#: What the package needs where Composer is missing. Triton comes with torch where there is CUDA, and only there.
+CORE_REQUIREMENTS = {'torch', 'safetensors', 'numpy', 'triton'}
 
 
 def part_of(path: Path) -> str:
@@ -165,13 +165,13 @@ CORE = [*MAY_IMPORT.keys() - MAY_NAME_COMPOSER, 'checkpoint', *(('clock', 'algor
 @pytest.mark.parametrize('part', sorted(CORE))
 def test_every_example_of_the_docstrings_runs(part):
     module = importlib.import_module(f'composer_ema.{part}')
-    modules = [module]
-    if hasattr(module, '__path__'):
-        modules += [
-            importlib.import_module(m.name) for m in pkgutil.iter_modules(module.__path__, f'{module.__name__}.')
-        ]
-    for each in modules:
-        assert doctest.testmod(each).failed == 0
+    assert doctest.testmod(module).failed == 0
+    for child in pkgutil.iter_modules(getattr(module, '__path__', ()), f'{module.__name__}.'):
+        try:
+            assert doctest.testmod(importlib.import_module(child.name)).failed == 0
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.split('.')[0] != 'triton':
+                raise
 
 
 def test_some_examples_ran():
