@@ -498,7 +498,7 @@ class ShadowModel:
                 raise ValueError(f"the state's 'training_weights' is a {type(stash).__name__}. Nothing was loaded.")
             tracked = {**{n: self._shapes[n] for n in state['parameters']}, **self._buffers}
             check_same('the saved training weights', tracked, stash, optional=self._volatile(), remedy=_RESUME_REMEDY)
-        return dict(state['parameters']), dict(state['buffers']), stash
+        return dict(state['parameters']), dict(state['buffers']), None if stash is None else dict(stash)
 
 
 class _Plan:

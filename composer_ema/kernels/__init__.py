@@ -1,54 +1,91 @@
 """The backends that move ``shadow += weight * (source - shadow)``, and the choice between them.
 
-Every backend is a module with one function, ``prepare(shadows, sources)``, that inspects the tensors once and returns
-a step to call with a weight at each update. The step holds the tensors' storage: prepare again when one is replaced.
+Every backend is a module with two functions: ``refusal`` says in words why it cannot take a pair of tensors, and
+``prepare`` inspects tensors once and returns a step to call with a weight at each update. A step holds the tensors'
+storage: prepare again when one is replaced.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from composer_ema.kernels import foreach, reference
+from composer_ema.kernels.rules import Rules, Steps
 
-#: Performs one update in place; takes the weight of the current parameters, in [0, 1]: 0 keeps, 1 copies.
+#: Performs one update of one average in place; takes the weight of the current parameters: 0 keeps, 1 copies.
 Step = Callable[[float], None]
 
-_BACKENDS = {'foreach': foreach, 'reference': reference}
+_NAMES = ('fused', 'foreach', 'reference')
 
 
-def prepare(shadows: Sequence[Tensor], sources: Sequence[Tensor], *, backend: str = 'auto') -> Step:
+def prepare(
+    shadows: Sequence[Tensor], sources: Sequence[Tensor], *, backend: str = 'auto', rules: Rules | None = None
+) -> Step:
     """Prepares ``shadow += weight * (source - shadow)`` over pairs of tensors.
 
     Args:
         shadows: floating or complex tensors, written in place.
         sources: as many, of equal shapes, any floating dtype and device; only read.
-        backend: ``'auto'``, ``'foreach'`` or ``'reference'``.
+        backend: ``'fused'``, ``'foreach'``, ``'reference'``, or ``'auto'``: for each pair the first of them that can.
+        rules: how elements are guarded and rounded. Default: not at all, and to the nearest.
 
     Returns:
-        A step that takes the weight. It runs on the current stream of each shadow's device and allocates nothing.
+        A step that takes the weight. It runs on the current stream of each shadow's device and, but for the
+        reference, allocates nothing.
 
     Raises:
-        ValueError: an unknown backend, or lists that do not pair up.
+        ValueError: an unknown backend, lists that do not pair up, or a pair that the backend cannot take.
     """
-    name = 'foreach' if backend == 'auto' else backend
-    if name not in _BACKENDS:
-        raise ValueError(f'backend must be one of auto, {", ".join(_BACKENDS)}, got {backend!r}.')
-    if len(shadows) != len(sources):
-        raise ValueError(f'shadows and sources must pair up, got {len(shadows)} and {len(sources)} tensors.')
-    for index, (shadow, source) in enumerate(zip(shadows, sources, strict=True)):
-        if shadow.shape != source.shape:
-            raise ValueError(f'shadow {index} has shape {tuple(shadow.shape)}, its source {tuple(source.shape)}.')
-        if not (shadow.is_floating_point() or shadow.is_complex()):
-            raise ValueError(
-                f'shadow {index} is {shadow.dtype}; only floating and complex tensors are averaged. Copy it.'
-            )
-        if source.is_complex() != shadow.is_complex():
-            raise ValueError(
-                f'shadow {index} is {shadow.dtype}, its source {source.dtype}: both or neither are complex.'
-            )
-    return _BACKENDS[name].prepare(shadows, sources)
+    steps = prepare_many([shadows], sources, backend=backend, rules=rules)
+    return lambda weight: steps((weight,))
+
+
+def prepare_many(
+    averages: Sequence[Sequence[Tensor]],
+    sources: Sequence[Tensor],
+    *,
+    backend: str = 'auto',
+    rules: Rules | None = None,
+) -> Steps:
+    """Prepares k averages of the same sources, which the fused backend reads once for all of them.
+
+    Args:
+        averages: k lists of shadows, each as :func:`prepare` takes them.
+        sources: as for :func:`prepare`.
+        backend: as for :func:`prepare`.
+        rules: as for :func:`prepare`.
+
+    Returns:
+        A step that takes k weights.
+
+    Raises:
+        ValueError: as for :func:`prepare`.
+    """
+    rules = rules or Rules()
+    _check_backend(backend)
+    _check(averages, sources)
+    groups: defaultdict[tuple[str, torch.device], list[int]] = defaultdict(list)
+    for index, source in enumerate(sources):
+        if source.numel():
+            shadows = [average[index] for average in averages]
+            groups[choose(shadows, source, backend, rules)[0], shadows[0].device].append(index)
+    steps = [
+        _module(name).prepare([[a[i] for i in indices] for a in averages], [sources[i] for i in indices], rules)
+        for (name, _), indices in groups.items()
+    ]
+    if len(steps) == 1:
+        return steps[0]
+
+    def run(weights: Sequence[float]) -> None:
+        for step in steps:
+            step(weights)
+
+    return run
 
 
 def lerp_(shadows: Sequence[Tensor], sources: Sequence[Tensor], weight: float, *, backend: str = 'auto') -> None:
@@ -68,3 +105,58 @@ def lerp_(shadows: Sequence[Tensor], sources: Sequence[Tensor], weight: float, *
         tensor([0.2500, 0.2500])
     """
     prepare(shadows, sources, backend=backend)(weight)
+
+
+def choose(shadows: Sequence[Tensor], source: Tensor, backend: str, rules: Rules) -> tuple[str, dict[str, str]]:
+    """The backend for one source and its averages, and why each faster one was refused, in words.
+
+    Raises:
+        ValueError: an unknown backend, or one that was asked for by name and refuses.
+    """
+    _check_backend(backend)
+    refusals: dict[str, str] = {}
+    for name in _NAMES if backend == 'auto' else (backend,):
+        reason = _refusal(name, shadows, source, rules)
+        if reason is None:
+            return name, refusals
+        refusals[name] = reason
+    raise ValueError(f"the backend {backend!r} cannot take this pair: {refusals[backend]}. Pass backend='auto'.")
+
+
+def _refusal(name: str, shadows: Sequence[Tensor], source: Tensor, rules: Rules) -> str | None:
+    try:
+        module = _module(name)
+    except ModuleNotFoundError as error:
+        return f'{error.name} is not installed'
+    reasons = (module.refusal(shadow, source, rules) for shadow in shadows)
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _module(name: str) -> ModuleType:
+    if name == 'fused':  # imports Triton, which CPU builds of torch do not have
+        from composer_ema.kernels import fused
+
+        return fused
+    return {'foreach': foreach, 'reference': reference}[name]
+
+
+def _check_backend(backend: str) -> None:
+    if backend != 'auto' and backend not in _NAMES:
+        raise ValueError(f'backend must be one of auto, {", ".join(_NAMES)}, got {backend!r}.')
+
+
+def _check(averages: Sequence[Sequence[Tensor]], sources: Sequence[Tensor]) -> None:
+    for shadows in averages:
+        if len(shadows) != len(sources):
+            raise ValueError(f'shadows and sources must pair up, got {len(shadows)} and {len(sources)} tensors.')
+        for index, (shadow, source) in enumerate(zip(shadows, sources, strict=True)):
+            if shadow.shape != source.shape:
+                raise ValueError(f'shadow {index} has shape {tuple(shadow.shape)}, its source {tuple(source.shape)}.')
+            if not (shadow.is_floating_point() or shadow.is_complex()):
+                raise ValueError(
+                    f'shadow {index} is {shadow.dtype}; only floating and complex tensors are averaged. Copy it.'
+                )
+            if source.is_complex() != shadow.is_complex():
+                raise ValueError(
+                    f'shadow {index} is {shadow.dtype}, its source {source.dtype}: both or neither are complex.'
+                )

@@ -12,21 +12,46 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from composer_ema.kernels.layout import flat
+from composer_ema.kernels.rules import Rules, Steps
+
 # Elements of scratch: on CPU what stays in a core's cache, on an accelerator what fills the device.
 _CHUNK_CPU = 2**18
 _CHUNK_ACCELERATOR = 2**24
 
 
-def prepare(shadows: Sequence[Tensor], sources: Sequence[Tensor]) -> Callable[[float], None]:
+def refusal(shadow: Tensor, source: Tensor, rules: Rules) -> str | None:
+    """Why this pair cannot be averaged here, in words; None if it can."""
+    del source
+    if rules.skip_nonfinite:
+        return 'skipping non-finite weights would take a second pass'
+    if rules.stochastic and shadow.dtype is torch.bfloat16:
+        return 'foreach kernels round to the nearest'
+    return None
+
+
+def prepare(shadow_sets: Sequence[Sequence[Tensor]], sources: Sequence[Tensor], rules: Rules) -> Steps:
     """Groups the pairs by dtype and device and returns a step that runs one fused call per group or chunk."""
+    del rules  # those that matter were refused
+    calls = [_calls(shadows, sources) for shadows in shadow_sets]
+
+    @torch.no_grad()
+    def step(weights: Sequence[float]) -> None:
+        for calls_of_one, weight in zip(calls, weights, strict=True):
+            for call in calls_of_one:
+                call(weight)
+
+    return step
+
+
+def _calls(shadows: Sequence[Tensor], sources: Sequence[Tensor]) -> list[Callable[[float], None]]:
     groups: defaultdict[tuple[torch.device, torch.dtype, bool], tuple[list[Tensor], list[Tensor]]]
     groups = defaultdict(lambda: ([], []))
     for shadow, source in zip(shadows, sources, strict=True):
-        if shadow.numel():
-            is_alike = shadow.dtype == source.dtype and shadow.device == source.device
-            group = groups[shadow.device, shadow.dtype, is_alike]
-            group[0].append(shadow)
-            group[1].append(source)
+        is_alike = shadow.dtype == source.dtype and shadow.device == source.device
+        group = groups[shadow.device, shadow.dtype, is_alike]
+        group[0].append(shadow)
+        group[1].append(source)
 
     calls: list[Callable[[float], None]] = []
     for (device, dtype, is_alike), (group_shadows, group_sources) in groups.items():
@@ -35,12 +60,7 @@ def prepare(shadows: Sequence[Tensor], sources: Sequence[Tensor]) -> Callable[[f
         else:
             calls.extend(_through_scratch(group_shadows, group_sources, device, dtype))
 
-    @torch.no_grad()
-    def step(weight: float) -> None:
-        for call in calls:
-            call(weight)
-
-    return step
+    return calls
 
 
 def _through_scratch(
@@ -67,19 +87,12 @@ def _cast_then_lerp(shadows: list[Tensor], sources: list[Tensor], casts: list[Te
 
 def _pieces(shadow: Tensor, source: Tensor, limit: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Flat views of at most ``limit`` elements where both tensors lie densely in the same order, else the pair."""
-    if shadow.stride() == source.stride() and (flat_shadow := _flat(shadow)) is not None:
-        flat_source = _flat(source.detach())
+    if shadow.stride() == source.stride() and (flat_shadow := flat(shadow)) is not None:
+        flat_source = flat(source.detach())
         assert flat_source is not None
         yield from zip(flat_shadow.split(limit), flat_source.split(limit), strict=True)
     else:
         yield shadow, source
-
-
-def _flat(tensor: Tensor) -> Tensor | None:
-    """The elements in the order in which memory holds them, as a view; None where there are gaps or overlaps."""
-    outermost_first = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
-    in_memory_order = tensor.permute(outermost_first)
-    return in_memory_order.view(-1) if in_memory_order.is_contiguous() else None
 
 
 def _chunks(pieces: list[tuple[Tensor, Tensor]], limit: int) -> Iterator[list[tuple[Tensor, Tensor]]]:

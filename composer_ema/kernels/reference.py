@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from composer_ema.kernels.layout import flat
+from composer_ema.kernels.rules import PHILOX_ROUNDS, PIECE, Rules, Steps
 
 
 def average(shadow: Tensor, source: Tensor, weight: float) -> Tensor:
@@ -18,13 +21,82 @@ def average(shadow: Tensor, source: Tensor, weight: float) -> Tensor:
     return new if weight == 1 else old + weight * (new - old)
 
 
-def prepare(shadows: Sequence[Tensor], sources: Sequence[Tensor]) -> Callable[[float], None]:
+def refusal(shadow: Tensor, source: Tensor, rules: Rules) -> str | None:
+    """Why this pair cannot be averaged; the reference averages every pair."""
+    del shadow, source, rules
+    return None
+
+
+def prepare(shadow_sets: Sequence[Sequence[Tensor]], sources: Sequence[Tensor], rules: Rules) -> Steps:
     """Returns a step that averages in float64 and rounds once, into the shadow's dtype."""
-    pairs = list(zip(shadows, sources, strict=True))
+    pieces = [-(-source.numel() // PIECE) for source in sources]
+    first_pieces = [sum(pieces[:index]) for index in range(len(pieces))]
+    next_step = rules.first_step
 
     @torch.no_grad()
-    def step(weight: float) -> None:
-        for shadow, source in pairs:
-            shadow.copy_(average(shadow, source, weight))
+    def step(weights: Sequence[float]) -> None:
+        nonlocal next_step
+        for which, (shadows, weight) in enumerate(zip(shadow_sets, weights, strict=True)):
+            for shadow, source, first_piece in zip(shadows, sources, first_pieces, strict=True):
+                new = average(shadow, source, weight)
+                if rules.stochastic and shadow.dtype is torch.bfloat16:
+                    new = round_stochastically(new, shadow, rules.seed, first_piece, next_step, which)
+                if rules.skip_nonfinite:
+                    is_bad = ~source.detach().isfinite().to(shadow.device)
+                    new = torch.where(is_bad, shadow.to(new.dtype), new)
+                    if rules.skipped is not None and which == 0:
+                        rules.skipped.add_(is_bad.sum())
+                shadow.copy_(new)
+        next_step += 1
 
     return step
+
+
+def round_stochastically(value: Tensor, like: Tensor, seed: int, first_piece: int, step: int, which: int) -> Tensor:
+    """Rounds to bfloat16 up or down at random, in proportion to what lies between.
+
+    Args:
+        value: what to round, of the shape of ``like``; taken to float32 first.
+        like: gives the order in memory, by which the bits are counted.
+        seed: key of the random bits.
+        first_piece: number of the tensor's first piece.
+        step: number of the update.
+        which: number of the average.
+
+    Returns:
+        float32 values that bfloat16 holds exactly, in the shape of ``value``.
+    """
+    places = torch.arange(value.numel(), device=value.device)
+    random = philox(seed, places % PIECE, first_piece + places // PIECE, step, which) & 0xFFFF
+    in_shape = torch.empty_like(like, dtype=torch.int64)
+    in_memory = flat(in_shape)
+    assert in_memory is not None
+    in_memory.copy_(random)
+    single = value.to(torch.float32)
+    bits = single.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+    rounded = ((bits + in_shape) & 0xFFFF0000).to(torch.uint32).view(torch.float32)
+    return torch.where(single.abs() <= torch.finfo(torch.bfloat16).max, rounded, single)
+
+
+def philox(seed: int, place: Tensor, piece: Tensor, step: int, which: int) -> Tensor:
+    """The first of the four words of Philox4x32 (Salmon et al. 2011, section 3.3), as int64 in [0, 2**32).
+
+    The counter is (place, piece, step, which), the key the lower and upper half of ``seed``.
+    """
+    word = 0xFFFFFFFF
+    c0, c1 = place & word, piece & word
+    c2, c3 = torch.full_like(c0, step & word), torch.full_like(c0, which & word)
+    k0, k1 = seed & word, (seed >> 32) & word
+    for _ in range(PHILOX_ROUNDS):
+        high_a, low_a = _multiply(0xD2511F53, c0)
+        high_b, low_b = _multiply(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
+        k0, k1 = (k0 + 0x9E3779B9) & word, (k1 + 0xBB67AE85) & word
+    return c0
+
+
+def _multiply(factor: int, word: Tensor) -> tuple[Tensor, Tensor]:
+    """The upper and lower 32 bits of a product of two 32-bit words, in 64-bit integers that have a sign."""
+    low = (word & 0xFFFF) * factor
+    high = (word >> 16) * factor + (low >> 16)
+    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
