@@ -201,7 +201,8 @@ def test_the_builtins_average_of_another_model_is_refused_by_name_and_nothing_is
 
 
 def test_the_current_format_passes_through():
-    state = {'version': formats.VERSION, 'averages': {}}
+    state = EMA(half_life='2ba').state_dict()
+    assert state['version'] == formats.VERSION
     assert formats.upgrade(state, model_slot={}) == state
 
 
