@@ -163,10 +163,6 @@ def test_importing_the_package_does_not_import_composer():
 PRESENT = {part_of(path) for path in sources()}
 CORE = [*(MAY_IMPORT.keys() & PRESENT) - MAY_NAME_COMPOSER, 'checkpoint']
 CORE += ['clock', 'algorithm'] if HAS_COMPOSER else []
-    *MAY_IMPORT.keys() & {part_of(p) for p in sources()} - MAY_NAME_COMPOSER,
-    'checkpoint',
-    *(('clock', 'algorithm') if HAS_COMPOSER else ()),
-]
 
 
 @pytest.mark.parametrize('part', sorted(CORE))
