@@ -31,7 +31,16 @@ from composer_ema.clock import (
     words,
 )
 from composer_ema.naming import Inventory, Selection, check_same
-from composer_ema.shadow import BufferMode, ShadowModel, check_buffer_mode, parse_device, parse_dtype
+from composer_ema.shadow import (
+    BufferMode,
+    Rounding,
+    ShadowModel,
+    check_buffer_mode,
+    check_rounding,
+    check_seed,
+    parse_device,
+    parse_dtype,
+)
 from composer_ema.sharding import canonical_name, is_sharded, unwrap
 from composer_ema.spans import Span
 
@@ -87,6 +96,9 @@ class EMA(Algorithm):
         exclude: regular expressions that take names out again.
         shadow_dtype: floating dtype of the average, or its name. Default: float32 for 16-bit weights, else their own.
         shadow_device: where the average is kept. Default: beside the weights.
+        skip_nonfinite: a weight that is NaN or infinite leaves its average alone; logs ``ema/skipped_elements``.
+        rounding: ``'nearest'`` or ``'stochastic'``, for an average kept in bfloat16.
+        seed: key of the random bits of ``rounding='stochastic'``.
         evaluate_with: ``'ema'`` or ``'training'`` by evaluator label, for example ``{'eval_training': 'training'}``.
             Labels not named, and prediction (label ``'predict'``), see the average.
         log_interval: time string between two values of ``ema/relative_distance``; None logs none. Each value makes
@@ -128,6 +140,9 @@ class EMA(Algorithm):
         exclude: str | Sequence[str] | None = None,
         shadow_dtype: str | torch.dtype | None = None,
         shadow_device: str | torch.device | None = None,
+        skip_nonfinite: bool = False,
+        rounding: Rounding = 'nearest',
+        seed: int = 0,
         evaluate_with: Mapping[str, Weights] | None = None,
         log_interval: str | Time | None = '1ep',
     ) -> None:
@@ -155,6 +170,9 @@ class EMA(Algorithm):
             'exclude': exclude,
             'dtype': parse_dtype(shadow_dtype),
             'device': parse_device(shadow_device),
+            'skip_nonfinite': skip_nonfinite,
+            'rounding': check_rounding(rounding, parse_dtype(shadow_dtype)),
+            'seed': check_seed(seed),
         }
         self.evaluate_with = _check_evaluate_with(evaluate_with)
         self._arguments = {
@@ -167,6 +185,9 @@ class EMA(Algorithm):
             'exclude': _plain(exclude),
             'shadow_dtype': None if shadow_dtype is None else str(self._options['dtype']).removeprefix('torch.'),
             'shadow_device': None if shadow_device is None else str(self._options['device']),
+            'skip_nonfinite': skip_nonfinite,
+            'rounding': rounding,
+            'seed': seed,
             'evaluate_with': self.evaluate_with or None,
             'log_interval': None if self.log_interval is None else str(self.log_interval),
         }
@@ -415,7 +436,10 @@ class EMA(Algorithm):
         weight = self._weight(now, state) if self.ema_started else 1.0
         shadow.update(state.model, weight=weight)
         self.ema_started, self._last_update = True, now
-        logger.log_metrics({'ema/smoothing': 1.0 - weight, 'ema/num_updates': shadow.num_updates})
+        metrics = {'ema/smoothing': 1.0 - weight, 'ema/num_updates': shadow.num_updates}
+        if self._options['skip_nonfinite']:
+            metrics['ema/skipped_elements'] = shadow.poll_skipped()
+        logger.log_metrics(metrics)
 
     def _weight(self, now: Clock, state: State) -> float:
         if self._fixed_weight is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from composer_ema import kernels
 from composer_ema.averages import check_share, weight_from_smoothing
+from composer_ema.counter import DeviceCounter
 from composer_ema.naming import Inventory, Selection, Watch, check_same
 from composer_ema.sharding import broadcast_, unwrap
 from composer_ema.stream import SideStream
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 STATE_VERSION = 1
 
 BufferMode = Literal['average', 'copy']
+Rounding = Literal['nearest', 'stochastic']
 
 _RESUME_REMEDY = (
     'Nothing was loaded. Build the same model with the same include, exclude and frozen parameters, '
@@ -54,7 +56,13 @@ class ShadowModel:
         exclude: regular expressions that take names out again.
         dtype: floating dtype of the shadow, or its name. Default: float32 for 16-bit tensors, else each tensor's own.
         device: where the shadow lives. Default: beside each tensor.
-        backend: see :func:`composer_ema.kernels.prepare`.
+        skip_nonfinite: an element whose training weight is NaN or infinite leaves its average alone and is counted, see
+            :meth:`poll_skipped`.
+        rounding: how a bfloat16 shadow is rounded: ``'nearest'``, which drops small updates, or ``'stochastic'``, up or
+            down at random in proportion, which keeps them on average.
+        seed: key of the random bits, at least 0; kept in the state, so that a resumed run draws the same.
+        backend: see :func:`composer_ema.kernels.prepare`. Skipping and random rounding are fast on CUDA only, where
+            they are fused; elsewhere the float64 reference does them.
         overlap: on CUDA, run the update of the parameters on a side stream. Whoever sets it calls :meth:`wait` before
             the parameters are written again.
 
@@ -84,6 +92,9 @@ class ShadowModel:
         exclude: str | Sequence[str] | None = None,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
+        skip_nonfinite: bool = False,
+        rounding: Rounding = 'nearest',
+        seed: int = 0,
         backend: str = 'auto',
         overlap: bool = False,
     ) -> None:
@@ -91,6 +102,9 @@ class ShadowModel:
         self._buffer_mode: BufferMode = check_buffer_mode(buffers)
         self._dtype = parse_dtype(dtype)
         self._device = parse_device(device)
+        self._skip_nonfinite = skip_nonfinite
+        self._rounding: Rounding = check_rounding(rounding, self._dtype)
+        self._seed = check_seed(seed)
         self._backend = backend
         self._overlap = overlap
 
@@ -100,6 +114,7 @@ class ShadowModel:
         self._stash: dict[str, Tensor] | None = None
         self._swapped_model: weakref.ref[nn.Module] | None = None
         self._streams: dict[torch.device, SideStream] = {}
+        self._skipped: dict[torch.device, DeviceCounter] = {}
         self._plan: _Plan | None = None
 
         inventory = Inventory.of(unwrap(model))
@@ -162,7 +177,8 @@ class ShadowModel:
             with stream.fork():  # joined by wait(), which every read below calls too
                 average(weight)
         # The next forward writes buffers, so they never leave the current stream.
-        plan.average_buffers(weight)
+        for average in plan.buffer_steps:
+            average(weight)
         plan.copy_other_buffers()
         self.num_updates += 1
 
@@ -175,6 +191,10 @@ class ShadowModel:
     def is_pending(self) -> bool:
         """Whether an update runs on a side stream that :meth:`wait` has not joined yet."""
         return any(stream.is_pending for stream in self._streams.values())
+
+    def poll_skipped(self) -> int:
+        """How many elements ``skip_nonfinite`` has left alone so far. Never waits, so on CUDA a few updates old."""
+        return sum(counter.poll() for counter in self._skipped.values())
 
     # Swapping
 
@@ -343,6 +363,7 @@ class ShadowModel:
         state: dict[str, Any] = {
             'version': STATE_VERSION,
             'num_updates': self.num_updates,
+            'seed': self._seed,
             'parameters': dict(self._parameters),
             'buffers': {name: self._buffers[name] for name in self._buffers if name in self._persistent},
             'aliases': dict(self._aliases),
@@ -380,14 +401,14 @@ class ShadowModel:
                     shadows[name].copy_(tensor)
                 else:  # frozen here, trainable in the saved run
                     shadows[name] = self._new_shadow(tensor)
-        self.num_updates = state['num_updates']
+        self.num_updates, self._seed = state['num_updates'], state.get('seed', self._seed)
         self._stash = None if stash is None else {name: tensor.clone() for name, tensor in stash.items()}
         self._swapped_model = None
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: the average without the ties to a model; the copy is not swapped into any."""
         self.wait()
-        return {**self.__dict__, '_plan': None, '_streams': {}, '_stash': None, '_swapped_model': None}
+        return {**self.__dict__, '_plan': None, '_streams': {}, '_skipped': {}, '_stash': None, '_swapped_model': None}
 
     # Helpers, in call order
 
@@ -438,11 +459,26 @@ class ShadowModel:
             self._join(inventory)
         parameters = self._paired(self._parameters, inventory.parameters)
         buffers = self._paired(self._buffers, inventory.buffers)
-        for tensor, _ in parameters.values():
+        for tensor, _ in (*parameters.values(), *buffers.values()):
             if tensor.device not in self._streams:
                 self._streams[tensor.device] = SideStream(tensor.device, overlap=self._overlap)
+                self._skipped[tensor.device] = DeviceCounter(tensor.device)
         watch = Watch(module, inventory, on_gone=_weakly(self._forget_plan))
-        return _Plan(watch, joining, parameters, buffers, self._buffer_mode, self._streams, self._backend)
+        return _Plan(watch, joining, parameters, buffers, self._buffer_mode, self._streams, self._prepare)
+
+    def _prepare(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> kernels.Step:
+        """Prepares an update of pairs on one device."""
+        shadows, sources = _unzip(pairs)
+        rules = kernels.Rules(
+            skip_nonfinite=self._skip_nonfinite,
+            stochastic=self._rounding == 'stochastic',
+            seed=self._seed,
+            first_step=self.num_updates,
+            skipped=self._skipped[shadows[0].device].value,
+        )
+        if log.isEnabledFor(logging.INFO):
+            log.info('averaging %s', kernels.describe([shadows], sources, backend=self._backend, rules=rules))
+        return kernels.prepare(shadows, sources, backend=self._backend, rules=rules)
 
     def _paired(self, shadows: dict[str, Tensor], sources: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         """Shadows, moved to where they belong, beside their sources of the same shape."""
@@ -471,6 +507,10 @@ class ShadowModel:
                 raise ValueError(
                     f"the state's {key!r} is a {type(value).__name__}, not a {kind.__name__}. Nothing was loaded."
                 )
+        try:
+            check_seed(state.get('seed', self._seed))
+        except ValueError as error:
+            raise ValueError(f'{error} Nothing was loaded.') from error
         if state['num_updates'] < 0:
             raise ValueError(f"the state's num_updates is {state['num_updates']}, below zero. Nothing was loaded.")
         frozen = {
@@ -512,7 +552,7 @@ class _Plan:
         buffers: Mapping[str, tuple[Tensor, Tensor]],
         buffer_mode: BufferMode,
         streams: Mapping[torch.device, SideStream],
-        backend: str,
+        prepare: Callable[[Iterable[tuple[Tensor, Tensor]]], kernels.Step],
     ) -> None:
         self.watch = watch
         self.has_joined = has_joined
@@ -521,11 +561,14 @@ class _Plan:
         for device in {shadow.device for shadow, _ in parameters.values()}:
             shadows, sources = _unzip(pair for pair in parameters.values() if pair[0].device == device)
             streams[device].keep_alive(shadows + [source for source in sources if source.device == device])
-            self.parameter_steps.append((streams[device], kernels.prepare(shadows, sources, backend=backend)))
+            self.parameter_steps.append((streams[device], prepare(zip(shadows, sources, strict=True))))
 
         averaged = [pair for pair in buffers.values() if buffer_mode == 'average' and _is_inexact(pair[0])]
         others = [pair for pair in buffers.values() if not (buffer_mode == 'average' and _is_inexact(pair[0]))]
-        self.average_buffers = kernels.prepare(*_unzip(averaged), backend=backend)
+        on_devices = {
+            shadow.device: [pair for pair in averaged if pair[0].device == shadow.device] for shadow, _ in averaged
+        }
+        self.buffer_steps = [prepare(pairs) for pairs in on_devices.values()]
         self.copy_other_buffers = _copier(*_unzip(others))
 
 
@@ -576,6 +619,25 @@ def check_buffer_mode(buffers: str) -> BufferMode:
     if buffers == 'average' or buffers == 'copy':
         return buffers
     raise ValueError(f"buffers must be 'average' or 'copy', got {buffers!r}.")
+
+
+def check_rounding(rounding: str, dtype: torch.dtype | None) -> Rounding:
+    """Returns ``rounding`` or raises a ValueError; at random, only bfloat16 can be rounded."""
+    if rounding not in ('nearest', 'stochastic'):
+        raise ValueError(f"rounding must be 'nearest' or 'stochastic', got {rounding!r}.")
+    if rounding == 'stochastic' and dtype is not torch.bfloat16:
+        raise ValueError(
+            f"rounding='stochastic' rounds a bfloat16 average, but its dtype is {dtype or 'that of the weights'}. "
+            "Set the shadow's dtype to 'bfloat16', or leave rounding out."
+        )
+    return 'stochastic' if rounding == 'stochastic' else 'nearest'
+
+
+def check_seed(seed: int) -> int:
+    """Returns ``seed`` or raises: it is a whole number in [0, 2**63)."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ValueError(f'seed must be a whole number in [0, 2**63), got {seed!r}.')
+    return seed
 
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

@@ -169,6 +169,8 @@ EVERY_ARGUMENT = [
     {'shadow_dtype': torch.bfloat16},
     {'shadow_device': 'cpu'},
     {'shadow_device': torch.device('cpu')},
+    {'skip_nonfinite': True},
+    {'shadow_dtype': 'bfloat16', 'rounding': 'stochastic', 'seed': 7},
     {'evaluate_with': {'eval': 'ema', 'eval_training': 'training'}},
     {'log_interval': None},
     {'log_interval': '5ba'},

@@ -53,5 +53,3 @@ def test_tests_named_in_tables_exist(path):
     for module, name in re.findall(r'`(test_\w+\.py)::(test_\w+)`', path.read_text()):
         assert module in sources, module
         assert f'def {name}(' in sources[module], f'{module}::{name}'
-
-

@@ -116,14 +116,35 @@ def choose(shadows: Sequence[Tensor], source: Tensor, backend: str, rules: Rules
     _check_backend(backend)
     refusals: dict[str, str] = {}
     for name in _NAMES if backend == 'auto' else (backend,):
-        reason = _refusal(name, shadows, source, rules)
+        reason = _refusal(name, shadows, source, rules, is_asked=backend == name)
         if reason is None:
             return name, refusals
         refusals[name] = reason
     raise ValueError(f"the backend {backend!r} cannot take this pair: {refusals[backend]}. Pass backend='auto'.")
 
 
-def _refusal(name: str, shadows: Sequence[Tensor], source: Tensor, rules: Rules) -> str | None:
+def describe(
+    averages: Sequence[Sequence[Tensor]],
+    sources: Sequence[Tensor],
+    *,
+    backend: str = 'auto',
+    rules: Rules | None = None,
+) -> str:
+    """Which backend averages how many tensors, and in words why faster ones were refused."""
+    counts: defaultdict[tuple[str, tuple[str, ...]], int] = defaultdict(int)
+    for index, source in enumerate(sources):
+        if source.numel():
+            name, refusals = choose([average[index] for average in averages], source, backend, rules or Rules())
+            counts[name, tuple(f'no {other}: {reason}' for other, reason in refusals.items())] += 1
+    return '; '.join(
+        f'{count} tensors by {name}' + (f' ({", ".join(reasons)})' if reasons else '')
+        for (name, reasons), count in counts.items()
+    )
+
+
+def _refusal(name: str, shadows: Sequence[Tensor], source: Tensor, rules: Rules, *, is_asked: bool) -> str | None:
+    if name == 'fused' and source.device.type != 'cuda' and not is_asked:
+        return f'Triton runs on CUDA devices, not on {source.device}'
     try:
         module = _module(name)
     except ModuleNotFoundError as error:

@@ -32,6 +32,7 @@ _NUM_WARPS = 8
 def refusal(shadow: Tensor, source: Tensor, rules: Rules) -> str | None:
     """Why this pair cannot be fused, in words; None if it can."""
     del rules  # all of them are kept
+    # Triton's interpreter runs the same kernel on a CPU: for tests, and only when it is asked for by name.
     is_interpreted = os.environ.get('TRITON_INTERPRET') == '1'
     if shadow.device != source.device:
         return f'the average is on {shadow.device}, the weights are on {source.device}'

@@ -1,0 +1,254 @@
+"""The Triton kernel against the float64 reference: in Triton's interpreter here, compiled where there is a CUDA device.
+
+Both draw the same random bits, so averages rounded at random must agree to the bit too, but where float32 and float64
+arithmetic end on different sides of a rounding.
+"""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from composer_ema import ShadowModel, kernels
+from composer_ema.kernels import reference
+from composer_ema.kernels.rules import PIECE, Rules
+
+pytest.importorskip('triton')
+# The interpreter computes with numpy, which warns of the infinities that the tests put in.
+pytestmark = pytest.mark.filterwarnings('ignore:invalid value encountered:RuntimeWarning')
+
+DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+SOURCE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHADOW_DTYPES = (torch.float32, torch.bfloat16)
+#: Relative slack: float32 arithmetic is right to a few of its last places; bfloat16 has 8 digits, and may end one off.
+SLACK = {torch.float32: 4e-7, torch.bfloat16: 2**-7}
+WEIGHTS = (0.25, 0.75, 1.0, 1e-6)
+
+
+def tensors(*shapes, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes]
+
+
+def march(shadow_sets, sources, weights, *, steps=2, **rules):
+    """Averages with the kernel and with the reference, side by side. Returns both, and both counts of skipped ones."""
+    twins = [[shadow.clone() for shadow in shadows] for shadows in shadow_sets]
+    counts = [torch.zeros((), dtype=torch.int64, device=DEVICE) for _ in range(2)]
+    runs = [
+        kernels.prepare_many(sets, sources, backend=backend, rules=Rules(skipped=count, **rules))
+        for sets, backend, count in zip((shadow_sets, twins), ('fused', 'reference'), counts, strict=True)
+    ]
+    for _ in range(steps):
+        for run in runs:
+            run(weights)
+    return shadow_sets, twins, [int(count) for count in counts]
+
+
+def assert_agree(ours, theirs):
+    for shadow, expected in zip(itertools.chain(*ours), itertools.chain(*theirs), strict=True):
+        slack = SLACK[shadow.dtype]
+        torch.testing.assert_close(shadow, expected, rtol=slack, atol=slack, equal_nan=True)
+        if shadow.dtype is torch.bfloat16 and shadow.numel() > 1000:
+            assert (shadow == expected).float().mean() > 0.999
+
+
+@pytest.mark.parametrize(
+    'rules', [{}, {'skip_nonfinite': True}, {'stochastic': True}, {'skip_nonfinite': True, 'stochastic': True}], ids=str
+)
+@pytest.mark.parametrize('count', [1, 2, 4])
+@pytest.mark.parametrize('shadow_dtypes', [(torch.float32,), (torch.bfloat16,), SHADOW_DTYPES], ids=str)
+def test_the_kernel_agrees_with_the_reference(shadow_dtypes, count, rules):
+    sources = [
+        tensors((size,), dtype=dtype)[0] for size, dtype in zip((PIECE + 5, 3, PIECE), SOURCE_DTYPES, strict=True)
+    ]
+    sources += [tensors((3, 8, 5, 5))[0].to(memory_format=torch.channels_last), *tensors(())]
+    if rules.get('skip_nonfinite'):
+        sources[0][2], sources[1][0], sources[2][-1] = math.nan, math.inf, -math.inf
+    dtypes = itertools.cycle(shadow_dtypes)
+    shadow_sets = [[torch.ones_like(s, dtype=next(dtypes)) for s in sources] for _ in range(count)]
+    ours, theirs, skipped = march(shadow_sets, sources, WEIGHTS[:count], seed=2**40 + 7, first_step=3, **rules)
+    assert_agree(ours, theirs)
+    assert skipped == ([6, 6] if rules.get('skip_nonfinite') else [0, 0])
+
+
+@pytest.mark.parametrize('size', [1, 15, 16, PIECE - 1, PIECE, PIECE + 1, 3 * PIECE + 17])
+@pytest.mark.parametrize('dtype', SOURCE_DTYPES)
+def test_every_size_is_covered_once(size, dtype):
+    (source,) = tensors((size,), dtype=dtype)
+    around = torch.full((size + 2,), 7.0, device=DEVICE)
+    shadow = around[1:-1]  # not aligned, and any write beside it shows
+    ours, theirs, _ = march([[shadow]], [source], (0.5,), steps=1)
+    assert_agree(ours, theirs)
+    assert around[0] == around[-1] == 7
+
+
+def test_by_hand():
+    shadow, source = torch.zeros(2, device=DEVICE), torch.tensor([1.0, -4.0], device=DEVICE)
+    kernels.lerp_([shadow], [source], 0.25, backend='fused')
+    assert shadow.tolist() == [0.25, -1.0]
+
+
+def test_a_weight_of_one_copies_over_what_is_not_finite_and_zero_keeps():
+    shadow, (source,) = torch.tensor([math.inf, math.nan, 1.0], device=DEVICE), tensors((3,))
+    kept = shadow.clone()
+    kernels.lerp_([shadow], [source], 0.0, backend='fused')
+    assert shadow[2] == kept[2]
+    kernels.lerp_([shadow], [source], 1.0, backend='fused')
+    assert torch.equal(shadow, source)
+
+
+def test_a_source_that_is_not_finite_leaves_every_average_alone_and_is_counted_once():
+    source = torch.tensor([math.nan, 1.0, math.inf], device=DEVICE)
+    shadow_sets = [[torch.zeros(3, device=DEVICE)] for _ in range(3)]
+    count = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    step = kernels.prepare_many(shadow_sets, [source], backend='fused', rules=Rules(skip_nonfinite=True, skipped=count))
+    step((0.5, 1.0, 0.25))
+    assert [shadows[0].tolist() for shadows in shadow_sets] == [[0, 0.5, 0], [0, 1, 0], [0, 0.25, 0]]
+    assert count == 2
+
+
+def test_rounding_at_random_is_right_on_average_and_keeps_what_bfloat16_holds():
+    between = 1 + 2**-7 / 4  # a quarter of the way from 1 to the next bfloat16
+    source = torch.full((64 * PIECE,), between, device=DEVICE)
+    shadow = torch.zeros_like(source, dtype=torch.bfloat16)
+    kernels.prepare([shadow], [source], backend='fused', rules=Rules(stochastic=True, seed=1))(1.0)
+    assert set(shadow.float().unique().tolist()) == {1.0, 1 + 2**-7}
+    share = (shadow > 1).float().mean().item()
+    assert abs(share - 0.25) < 5 * math.sqrt(0.25 * 0.75 / source.numel())
+    exact = torch.tensor([1.0, -2.5, 0.0, 2.0**-100, 3.3895313892515355e38], device=DEVICE)
+    held = torch.zeros_like(exact, dtype=torch.bfloat16)
+    kernels.prepare([held], [exact], backend='fused', rules=Rules(stochastic=True))(1.0)
+    assert torch.equal(held.float(), exact)
+
+
+def test_random_bits_follow_seed_step_and_average_and_nothing_else():
+    def bits(**rules):
+        (source,), sets = tensors((500,)), [[torch.zeros(500, dtype=torch.bfloat16, device=DEVICE)] for _ in range(2)]
+        kernels.prepare_many(sets, [source], backend='fused', rules=Rules(stochastic=True, **rules))((0.3, 0.3))
+        return [shadows[0].view(torch.int16).tolist() for shadows in sets]
+
+    assert bits(seed=1) == bits(seed=1)
+    assert bits(seed=1) != bits(seed=2)
+    assert bits(seed=1) != bits(seed=1, first_step=1)
+    assert bits(seed=1)[0] != bits(seed=1)[1]
+
+
+def test_philox_is_the_published_one():
+    """The known answer of Philox4x32 with seven rounds for counter and key of zeros (Random123's kat_vectors)."""
+    zero = torch.zeros(1, dtype=torch.int64)
+    assert reference.philox(0, zero, zero, 0, 0).item() == 0x5F6FB709
+
+
+def test_small_updates_survive_in_bfloat16_only_at_random():
+    """After one half-life of updates of weight 0.005, half the way is covered; to the nearest, none of it."""
+    source = torch.full((PIECE,), 2.0, device=DEVICE)
+    half_life = 138
+    weight = -math.expm1(-math.log(2) / half_life)
+    ends = {}
+    for stochastic in (False, True):
+        shadow = torch.ones(PIECE, dtype=torch.bfloat16, device=DEVICE)
+        rules = Rules(stochastic=stochastic, seed=5)
+        backend = 'fused' if DEVICE.type == 'cuda' else 'reference'
+        step = kernels.prepare([shadow], [source], backend=backend, rules=rules)
+        for _ in range(half_life):
+            step(weight)
+        ends[stochastic] = shadow.float().mean().item()
+    assert abs(ends[True] - 1.5) < 0.01
+    assert abs(ends[False] - 1.5) > 0.05
+
+
+@pytest.mark.parametrize(
+    ('shadow', 'source', 'reason'),
+    [
+        (torch.zeros(2, dtype=torch.float64), torch.zeros(2), 'averages of torch.float64 are not fused'),
+        (torch.zeros(2), torch.zeros(2, dtype=torch.float64), 'weights of torch.float64 are not fused'),
+        (torch.zeros(2, 2), torch.zeros(2, 2).t(), 'do not lie densely in the same order'),
+        (torch.zeros(4)[::2], torch.zeros(4)[::2], 'do not lie densely in the same order'),
+    ],
+)
+def test_a_pair_that_cannot_be_fused_is_refused_in_words_and_goes_elsewhere(shadow, source, reason):
+    shadow, source = shadow.to(DEVICE), source.to(DEVICE)
+    if not shadow.is_contiguous():
+        shadow = torch.zeros(4, device=DEVICE)[::2]
+        source = torch.zeros(4, device=DEVICE)[::2]
+    with pytest.raises(ValueError, match=reason):
+        kernels.prepare([shadow], [source], backend='fused')
+    kernels.lerp_([shadow], [source + 1], 0.5)
+    assert (shadow == 0.5).all()
+
+
+def test_foreach_refuses_what_would_take_a_second_pass_and_the_description_says_so():
+    shadow, source = torch.zeros(2), torch.ones(2)
+    said = kernels.describe([[shadow]], [source], rules=Rules(skip_nonfinite=True))
+    assert said == (
+        '1 tensors by reference (no fused: Triton runs on CUDA devices, not on cpu, '
+        'no foreach: skipping non-finite weights would take a second pass)'
+    )
+
+
+def test_a_shadow_skips_counts_and_goes_on(caplog):
+    model = nn.Linear(3, 2).to(DEVICE)
+    shadow = ShadowModel(model, skip_nonfinite=True)
+    shadow.update(model, smoothing=0.5)
+    before = [tensor.clone() for tensor in shadow.parameters()]
+    with torch.no_grad():
+        model.bias.fill_(math.nan)
+        model.weight.add_(1)
+    shadow.update(model, smoothing=0.5)
+    after = list(shadow.parameters())
+    torch.testing.assert_close(after[0], before[0] + 0.5)
+    assert torch.equal(after[1], before[1])
+    if DEVICE.type == 'cuda':
+        torch.cuda.synchronize()
+        shadow.poll_skipped()
+        torch.cuda.synchronize()
+    assert shadow.poll_skipped() == 2
+
+
+def test_a_bfloat16_shadow_resumes_to_the_bit():
+    def start():
+        torch.manual_seed(0)
+        model = nn.Linear(40, 40).to(DEVICE)
+        return model, ShadowModel(model, dtype='bfloat16', rounding='stochastic', seed=3)
+
+    def go_on(model, shadow, steps):
+        for step in steps:
+            with torch.no_grad():
+                model.weight.add_(0.01 * step)
+            shadow.update(model, smoothing=0.9)
+
+    (model, whole), (other, first) = start(), start()
+    go_on(model, whole, range(6))
+    go_on(other, first, range(3))
+    resumed = ShadowModel(other, dtype='bfloat16', rounding='stochastic')
+    resumed.load_state_dict(first.state_dict())
+    go_on(other, resumed, range(3, 6))
+    for name, tensor in resumed.named_parameters():
+        assert torch.equal(tensor, dict(whole.named_parameters())[name]), name
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_replays_with_the_weights_that_stand_in_device_memory():
+    (shadow, source) = tensors((1000,), (1000,))
+    step = kernels.prepare_many([[shadow]], [source], backend='fused')
+    step((0.5,))  # compiles
+    shadow.zero_()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step((0.5,))
+    step.weights.fill_(0.25)
+    graph.replay()
+    torch.testing.assert_close(shadow, source * 0.25)
+
+
+@pytest.mark.gpu
+def test_a_tensor_of_more_than_2_to_the_31_elements_is_covered_to_its_end():
+    count = 2**31 + 5000
+    if torch.cuda.get_device_properties(0).total_memory < 4 * count * 3:
+        pytest.skip('needs 26 GB of device memory')
+    source, shadow = torch.ones(count, device='cuda'), torch.zeros(count, device='cuda')
+    kernels.lerp_([shadow], [source], 0.5, backend='fused')
+    assert shadow[0] == shadow[2**31] == shadow[-1] == 0.5
+    assert int((shadow == 0.5).sum()) == count
