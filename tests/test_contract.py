@@ -916,20 +916,29 @@ def error_of(call: Callable[[], object]) -> ValueError | TypeError | None:
 @settings(max_examples=150)
 def test_a_time_gives_the_right_span_or_an_error_that_names_its_argument(argument, time):
     error = error_of(lambda: EMA(**{argument: time}))
+    assert (error is None) == is_legal(argument, time)
     if error is not None:
         assert argument in str(error)
-        read = understood(time) if isinstance(time, (str, Time)) else None
-        if read is not None and read[1] in LEGAL_UNITS[argument]:
-            value, unit = read
-            is_whole = unit in ('ep', 'iter', 'dur') or value == math.floor(value) if math.isfinite(value) else False
-            may_be_zero = argument in ('half_life', 'ema_start')
-            assert not (is_whole and math.isfinite(value) and (value > 0 or (value == 0 and may_be_zero))), 'legal'
-    else:
-        ema = EMA(**{argument: time})
-        span = getattr(ema, argument)
-        assert (span.value, span.unit) == understood(time)
-        assert span.unit in LEGAL_UNITS[argument]
-        assert repr(eval(repr(ema), {'EMA': EMA})) == repr(ema)
+        return
+    ema = EMA(**{argument: time})
+    span = getattr(ema, argument)
+    assert (span.value, span.unit) == understood(time)
+    assert repr(eval(repr(ema), {'EMA': EMA})) == repr(ema)
+
+
+def is_legal(argument: str, time: Any) -> bool:
+    read = understood(time) if isinstance(time, (str, Time)) else None
+    if read is None:
+        return False
+    value, unit = read
+    is_whole = math.isfinite(value) and value == math.floor(value)
+    may_be_zero = argument in ('half_life', 'ema_start')
+    return (
+        unit in LEGAL_UNITS[argument]
+        and math.isfinite(value)
+        and (is_whole or unit in ('ep', 'iter', 'dur'))
+        and (value > 0 or (value == 0 and may_be_zero))
+    )
 
 
 @pytest.mark.parametrize('argument', LEGAL_UNITS)
