@@ -1,0 +1,129 @@
+"""Milliseconds per update of the average: ours, every peer, and the limit, which is one flat ``lerp_``.
+
+All contestants follow one model in one process and are timed in turns; each number is a median over the rounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from benchmarks import common, peers
+
+MODELS = ('shufflenet_v2_x0_5', 'resnet18', 'resnet50', 'vit_b_16', 'efficientnet_b0', 'swin_t', 'regnet_y_16gf')
+LIMIT, COPY = 'limit: one flat lerp_', 'one flat copy_'
+_READ_AND_WRITTEN = {LIMIT: 12, COPY: 8, peers.OURS: 12}  # bytes per float32
+
+
+def main(arguments: Sequence[str] | None = None) -> common.Result:
+    """Runs the benchmark; see ``--help``."""
+    options = common.parser(__doc__ or '')
+    options.add_argument('--models', default=','.join(MODELS), help='names of torchvision models')
+    options.add_argument('--rounds', type=int, default=25, help='at most, for each model')
+    options.add_argument('--seconds', type=float, default=60.0, help='no round is begun after these, for each model')
+    options.add_argument('--precision', choices=common.PRECISIONS, default='fp32', help='of the training weights')
+    options.add_argument('--cache', choices=('cold', 'warm'), default='cold', help='state before each timed call')
+    parsed = options.parse_args(arguments)
+    result = common.start('update', parsed)
+    if result.device.type == 'cuda':
+        result.measures = ['ms', 'host_ms', 'device_ms']
+    timer = common.Timer(result.device, is_cold=parsed.cache == 'cold')
+
+    for name in parsed.models.split(','):
+        rows = measure(name, parsed, timer, result)
+        result.rows.extend(rows)
+        result.summary[name] = summarise(rows)
+        _show(name, rows, result)
+        result.save()
+        common.free(result.device)
+    _show_summary(result)
+    return result
+
+
+def measure(name: str, parsed: Any, timer: common.Timer, result: common.Result) -> list[dict[str, Any]]:
+    """The rows of one model, fastest first."""
+    model = common.make_model(name, result.device, common.PRECISIONS[parsed.precision])
+    tensors = common.floating(model.parameters()) + common.floating(model.buffers())
+    floats = sum(tensor.numel() for tensor in tensors)
+    flat_shadow, flat_source = torch.zeros(floats, device=result.device), torch.ones(floats, device=result.device)
+    averages = peers.build(peers.CONTESTANTS, model, result)
+
+    calls: dict[str, Any] = {
+        LIMIT: lambda: flat_shadow.lerp_(flat_source, 1 - common.SMOOTHING),
+        COPY: lambda: flat_shadow.copy_(flat_source),
+    }
+    buffers = {LIMIT: 'averaged', COPY: 'copied'}
+    for contestant, average in averages.items():
+        calls[contestant.name] = average.update
+        buffers[contestant.name] = contestant.buffers
+    for call in calls.values():
+        timer(call)
+    samples = common.interleave(calls, timer, rounds=parsed.rounds, seconds=parsed.seconds)
+
+    rows = []
+    for contestant_name, taken in samples.items():
+        row = {
+            'key': f'{name} / {contestant_name}',
+            'model': name,
+            'contestant': contestant_name,
+            'buffers': buffers[contestant_name],
+            'tensors': len(tensors),
+            'floats': floats,
+            'rounds': len(taken),
+            **common.medians(taken),
+            'ratio': common.ratio(taken, samples[LIMIT]),
+        }
+        if result.device.type == 'cuda':
+            row['device_ratio'] = common.ratio(taken, samples[LIMIT], 'device_ms')
+            if contestant_name in _READ_AND_WRITTEN:
+                row['device_gb_per_s'] = _READ_AND_WRITTEN[contestant_name] * floats / row['device_ms'] / 1e6
+        rows.append(row)
+    return sorted(rows, key=lambda row: row['ms'])
+
+
+def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the project promises: the distance to the limit, to the fastest peer and to Composer's own."""
+    by_name = {row['contestant']: row for row in rows}
+    ours = by_name[peers.OURS]
+    rivals = [row for row in rows if row['contestant'] not in (LIMIT, COPY) and not _is_ours(row)]
+    fastest = min(rivals, key=lambda row: row['ms'])
+    found = {
+        'floats': ours['floats'],
+        'tensors': ours['tensors'],
+        'ratio_to_limit': ours['ratio'],
+        'fastest_peer': fastest['contestant'],
+        'fastest_peer_over_ours': fastest['ms'] / ours['ms'],
+        'built_in_over_ours': by_name['Composer EMA']['ms'] / ours['ms'] if 'Composer EMA' in by_name else None,
+    }
+    if 'device_gb_per_s' in ours:
+        found['device_ratio_to_limit'] = ours['device_ratio']
+        found['share_of_copy_bandwidth'] = ours['device_gb_per_s'] / by_name[COPY]['device_gb_per_s']
+    return found
+
+
+def _is_ours(row: dict[str, Any]) -> bool:
+    return row['contestant'].startswith(peers.OURS)
+
+
+def _show(name: str, rows: Sequence[dict[str, Any]], result: common.Result) -> None:
+    extra = ['host_ms', 'device_ms', 'device_ratio'] if result.device.type == 'cuda' else []
+    title = f'{name}: {rows[0]["floats"]:,} floats in {rows[0]["tensors"]} tensors, {rows[0]["rounds"]} rounds'
+    columns = ['contestant', 'buffers', 'ms', 'ratio', *(key.replace('_', ' ') for key in extra)]
+    keys = ['contestant', 'buffers', 'ms', 'ratio', *extra]
+    common.show(title, columns, [[row[key] for key in keys] for row in rows])
+
+
+def _show_summary(result: common.Result) -> None:
+    keys = ['floats', 'ratio_to_limit', 'built_in_over_ours', 'fastest_peer_over_ours', 'fastest_peer']
+    columns = ['model', 'floats', 'ours to the limit', 'built-in to ours', 'fastest peer to ours', 'fastest peer']
+    if result.device.type == 'cuda':
+        keys += ['device_ratio_to_limit', 'share_of_copy_bandwidth']
+        columns += ['on the device', 'of copy bandwidth']
+    rows = [[model, *(summary[key] for key in keys)] for model, summary in result.summary.items()]
+    common.show(f'{result.device.type}: ours in short', columns, rows)
+
+
+if __name__ == '__main__':
+    main()
