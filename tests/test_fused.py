@@ -6,6 +6,10 @@ arithmetic end on different sides of a rounding.
 
 import itertools
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -252,3 +256,14 @@ def test_a_tensor_of_more_than_2_to_the_31_elements_is_covered_to_its_end():
     kernels.lerp_([shadow], [source], 0.5, backend='fused')
     assert shadow[0] == shadow[2**31] == shadow[-1] == 0.5
     assert int((shadow == 0.5).sum()) == count
+
+
+@pytest.mark.parametrize('architecture', [80, 90])
+@pytest.mark.slow
+def test_the_kernel_compiles_for_devices_that_are_not_here(architecture, tmp_path):
+    """Every variant, and with vector loads where pieces are whole and aligned. The interpreter cannot tell."""
+    script = Path(__file__).parent / 'scripts' / 'compile_fused.py'
+    environment = {**os.environ, 'TRITON_INTERPRET': '0', 'TRITON_CACHE_DIR': str(tmp_path)}
+    done = subprocess.run([sys.executable, script, str(architecture)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f'88 variants compiled for sm_{architecture}' in done.stdout

@@ -120,15 +120,46 @@ def _update(
     number = tl.program_id(0)
     row = table + number.to(tl.int64) * (3 + 2 * K)
     count = tl.load(row + 1).to(tl.int32)
-    key = (tl.load(control), number.to(tl.uint32), tl.load(control + 1).to(tl.uint32))
+    seed, step = tl.load(control), tl.load(control + 1).to(tl.uint32)
+    number = number.to(tl.uint32)
     # Whole pieces need no mask, and without one the loads are vectors.
     if count == PIECE:
         _average_piece(
-            row, count, weights, skipped, key, K, SOURCE, SHADOW, GUARD, STOCHASTIC, False, ALIGNED, PIECE, ROUNDS
+            row,
+            count,
+            weights,
+            skipped,
+            seed,
+            number,
+            step,
+            K,
+            SOURCE,
+            SHADOW,
+            GUARD,
+            STOCHASTIC,
+            False,
+            ALIGNED,
+            PIECE,
+            ROUNDS,
         )
     else:
         _average_piece(
-            row, count, weights, skipped, key, K, SOURCE, SHADOW, GUARD, STOCHASTIC, True, ALIGNED, PIECE, ROUNDS
+            row,
+            count,
+            weights,
+            skipped,
+            seed,
+            number,
+            step,
+            K,
+            SOURCE,
+            SHADOW,
+            GUARD,
+            STOCHASTIC,
+            True,
+            ALIGNED,
+            PIECE,
+            ROUNDS,
         )
     if STOCHASTIC:
         # When the last program arrives, all have read the step; it alone moves it on.
@@ -140,7 +171,7 @@ def _update(
 
 @triton.jit
 def _average_piece(
-    row, count, weights, skipped, key,
+    row, count, weights, skipped, seed, number, step,
     K: tl.constexpr, SOURCE: tl.constexpr, SHADOW: tl.constexpr, GUARD: tl.constexpr, STOCHASTIC: tl.constexpr,
     MASKED: tl.constexpr, ALIGNED: tl.constexpr, PIECE: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
@@ -164,22 +195,67 @@ def _average_piece(
         weight, shadow = tl.load(weights + k), tl.load(row + 3 + k)
         if SHADOW >= 0:
             _average(
-                shadow, offsets, count, new, is_bad, weight, key, k, SHADOW, GUARD, STOCHASTIC, MASKED, ALIGNED, ROUNDS
+                shadow,
+                offsets,
+                count,
+                new,
+                is_bad,
+                weight,
+                seed,
+                number,
+                step,
+                k,
+                SHADOW,
+                GUARD,
+                STOCHASTIC,
+                MASKED,
+                ALIGNED,
+                ROUNDS,
             )
         else:
             if tl.load(row + 3 + K + k) == 0:
                 _average(
-                    shadow, offsets, count, new, is_bad, weight, key, k, 0, GUARD, STOCHASTIC, MASKED, ALIGNED, ROUNDS
+                    shadow,
+                    offsets,
+                    count,
+                    new,
+                    is_bad,
+                    weight,
+                    seed,
+                    number,
+                    step,
+                    k,
+                    0,
+                    GUARD,
+                    STOCHASTIC,
+                    MASKED,
+                    ALIGNED,
+                    ROUNDS,
                 )
             else:
                 _average(
-                    shadow, offsets, count, new, is_bad, weight, key, k, 1, GUARD, STOCHASTIC, MASKED, ALIGNED, ROUNDS
+                    shadow,
+                    offsets,
+                    count,
+                    new,
+                    is_bad,
+                    weight,
+                    seed,
+                    number,
+                    step,
+                    k,
+                    1,
+                    GUARD,
+                    STOCHASTIC,
+                    MASKED,
+                    ALIGNED,
+                    ROUNDS,
                 )
 
 
 @triton.jit
 def _average(
-    shadow, offsets, count, new, is_bad, weight, key, which,
+    shadow, offsets, count, new, is_bad, weight, seed, number, step, which,
     CODE: tl.constexpr, GUARD: tl.constexpr, STOCHASTIC: tl.constexpr, MASKED: tl.constexpr, ALIGNED: tl.constexpr,
     ROUNDS: tl.constexpr,
 ):  # fmt: skip
@@ -191,7 +267,6 @@ def _average(
         # bfloat16 is float32 without its lower 16 bits: what is added before they are cut decides which carry.
         bits = value.to(tl.uint32, bitcast=True)
         if STOCHASTIC:
-            seed, number, step = key
             random, _, _, _ = tl.philox(seed, offsets.to(tl.uint32), number, step, which, ROUNDS)
             rounded = (bits + (random & 0xFFFF)) & 0xFFFF0000
         else:

@@ -1,0 +1,43 @@
+"""Compiles the fused kernel for CUDA architectures, in every combination of its options. Needs no CUDA device."""
+
+import itertools
+import sys
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from composer_ema.kernels import fused
+from composer_ema.kernels.rules import PHILOX_ROUNDS, PIECE
+
+SIGNATURE = {'table': '*i64', 'weights': '*fp32', 'control': '*i64', 'skipped': '*i64'}
+
+
+def main(architecture: int) -> None:
+    count = 0
+    for averages, source, shadow, guard, stochastic, aligned in itertools.product(
+        (1, 2), (0, 1, 2, -1), (0, 1, -1), (False, True), (False, True), (False, True)
+    ):
+        options = {
+            'K': averages, 'SOURCE': source, 'SHADOW': shadow, 'GUARD': guard, 'STOCHASTIC': stochastic,
+            'ALIGNED': aligned, 'PIECE': PIECE, 'ROUNDS': PHILOX_ROUNDS,
+        }  # fmt: skip
+        if (stochastic and shadow == 0) or (averages == 2 and (source, shadow) != (-1, -1)):
+            continue
+        signature = SIGNATURE | dict.fromkeys(options, 'constexpr')
+        compiled = triton.compile(
+            ASTSource(fused._update, signature, constexprs=options),
+            target=GPUTarget('cuda', architecture, 32),
+            options={'num_warps': 8},
+        )
+        assert len(compiled.asm['cubin']) > 0
+        # Whole, aligned pieces are read and written four float32 at a time.
+        if aligned and source == 0 and shadow == 0:
+            assert 'ld.global.v4' in compiled.asm['ptx'], options
+            assert 'st.global.v4' in compiled.asm['ptx'], options
+        count += 1
+    print(f'{count} variants compiled for sm_{architecture} by Triton {triton.__version__}')
+
+
+if __name__ == '__main__':
+    main(int(sys.argv[1]))
