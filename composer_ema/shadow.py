@@ -498,7 +498,7 @@ class ShadowModel:
         self, state: Mapping[str, Any]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor] | None]:
         version = state.get('version') if isinstance(state, Mapping) else None
-        if version != STATE_VERSION:
+        if type(version) is not int or version != STATE_VERSION:
             raise ValueError(
                 f'the state has format version {version!r}, this release reads {STATE_VERSION}. Nothing was loaded.'
             )
@@ -538,6 +538,10 @@ class ShadowModel:
                 raise ValueError(f"the state's 'training_weights' is a {type(stash).__name__}. Nothing was loaded.")
             tracked = {**{n: self._shapes[n] for n in state['parameters']}, **self._buffers}
             check_same('the saved training weights', tracked, stash, optional=self._volatile(), remedy=_RESUME_REMEDY)
+        for name, tensor in (*state['parameters'].items(), *state['buffers'].items(), *(stash or {}).items()):
+            if tensor.is_meta or tensor.layout is not torch.strided:
+                kind = 'on the meta device' if tensor.is_meta else f'stored as {tensor.layout}'
+                raise ValueError(f'{name} in the state is {kind}, not a dense tensor. Nothing was loaded.')
         return dict(state['parameters']), dict(state['buffers']), None if stash is None else dict(stash)
 
 
