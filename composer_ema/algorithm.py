@@ -110,7 +110,7 @@ class EMA(Algorithm):
         ema_weights_active: whether the model holds the average right now.
         smoothing: share of the old average kept by an update after exactly one ``update_interval``; None where that
             differs from batch to batch.
-        update_seconds: seconds of host time spent in updates so far, which is their whole cost on a CPU.
+        update_seconds: seconds of host time spent in updates and distances so far, their whole cost on a CPU.
 
     Raises:
         TypeError, ValueError: an argument out of range, when built; a setting that cannot work in this run, when the
@@ -328,10 +328,7 @@ class EMA(Algorithm):
                 f'{len(namesakes)} algorithms called {type(self).__qualname__} in one Trainer, {namesakes}: '
                 'a checkpoint would keep the state of only one. Pass one.'
             )
-        if state.fsdp_config is not None or is_sharded(state.model):
-            raise NotImplementedError(
-                'this release does not average sharded models (FSDP, tensor parallel). Train with DDP, or without EMA.'
-            )
+        _refuse_sharded(state)
         # Composer's SWA writes the weights at the event that updates the average, while a side stream may read them.
         overlap = not any(isinstance(algorithm, ComposerSWA) for algorithm in state.algorithms)
         self._shadow = ShadowModel(state.model, overlap=overlap, **self._options)
@@ -347,6 +344,7 @@ class EMA(Algorithm):
         if self._shadow is None:
             self._create(state)
         shadow = self._require_shadow()
+        _refuse_sharded(state)
         self._model = weakref.ref(unwrap(state.model))
         self._check_run(state)
         self._warn_of_other_horizon()
@@ -419,14 +417,13 @@ class EMA(Algorithm):
         return has_crossed(earlier, now, span.value)
 
     def _update_and_log(self, event: Event, state: State, logger: Logger) -> None:
-        shadow = self._shadow
-        if event is self._update_event and (shadow is None or not self.ema_started or self._is_update_due(state)):
-            began = time.perf_counter()
+        began = time.perf_counter()
+        if event is self._update_event and (not self.ema_started or self._is_update_due(state)):
             self._update(state, logger)
-            self.update_seconds += time.perf_counter() - began
         if event is self._log_event and self._is_log_due(state):
             distance = self._require_shadow().relative_distance(state.model).item()
             logger.log_metrics({'ema/relative_distance': distance})
+        self.update_seconds += time.perf_counter() - began
 
     def _update(self, state: State, logger: Logger) -> None:
         if self._shadow is None:
@@ -576,6 +573,13 @@ def _event_of(interval: Span) -> Event:
     if interval.value == int(interval.value):
         return {'ep': Event.EPOCH_END, 'iter': Event.ITERATION_END}.get(interval.unit, Event.BATCH_END)
     return Event.BATCH_END
+
+
+def _refuse_sharded(state: State) -> None:
+    if state.fsdp_config is not None or is_sharded(state.model):
+        raise NotImplementedError(
+            'this release does not average sharded models (FSDP, tensor parallel). Train with DDP, or without EMA.'
+        )
 
 
 def _warn(message: str) -> None:
