@@ -3,12 +3,18 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PEERS := $(VENV)/.peers
+# Threads of torch while something is measured on the CPU; empty: as many as torch takes by itself.
+BENCH_THREADS ?=
+BENCH := $(BIN)/python -m benchmarks
+BENCH_CPU := --device cpu $(addprefix --threads ,$(BENCH_THREADS))
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow lint types format table clean
+.PHONY: help train test test-slow lint types format table clean \
+	bench bench-update bench-step bench-scaling bench-host bench-memory bench-gpu
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(READY): setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -38,6 +44,31 @@ format: $(READY) ## let ruff rewrite the files
 
 table: $(READY) ## the three-seed table of method_cards/ema.md
 	$(BIN)/composer-ema train yamls/fashion_mnist.yaml --seeds 1,2,3
+
+$(PEERS): $(READY) benchmarks/peers.txt
+	$(BIN)/python -m pip install --quiet --editable '.[composer,bench]'
+	$(BIN)/python -m pip install --quiet --no-deps -r benchmarks/peers.txt
+	@touch $@
+
+bench: bench-update bench-host bench-memory ## what can be measured on the CPU in minutes
+
+bench-update: $(PEERS) ## one update, beside every peer's and the limit
+	$(BENCH).update $(BENCH_CPU)
+
+bench-step: $(PEERS) ## a training iteration with and without an average
+	$(BENCH).step $(BENCH_CPU)
+
+bench-scaling: $(PEERS) ## cost against tensors, parameters and averages
+	$(BENCH).scaling $(BENCH_CPU)
+
+bench-host: $(PEERS) ## what the Composer algorithm costs the host per batch
+	$(BENCH).host $(BENCH_CPU)
+
+bench-memory: $(PEERS) ## what an average keeps, and the peaks beyond it
+	$(BENCH).memory $(BENCH_CPU)
+
+bench-gpu: ## all of it on a GPU in 10 minutes; needs only Python, torch, torchvision and this checkout
+	bash benchmarks/gpu.sh "$(PYTHON)"
 
 clean: ## remove the virtual environment and the caches, never the runs
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis *.egg-info

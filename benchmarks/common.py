@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import multiprocessing
 import os
 import platform
 import random
@@ -20,7 +21,7 @@ from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ FOLDER = Path(__file__).parent
 RESULTS = FOLDER / 'results'
 #: Smoothing of every average that is timed; no cost depends on it.
 SMOOTHING = 0.999
+Cache = Literal['left', 'cold', 'warm']
 PRECISIONS = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 
 _DISTRIBUTIONS = (
@@ -162,11 +164,15 @@ class Result:
         self.machine = machine(self.device)
 
     def leave_out(self, name: str, reason: str) -> None:
-        """Names, in the output and in the file, something that is not measured."""
+        """Names, in the output and in the file, something that is not measured; once."""
         entry = {'name': name, 'reason': reason}
         if entry not in self.missing:
             self.missing.append(entry)
             print(f'left out: {name}: {reason}', flush=True)
+
+    def without_rows(self) -> Result:
+        """The same machine and settings, for another process to fill."""
+        return Result(self.name, self.device, self.out, self.settings, self.measures)
 
     def save(self) -> None:
         """Writes the result file beside its place and renames it, so that a killed run leaves a whole one."""
@@ -255,13 +261,13 @@ class Timer:
 
     Args:
         device: on which they run.
-        is_cold: whether caches are flushed before each call, as a forward and backward pass would; otherwise the call
-            is made once more, untimed, right before.
+        cache: what a call finds in the caches: ``'left'`` what the call before left there, ``'cold'`` nothing of its
+            own, ``'warm'`` what it left itself in an untimed call right before.
     """
 
-    def __init__(self, device: torch.device, *, is_cold: bool = True) -> None:
-        self._device, self._is_cold = device, is_cold
-        size = _FLUSH_BYTES[device.type] if is_cold else 0
+    def __init__(self, device: torch.device, cache: Cache = 'left') -> None:
+        self._device, self._cache = device, cache
+        size = _FLUSH_BYTES[device.type] if cache == 'cold' else 0
         self._flush = torch.empty(size, dtype=torch.uint8, device=device)
         self._cycles_per_ms = _cycles_per_ms() if device.type == 'cuda' else 0.0
 
@@ -281,9 +287,9 @@ class Timer:
         return Sample(ms, host_ms, self._device_ms(call, host_ms))
 
     def _prepare(self, call: Callable[[], object]) -> None:
-        if self._is_cold:
+        if self._cache == 'cold':
             self._flush.fill_(1)
-        else:
+        elif self._cache == 'warm':
             call()
 
     def _device_ms(self, call: Callable[[], object], host_ms: float) -> float:
@@ -317,6 +323,7 @@ def interleave(
     names, order = list(calls), random.Random(0)
     samples: dict[str, list[Sample]] = {name: [] for name in names}
     began = time.monotonic()
+    gc.collect()
     with no_garbage_collection():
         for number in range(rounds):
             if seconds is not None and number >= min_rounds and time.monotonic() - began > seconds:
@@ -350,8 +357,7 @@ def geometric_mean(values: Sequence[float]) -> float:
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Collects now, and not before the body ends."""
-    gc.collect()
+    """Puts it off until the body ends."""
     gc.disable()
     try:
         yield
@@ -371,6 +377,12 @@ def _cycles_per_ms() -> float:
 
 
 # Models
+
+
+def in_own_process(measure: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls a module's function in a fresh process, which finds no heap that other measurements left."""
+    with multiprocessing.get_context('spawn').Pool(1) as pool:
+        return pool.apply(measure, arguments)
 
 
 def make_model(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -112,7 +112,8 @@ def kernel_calls(model: nn.Module) -> Callable[[], None]:
     def call() -> None:
         for step in steps:
             step(_WEIGHT)
-        torch._foreach_copy_(copies, counters)
+        if counters:
+            torch._foreach_copy_(copies, counters)
 
     return call
 

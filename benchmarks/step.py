@@ -51,7 +51,6 @@ def main(arguments: Sequence[str] | None = None) -> common.Result:
     parsed.batch_size = parsed.batch_size or (64 if is_cuda else 4)
     parsed.budget_seconds = parsed.budget_seconds or (360.0 if is_cuda else 120.0)
     torch.backends.cuda.matmul.allow_tf32 = parsed.precision == 'tf32'
-    torch.backends.cudnn.benchmark = True
 
     result = common.start('step', parsed)
     result.measures = ['times_ms', 'over_none']

@@ -1,20 +1,24 @@
 """Milliseconds per update of the average: ours, every peer, and the limit, which is one flat ``lerp_``.
 
-All contestants follow one model in one process and are timed in turns; each number is a median over the rounds.
+All contestants follow one model in one process and are timed in turns; each number is a median over the rounds. On the
+CPU each model has a process of its own, since how long a temporary tensor takes depends on the heap that is left by
+what ran before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from benchmarks import common, peers
 
 MODELS = ('shufflenet_v2_x0_5', 'resnet18', 'resnet50', 'vit_b_16', 'efficientnet_b0', 'swin_t', 'regnet_y_16gf')
 LIMIT, COPY = 'limit: one flat lerp_', 'one flat copy_'
 _READ_AND_WRITTEN = {LIMIT: 12, COPY: 8, peers.OURS: 12}  # bytes per float32
+_ALIGNMENT = 64  # floats: 256 bytes, more than any vector or transaction
 
 
 def main(arguments: Sequence[str] | None = None) -> common.Result:
@@ -24,33 +28,44 @@ def main(arguments: Sequence[str] | None = None) -> common.Result:
     options.add_argument('--rounds', type=int, default=25, help='at most, for each model')
     options.add_argument('--seconds', type=float, default=60.0, help='no round is begun after these, for each model')
     options.add_argument('--precision', choices=common.PRECISIONS, default='fp32', help='of the training weights')
-    options.add_argument('--cache', choices=('cold', 'warm'), default='cold', help='state before each timed call')
+    options.add_argument(
+        '--cache', choices=('left', 'cold', 'warm'), default='left', help='what a call finds there; see common.Timer'
+    )
     parsed = options.parse_args(arguments)
     result = common.start('update', parsed)
     if result.device.type == 'cuda':
         result.measures = ['ms', 'host_ms', 'device_ms']
-    timer = common.Timer(result.device, is_cold=parsed.cache == 'cold')
 
-    for name in parsed.models.split(','):
-        rows = measure(name, parsed, timer, result)
-        result.rows.extend(rows)
-        result.summary[name] = summarise(rows)
-        _show(name, rows, result)
+    names = parsed.models.split(',')
+    for name in names:
+        if result.device.type == 'cpu' and len(names) > 1:
+            part = common.in_own_process(measure, name, parsed, result.without_rows())
+        else:
+            part = measure(name, parsed, result)
+        result.rows.extend(part.rows)
+        for missing in part.missing:
+            if missing not in result.missing:
+                result.missing.append(missing)
+        result.summary[name] = summarise(part.rows)
+        _show(name, part.rows, result)
         result.save()
         common.free(result.device)
     _show_summary(result)
     return result
 
 
-def measure(name: str, parsed: Any, timer: common.Timer, result: common.Result) -> list[dict[str, Any]]:
+def measure(name: str, parsed: Any, settings: common.Result) -> common.Result:
     """The rows of one model, fastest first."""
-    model = common.make_model(name, result.device, common.PRECISIONS[parsed.precision])
-    tensors = common.floating(model.parameters()) + common.floating(model.buffers())
-    floats = sum(tensor.numel() for tensor in tensors)
-    flat_shadow, flat_source = torch.zeros(floats, device=result.device), torch.ones(floats, device=result.device)
+    if parsed.threads is not None:
+        torch.set_num_threads(parsed.threads)
+    result = settings.without_rows()
+    device = result.device
+    model = common.make_model(name, device, common.PRECISIONS[parsed.precision])
+    flat_source = flatten_(model)
+    flat_shadow = torch.zeros_like(flat_source)
     averages = peers.build(peers.CONTESTANTS, model, result)
 
-    calls: dict[str, Any] = {
+    calls: dict[str, Callable[[], object]] = {
         LIMIT: lambda: flat_shadow.lerp_(flat_source, 1 - common.SMOOTHING),
         COPY: lambda: flat_shadow.copy_(flat_source),
     }
@@ -58,11 +73,13 @@ def measure(name: str, parsed: Any, timer: common.Timer, result: common.Result) 
     for contestant, average in averages.items():
         calls[contestant.name] = average.update
         buffers[contestant.name] = contestant.buffers
+    timer = common.Timer(device, parsed.cache)
     for call in calls.values():
         timer(call)
     samples = common.interleave(calls, timer, rounds=parsed.rounds, seconds=parsed.seconds)
 
-    rows = []
+    tensors = common.floating(model.parameters()) + common.floating(model.buffers())
+    floats = sum(tensor.numel() for tensor in tensors)
     for contestant_name, taken in samples.items():
         row = {
             'key': f'{name} / {contestant_name}',
@@ -75,12 +92,36 @@ def measure(name: str, parsed: Any, timer: common.Timer, result: common.Result) 
             **common.medians(taken),
             'ratio': common.ratio(taken, samples[LIMIT]),
         }
-        if result.device.type == 'cuda':
+        if device.type == 'cuda':
             row['device_ratio'] = common.ratio(taken, samples[LIMIT], 'device_ms')
-            if contestant_name in _READ_AND_WRITTEN:
+            if contestant_name in _READ_AND_WRITTEN and parsed.precision == 'fp32':
                 row['device_gb_per_s'] = _READ_AND_WRITTEN[contestant_name] * floats / row['device_ms'] / 1e6
-        rows.append(row)
-    return sorted(rows, key=lambda row: row['ms'])
+        result.rows.append(row)
+    result.rows.sort(key=lambda row: row['ms'])
+    return result
+
+
+def flatten_(model: nn.Module) -> Tensor:
+    """Moves float32 parameters into one flat tensor, so that the limit reads the memory that everyone reads.
+
+    Each begins where an allocator would let it begin. Buffers stay where they are, and have room at the end, as have
+    parameters of another dtype; what aligning adds is left out there.
+
+    Returns:
+        A float32 tensor of as many elements as the model's floating parameters and buffers have.
+    """
+    parameters = list(model.parameters())
+    floats = sum(tensor.numel() for tensor in common.floating(model.parameters()) + common.floating(model.buffers()))
+    starts, end = [], 0
+    for parameter in parameters:
+        starts.append(end)
+        end += -(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT
+    flat = torch.zeros(max(floats, end), device=parameters[0].device)
+    for parameter, start in zip(parameters, starts, strict=True):
+        if parameter.dtype is torch.float32:
+            place = flat[start : start + parameter.numel()].view(parameter.shape)
+            parameter.data = place.copy_(parameter.data)
+    return flat[:floats]
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -97,8 +138,10 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         'fastest_peer_over_ours': fastest['ms'] / ours['ms'],
         'built_in_over_ours': by_name['Composer EMA']['ms'] / ours['ms'] if 'Composer EMA' in by_name else None,
     }
-    if 'device_gb_per_s' in ours:
+    if 'device_ms' in ours:
         found['device_ratio_to_limit'] = ours['device_ratio']
+        found['share_of_copy_bandwidth'] = None
+    if 'device_gb_per_s' in ours:
         found['share_of_copy_bandwidth'] = ours['device_gb_per_s'] / by_name[COPY]['device_gb_per_s']
     return found
 

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Every benchmark on a CUDA device in under 10 minutes, with nothing but Python, torch, torchvision and the checkout.
+# Each writes benchmarks/results/NAME_cuda.json as it goes, so what is stopped keeps what it has.
+# Usage: benchmarks/gpu.sh [PYTHON] [RESULT FOLDER]
+set -uo pipefail
+cd "$(dirname "$0")/.."
+python=${1:-python3}
+results=${2:-benchmarks/results}
+export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+failed=0
+
+# run NAME SECONDS [OPTIONS]: stops it after so many seconds and goes on with the next.
+run() {
+    local name=$1 seconds=$2
+    shift 2
+    timeout --signal=INT "$seconds" "$python" -m "benchmarks.$name" --device cuda --out "$results/${name}_cuda.json" "$@"
+    local code=$?
+    if [ "$code" -ne 0 ]; then
+        echo "$name ended with $code" >&2
+        failed=1
+    fi
+}
+
+run host 30 --rounds 300 --seconds 5
+run update 100 --seconds 6
+run memory 40
+run scaling 45 --seconds 2
+run step 360 --budget-seconds 300
+exit "$failed"

@@ -1,0 +1,217 @@
+"""The benchmarks run, their result files say what they promise, and every peer really averages."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+ROOT = Path(__file__).parents[1]
+MODEL = 'squeezenet1_1'
+
+
+@pytest.fixture(autouse=True)
+def checkout_on_path(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+
+
+def run(name, out, *arguments) -> dict:
+    module = importlib.import_module(f'benchmarks.{name}')
+    module.main(['--device', 'cpu', '--out', str(out), *arguments])
+    return json.loads(out.read_text())
+
+
+def check_head(result, name) -> None:
+    assert result['benchmark'] == name
+    assert result['date'].count('-') == 2
+    assert {'cpu', 'cores', 'threads', 'device'} <= result['machine'].keys()
+    assert result['versions']['torch'] == torch.__version__
+    assert result['versions']['python']
+    keys = [row['key'] for row in result['rows']]
+    assert len(set(keys)) == len(keys) > 0
+
+
+def test_update_writes_ours_the_limit_and_each_peer_or_why_it_is_missing(tmp_path, capsys) -> None:
+    from benchmarks import peers, update
+
+    result = run('update', tmp_path / 'update.json', '--models', MODEL, '--rounds', '2', '--seconds', '1')
+    check_head(result, 'update')
+    measured = {row['contestant'] for row in result['rows']}
+    missing = {entry['name'] for entry in result['missing']}
+    assert measured | missing == {each.name for each in peers.CONTESTANTS} | {update.LIMIT, update.COPY}
+    assert not measured & missing
+    assert all(entry['reason'] for entry in result['missing'])
+    limit = next(row for row in result['rows'] if row['contestant'] == update.LIMIT)
+    assert limit['ratio'] == 1
+    assert all(row['ms'] > 0 and row['rounds'] == 2 for row in result['rows'])
+    assert result['summary'][MODEL]['fastest_peer'] in measured
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in measured | missing)
+
+
+def test_the_limit_reads_the_parameters_themselves() -> None:
+    from benchmarks.update import flatten_
+
+    model = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 2))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    flat = flatten_(model)
+    assert flat.numel() == (3 * 5 + 5) + (4 * 5) + (5 * 2 + 2)
+    assert torch.equal(flat[:15].view(5, 3), model[0].weight)
+    assert flat.data_ptr() == model[0].weight.data_ptr()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_step_writes_a_ratio_for_each_contestant_and_the_published_one(tmp_path) -> None:
+    small = ['--models', MODEL, '--batch-size', '1', '--image-size', '32', '--rounds', '1', '--budget-seconds', '1']
+    result = run('step', tmp_path / 'step.json', *small, '--contestants', 'none,overlap,inline,multi,wrapper')
+    check_head(result, 'step')
+    (row,) = result['rows']
+    assert set(row['over_none']) == {
+        'none', 'ours, in line', 'AveragedModel multi_avg_fn', 'optimizer wrapper (mul, add)',
+    }  # fmt: skip
+    assert row['speedup_in_line'] > 0
+    assert row['published_speedup'] == pytest.approx(14.325 / 14.26)
+    assert [entry['name'] for entry in result['missing']] == ['ours, overlapped']
+    assert result['settings']['batch_size'] == 1
+
+
+def test_the_published_figures_are_all_there() -> None:
+    from benchmarks import common, step
+
+    published = step.read_published()
+    assert len(published) == 42
+    assert common.geometric_mean(list(published.values())) == pytest.approx(1.10, abs=0.005)
+    assert max(published.values()) == pytest.approx(1.46, abs=0.005)
+
+
+def test_scaling_writes_each_sweep_and_leaves_out_what_does_not_fit(tmp_path) -> None:
+    small = ['--tensors', '10', '--tensor-floats', '1000', '--averages', '2', '--average-floats', '1000']
+    result = run('scaling', tmp_path / 'scaling.json', *small, '--parameters', '1e3,1e15', '--rounds', '1')
+    check_head(result, 'scaling')
+    assert {(row['sweep'], row['size']) for row in result['rows']} == {
+        ('tensors', 10), ('parameters', 1000), ('averages', 2),
+    }  # fmt: skip
+    assert [entry['name'] for entry in result['missing']] == ['parameters 1000000000000000']
+
+
+def test_host_writes_match_and_what_is_beyond_the_kernel(tmp_path) -> None:
+    result = run('host', tmp_path / 'host.json', '--model', MODEL, '--rounds', '3')
+    check_head(result, 'host')
+    us = {row['call']: row['us'] for row in result['rows'] if row['size'] == 'one element'}
+    assert result['summary']['match_us'] == us['match, all events']
+    assert result['summary']['beyond_kernel_us'] == us['match and apply, whole batch'] - us['kernel calls']
+
+
+def test_memory_of_ours_is_the_shadow_no_peak_and_one_stash(tmp_path) -> None:
+    result = run('memory', tmp_path / 'memory.json', '--models', MODEL, '--precision', 'fp32')
+    check_head(result, 'memory')
+    ours = next(row for row in result['rows'] if row['contestant'] == 'ours')
+    assert ours['lasting_mib'] == pytest.approx(ours['weights_mib'], rel=1e-4)
+    assert ours['update_peak_mib'] == 0
+    assert ours['swap_peak_mib'] == pytest.approx(ours['weights_mib'])
+
+
+def test_bytes_are_counted_at_their_peak_and_at_the_end() -> None:
+    from benchmarks.memory import allocated
+
+    kept = []
+
+    def call() -> None:
+        temporary = torch.empty(1000, dtype=torch.uint8)
+        kept.append(torch.empty(500, dtype=torch.uint8))
+        del temporary
+
+    assert allocated(call, torch.device('cpu')) == (500, 1500)
+
+
+def test_every_contestant_that_is_installed_moves_its_average_part_of_the_way() -> None:
+    from benchmarks import common, peers
+
+    result = common.Result('none', torch.device('cpu'), Path('none'), {})
+    for contestant in peers.CONTESTANTS:
+        model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+        average = peers.build_one(contestant, model, result)
+        if average is None:
+            continue
+        before = [tensor.detach().clone() for tensor in average.parameters()]
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 1
+        average.update()
+        moved = [new.detach() - old for new, old in zip(average.parameters(), before, strict=True)]
+        assert all(((step > 0) & (step < 1)).all() for step in moved), contestant.name
+        if average.swap is not None:
+            weights = [parameter.detach().clone() for parameter in model.parameters()]
+            average.swap()
+            assert all(map(torch.equal, weights, model.parameters())), contestant.name
+
+
+def test_rounds_interleave_and_medians_are_those_of_the_rounds() -> None:
+    from benchmarks.common import Sample, interleave, medians, ratio
+
+    order = []
+    times = iter(range(1, 100))
+
+    def time_one(call) -> Sample:
+        call()
+        ms = float(next(times))
+        return Sample(ms, ms)
+
+    samples = interleave({name: lambda n=name: order.append(n) for name in 'ab'}, time_one, rounds=3)
+    assert [sorted(order[i : i + 2]) for i in (0, 2, 4)] == [['a', 'b']] * 3
+    assert medians([Sample(3, 1), Sample(1, 1), Sample(2, 1)])['ms'] == 2
+    assert ratio([Sample(2, 0), Sample(9, 0), Sample(4, 0)], [Sample(1, 0), Sample(3, 0), Sample(1, 0)]) == 3
+    assert all(len(taken) == 3 for taken in samples.values())
+
+
+def test_tables_are_rich_on_a_terminal_and_markdown_elsewhere(monkeypatch, capsys) -> None:
+    from benchmarks.common import show
+
+    show('title', ['name', 'number'], [['one', 1234.5], ['none', None]])
+    assert '| one  | 1,234.5 |' in capsys.readouterr().out
+    pytest.importorskip('rich')
+    monkeypatch.setenv('FORCE_COLOR', '1')
+    show('title', ['name', 'number'], [['one', 1234.5]])
+    assert '┃' in capsys.readouterr().out
+
+
+def result_file(path, rows, **changes) -> str:
+    content = {
+        'benchmark': 'update', 'machine': {'cpu': 'x'}, 'versions': {'torch': '2'}, 'settings': {}, 'measures': ['ms'],
+        'rows': rows, **changes,
+    }  # fmt: skip
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+def test_compare_prints_hand_computed_ratios_and_fails_above_the_bound(tmp_path, capsys) -> None:
+    from benchmarks import compare
+
+    before = result_file(
+        tmp_path / 'a.json',
+        [{'key': 'one', 'ms': 2.0, 'us': {'x': 1.0}}, {'key': 'two', 'ms': 4.0}, {'key': 'gone', 'ms': 1.0}],
+    )
+    after = result_file(
+        tmp_path / 'b.json',
+        [{'key': 'one', 'ms': 1.0, 'us': {'x': 3.0}}, {'key': 'two', 'ms': 6.0}],
+        versions={'torch': '3'},
+    )
+    assert compare.main([before, after]) == 0
+    printed = capsys.readouterr().out
+    assert 'only in the first file: gone' in printed
+    assert 'torch was 2, is 3' in printed
+    cells = [[cell.strip() for cell in line.strip('|').split('|')] for line in printed.splitlines()]
+    assert ['one', 'ms', '2.000', '1.000', '0.500'] in cells
+    assert ['two', 'ms', '4.000', '6.000', '1.500'] in cells
+    assert 'geometric mean 0.866, largest 1.500' in printed
+
+    assert compare.main([before, after, '--fail-above', '1.5']) == 0
+    assert compare.main([before, after, '--fail-above', '1.4']) == 1
+    assert compare.main([before, after, '--measure', 'us', '--fail-above', '2.9']) == 1
+    assert compare.main([before, after, '--measure', 'absent']) == 2
+    other = result_file(tmp_path / 'c.json', [], benchmark='step')
+    assert compare.main([before, other]) == 2
