@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from composer_ema import formats
+from composer_ema.files import beside
 from composer_ema.naming import check_same, listed
 from composer_ema.sharding import canonical_name
 from composer_ema.version import __version__
@@ -80,20 +80,13 @@ def export(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str]) -> d
         CheckpointError: as for :func:`load_average`, or safetensors cannot hold a tensor. ``out`` is not touched.
     """
     average, metadata = _average_and_metadata(Path(checkpoint))
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     # Tied weights share memory, which safetensors refuses: each name gets its own copy.
     tensors = {name: tensor.contiguous().clone() for name, tensor in average.items()}
-    handle, beside = tempfile.mkstemp(dir=out.parent, prefix=f'.{out.name}.')
-    os.close(handle)
     try:
-        safetensors.torch.save_file(tensors, beside, metadata=metadata)
-        os.chmod(beside, 0o644)
-        os.replace(beside, out)
+        with beside(Path(out)) as written:
+            safetensors.torch.save_file(tensors, written, metadata=metadata)
     except (ValueError, KeyError, safetensors.SafetensorError) as error:
         raise CheckpointError(f'{checkpoint} cannot be written as safetensors: {error}') from error
-    finally:
-        Path(beside).unlink(missing_ok=True)
     return metadata
 
 

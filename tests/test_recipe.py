@@ -18,10 +18,11 @@ from rich.console import Console
 
 from composer_ema import load_average
 from composer_ema.algorithm import EMA
+from composer_ema.files import write_beside
 from composer_ema.recipe import registry, report, run, schema
 from composer_ema.recipe.build import build
 from composer_ema.recipe.data import DATASETS
-from composer_ema.recipe.recorder import Recorder, write_beside
+from composer_ema.recipe.recorder import Recorder
 from composer_ema.recipe.report import Point, Result
 from composer_ema.recipe.schema import Plan, RecipeError, check_arguments
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from time import perf_counter
@@ -15,25 +13,10 @@ from composer.core import Callback, State
 from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist
 
+from composer_ema.files import write_beside
+
 _NUM_LINES, _EVALUATIONS = 'num_lines', 'evaluations'
 _STEP_SECONDS, _UPDATE_SECONDS, _NUM_BATCHES = 'step_seconds', 'update_seconds', 'num_batches'
-
-
-def write_beside(path: Path, content: str | bytes) -> None:
-    """Puts ``content`` at ``path`` whole or not at all: written to a file beside it, then renamed into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
-    try:
-        with os.fdopen(handle, 'wb') as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-        # mkstemp makes files private; a result is as readable as any other file of the user.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(beside, 0o666 & ~umask)
-        os.replace(beside, path)
-    except BaseException:
-        Path(beside).unlink(missing_ok=True)
-        raise
 
 
 class Collector(LoggerDestination):

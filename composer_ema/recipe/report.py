@@ -11,7 +11,8 @@ from typing import Any
 
 from rich.table import Table
 
-from composer_ema.recipe.recorder import Recorder, write_beside
+from composer_ema.files import write_beside
+from composer_ema.recipe.recorder import Recorder
 
 LABELS = {'training': 'training weights', 'ema': 'average'}
 # Okabe and Ito's blue and vermilion: distinct to colour-blind eyes, and of different grey when printed.

@@ -13,9 +13,9 @@ from composer.utils import dist
 from omegaconf import OmegaConf
 from rich.table import Table
 
+from composer_ema.files import write_beside
 from composer_ema.recipe import report
 from composer_ema.recipe.build import RECIPE_FILE, Run, build
-from composer_ema.recipe.recorder import write_beside
 from composer_ema.recipe.report import Result
 from composer_ema.recipe.schema import Place, Plan, Recipe
 
