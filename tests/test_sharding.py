@@ -1,5 +1,8 @@
 """Wrappers are looked through, whatever the user's own sub-modules are called; rank 0's tensors reach every rank."""
 
+import faulthandler
+from datetime import timedelta
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -139,7 +142,9 @@ def test_broadcast_does_nothing_with_one_process(monkeypatch):
 
 def _on_each_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
+    faulthandler.dump_traceback_later(60, exit=True)  # a process that waits for the other for ever says where
+    store, patience = f'file://{folder}/store', timedelta(seconds=30)
+    dist.init_process_group('gloo', init_method=store, rank=rank, world_size=2, timeout=patience)
     try:
         tensors = [torch.full((3,), float(rank)), torch.tensor(rank), torch.tensor([True, False]).logical_xor_(
             torch.tensor(bool(rank))
@@ -158,6 +163,7 @@ def _on_each_rank(rank: int, folder: str) -> None:
         torch.save([tensors, own, shared, live, list(dict(shadow.named_parameters()))], f'{folder}/{rank}.pt')
     finally:
         dist.destroy_process_group()
+        faulthandler.cancel_dump_traceback_later()
 
 
 def test_two_processes_end_with_the_tensors_of_rank_0(tmp_path):
