@@ -381,8 +381,12 @@ def _cycles_per_ms() -> float:
 
 def in_own_process(measure: Callable[..., Any], *arguments: Any) -> Any:
     """Calls a module's function in a fresh process, which finds no heap that other measurements left."""
-    with multiprocessing.get_context('spawn').Pool(1) as pool:
+    pool = multiprocessing.get_context('spawn').Pool(1)
+    try:
         return pool.apply(measure, arguments)
+    finally:
+        pool.close()  # not terminated: Composer turns that signal into an exception
+        pool.join()
 
 
 def make_model(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> nn.Module:

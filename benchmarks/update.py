@@ -91,6 +91,7 @@ def measure(name: str, parsed: Any, settings: common.Result) -> common.Result:
             'rounds': len(taken),
             **common.medians(taken),
             'ratio': common.ratio(taken, samples[LIMIT]),
+            'over_ours': common.ratio(taken, samples[peers.OURS]),
         }
         if device.type == 'cuda':
             row['device_ratio'] = common.ratio(taken, samples[LIMIT], 'device_ms')
@@ -129,14 +130,14 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     by_name = {row['contestant']: row for row in rows}
     ours = by_name[peers.OURS]
     rivals = [row for row in rows if row['contestant'] not in (LIMIT, COPY) and not _is_ours(row)]
-    fastest = min(rivals, key=lambda row: row['ms'])
+    fastest = min(rivals, key=lambda row: row['over_ours'])
     found = {
         'floats': ours['floats'],
         'tensors': ours['tensors'],
         'ratio_to_limit': ours['ratio'],
         'fastest_peer': fastest['contestant'],
-        'fastest_peer_over_ours': fastest['ms'] / ours['ms'],
-        'built_in_over_ours': by_name['Composer EMA']['ms'] / ours['ms'] if 'Composer EMA' in by_name else None,
+        'fastest_peer_over_ours': fastest['over_ours'],
+        'built_in_over_ours': by_name['Composer EMA']['over_ours'] if 'Composer EMA' in by_name else None,
     }
     if 'device_ms' in ours:
         found['device_ratio_to_limit'] = ours['device_ratio']
@@ -159,13 +160,20 @@ def _show(name: str, rows: Sequence[dict[str, Any]], result: common.Result) -> N
 
 
 def _show_summary(result: common.Result) -> None:
+    device, models = result.device.type, list(result.summary)
+    key = 'device_ratio' if device == 'cuda' else 'ratio'
+    ratios = {(row['contestant'], row['model']): row[key] for row in result.rows}
+    names = [name for name in (LIMIT, *(each.name for each in peers.CONTESTANTS)) if (name, models[0]) in ratios]
+    rows = [[name, *(ratios.get((name, model)) for model in models)] for name in names]
+    common.show(f'{device}: ratios to the limit', ['contestant', *models], rows)
+
     keys = ['floats', 'ratio_to_limit', 'built_in_over_ours', 'fastest_peer_over_ours', 'fastest_peer']
     columns = ['model', 'floats', 'ours to the limit', 'built-in to ours', 'fastest peer to ours', 'fastest peer']
-    if result.device.type == 'cuda':
+    if device == 'cuda':
         keys += ['device_ratio_to_limit', 'share_of_copy_bandwidth']
         columns += ['on the device', 'of copy bandwidth']
     rows = [[model, *(summary[key] for key in keys)] for model, summary in result.summary.items()]
-    common.show(f'{result.device.type}: ours in short', columns, rows)
+    common.show(f'{device}: ours in short', columns, rows)
 
 
 if __name__ == '__main__':
