@@ -163,7 +163,6 @@ def _on_each_rank(rank: int, folder: str) -> None:
         torch.save([tensors, own, shared, live, list(dict(shadow.named_parameters()))], f'{folder}/{rank}.pt')
     finally:
         dist.destroy_process_group()
-        faulthandler.cancel_dump_traceback_later()
 
 
 def test_two_processes_end_with_the_tensors_of_rank_0(tmp_path):
