@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from composer_ema.functional import compute_ema  # one functional update
+from composer_ema.optimizer import EMAOptimizer  # averages after each step of any optimizer, in any loop
 from composer_ema.shadow import ShadowModel  # the averaged copy: update, swap, state
 from composer_ema.version import __version__  # the package's version
 
@@ -10,7 +11,16 @@ if TYPE_CHECKING:
     from composer_ema.algorithm import EMA  # the Composer algorithm
     from composer_ema.checkpoint import CheckpointError, export, load_average  # the average of a checkpoint
 
-__all__ = ['EMA', 'CheckpointError', 'ShadowModel', '__version__', 'compute_ema', 'export', 'load_average']
+__all__ = [
+    'EMA',
+    'CheckpointError',
+    'EMAOptimizer',
+    'ShadowModel',
+    '__version__',
+    'compute_ema',
+    'export',
+    'load_average',
+]
 
 #: Names that are imported on first use, since Composer is not needed for the others.
 _LAZY = {

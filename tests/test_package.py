@@ -31,6 +31,7 @@ MAY_IMPORT = {
     'formats': {'naming', 'sharding'},
     'shadow': {'kernels', 'averages', 'counter', 'naming', 'sharding', 'stream'},
     'functional': {'kernels', 'averages', 'naming', 'sharding', 'shadow'},
+    'optimizer': {'averages', 'naming', 'sharding', 'shadow'},
     'checkpoint': {'files', 'formats', 'naming', 'sharding', 'version'},
     'clock': {'spans'},
     'algorithm': {'formats', 'averages', 'clock', 'naming', 'shadow', 'sharding', 'spans'},
