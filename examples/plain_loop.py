@@ -1,0 +1,127 @@
+"""Trains Fashion-MNIST in a plain PyTorch loop, evaluates the weights and their average, and resumes when killed.
+
+    python examples/plain_loop.py --epochs 5
+
+Needs composer_ema, torchvision and tqdm; no Composer. The run keeps one file, the checkpoint: started again, it goes on
+from there, on a CPU to the same bits as a run that was never stopped. Delete the file to begin anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from composer_ema import EMAOptimizer
+from composer_ema.recipe.fetch import load_fashion_mnist
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
+    torch.manual_seed(options.seed)
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    data = {name: tensor.to(device) for name, tensor in load_fashion_mnist(options.root).items()}
+    inputs, labels = data['train_inputs'][: options.limit], data['train_labels'][: options.limit]
+    test_inputs, test_labels = data['test_inputs'][: options.limit], data['test_labels'][: options.limit]
+
+    model = build_model().to(device)
+    optimizer = EMAOptimizer(
+        torch.optim.AdamW(model.parameters(), lr=options.lr), half_life=options.half_life, model=model
+    )
+    epoch, done = load(options.checkpoint, model, optimizer)
+
+    while epoch < options.epochs:
+        order = shuffled(len(inputs), options.seed, epoch).to(device)
+        batches = order.split(options.batch_size)
+        with tqdm(total=len(batches), initial=done, desc=f'epoch {epoch + 1}', unit='batch') as bar:
+            for batch in batches[done:]:
+                loss = cross_entropy(model(scaled(inputs[batch])), labels[batch].long())
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                done += 1
+                bar.update()
+                if done % options.save_every == 0 and done < len(batches):
+                    save(options.checkpoint, model, optimizer, epoch, done)
+        training = accuracy(model, test_inputs, test_labels)
+        with optimizer.swap_ema_weights():
+            averaged = accuracy(model, test_inputs, test_labels)
+        tqdm.write(
+            f'epoch {epoch + 1}: accuracy {training:.4f} with the training weights, {averaged:.4f} with the average'
+        )
+        epoch, done = epoch + 1, 0
+        save(options.checkpoint, model, optimizer, epoch, done)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0] if __doc__ else None)
+    parser.add_argument('--epochs', type=int, default=5)
+    parser.add_argument('--batch-size', type=int, default=128)
+    parser.add_argument('--lr', type=float, default=3e-3)
+    parser.add_argument('--half-life', type=float, default=300, help='of the average, in steps')
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--limit', type=int, help='train and test on the first so many images')
+    parser.add_argument('--root', type=Path, help='folder with Fashion-MNIST, looked into before the usual places')
+    parser.add_argument('--checkpoint', type=Path, default=Path('plain_loop.pt'), help='file to go on from')
+    parser.add_argument('--save-every', type=int, default=100, help='batches between two checkpoints')
+    return parser.parse_args(arguments)
+
+
+def build_model() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, stride=2, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, bias=False),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(32 * 6 * 6, 10),
+    )
+
+
+def shuffled(length: int, seed: int, epoch: int) -> Tensor:
+    """The order of an epoch: a function of the seed and the epoch, so a resumed run need not remember it."""
+    return torch.randperm(length, generator=torch.Generator().manual_seed(1_000_003 * seed + epoch))
+
+
+def scaled(images: Tensor) -> Tensor:
+    return images.float() / 127.5 - 1
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, inputs: Tensor, labels: Tensor) -> float:
+    model.eval()
+    parts = zip(inputs.split(1000), labels.split(1000), strict=True)
+    correct = sum((model(scaled(part)).argmax(1) == wanted).sum().item() for part, wanted in parts)
+    model.train()
+    return correct / len(labels)
+
+
+def save(path: Path, model: nn.Module, optimizer: EMAOptimizer, epoch: int, done: int) -> None:
+    """Written beside and renamed, so that whenever the process is killed, a whole checkpoint is there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f'.{path.name}.unfinished')
+    state = {'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'epoch': epoch, 'done': done}
+    torch.save(state, beside)
+    beside.replace(path)
+
+
+def load(path: Path, model: nn.Module, optimizer: EMAOptimizer) -> tuple[int, int]:
+    """The epoch to go on with, and how many of its batches are done."""
+    if not path.exists():
+        return 0, 0
+    state = torch.load(path, weights_only=True, map_location='cpu')
+    model.load_state_dict(state['model'])
+    optimizer.load_state_dict(state['optimizer'])
+    print(f'going on from {path}: epoch {state["epoch"] + 1}, {state["done"]} batches done')
+    return state['epoch'], state['done']
+
+
+if __name__ == '__main__':
+    main()
