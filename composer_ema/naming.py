@@ -70,9 +70,9 @@ class Inventory:
 class Watch:
     """Tells at the cost of a few list comparisons whether a module still is what it was.
 
-    Compared are every parameter, buffer and sub-module by identity, how many there are, and every tensor's storage and
-    ``requires_grad``.
-    Keeps the module's tensors alive, not the module: drop the watch when ``on_gone`` is called.
+    Compared are every parameter, buffer and sub-module by identity, every tensor's storage, and ``requires_grad`` where
+    it was False: unfrozen parameters join an average, while frozen ones stay. Keeps the module's tensors alive, not
+    the module: drop the watch when ``on_gone`` is called.
 
     Args:
         module: what to watch.
@@ -82,14 +82,15 @@ class Watch:
 
     def __init__(self, module: nn.Module, inventory: Inventory, on_gone: Callable[[], None]) -> None:
         self._module = weakref.ref(module, lambda _: on_gone())
-        self._sets = [s for child in module.modules() for s in (child._modules, child._parameters, child._buffers)]
-        self._sizes = list(map(len, self._sets))
-        entries = [(registry, key, entry) for registry in self._sets for key, entry in registry.items()]
+        sets = [s for child in module.modules() for s in (child._modules, child._parameters, child._buffers)]
+        self._empty = [s for s in sets if not s]
+        self._filled = [s for s in sets if s]
+        self._sizes = list(map(len, self._filled))
+        entries = [(registry, key, entry) for registry in self._filled for key, entry in registry.items()]
         self._registries = [registry for registry, _, _ in entries]
         self._keys = [key for _, key, _ in entries]
         self._entries = [entry for _, _, entry in entries]
-        self._parameters = list(inventory.parameters.values())
-        self._requires_grad = list(map(_requires_grad, self._parameters))
+        self._frozen = [parameter for parameter in inventory.parameters.values() if not parameter.requires_grad]
         self._tensors = list(inventory.tensors().values())
         self._pointers = list(map(_pointer, self._tensors))
 
@@ -98,8 +99,9 @@ class Watch:
         return (
             self._module() is module
             and all(map(is_, map(_get, self._registries, self._keys), self._entries))
-            and list(map(len, self._sets)) == self._sizes
-            and list(map(_requires_grad, self._parameters)) == self._requires_grad
+            and list(map(len, self._filled)) == self._sizes
+            and not any(self._empty)
+            and not any(map(_requires_grad, self._frozen))
             and list(map(_pointer, self._tensors)) == self._pointers
         )
 

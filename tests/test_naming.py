@@ -91,8 +91,6 @@ class TestWatch:
             lambda m: setattr(m[0], 'weight', nn.Parameter(m[0].weight.detach())),
             lambda m: setattr(m[0].weight, 'data', m[0].weight.detach().clone()),
             lambda m: setattr(m[1], 'running_mean', m[1].running_mean.clone()),
-            lambda m: m[0].requires_grad_(False),
-            lambda m: m[0].bias.requires_grad_(False),
             lambda m: m.__setitem__(0, nn.Linear(2, 2)),
             lambda m: setattr(m[0], 'bias', None),
             lambda m: setattr(m[1], 'running_var', None),
@@ -101,13 +99,22 @@ class TestWatch:
             lambda m: setattr(m[0], 'bias', m[1].bias),
         ],
         ids=[
-            'a new parameter', 'a new storage', 'a new buffer', 'frozen', 'one frozen', 'a new module',
+            'a new parameter', 'a new storage', 'a new buffer', 'a new module',
             'a parameter gone', 'a buffer gone', 'a module gone', 'cast', 'tied',
         ],
     )  # fmt: skip
     def test_every_change_is_noticed(self, change):
         model, watch, _ = self._watched()
         change(model)
+        assert not watch.is_current(model)
+
+    def test_unfreezing_is_noticed_and_freezing_needs_no_notice(self):
+        model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        model[1].bias.requires_grad_(False)
+        _, watch, _ = self._watched(model)
+        model[0].requires_grad_(False)
+        assert watch.is_current(model)
+        model[1].bias.requires_grad_(True)
         assert not watch.is_current(model)
 
     @pytest.mark.parametrize(
