@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PEERS := $(VENV)/.peers
+# The release of torch that test-core installs, and the tests that it runs: those of all that works without Composer.
+TORCH ?= 2.13.0
+CORE_VENV := .venv-core-$(TORCH)
+CORE := averages spans stream sharding kernels naming shadow functional optimizer package
 # Threads of torch while something is measured on the CPU; empty: as many as torch takes by itself.
 BENCH_THREADS ?=
 BENCH := $(BIN)/python -m benchmarks
 BENCH_CPU := --device cpu $(addprefix --threads ,$(BENCH_THREADS))
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow lint types format table clean \
+.PHONY: help train test test-slow test-core lint types format table clean \
 	bench bench-update bench-step bench-scaling bench-host bench-memory bench-gpu
 
 help: ## list the targets
@@ -30,6 +34,18 @@ test: $(READY) ## run the tests, under 10 minutes on 2 cores
 
 test-slow: $(READY) ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+# pip knows CPU builds of torch by a suffix, where it is told of an index that has them:
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu. Without one the ordinary build is taken.
+$(CORE_VENV)/.ready: setup.cfg
+	$(PYTHON) -m venv $(CORE_VENV)
+	$(CORE_VENV)/bin/python -m pip install --quiet 'torch==$(TORCH)+cpu' \
+		|| $(CORE_VENV)/bin/python -m pip install --quiet 'torch==$(TORCH)'
+	$(CORE_VENV)/bin/python -m pip install --quiet --editable . numpy 'pytest>=8' 'hypothesis>=6.100'
+	@touch $@
+
+test-core: $(CORE_VENV)/.ready ## run the tests that need no Composer, on the torch of TORCH=2.13.0
+	$(CORE_VENV)/bin/python -m pytest --noconftest --hypothesis-profile=ci $(CORE:%=tests/test_%.py)
 
 lint: $(READY) ## ruff: rules and format
 	$(BIN)/ruff check .
@@ -71,4 +87,4 @@ bench-gpu: ## all of it on a GPU in 10 minutes; needs only Python, torch, torchv
 	bash benchmarks/gpu.sh "$(PYTHON)"
 
 clean: ## remove the virtual environment and the caches, never the runs
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) .venv-core-* .pytest_cache .ruff_cache .hypothesis *.egg-info
