@@ -8,7 +8,9 @@ import inspect
 import io
 import math
 import pickle
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -1170,6 +1172,12 @@ def test_composers_trainer_takes_the_wrapped_optimizer_and_trains_the_same(tmp_p
             run(resumed, resumed_model, load_path=str(tmp_path / 'ep1.pt'))
         assert toy.bits(resumed_model) == toy.bits(bare)
         assert resumed.num_steps == toy.EPOCH
+
+
+def test_the_card_names_every_argument():
+    card = (Path(__file__).parents[1] / 'method_cards' / 'ema_optimizer.md').read_text()
+    arguments = set(inspect.signature(EMAOptimizer.__init__).parameters) - {'self'}
+    assert arguments <= set(re.findall(r'`(\w+)`', card))
 
 
 def test_it_uses_the_shadow_that_users_have():
