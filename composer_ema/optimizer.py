@@ -264,9 +264,6 @@ class EMAOptimizer(Optimizer):
             self._follow()
         return loss
 
-    # Optimizer.__init__ and others would wrap step to run hooks, those for all optimizers a second time.
-    step.hooked = True  # pyright: ignore[reportFunctionMemberAccess]
-
     def wait(self) -> None:
         """Orders the current stream after the last update. Never blocks the host; does nothing on a CPU."""
         self._shadow.wait()

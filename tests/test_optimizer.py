@@ -472,6 +472,15 @@ class TestSharing:
         train(model, optimizer, range(1))
         assert list(averaged(optimizer)) == ['0.0', '1.0']
 
+    def test_a_parameter_that_takes_anothers_place_is_followed(self):
+        model = One(1.0)
+        optimizer = EMAOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), decay=0.5)
+        step_to(optimizer, model, 3.0)
+        model.weight = nn.Parameter(torch.tensor([8.0]))
+        optimizer.param_groups[0]['params'][0] = model.weight
+        step_to(optimizer, model, 6.0)
+        assert averaged(optimizer)['0.0'].item() == 4.0  # between 2 and 6
+
     def test_a_group_of_another_model_is_refused_and_not_added(self):
         model = Net()
         optimizer = EMAOptimizer(torch.optim.SGD(model.first.parameters(), lr=0.1), model=model)
@@ -634,6 +643,17 @@ class TestPhantomStep:
         optimizer = EMAOptimizer(torch.optim.Adam(model.parameters(), lr=0.0))
         train(model, optimizer, range(1))
         assert optimizer.num_steps == 1
+
+    @pytest.mark.parametrize('closure', [None, lambda: 0.0])
+    def test_steps_at_rate_zero_without_gradients_count_once_there_is_state_or_a_closure(self, closure):
+        model = Net()
+        optimizer = EMAOptimizer(torch.optim.Adam(model.parameters(), lr=0.0))
+        if closure is None:
+            train(model, optimizer, range(1))
+        before = optimizer.num_steps
+        optimizer.zero_grad(set_to_none=False)
+        optimizer.step(closure)
+        assert optimizer.num_steps == before + 1
 
 
 class TestSwapping:
@@ -918,6 +938,14 @@ class TestSaving:
         train(fresh_model, fresh, range(2))
         assert_same(before['ema'], state['ema'])
         assert state.keys() == before.keys()
+
+    def test_digits_lost_in_loading_are_said_once(self):
+        model, double = Net(), Net().double()
+        state = saved(EMAOptimizer(sgd(double), decay=0.5).state_dict())
+        optimizer = EMAOptimizer(sgd(model), decay=0.5)
+        with pytest.warns(UserWarning, match='digits are lost') as caught:
+            optimizer.load_state_dict(state)
+        assert len(caught) == 1
 
     def test_a_reference_to_the_shadow_stays_good_after_loading(self):
         model = Net()
