@@ -67,7 +67,7 @@ _TRAINING_GOES_ON = frozenset({
     Event.ITERATION_CHECKPOINT,
 })  # fmt: skip
 _ALWAYS = frozenset({Event.INIT, Event.AFTER_LOAD, Event.FIT_START, Event.FIT_END, Event.EVAL_START, Event.EVAL_END})
-_ALWAYS |= _PASS_OPENS | _PASS_CLOSES | {Event.PREDICT_START, Event.PREDICT_END}
+_ALWAYS |= _PASS_OPENS | _PASS_CLOSES | {Event.PREDICT_START, Event.PREDICT_END, Event.BEFORE_LOAD}
 
 
 class EMA(Algorithm):
@@ -78,8 +78,9 @@ class EMA(Algorithm):
         average += (1 - smoothing) * (weights - average)        smoothing = 2 ** (-elapsed / half_life)
 
     where ``elapsed`` is the time since the last update, in the half-life's own unit, whatever the batch size. The first
-    update, at ``ema_start``, copies the weights. Evaluation and prediction use the average, training and checkpoints
-    never see it: the checkpoint's model holds the training weights, this algorithm's state holds the average.
+    update, at ``ema_start``, copies the weights. Evaluation and prediction use the average, training never sees it. The
+    model in a checkpoint holds the training weights, this algorithm's state the average; a checkpoint that a callback
+    takes during an evaluation holds both as well, and resumes exactly.
 
     Args:
         half_life: time string after which a weight's share in the average has halved: ``'1000ba'``, ``'1.5ep'``,
@@ -197,7 +198,8 @@ class EMA(Algorithm):
         self._shadow: ShadowModel | None = None
         self._model: weakref.ref[nn.Module] | None = None
         self._last_update: Clock | None = None
-        self._is_pass_open = False
+        self._open_passes = 0
+        self._overlap = True
         self._state_for_init: Mapping[str, Any] | None = None
         self._loaded_config: Mapping[str, Any] = {}
         self._update_event = _event_of(self.update_interval)
@@ -278,7 +280,7 @@ class EMA(Algorithm):
         if event is Event.AFTER_TRAIN_BATCH:
             return self._shadow.is_pending
         if event in _EVALUATION_GOES_ON:
-            return self._is_pass_open and self.ema_started and not self._shadow.is_swapped
+            return self._open_passes > 0 and self.ema_started and not self._shadow.is_swapped
         if event in _TRAINING_GOES_ON and self._shadow.is_swapped:
             return True
         return (event is self._update_event and self._is_update_due(state)) or (
@@ -288,6 +290,8 @@ class EMA(Algorithm):
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         if event is Event.INIT:
             self._create(state)
+        elif event is Event.BEFORE_LOAD:
+            self._follow_surgery(state.model)
         elif event is Event.AFTER_TRAIN_BATCH:
             self._require_shadow().wait()  # joins the fork of the last update before the optimizer writes
         elif event in _TRAINING_GOES_ON:
@@ -305,20 +309,17 @@ class EMA(Algorithm):
             if event in (Event.BATCH_END, Event.EPOCH_END, Event.ITERATION_END):
                 self._update_and_log(event, state, logger)
         elif event in _PASS_OPENS:
-            self._is_pass_open = True
+            self._open_passes += 1
             self._use(self._weights_for_pass(state), state)
         elif event is Event.PREDICT_START:
             self._use(self._weights_for('predict'), state)
         elif (
-            event is Event.EVAL_START
-            or event in _EVALUATION_GOES_ON
-            or (event is Event.EVAL_END and self._is_pass_open)
+            event is Event.EVAL_START or event in _EVALUATION_GOES_ON or (event is Event.EVAL_END and self._open_passes)
         ):
             self._use(self._weights_for(state.dataloader_label), state)
-        elif event in _PASS_CLOSES or event is Event.EVAL_END:
-            self._return_to_training(state)
-        elif event is Event.PREDICT_END:
-            # Whether an evaluation goes on around it cannot be told from one that raised; it takes the average back.
+        elif event in _PASS_CLOSES or event in (Event.EVAL_END, Event.PREDICT_END):
+            # Whether a pass goes on around this one cannot be told from one that raised; it takes the average back.
+            self._open_passes -= event in _PASS_CLOSES and self._open_passes > 0
             self._use('training', state)
 
     def _create(self, state: State) -> None:
@@ -330,39 +331,58 @@ class EMA(Algorithm):
             )
         _refuse_sharded(state)
         # Composer's SWA writes the weights at the event that updates the average, while a side stream may read them.
-        overlap = not any(isinstance(algorithm, ComposerSWA) for algorithm in state.algorithms)
-        self._shadow = ShadowModel(state.model, overlap=overlap, **self._options)
-        self._model = weakref.ref(unwrap(state.model))
-        self.ema_started, self._last_update, self._is_pass_open, self.update_seconds = False, None, False, 0.0
-        if not any(True for _ in self._shadow.named_parameters()):
+        self._overlap = not any(isinstance(algorithm, ComposerSWA) for algorithm in state.algorithms)
+        self._build_shadow(state.model)
+        self.ema_started, self._last_update, self._open_passes, self.update_seconds = False, None, 0, 0.0
+        if not any(True for _ in self._require_shadow().named_parameters()):
             _warn('no trainable parameter to average yet: all selected ones are frozen. They join when unfrozen.')
+        self._loaded_config = {}
         if self._state_for_init is not None:
             loaded, self._state_for_init = self._state_for_init, None
             self.load_state_dict(loaded)
 
+    def _build_shadow(self, model: nn.Module) -> None:
+        self._shadow = ShadowModel(model, overlap=self._overlap, **self._options)
+        self._model = weakref.ref(unwrap(model))
+
+    def _follow_surgery(self, model: nn.Module) -> None:
+        """Builds the shadow anew where another algorithm has replaced layers and nothing has been averaged yet."""
+        try:
+            self._require_shadow().resolve(model)
+        except ValueError:
+            if self.ema_started:
+                raise
+            self._build_shadow(model)
+
     def _prepare_fit(self, state: State) -> None:
         if self._shadow is None:
             self._create(state)
-        shadow = self._require_shadow()
         _refuse_sharded(state)
-        self._model = weakref.ref(unwrap(state.model))
         self._check_run(state)
         self._warn_of_other_horizon()
-        shadow.resolve(state.model)
-        log.info('EMA with %s: %s', self._horizon(), shadow)
+        self._follow_surgery(state.model)
+        self._model = weakref.ref(unwrap(state.model))
+        now = read_clock(state)
+        if self._last_update is not None and any(self._last_update[unit] > now[unit] for unit in CLOCK_UNITS):
+            self._last_update = now  # the run's clock was set back: time passes from here
+        log.info('EMA with %s: %s', self._horizon(), self._shadow)
 
     def _check_run(self, state: State) -> None:
         """Refuses settings that cannot work in this run, and warns of those that will have no effect."""
-        for name, span in (('half_life', self.half_life), ('update_interval', self.update_interval)):
-            if span is None:
+        times = {'half_life': self.half_life, 'update_interval': self.update_interval}
+        times |= {'ema_start': self.ema_start, 'log_interval': self.log_interval}
+        for name, span in times.items():
+            if span is None or span.value == 0:
                 continue
-            unit = resolve_share(span, state, name).unit
-            is_whole = self._update_event is not Event.BATCH_END and unit == self.update_interval.unit
-            if unit == 'iter' and state._iteration_length is None:
+            resolved = resolve_share(span, state, name)
+            if resolved.unit == 'iter' and state._iteration_length is None:
                 raise ValueError(f"{name}='{span}' counts iterations, but this run has none. Pass epochs or batches.")
-            if not is_whole and not knows_fractions(unit, state):
+            is_whole = float(resolved.value).is_integer()
+            if name == 'half_life':  # elapses by what passes between two updates
+                is_whole = self._update_event is not Event.BATCH_END and resolved.unit == self.update_interval.unit
+            if not is_whole and not knows_fractions(resolved.unit, state):
                 raise ValueError(
-                    f"{name}='{span}' needs parts of {words(unit)}, but the dataloader does not tell its length. "
+                    f"{name}='{span}' needs parts of {words(resolved.unit)}, but the dataloader has no length. "
                     'Pass batches or samples, or set train_subset_num_batches.'
                 )
         interval = resolve_share(self.update_interval, state, 'update_interval')
@@ -372,6 +392,9 @@ class EMA(Algorithm):
         if self.half_life is not None:
             half_life = resolve_share(self.half_life, state, 'half_life')
             self._warn_if_longer('half_life', half_life, state, 'the average will keep more than half of its start')
+        if self.log_interval is not None and str(self.log_interval) != '1ep':
+            log_interval = resolve_share(self.log_interval, state, 'log_interval')
+            self._warn_if_longer('log_interval', log_interval, state, 'no distance will be logged')
         labels = [evaluator.label for evaluator in state.evaluators]
         for label in self.evaluate_with:
             if labels and label not in labels and label != 'predict':
@@ -477,7 +500,7 @@ class EMA(Algorithm):
             shadow.swap_in(state.model)
 
     def _return_to_training(self, state: State) -> None:
-        self._is_pass_open = False
+        self._open_passes = 0
         if self._shadow is not None:
             self._use('training', state)
 
@@ -523,6 +546,8 @@ class EMA(Algorithm):
             self._state_for_init = state
             return
         live = None if self._model is None else self._model()
+        if live is not None:
+            self._follow_surgery(live)
         inventory = Inventory() if live is None else Inventory.of(live)
         slot = {name: tensor.detach() for name, tensor in inventory.tensors().items()}
         tracked = {name for name, _ in self._shadow.named_parameters()}

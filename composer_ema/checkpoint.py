@@ -81,12 +81,16 @@ def export(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str]) -> d
     """
     average, metadata = _average_and_metadata(Path(checkpoint))
     # Tied weights share memory, which safetensors refuses: each name gets its own copy.
-    tensors = {name: tensor.contiguous().clone() for name, tensor in average.items()}
+    tensors = {name: tensor.contiguous().clone() for name, tensor in average.items() if isinstance(tensor, Tensor)}
+    if left_out := sorted(average.keys() - tensors.keys()):
+        metadata['left_out'] = ', '.join(left_out)  # the extra state of modules, which safetensors cannot hold
     try:
         with beside(Path(out)) as written:
             safetensors.torch.save_file(tensors, written, metadata=metadata)
     except (ValueError, KeyError, safetensors.SafetensorError) as error:
         raise CheckpointError(f'{checkpoint} cannot be written as safetensors: {error}') from error
+    except OSError as error:
+        raise CheckpointError(f'{out} cannot be written: {error.strerror or error}.') from error
     return metadata
 
 
@@ -101,9 +105,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise CheckpointError(f'{path} does not exist.')
     try:
-        _check_sums(path)
+        check_sums(path)
         with torch.serialization.safe_globals(_SAFE_TYPES):
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except CheckpointError:
+        raise
     # A damaged file fails in as many ways as there are bytes in it; all of them mean the same to the user.
     except Exception as error:
         raise CheckpointError(f'{path} cannot be read: {_reason(path, error)}') from error
@@ -174,12 +180,23 @@ def _mapping(of: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return value
 
 
-def _check_sums(path: Path) -> None:
-    """Raises where a byte has changed since the file was written: torch.load itself does not look."""
-    if zipfile.is_zipfile(path):
+def check_sums(path: Path) -> None:
+    """Raises where a byte of a torch file has changed since it was written, which ``torch.load`` does not look for.
+
+    Raises:
+        CheckpointError: a checksum is wrong, or the file cannot be read through.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    try:
         with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():
-                raise zipfile.BadZipFile(f'the checksum of {damaged} is wrong')
+            damaged = archive.testzip()
+    except Exception as error:
+        raise CheckpointError(f'{path} cannot be read: {_reason(path, error)}') from error
+    if damaged:
+        raise CheckpointError(
+            f'{path} cannot be read: it is damaged, the checksum of {damaged} is wrong. Load an earlier checkpoint.'
+        )
 
 
 def _reason(path: Path, error: Exception) -> str:

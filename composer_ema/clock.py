@@ -6,14 +6,13 @@ import math
 from typing import Any
 
 from composer.core import State, Time, Timestamp
+from composer.utils import dist
 
 from composer_ema.spans import UNITS, Span
 
 #: Units that a clock carries; a share of the run is turned into the run's own unit first.
 CLOCK_UNITS = ('iter', 'ep', 'ba', 'sp', 'tok')
 Clock = dict[str, float]
-
-START: Clock = dict.fromkeys(CLOCK_UNITS, 0)
 
 
 def read_clock(state: State, timestamp: Timestamp | None = None) -> Clock:
@@ -89,7 +88,12 @@ def run_length(unit: str, state: State) -> float | None:
 
 def _samples_per_epoch(state: State) -> int | None:
     dataset: Any = getattr(state.dataloader, 'dataset', None)
-    return len(dataset) if hasattr(dataset, '__len__') else None
+    batch_size: Any = getattr(state.dataloader, 'batch_size', None)
+    if not hasattr(dataset, '__len__'):
+        return None
+    if isinstance(batch_size, int) and state.dataloader_len is not None:  # a subset, or a last batch that is dropped
+        return min(len(dataset), state.dataloader_len.value * batch_size * dist.get_world_size())
+    return len(dataset)
 
 
 def has_crossed(earlier: float, now: float, interval: float) -> bool:

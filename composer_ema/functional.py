@@ -16,8 +16,6 @@ from composer_ema.shadow import ShadowModel
 from composer_ema.sharding import canonical_name, unwrap
 
 _REMEDY = 'Nothing was changed. Pass an average of the same architecture, for example copy.deepcopy(model).'
-# Below this weight a step of one unit in the last place of bfloat16's 8 digits is rounded away.
-_SMALLEST_BFLOAT16_WEIGHT = 2.0**-8
 
 
 def compute_ema(
@@ -54,8 +52,7 @@ def compute_ema(
     elif isinstance(ema_model, nn.Module):
         _step_between(unwrap(model), unwrap(ema_model))(weight)
     elif isinstance(ema_model, Mapping):
-        sources = {canonical_name(name): tensor for name, tensor in unwrap(model).state_dict(keep_vars=True).items()}
-        shadows = {canonical_name(name): tensor for name, tensor in ema_model.items()}
+        sources, shadows = _tensors(unwrap(model).state_dict(keep_vars=True)), _tensors(ema_model)
         check_same('ema_model', sources, shadows, remedy=_REMEDY)
         _prepare(shadows, sources)(weight)
     else:
@@ -63,6 +60,11 @@ def compute_ema(
             f'ema_model must be a module, a ShadowModel or a state dict, got {type(ema_model).__name__}. '
             'Pass for example copy.deepcopy(model).'
         )
+
+
+def _tensors(state_dict: Mapping[str, object]) -> dict[str, Tensor]:
+    """The tensors of a state dict by canonical name; a module's extra state is nothing to average."""
+    return {canonical_name(name): value for name, value in state_dict.items() if isinstance(value, Tensor)}
 
 
 #: A step for each averaged module that was updated before: it is used again while both modules stay as they are.
@@ -109,11 +111,13 @@ def _prepare(shadows: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> ke
             is_inexact = shadow.is_floating_point() or shadow.is_complex()
             (averaged if is_inexact else copied).append((shadow, sources[name].detach()))
     average = kernels.prepare([shadow for shadow, _ in averaged], [source for _, source in averaged])
-    is_coarse = any(shadow.dtype in (torch.bfloat16, torch.float16) for shadow, _ in averaged)
+    coarse = {shadow.dtype for shadow, _ in averaged if shadow.dtype in (torch.bfloat16, torch.float16)}
+    # Half a unit in the last place: what moves a weight by less of itself is mostly rounded away.
+    smallest_weight = max((torch.finfo(dtype).eps / 2 for dtype in coarse), default=0.0)
 
     @torch.no_grad()
     def step(weight: float) -> None:
-        if is_coarse and 0 < weight < _SMALLEST_BFLOAT16_WEIGHT:
+        if 0 < weight < smallest_weight:
             warnings.warn(
                 f'ema_model is kept in 16 bits, where updates of weight {weight:.2g} are mostly rounded away. '
                 'Keep it in float32: ema_model.float(), or a ShadowModel.',

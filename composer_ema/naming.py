@@ -146,6 +146,8 @@ class Selection:
 
 
 def _compile(argument: str, patterns: str | Sequence[str] | None) -> list[re.Pattern[str]]:
+    if patterns is not None and not isinstance(patterns, (str, Sequence)):
+        raise TypeError(f'{argument} must be a regular expression or a list of them, got {patterns!r}.')
     compiled = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
         if not isinstance(pattern, str):

@@ -33,7 +33,7 @@ Rounding = Literal['nearest', 'stochastic']
 
 _RESUME_REMEDY = (
     'Nothing was loaded. Build the same model with the same include, exclude and frozen parameters, '
-    'or leave the average out of what you load.'
+    "or start a new average with the Trainer's load_ignore_keys=['state/algorithms']."
 )
 
 
@@ -102,13 +102,14 @@ class ShadowModel:
         self._buffer_mode: BufferMode = check_buffer_mode(buffers)
         self._dtype = parse_dtype(dtype)
         self._device = parse_device(device)
-        self._skip_nonfinite = skip_nonfinite
+        self._skip_nonfinite = check_flag('skip_nonfinite', skip_nonfinite)
         self._rounding: Rounding = check_rounding(rounding, self._dtype)
         self._seed = check_seed(seed)
         self._backend = backend
         self._overlap = overlap
 
         self.num_updates = 0
+        self._has_warned = False
         self._parameters: dict[str, Tensor] = {}
         self._buffers: dict[str, Tensor] = {}
         self._stash: dict[str, Tensor] | None = None
@@ -173,6 +174,8 @@ class ShadowModel:
             )
 
         plan = self._plan_for(model, joining=True)
+        if 0 < weight < plan.smallest_weight and not self._has_warned:
+            self._warn_of_rounding(weight)
         for stream, average in plan.parameter_steps:
             with stream.fork():  # joined by wait(), which every read below calls too
                 average(weight)
@@ -181,6 +184,15 @@ class ShadowModel:
             average(weight)
         plan.copy_other_buffers()
         self.num_updates += 1
+
+    def _warn_of_rounding(self, weight: float) -> None:
+        self._has_warned = True
+        dtypes = '/'.join(sorted({str(t.dtype).removeprefix('torch.') for t in self._parameters.values()}))
+        warnings.warn(
+            f'an update of weight {weight:.2g} is mostly rounded away in an average kept in {dtypes}. '
+            "Keep it in a wider dtype, update less often, or round bfloat16 with rounding='stochastic'.",
+            stacklevel=3,
+        )
 
     def wait(self) -> None:
         """Orders the current stream after the last update. Never blocks the host; does nothing without overlap."""
@@ -214,12 +226,13 @@ class ShadowModel:
             raise RuntimeError('the average is swapped in already. Call swap_out(model) first.')
         plan = self._plan_for(model)
         self.wait()
-        stash = {name: source.detach().clone() for name, source in plan.sources.items()}
-        live, shadows = list(plan.sources.values()), [self._tensor(name) for name in plan.sources]
+        # Whole-number buffers stay: they are copies of the model's own, and counters that a forward counts up go on.
+        live = {name: source for name, source in plan.sources.items() if _is_inexact(source)}
+        stash = {name: source.detach().clone() for name, source in live.items()}
         try:
-            torch._foreach_copy_(live, shadows)
+            _overwrite(live.values(), [self._tensor(name) for name in live])
         except BaseException:
-            torch._foreach_copy_(live, list(stash.values()))
+            _overwrite(live.values(), stash.values())
             raise
         self._stash, self._swapped_model = stash, weakref.ref(unwrap(model))
 
@@ -245,7 +258,7 @@ class ShadowModel:
                 f'the model has lost {gone[0]} and {len(gone) - 1} more parameters since it was swapped in.'
             )
         names = [name for name, kept in self._stash.items() if name in live and live[name].shape == kept.shape]
-        torch._foreach_copy_([live[name] for name in names], [self._stash[name] for name in names])
+        _overwrite([live[name] for name in names], [self._stash[name] for name in names])
         self._stash = self._swapped_model = None
 
     @contextmanager
@@ -302,10 +315,9 @@ class ShadowModel:
 
     def training_weights(self, model: nn.Module) -> dict[str, Tensor]:
         """The tracked training weights: the stash while swapped, else the live tensors of ``model``, aliased."""
-        if self._stash is not None:
-            return dict(self._stash)
         live = Inventory.of(unwrap(model)).tensors()
-        return {name: live[name].detach() for name in (*self._parameters, *self._buffers) if name in live}
+        tracked = {name: live[name].detach() for name in (*self._parameters, *self._buffers) if name in live}
+        return {**tracked, **(self._stash or {})}
 
     @torch.no_grad()
     def relative_distance(self, model: nn.Module) -> Tensor:
@@ -418,7 +430,8 @@ class ShadowModel:
             if name not in self._parameters and parameter.requires_grad and name in self._selection:
                 self._parameters[name] = self._new_shadow(parameter)
         for name, buffer in inventory.buffers.items():
-            if name in self._selection and not (name in self._buffers and self._buffers[name].shape == buffer.shape):
+            is_tracked = name in self._buffers and self._buffers[name].shape == buffer.shape
+            if name in self._selection and not is_tracked and not _overlaps_itself(buffer):
                 self._buffers[name] = self._new_shadow(buffer)
         self._shapes = {name: torch.empty_like(t, device='meta') for name, t in inventory.parameters.items()}
         self._persistent, self._aliases = inventory.persistent, inventory.aliases
@@ -450,7 +463,7 @@ class ShadowModel:
     def _new_plan(self, module: nn.Module, joining: bool) -> _Plan:
         inventory = Inventory.of(module)
         check_same(
-            'the model',
+            'what the average follows',
             self._parameters,
             {name: p for name, p in inventory.parameters.items() if name in self._parameters},
             remedy='The average follows the architecture that it was built with; build a new one for another.',
@@ -464,7 +477,12 @@ class ShadowModel:
                 self._streams[tensor.device] = SideStream(tensor.device, overlap=self._overlap)
                 self._skipped[tensor.device] = DeviceCounter(tensor.device)
         watch = Watch(module, inventory, on_gone=_weakly(self._forget_plan))
-        return _Plan(watch, joining, parameters, buffers, self._buffer_mode, self._streams, self._prepare)
+        smallest = (
+            0.0
+            if self._rounding == 'stochastic'
+            else max(map(_smallest_weight, self._parameters.values()), default=0.0)
+        )
+        return _Plan(watch, joining, parameters, buffers, self._buffer_mode, self._streams, self._prepare, smallest)
 
     def _prepare(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> kernels.Step:
         """Prepares an update of pairs on one device."""
@@ -537,7 +555,10 @@ class ShadowModel:
             if not isinstance(stash, Mapping):
                 raise ValueError(f"the state's 'training_weights' is a {type(stash).__name__}. Nothing was loaded.")
             tracked = {**{n: self._shapes[n] for n in state['parameters']}, **self._buffers}
-            check_same('the saved training weights', tracked, stash, optional=self._volatile(), remedy=_RESUME_REMEDY)
+            whole = {name for name, buffer in self._buffers.items() if not _is_inexact(buffer)}
+            check_same(
+                'the saved training weights', tracked, stash, optional=self._volatile() | whole, remedy=_RESUME_REMEDY
+            )
         for name, tensor in (*state['parameters'].items(), *state['buffers'].items(), *(stash or {}).items()):
             if tensor.is_meta or tensor.layout is not torch.strided:
                 kind = 'on the meta device' if tensor.is_meta else f'stored as {tensor.layout}'
@@ -557,7 +578,9 @@ class _Plan:
         buffer_mode: BufferMode,
         streams: Mapping[torch.device, SideStream],
         prepare: Callable[[Iterable[tuple[Tensor, Tensor]]], kernels.Step],
+        smallest_weight: float,
     ) -> None:
+        self.smallest_weight = smallest_weight
         self.watch = watch
         self.has_joined = has_joined
         self.sources = {name: source for name, (_, source) in (*parameters.items(), *buffers.items())}
@@ -588,6 +611,11 @@ def _weakly(method: Callable[[], None]) -> Callable[[], None]:
     return call
 
 
+def _overwrite(tensors: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+    """Copies in place unseen by autograd: a swap restores every bit, so a graph that waits for backward stays valid."""
+    torch._foreach_copy_([tensor.data for tensor in tensors], list(values))
+
+
 def _copier(shadows: list[Tensor], sources: list[Tensor]) -> Callable[[], None]:
     @torch.no_grad()
     def copy() -> None:
@@ -602,8 +630,18 @@ def _unzip(pairs: Any) -> tuple[list[Tensor], list[Tensor]]:
     return [shadow for shadow, _ in pairs], [source for _, source in pairs]
 
 
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Whether elements share memory, as after ``expand``: such a buffer cannot be written, so it never changes."""
+    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+
+
 def _is_inexact(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _smallest_weight(shadow: Tensor) -> float:
+    """Below this weight an update is under half a unit in the last place, even where source and shadow differ much."""
+    return torch.finfo(shadow.dtype).eps / 2
 
 
 def _norm(tensor: Tensor) -> Tensor:
@@ -637,6 +675,13 @@ def check_rounding(rounding: str, dtype: torch.dtype | None) -> Rounding:
     return 'stochastic' if rounding == 'stochastic' else 'nearest'
 
 
+def check_flag(name: str, value: bool) -> bool:
+    """Returns ``value`` or raises a TypeError: it is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f'{name} must be True or False, got {value!r}.')
+    return value
+
+
 def check_seed(seed: int) -> int:
     """Returns ``seed`` or raises: it is a whole number in [0, 2**63)."""
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
@@ -653,8 +698,8 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     parsed = getattr(torch, dtype.removeprefix('torch.'), None) if isinstance(dtype, str) else dtype
     if parsed is None and dtype is None:
         return None
-    if not isinstance(parsed, torch.dtype) or not parsed.is_floating_point:
-        raise ValueError(f"the shadow's dtype must be a floating dtype such as 'float32' or 'bfloat16', got {dtype!r}.")
+    if parsed not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"the shadow's dtype must be float64, float32, bfloat16 or float16, got {dtype!r}.")
     return parsed
 
 

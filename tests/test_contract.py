@@ -149,7 +149,8 @@ class Recorder(Callback):
         if event in (Event.EVAL_BEFORE_FORWARD, Event.PREDICT_BEFORE_FORWARD) and self.ema and self.ema.ema_started:
             shadow = self.ema.ema_model
             held, average = bits(state.model), {**dict(shadow.named_parameters()), **dict(shadow.named_buffers())}
-            assert all(held[name] == value for name, value in bits(average).items())
+            averaged = {name: tensor for name, tensor in average.items() if tensor.is_floating_point()}
+            assert all(held[name] == value for name, value in bits(averaged).items())
             self.forwards_with_average += 1
 
 
@@ -950,6 +951,7 @@ def is_legal(argument: str, time: Any) -> bool:
 @example(value=1.7e308, unit='dur')
 @settings(max_examples=25, suppress_health_check=list(HealthCheck))
 @pytest.mark.filterwarnings('ignore:.*is longer than the run:UserWarning')
+@pytest.mark.filterwarnings('ignore:.*is mostly rounded away:UserWarning')
 @pytest.mark.filterwarnings('ignore:training ended before the first update:UserWarning')
 def test_a_run_with_any_legal_time_trains_or_says_which_argument_cannot_work(argument, value, unit):
     if error_of(lambda: EMA(**{argument: f'{value!r}{unit}'})) is not None:
@@ -1115,9 +1117,10 @@ def check_loaded(ema: EMA, state: dict[str, Any], before: tuple) -> None:
         ema.ema_model.swap_out(model)
         restored = copy.deepcopy(model.state_dict())
         model.load_state_dict(kept)
-        assert restored.keys() == stash.keys()
-        for name, tensor in restored.items():
-            same(tensor, stash[name])
+        assert stash.keys() <= restored.keys()
+        assert restored.keys() - stash.keys() <= {'module.1.num_batches_tracked'}
+        for name, tensor in stash.items():
+            same(restored[name], tensor)
 
 
 def same(loaded: Tensor, saved: Tensor) -> None:

@@ -449,8 +449,8 @@ class TestWhatIsTracked:
         ('arguments', 'message'),
         [
             ({'buffers': 'mean'}, "buffers must be 'average' or 'copy', got 'mean'"),
-            ({'dtype': 'float33'}, "floating dtype such as 'float32' or 'bfloat16', got 'float33'"),
-            ({'dtype': torch.int64}, 'floating dtype .* got torch.int64'),
+            ({'dtype': 'float33'}, "must be float64, float32, bfloat16 or float16, got 'float33'"),
+            ({'dtype': torch.int64}, 'must be float64, float32, bfloat16 or float16, got torch.int64'),
             ({'dtype': 'nn'}, "got 'nn'"),
             ({'device': 'abacus'}, "device must be one such as 'cpu' or 'cuda:0', got 'abacus'"),
         ],
@@ -515,7 +515,9 @@ class TestBuffers:
         before = frozen_copy(net)
         with shadow.swapped(net):
             assert net.norm.running_mean.tolist() == [0] * 4
-            net.norm(torch.randn(5, 4))  # moves the statistics that the average lent
+            net.norm(torch.randn(5, 4))  # moves the statistics that the average lent, and counts a batch
+        assert net.norm.num_batches_tracked == before['norm.num_batches_tracked'] + 1  # as it would without a swap
+        net.norm.num_batches_tracked -= 1
         assert same_bits(before, frozen_copy(net))
 
     def test_a_buffer_that_changes_shape_while_swapped_keeps_its_new_value(self, net):

@@ -76,8 +76,11 @@ def _through_scratch(
 
 
 def _lerp(shadows: list[Tensor], sources: list[Tensor], weight: float) -> None:
-    # A weight of 1 copies, also over a shadow that is not finite.
-    torch._foreach_copy_(shadows, sources) if weight == 1 else torch._foreach_lerp_(shadows, sources, weight)
+    # The ends are exact whatever is not finite: 0 keeps the shadow, 1 copies the source.
+    if weight == 1:
+        torch._foreach_copy_(shadows, sources)
+    elif weight != 0:
+        torch._foreach_lerp_(shadows, sources, weight)
 
 
 def _cast_then_lerp(shadows: list[Tensor], sources: list[Tensor], casts: list[Tensor], weight: float) -> None:

@@ -262,7 +262,7 @@ def _average(
     old = _read(shadow, offsets, count, CODE, MASKED, ALIGNED)
     # The two forms of torch.lerp: each is exact at its own end.
     value = tl.where(weight < 0.5, old + weight * (new - old), new - (new - old) * (1.0 - weight))
-    value = tl.where(weight >= 1.0, new, value)
+    value = tl.where(weight >= 1.0, new, tl.where(weight <= 0.0, old, value))
     if CODE == 1:
         # bfloat16 is float32 without its lower 16 bits: what is added before they are cut decides which carry.
         bits = value.to(tl.uint32, bitcast=True)

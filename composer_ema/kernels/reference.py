@@ -14,11 +14,13 @@ from composer_ema.kernels.rules import PHILOX_ROUNDS, PIECE, Rules, Steps
 def average(shadow: Tensor, source: Tensor, weight: float) -> Tensor:
     """``shadow + weight * (source - shadow)`` in float64 (complex128 for complex tensors), not rounded back.
 
-    A weight of 1 is the source itself, also where the shadow is not finite.
+    The ends are exact whatever is not finite: a weight of 0 keeps the shadow, 1 is the source.
     """
     wide = torch.complex128 if shadow.is_complex() else torch.float64
     old, new = shadow.to(wide), source.detach().to(device=shadow.device, dtype=wide)
-    return new if weight == 1 else old + weight * (new - old)
+    if weight in (0, 1):
+        return new if weight else old
+    return old + weight * (new - old)
 
 
 def refusal(shadow: Tensor, source: Tensor, rules: Rules) -> str | None:

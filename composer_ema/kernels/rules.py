@@ -35,8 +35,3 @@ class Rules:
     seed: int = 0
     first_step: int = 0
     skipped: Tensor | None = None
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the formula is all there is."""
-        return not (self.skip_nonfinite or self.stochastic)
