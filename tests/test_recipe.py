@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -197,14 +198,61 @@ class TestRefused:
         with pytest.raises(RecipeError, match=r'model\.num_classes: must be at least 3'):
             build(schema.load(write(), ['model.num_classes=2']))
 
-    def test_checkpoint_to_load_that_is_missing_or_cut_off(self, write, data_untouched, tmp_path):
-        checkpoint = tmp_path / 'ep1.pt'
-        with pytest.raises(RecipeError, match=r'load_path: there is no file'):
+    @pytest.mark.parametrize('name', ['ep1.pt', 'ep1', 'ep1.ckpt', 'ep1-rank0'])
+    @pytest.mark.parametrize(
+        ('damage', 'said'),
+        [
+            (lambda content: None, 'there is no file'),
+            (lambda content: b'', 'is no checkpoint'),
+            (lambda content: content[:-30], 'only the beginning'),
+            (lambda content: content.replace(b'\x81' * 64, b'\x81' * 63 + b'\x80'), 'checksum'),
+        ],
+        ids=['missing', 'empty', 'cut', 'flipped'],
+    )
+    def test_checkpoint_to_load_that_is_missing_or_damaged(
+        self, write, data_untouched, tmp_path, monkeypatch, name, damage, said
+    ):
+        monkeypatch.setattr('composer_ema.recipe.models.MODELS', {})  # no model is built either
+        checkpoint = tmp_path / name
+        torch.save({'state': torch.full((64,), 0x81, dtype=torch.uint8)}, checkpoint)
+        content = damage(checkpoint.read_bytes())
+        checkpoint.unlink() if content is None else checkpoint.write_bytes(content)
+        with pytest.raises(RecipeError, match=said) as refused:
             build(schema.load(write(load_path=str(checkpoint))))
-        torch.save({'state': torch.zeros(100)}, checkpoint)
-        checkpoint.write_bytes(checkpoint.read_bytes()[:-30])
-        with pytest.raises(RecipeError, match=r'load_path: .*only the beginning'):
-            build(schema.load(write(load_path=str(checkpoint))))
+        assert refused.value.key == 'load_path'
+        assert not (tmp_path / 'runs').exists()
+
+    def test_folder_or_archive_to_load_that_is_no_checkpoint(self, write, data_untouched, tmp_path):
+        with zipfile.ZipFile(tmp_path / 'data.zip', 'w') as archive:
+            archive.writestr('a', 'b')
+        for name, said in (('data.zip', 'archive of another kind'), ('.', r'is a folder\. Give one file of it')):
+            with pytest.raises(RecipeError, match=rf'load_path: .*{said}'):
+                build(schema.load(write(load_path=str(tmp_path / name))))
+
+    def test_checkpoint_with_types_of_the_users_own_loads(self, write, tmp_path):
+        run.train(schema.load(write(), ['run_name=first', 'max_duration=1ep']), quiet)
+        checkpoint = tmp_path / 'runs/first/checkpoints/latest-rank0.pt'
+        torch.save({**torch.load(checkpoint, weights_only=False), 'mine': Point(1, 0.5, 1.0)}, tmp_path / 'mine')
+        assert run.train(schema.load(write(load_path=str(tmp_path / 'mine'))), quiet).num_batches == 10
+
+    def test_damaged_checkpoint_of_a_run_to_resume(self, write, tmp_path):
+        path = write(autoresume=True, max_duration='1ep')
+        run.train(schema.load(path), quiet)
+        latest = (tmp_path / 'runs/tiny/checkpoints/latest-rank0.pt').resolve()
+        content = latest.read_bytes()
+        weight = next(iter(load_average(latest).values())).numpy().tobytes()
+        assert weight in content
+        latest.write_bytes(content.replace(weight, bytes([weight[0] ^ 1]) + weight[1:]))
+        with pytest.raises(RecipeError, match=r'autoresume: .*latest-rank0\.pt cannot be read.*load_path='):
+            build(schema.load(path))
+
+    def test_checkpoint_that_was_given_first_may_be_gone_when_the_run_resumes(self, write, tmp_path):
+        run.train(schema.load(write(), ['run_name=first', 'max_duration=1ep']), quiet)
+        first = (tmp_path / 'runs/first/checkpoints/latest-rank0.pt').resolve()
+        path = write(run_name='second', autoresume=True, load_path=str(first))
+        run.train(schema.load(path), quiet)
+        first.unlink()
+        assert run.train(schema.load(path, ['max_duration=3ep']), quiet).num_batches == 15
 
     def test_run_folder_that_holds_a_run(self, write, data_untouched, tmp_path):
         write_beside(tmp_path / 'runs/mine/metrics.jsonl', '{}\n')
@@ -362,6 +410,20 @@ class TestBuild:
             names.append(built.recipe.values['run_name'])
         assert names == ['tiny', 'tiny-2', 'tiny-2']
 
+    def test_failed_start_leaves_no_folder(self, write, tmp_path):
+        path = write()
+        for _ in range(2):
+            with pytest.raises(RecipeError, match='typo'):
+                build(schema.load(path, ['algorithms.ema.include=typo']))
+            assert not (tmp_path / 'runs').exists()
+
+    def test_failed_start_leaves_what_was_there(self, write, tmp_path):
+        path = write()
+        write_beside(tmp_path / 'runs/tiny/notes.txt', 'mine')
+        with pytest.raises(RecipeError, match='typo'):
+            build(schema.load(path, ['run_name=tiny', 'algorithms.ema.include=typo']))
+        assert [each.name for each in (tmp_path / 'runs/tiny').iterdir()] == ['notes.txt']
+
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory) -> tuple[Path, Result, list[Any]]:
@@ -490,12 +552,33 @@ class TestResume:
         run.train(schema.load(path, ['callbacks=null']), quiet)
         assert [line['batch'] for line in lines_of(tmp_path / 'runs/broken')][-1] == 10
 
+    @pytest.mark.parametrize('save_folder', [None, '{run_name}/saved'])
+    def test_takes_the_last_run_that_holds_a_checkpoint(self, write, tmp_path, save_folder):
+        path = write(**({} if save_folder is None else {'save_folder': f'{tmp_path}/{save_folder}'}))
+        run.train(schema.load(path), quiet)
+        run.train(schema.load(path, ['max_duration=1ep']), quiet)
+        (tmp_path / 'runs/tiny-3/checkpoints').mkdir(parents=True)
+        shown: list[Any] = []
+        resumed = run.train(schema.load(path, ['autoresume=true', 'max_duration=3ep']), shown.append)
+        assert resumed.run_name == 'tiny-2'
+        assert resumed.num_batches == 15
+        assert [point.epoch for point in resumed.points['ema']] == [1, 2, 3]
+        assert shown[0].startswith('autoresume: going on from ')
+        assert shown[0].endswith('latest-rank0.pt, batch 5')
+
+    def test_says_so_when_there_is_nothing_to_resume(self, write, tmp_path):
+        shown: list[Any] = []
+        run.train(schema.load(write(), ['autoresume=true', 'max_duration=1ep']), shown.append)
+        assert shown[0] == f'autoresume: {tmp_path}/runs/tiny holds no checkpoint; training starts from the beginning'
+
     def test_finished_run_is_reported_again_and_not_trained_further(self, write, tmp_path):
         path = write(run_name='done', autoresume=True)
         first = run.train(schema.load(path), quiet)
         lines = lines_of(tmp_path / 'runs/done')
-        again = run.train(schema.load(path), quiet)
+        shown: list[Any] = []
+        again = run.train(schema.load(path), shown.append)
         assert again == first
+        assert shown[1] == 'done has already trained for 2ep: nothing is left to train'
         assert lines_of(tmp_path / 'runs/done') == lines
 
     def test_load_path_continues_in_a_new_folder_with_the_evaluations_so_far(self, write, tmp_path):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import logging
+import contextlib
+import inspect
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,18 @@ from typing import Any
 import torch
 from composer import Evaluator, Trainer
 from composer.core import Algorithm
-from composer.utils import dist, get_device, reproducibility
+from composer.utils import dist, format_name_with_dist, get_device, reproducibility
+from composer.utils.compression import is_compressed_pt
+from composer.utils.file_helpers import is_tar
 
+from composer_ema.checkpoint import CheckpointError, check_sums
 from composer_ema.recipe.data import Data
 from composer_ema.recipe.recorder import Recorder
 from composer_ema.recipe.schema import Named, Place, Plan, Recipe, plan
 
-log = logging.getLogger(__name__)
-
 METRICS_FILE, RECIPE_FILE, CHECKPOINT_FOLDER = 'metrics.jsonl', 'recipe.yaml', 'checkpoints'
 DEFAULT_SEED = 0
+_DEFAULT_LATEST = inspect.signature(Trainer).parameters['save_latest_filename'].default
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def build(recipe: Recipe, *, scratch: Path | None = None) -> Run:
     seed = _seed(checked)
     run_name = _run_name(checked)
     folder = Path(checked.runs_folder) / run_name
-    _check_load_path(checked)
+    _check_what_is_loaded(checked, run_name)
     if scratch is None:
         _refuse_to_overwrite(checked, folder, place)
 
@@ -93,7 +96,8 @@ def build(recipe: Recipe, *, scratch: Path | None = None) -> Run:
         'callbacks': [recorder, *callbacks],
         'loggers': [recorder.collector, *(loggers if scratch is None else [])],
     }
-    trainer = Named(place, 'Trainer', Trainer, arguments).build()
+    with _no_empty_folders_left(folder / CHECKPOINT_FOLDER, folder, folder.parent):
+        trainer = Named(place, 'Trainer', Trainer, arguments).build()
     return Run(recipe.replace(seed=seed, run_name=run_name), checked, folder, trainer, recorder)
 
 
@@ -115,9 +119,10 @@ def _seed(checked: Plan) -> int:
 
 
 def _run_name(checked: Plan) -> str:
-    """The recipe's name for the run, or the recipe file's with the first free number; autoresume takes the last used.
+    """The recipe's name for the run, or the recipe file's with the first free number.
 
-    ``fashion_mnist``, then ``fashion_mnist-2``, ``fashion_mnist-3``, ... as folders of these names exist.
+    ``fashion_mnist``, then ``fashion_mnist-2``, ``fashion_mnist-3``, ... as folders of these names exist. Autoresume
+    takes the last that holds a checkpoint, or where none does the last.
     """
     if checked.recipe.run_name is not None:
         return checked.recipe.run_name
@@ -132,21 +137,82 @@ def _numbered_name(checked: Plan, *, resumes: bool) -> str:
     folder = Path(checked.runs_folder)
     taken = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     numbers = [int(match[1] or 1) for name in taken if (match := re.fullmatch(rf'{re.escape(stem)}(?:-(\d+))?', name))]
-    number = max(numbers, default=1) if resumes else max(numbers, default=0) + 1
+    names = [stem if number == 1 else f'{stem}-{number}' for number in sorted({1, *numbers})]
+    if resumes:
+        return next((name for name in reversed(names) if _latest_checkpoint(checked, name)), names[-1])
+    number = max(numbers, default=0) + 1
     return stem if number == 1 else f'{stem}-{number}'
 
 
-def _check_load_path(checked: Plan) -> None:
-    """Tells of a missing or cut-off checkpoint early; remote paths and patterns of names are Composer's to judge."""
+def _latest_checkpoint(checked: Plan, run_name: str) -> Path | None:
+    """What autoresume loads for a run of this name; None where there is nothing, or not on this machine's disks."""
+    in_run_folder = str(Path(checked.runs_folder) / run_name / CHECKPOINT_FOLDER)
+    folder = checked.trainer.get('save_folder', in_run_folder)
+    latest = checked.trainer.get('save_latest_filename', _DEFAULT_LATEST)
+    if not folder or not latest or '://' in folder:
+        return None
+    path = Path(format_name_with_dist(folder, run_name), format_name_with_dist(latest, run_name))
+    return path if path.exists() else None
+
+
+def _check_what_is_loaded(checked: Plan, run_name: str) -> None:
+    """Tells of a missing or damaged checkpoint before anything is built."""
+    complaint: list[Any] = [None]
+    # Rank 0 reads it through, which takes a while for a large one; all processes then stop with the same words.
+    if dist.get_global_rank() == 0:
+        complaint[0] = _complaint_about_what_is_loaded(checked, run_name)
+    dist.broadcast_object_list(complaint)
+    if complaint[0] is not None:
+        key, message = complaint[0]
+        raise (checked.place / key).error(message)
+
+
+def _complaint_about_what_is_loaded(checked: Plan, run_name: str) -> tuple[str, str] | None:
+    """The key to blame and why; None when the checkpoint is sound, there is none, or only Composer can judge it."""
+    latest = _latest_checkpoint(checked, run_name) if checked.trainer.get('autoresume') else None
     given = checked.trainer.get('load_path')
-    if not given or '://' in given or '{' in given:
-        return
-    path, place = Path(given), checked.place / 'load_path'
+    if latest is not None:
+        reason = _damage(latest)
+        remedy = 'Resume from an earlier one: load_path=... without autoresume.'
+        return ('autoresume', f'{reason} {remedy}') if reason else None
+    if not given or '://' in given or '{' in given or checked.trainer.get('load_object_store') is not None:
+        return None
+    if Path(given).is_dir() and not checked.trainer.get('parallelism_config'):
+        return 'load_path', f'{given} is a folder. Give one file of it, as in {Path(given) / "latest-rank0.pt"}.'
+    reason = _damage(Path(given))
+    return ('load_path', reason) if reason else None
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, as far as can be told without unpickling it."""
     if not path.exists():
-        raise place.error(f'there is no file {given}.')
+        return f'there is no file {path}.'
+    # Shards, archives and links to remote files.
+    if path.is_dir() or is_tar(path) or is_compressed_pt(str(path)) or path.suffix == '.symlink':
+        return None
     # torch.save writes a zip archive, whose directory comes last and is what a cut-off file lacks.
-    if path.suffix == '.pt' and path.is_file() and not zipfile.is_zipfile(path):
-        raise place.error(f'{given} is no checkpoint, or only the beginning of one. Load an earlier one.')
+    if not zipfile.is_zipfile(path):
+        return f'{path} is no checkpoint, or only the beginning of one. Load an earlier one.'
+    try:
+        check_sums(path)
+    except CheckpointError as error:
+        return str(error)
+    with zipfile.ZipFile(path) as archive:
+        is_from_torch = any(name.endswith('data.pkl') for name in archive.namelist())
+    return None if is_from_torch else f'{path} is an archive of another kind, no checkpoint.'
+
+
+@contextlib.contextmanager
+def _no_empty_folders_left(*folders: Path) -> Iterator[None]:
+    """Removes those of the folders that were made inside and left empty, innermost first, when what is inside fails."""
+    missing = [folder for folder in folders if not folder.exists()]
+    try:
+        yield
+    except BaseException:
+        for folder in missing:
+            with contextlib.suppress(OSError):  # it holds something
+                folder.rmdir()
+        raise
 
 
 def _refuse_to_overwrite(checked: Plan, folder: Path, place: Place) -> None:

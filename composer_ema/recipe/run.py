@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,8 +17,6 @@ from composer_ema.recipe import report
 from composer_ema.recipe.build import RECIPE_FILE, Run, build
 from composer_ema.recipe.report import Result
 from composer_ema.recipe.schema import Place, Plan, Recipe
-
-log = logging.getLogger(__name__)
 
 
 def train(recipe: Recipe, show: Callable[[Any], None]) -> Result:
@@ -37,9 +34,10 @@ def train(recipe: Recipe, show: Callable[[Any], None]) -> Result:
     """
     run = build(recipe)
     try:
+        _tell_what_is_resumed(run, show)
         if dist.get_global_rank() == 0:
             write_beside(run.folder / RECIPE_FILE, as_yaml(run.recipe))
-        _fit(run)
+        _fit(run, show)
     finally:
         run.trainer.close()
     outcome = _outcome(run)
@@ -90,11 +88,21 @@ def as_yaml(recipe: Recipe) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(recipe.values))
 
 
-def _fit(run: Run) -> None:
+def _tell_what_is_resumed(run: Run, show: Callable[[Any], None]) -> None:
+    if not run.plan.trainer.get('autoresume'):
+        return
+    state = run.trainer.state
+    if state.load_path is None:
+        show(f'autoresume: {run.folder} holds no checkpoint; training starts from the beginning')
+    else:
+        show(f'autoresume: going on from {state.load_path}, batch {int(state.timestamp.batch)}')
+
+
+def _fit(run: Run, show: Callable[[Any], None]) -> None:
     state = run.trainer.state
     assert state.max_duration is not None, 'the schema asks for max_duration'
     if state.timestamp >= state.max_duration:
-        log.info('%s has already trained for %s; there is nothing left to do.', state.run_name, state.max_duration)
+        show(f'{state.run_name} has already trained for {state.max_duration}: nothing is left to train')
         return
     start = state.timestamp.batch
     try:
