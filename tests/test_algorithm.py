@@ -902,7 +902,7 @@ def _operate(surgery):
 def test_beside_composers_swa_the_update_stays_in_line(trainer):
     alone, beside = EMA('2ba'), EMA('2ba')
     trainer([alone])
-    trainer([beside, SWA(swa_start='1ba', swa_end='5ba', update_interval='1ba')])
+    trainer([beside, SWA()])
     assert alone.ema_model._overlap
     assert not beside.ema_model._overlap
 
