@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-from rich.console import Console
-from rich.markup import escape
+USAGE_ERROR = 2
+_REMEDY = "Install what the commands need with: pip install 'composer-ema[composer]'"
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.markup import escape
+except ModuleNotFoundError as error:
+    # The console script imports this module before it can call main.
+    sys.stderr.write(f'{error}. {_REMEDY}\n')
+    raise SystemExit(USAGE_ERROR) from None
+
+# What the extra brings besides; that another module is missing is a bug.
+_OF_THE_EXTRA = ('composer', 'torchvision', 'omegaconf', 'yaml', 'pydantic', 'matplotlib')
 
 app = typer.Typer(
     help='Train with an average of the weights, and get the average out.',
@@ -19,7 +31,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-USAGE_ERROR = 2
 
 
 @app.command()
@@ -99,10 +110,10 @@ def _usage_errors() -> Iterator[None]:
     """Ends the program with one line and exit code 2 when the user's input is wrong; our own bugs keep their trace."""
     try:
         yield
-    except ImportError as error:
-        if error.name not in ('composer', 'omegaconf'):
+    except ModuleNotFoundError as error:
+        if (error.name or '').partition('.')[0] not in _OF_THE_EXTRA:
             raise
-        _fail(f'{error}. Install what recipes need with: pip install "composer-ema[composer]"')
+        _fail(f'{error}. {_REMEDY}')
     except ValueError as error:
         if type(error).__name__ not in ('RecipeError', 'CheckpointError'):
             raise

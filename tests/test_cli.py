@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import configparser
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +21,7 @@ from safetensors.torch import load_file
 
 from composer_ema import cli, load_average
 
+PACKAGE = Path(cli.__file__).parent
 TINY = {
     'max_duration': '2ep',
     'seed': 3,
@@ -116,6 +120,57 @@ def test_missing_recipe_and_broken_yaml(call, tmp_path):
         assert code == 2
         assert said in err
         assert 'Traceback' not in err
+
+
+BLOCKED = """
+import sys
+from importlib.abc import MetaPathFinder
+
+class Blocker(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition('.')[0] == {blocked!r}:
+            raise ModuleNotFoundError(f'No module named {{name!r}}', name=name)
+
+sys.meta_path.insert(0, Blocker())
+sys.argv[1:] = {arguments!r}
+from composer_ema.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize('blocked', ['typer', 'rich', 'composer', 'omegaconf', 'torchvision'])
+def test_without_the_extra_one_line_names_it(recipe, tmp_path, blocked):
+    process = spawn('-c', BLOCKED.format(blocked=blocked, arguments=['train', str(recipe)]), cwd=tmp_path)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 2, err
+    assert out == ''
+    assert len(err.splitlines()) == 1
+    assert blocked in err
+    assert "pip install 'composer-ema[composer]'" in err
+
+
+def test_every_import_is_of_a_declared_distribution():
+    """Core modules may import what install_requires names, the rest also what the extra names."""
+    setup = configparser.ConfigParser()
+    setup.read(PACKAGE.parent / 'setup.cfg')
+    core = modules_of(setup['options']['install_requires'])
+    extra = modules_of(setup['options.extras_require']['composer'])
+    for path in sorted(PACKAGE.rglob('*.py')):
+        of_recipes = path.name == 'cli.py' or 'recipe' in path.parts
+        names = {name.partition('.')[0] for name in imports(path)} - sys.stdlib_module_names - {'composer_ema'}
+        allowed = core | (extra if of_recipes else {'composer', 'triton'})  # both guarded where they are imported
+        assert names <= allowed, path
+
+
+def modules_of(requirements: str) -> set[str]:
+    names = {re.split(r'[<>=!~ ]', line)[0] for line in requirements.split('\n') if line and not line.startswith('#')}
+    return {{'mosaicml': 'composer', 'pyyaml': 'yaml'}.get(name, name) for name in names}
+
+
+def imports(path: Path) -> set[str]:
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return plain | {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
 
 
 def test_bug_of_our_own_keeps_its_trace(recipe, monkeypatch):
