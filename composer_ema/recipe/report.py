@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import statistics
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ LABELS = {'training': 'training weights', 'ema': 'average'}
 _COLOURS = {'training': '#D55E00', 'ema': '#0072B2'}
 _LINES = {'training': '--', 'ema': '-'}
 _MARKERS = {'training': 's', 'ema': 'o'}
+# As many characters as fit: over the picture at 11 points, over one of its two panels at 9.
+_PICTURE_CHARACTERS, _PANEL_CHARACTERS = 80, 52
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,7 @@ def draw_curves(outcome: Result, folder: Path) -> list[Path]:
     left, right = figure.subplots(1, 2)
     _draw_accuracy(left, outcome)
     _draw_loss(right, outcome)
-    figure.suptitle(outcome.run_name, x=0.01, ha='left', fontsize=11)
+    figure.suptitle(textwrap.fill(outcome.run_name, _PICTURE_CHARACTERS), x=0.01, ha='left', fontsize=11)
     paths = []
     for ending in ('png', 'svg'):
         buffer = io.BytesIO()
@@ -167,7 +170,8 @@ def _draw_accuracy(axes: Any, outcome: Result) -> None:
     _draw_lines(axes, outcome, lambda point: None if point.accuracy is None else 100 * point.accuracy)
     firsts = ', '.join(f'{LABELS[weights]} {_epoch(outcome.first_epoch(weights))}' for weights in outcome.points)
     axes.set(ylabel='accuracy (%)')
-    axes.set_title(f'first epoch at {_target(outcome)}: {firsts}', loc='left', fontsize=9)
+    title = f'first epoch at {_target(outcome)}: {firsts}'
+    axes.set_title(title if len(title) <= _PANEL_CHARACTERS else title.replace(': ', ':\n'), loc='left', fontsize=9)
     target = 100 * outcome.target_accuracy
     low, high = axes.get_ylim()
     if not low - (high - low) <= target <= high + (high - low):
