@@ -33,11 +33,11 @@ class Run:
     """A Trainer that is ready to fit, and where its results go.
 
     Args:
-        recipe (Recipe): The recipe with seed and run name filled in.
-        plan (Plan): The same, checked.
-        folder (Path): The run folder, which may not exist yet.
-        trainer (Trainer): Built, loaded when the recipe resumes, not yet fitted.
-        recorder (Recorder): What it writes its metrics through.
+        recipe: The recipe with seed and run name filled in.
+        plan: The same, checked.
+        folder: The run folder, which may not exist yet.
+        trainer: Built, loaded when the recipe resumes, not yet fitted.
+        recorder: What it writes its metrics through.
     """
 
     recipe: Recipe
@@ -51,8 +51,8 @@ def build(recipe: Recipe, *, scratch: Path | None = None) -> Run:
     """Builds the Trainer of a recipe: checks, then model, optimizer and plug-ins, then data, then the Trainer.
 
     Args:
-        recipe (Recipe): What ``schema.load`` returned.
-        scratch (Path, optional): A folder for whatever building writes, for a run that is never fitted; the recipe's
+        recipe: What ``schema.load`` returned.
+        scratch: A folder for whatever building writes, for a run that is never fitted; the recipe's
             own loggers are then built and left out, because they open files and connections as soon as a Trainer
             starts. Default: None, the run folder.
 

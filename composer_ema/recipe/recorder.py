@@ -23,7 +23,7 @@ class Collector(LoggerDestination):
     """Holds what was logged since it was last emptied, a number per name; the newest number wins.
 
     Attributes:
-        metrics (dict): Name to number or tensor.
+        metrics: Name to number or tensor.
     """
 
     def __init__(self) -> None:
@@ -53,15 +53,15 @@ class Recorder(Callback):
     and no other callback.
 
     Args:
-        path (Path, optional): The file to write; None writes nothing. Default: None.
+        path: The file to write; None writes nothing. Default: None.
 
     Attributes:
-        collector (Collector): To be given to the Trainer as a logger.
-        evaluations (list[dict]): The lines that hold metrics of an evaluator, oldest first.
-        step_seconds (float): Time from BATCH_START to BATCH_END, over ``num_batches`` batches.
-        update_seconds (float): What the averaging algorithms spent meanwhile, by their own ``update_seconds``; updates
+        collector: To be given to the Trainer as a logger.
+        evaluations: The lines that hold metrics of an evaluator, oldest first.
+        step_seconds: Time from BATCH_START to BATCH_END, over ``num_batches`` batches.
+        update_seconds: What the averaging algorithms spent meanwhile, by their own ``update_seconds``; updates
             that are made at the end of an epoch count too.
-        num_batches (int): How many batches were measured.
+        num_batches: How many batches were measured.
     """
 
     def __init__(self, path: Path | None = None) -> None:

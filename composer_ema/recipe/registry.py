@@ -42,9 +42,9 @@ class Registry:
     """Classes of one kind, found by snake case or class name; case, ``_`` and ``-`` make no difference.
 
     Args:
-        kind (str): What the classes are, for messages: ``'algorithm'``.
-        classes (Mapping[str, type]): Canonical snake-case name to class.
-        aliases (Mapping[str, str]): Further squashed spellings to canonical name.
+        kind: What the classes are, for messages: ``'algorithm'``.
+        classes: Canonical snake-case name to class.
+        aliases: Further squashed spellings to canonical name.
 
     Example:
         >>> callbacks().find('SpeedMonitor') is callbacks().find('speed_monitor')

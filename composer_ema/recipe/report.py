@@ -29,9 +29,9 @@ class Point:
     """One evaluation of one set of weights.
 
     Args:
-        epoch (float): Epochs trained by then.
-        accuracy (float | None): Share of right answers, in [0, 1].
-        loss (float | None): Cross entropy in nats.
+        epoch: Epochs trained by then.
+        accuracy: Share of right answers, in [0, 1].
+        loss: Cross entropy in nats.
     """
 
     epoch: float
@@ -44,12 +44,12 @@ class Result:
     """The outcome of one run.
 
     Args:
-        run_name (str): The run.
-        seed (int): Its seed.
-        target_accuracy (float): The accuracy whose first epoch counts, in [0, 1].
-        points (dict[str, list[Point]]): ``'training'`` and ``'ema'``, as far as evaluated, oldest first.
-        update_share (float | None): Share of step time that averaging cost, in [0, 1]; None when nothing was averaged.
-        num_batches (int): Over how many batches that was measured.
+        run_name: The run.
+        seed: Its seed.
+        target_accuracy: The accuracy whose first epoch counts, in [0, 1].
+        points: ``'training'`` and ``'ema'``, as far as evaluated, oldest first.
+        update_share: Share of step time that averaging cost, in [0, 1]; None when nothing was averaged.
+        num_batches: Over how many batches that was measured.
     """
 
     run_name: str
@@ -139,8 +139,8 @@ def draw_curves(outcome: Result, folder: Path) -> list[Path]:
     """Draws accuracy and loss of each set of weights over epochs, as ``curves.png`` and ``curves.svg``.
 
     Args:
-        outcome (Result): What to draw; nothing is drawn when no weights were evaluated.
-        folder (Path): Where to; each file is written beside and renamed.
+        outcome: What to draw; nothing is drawn when no weights were evaluated.
+        folder: Where to; each file is written beside and renamed.
 
     Returns:
         list[Path]: The files.

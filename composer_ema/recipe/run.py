@@ -23,8 +23,8 @@ def train(recipe: Recipe, show: Callable[[Any], None]) -> Result:
     """Trains a recipe and shows its table; with autoresume, only what is left of it.
 
     Args:
-        recipe (Recipe): What ``schema.load`` returned.
-        show (Callable): Takes what is to be printed, a string or a rich renderable.
+        recipe: What ``schema.load`` returned.
+        show: Takes what is to be printed, a string or a rich renderable.
 
     Returns:
         Result: What came out, over the whole run, also over the part before it was resumed.
@@ -53,9 +53,9 @@ def train_seeds(recipe: Recipe, seeds: Sequence[int], show: Callable[[Any], None
     """Trains a recipe once per seed, shows the table over seeds, also as Markdown, and writes it to the runs folder.
 
     Args:
-        recipe (Recipe): Its ``seed`` is replaced; the seed is added to its run name.
-        seeds (Sequence[int]): At least one.
-        show (Callable): Takes what is to be printed.
+        recipe: Its ``seed`` is replaced; the seed is added to its run name.
+        seeds: At least one.
+        show: Takes what is to be printed.
 
     Returns:
         list[Result]: One per seed.

@@ -62,9 +62,9 @@ class RecipeError(ValueError):
     """A recipe that cannot be followed: where, the value, the rule, the remedy.
 
     Args:
-        source (str): The file, as the user named it.
-        key (str): Dotted path of the key in it; empty for the file as a whole.
-        message (str): What is wrong and what to write instead.
+        source: The file, as the user named it.
+        key: Dotted path of the key in it; empty for the file as a whole.
+        message: What is wrong and what to write instead.
     """
 
     def __init__(self, source: str, key: str, message: str) -> None:
@@ -91,7 +91,7 @@ class Report:
     """What the table and the picture at the end of a run show.
 
     Args:
-        target_accuracy (float): The accuracy whose first epoch is reported, in [0, 1]. Default: 0.9.
+        target_accuracy: The accuracy whose first epoch is reported, in [0, 1]. Default: 0.9.
     """
 
     target_accuracy: float = 0.9
@@ -130,9 +130,9 @@ class Recipe:
     """A recipe as written: file, overrides and interpolations merged into plain values, not checked.
 
     Args:
-        source (str): The file, as the user named it.
-        name (str): What runs of it are called unless it says so itself: the file's name without folder and ending.
-        values (dict): The resolved content.
+        source: The file, as the user named it.
+        name: What runs of it are called unless it says so itself: the file's name without folder and ending.
+        values: The resolved content.
     """
 
     source: str
@@ -176,8 +176,8 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe, merges ``key=value`` overrides and resolves every ``${...}``.
 
     Args:
-        path (str | PathLike): The YAML file; loaded safely, tags that construct Python objects are refused.
-        overrides (Sequence[str]): OmegaConf's dot list: ``algorithms.ema.half_life=100ba``.
+        path: The YAML file; loaded safely, tags that construct Python objects are refused.
+        overrides: OmegaConf's dot list: ``algorithms.ema.half_life=100ba``.
 
     Returns:
         Recipe: Plain values; its keys are not checked yet, see :func:`plan`.
@@ -201,7 +201,7 @@ def plan(recipe: Recipe) -> Plan:
     """Checks every key, name and kind of value of a recipe against the signatures of what it names.
 
     Args:
-        recipe (Recipe): What :func:`load` returned.
+        recipe: What :func:`load` returned.
 
     Raises:
         RecipeError: The first thing that is wrong, with the path of the key and the nearest legal one.
@@ -234,10 +234,10 @@ def check_arguments(
     """Checks a mapping of arguments against the signature and the annotations of ``owner``.
 
     Args:
-        owner (Callable): A class or function.
-        arguments (Any): What the recipe says; null counts as no arguments.
-        place (Place): Where it says so.
-        given (Collection[str]): Parameters that the caller supplies; the recipe may not.
+        owner: A class or function.
+        arguments: What the recipe says; null counts as no arguments.
+        place: Where it says so.
+        given: Parameters that the caller supplies; the recipe may not.
 
     Returns:
         dict: The arguments, with lists where YAML has lists.
