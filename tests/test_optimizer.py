@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import faulthandler
 import importlib.util
 import inspect
 import io
 import math
+import os
 import pickle
 import re
+import time
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -1132,24 +1136,27 @@ class TestOrder:
 
 def _on_each_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
-    try:
-        model = nn.Sequential(nn.Linear(3, 2, bias=False))
-        nn.init.ones_(model[0].weight)
-        wrapped = DistributedDataParallel(model)
-        optimizer = EMAOptimizer(sgd(wrapped), decay=0.5, model=wrapped)
-        for index in range(4):
-            inputs, labels = batch(index)
-            half = slice(4 * rank, 4 * rank + 4)
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(wrapped(inputs[half]), labels[half]).backward()
-            optimizer.step()
-        with optimizer.swap_ema_weights():
-            during = weights(model)
-        state = optimizer.state_dict()
-        torch.save([averaged(optimizer), weights(model), during, state], f'{folder}/{rank}.pt')
-    finally:
-        dist.destroy_process_group()
+    faulthandler.dump_traceback_later(60, exit=True)  # a process that waits for the other for ever says where
+    store, patience = f'file://{folder}/store', timedelta(seconds=30)
+    dist.init_process_group('gloo', init_method=store, rank=rank, world_size=2, timeout=patience)
+    model = nn.Sequential(nn.Linear(3, 2, bias=False))
+    nn.init.ones_(model[0].weight)
+    wrapped = DistributedDataParallel(model)
+    optimizer = EMAOptimizer(sgd(wrapped), decay=0.5, model=wrapped)
+    for index in range(4):
+        inputs, labels = batch(index)
+        half = slice(4 * rank, 4 * rank + 4)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(wrapped(inputs[half]), labels[half]).backward()
+        optimizer.step()
+    with optimizer.swap_ema_weights():
+        during = weights(model)
+    torch.save([averaged(optimizer), weights(model), during, optimizer.state_dict()], f'{folder}/{rank}.new')
+    Path(folder, f'{rank}.new').rename(Path(folder, f'{rank}.pt'))
+    while not Path(folder, f'{1 - rank}.pt').exists():
+        time.sleep(0.01)
+    # Torch 2.13's DDP, destroyed, joins gloo's threads while it holds the interpreter's lock, which they may wait for.
+    os._exit(0)
 
 
 def test_on_two_processes_every_rank_has_the_average_of_the_whole_batch(tmp_path):
