@@ -35,8 +35,8 @@ test: $(READY) ## run the tests, under 10 minutes on 2 cores
 test-slow: $(READY) ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
-# pip knows CPU builds of torch by a suffix, where it is told of an index that has them:
-# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu. Without one the ordinary build is taken.
+# A suffix names the CPU build of torch, which pip finds where PIP_EXTRA_INDEX_URL gives PyTorch's index of them.
+# Without it the ordinary build is taken.
 $(CORE_VENV)/.ready: setup.cfg
 	$(PYTHON) -m venv $(CORE_VENV)
 	$(CORE_VENV)/bin/python -m pip install --quiet 'torch==$(TORCH)+cpu' \
