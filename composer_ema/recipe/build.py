@@ -173,7 +173,7 @@ def _complaint_about_what_is_loaded(checked: Plan, run_name: str) -> tuple[str, 
     given = checked.trainer.get('load_path')
     if latest is not None:
         reason = _damage(latest)
-        remedy = 'Resume from an earlier one: load_path=... without autoresume.'
+        remedy = 'To do so, give load_path=... and leave autoresume out.'
         return ('autoresume', f'{reason} {remedy}') if reason else None
     if not given or '://' in given or '{' in given or checked.trainer.get('load_object_store') is not None:
         return None
