@@ -33,7 +33,7 @@ Rounding = Literal['nearest', 'stochastic']
 
 _RESUME_REMEDY = (
     'Nothing was loaded. Build the same model with the same include, exclude and frozen parameters, '
-    "or start a new average with the Trainer's load_ignore_keys=['state/algorithms']."
+    "or start a new average; a Composer Trainer does with load_ignore_keys=['state/algorithms']."
 )
 
 

@@ -1,7 +1,10 @@
 """Wrappers are looked through, whatever the user's own sub-modules are called; rank 0's tensors reach every rank."""
 
 import faulthandler
+import os
+import time
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -145,24 +148,26 @@ def _on_each_rank(rank: int, folder: str) -> None:
     faulthandler.dump_traceback_later(60, exit=True)  # a process that waits for the other for ever says where
     store, patience = f'file://{folder}/store', timedelta(seconds=30)
     dist.init_process_group('gloo', init_method=store, rank=rank, world_size=2, timeout=patience)
-    try:
-        tensors = [torch.full((3,), float(rank)), torch.tensor(rank), torch.tensor([True, False]).logical_xor_(
-            torch.tensor(bool(rank))
-        ), torch.zeros(0)]  # fmt: skip
-        broadcast_(iter(tensors))
+    tensors = [torch.full((3,), float(rank)), torch.tensor(rank), torch.tensor([True, False]).logical_xor_(
+        torch.tensor(bool(rank))
+    ), torch.zeros(0)]  # fmt: skip
+    broadcast_(iter(tensors))
 
-        wrapped = DistributedDataParallel(Classifier(), broadcast_buffers=False)
-        unwrap(wrapped).module[1].running_mean.fill_(rank + 5)
-        from composer_ema import ShadowModel
+    wrapped = DistributedDataParallel(Classifier(), broadcast_buffers=False)
+    unwrap(wrapped).module[1].running_mean.fill_(rank + 5)
+    from composer_ema import ShadowModel
 
-        shadow = ShadowModel(wrapped)
-        own = dict(shadow.named_buffers())['module.1.running_mean'].tolist()
-        shadow.broadcast_buffers()
-        shared = dict(shadow.named_buffers())['module.1.running_mean'].tolist()
-        live = unwrap(wrapped).module[1].running_mean.tolist()
-        torch.save([tensors, own, shared, live, list(dict(shadow.named_parameters()))], f'{folder}/{rank}.pt')
-    finally:
-        dist.destroy_process_group()
+    shadow = ShadowModel(wrapped)
+    own = dict(shadow.named_buffers())['module.1.running_mean'].tolist()
+    shadow.broadcast_buffers()
+    shared = dict(shadow.named_buffers())['module.1.running_mean'].tolist()
+    live = unwrap(wrapped).module[1].running_mean.tolist()
+    torch.save([tensors, own, shared, live, list(dict(shadow.named_parameters()))], f'{folder}/{rank}.new')
+    Path(folder, f'{rank}.new').rename(Path(folder, f'{rank}.pt'))
+    while not Path(folder, f'{1 - rank}.pt').exists():
+        time.sleep(0.01)
+    # DDP, destroyed, joins gloo's threads while it holds the interpreter's lock, which they may wait for.
+    os._exit(0)
 
 
 def test_two_processes_end_with_the_tensors_of_rank_0(tmp_path):
