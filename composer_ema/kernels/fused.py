@@ -125,42 +125,14 @@ def _update(
     # Whole pieces need no mask, and without one the loads are vectors.
     if count == PIECE:
         _average_piece(
-            row,
-            count,
-            weights,
-            skipped,
-            seed,
-            number,
-            step,
-            K,
-            SOURCE,
-            SHADOW,
-            GUARD,
-            STOCHASTIC,
-            False,
-            ALIGNED,
-            PIECE,
-            ROUNDS,
-        )
+            row, count, weights, skipped, seed, number, step, K, SOURCE, SHADOW, GUARD, STOCHASTIC, False, ALIGNED,
+            PIECE, ROUNDS,
+        )  # fmt: skip
     else:
         _average_piece(
-            row,
-            count,
-            weights,
-            skipped,
-            seed,
-            number,
-            step,
-            K,
-            SOURCE,
-            SHADOW,
-            GUARD,
-            STOCHASTIC,
-            True,
-            ALIGNED,
-            PIECE,
-            ROUNDS,
-        )
+            row, count, weights, skipped, seed, number, step, K, SOURCE, SHADOW, GUARD, STOCHASTIC, True, ALIGNED,
+            PIECE, ROUNDS,
+        )  # fmt: skip
     if STOCHASTIC:
         # When the last program arrives, all have read the step; it alone moves it on.
         arrived = tl.atomic_add(control + 2, 1)
@@ -195,62 +167,20 @@ def _average_piece(
         weight, shadow = tl.load(weights + k), tl.load(row + 3 + k)
         if SHADOW >= 0:
             _average(
-                shadow,
-                offsets,
-                count,
-                new,
-                is_bad,
-                weight,
-                seed,
-                number,
-                step,
-                k,
-                SHADOW,
-                GUARD,
-                STOCHASTIC,
-                MASKED,
-                ALIGNED,
-                ROUNDS,
-            )
+                shadow, offsets, count, new, is_bad, weight, seed, number, step, k, SHADOW, GUARD, STOCHASTIC,
+                MASKED, ALIGNED, ROUNDS,
+            )  # fmt: skip
         else:
             if tl.load(row + 3 + K + k) == 0:
                 _average(
-                    shadow,
-                    offsets,
-                    count,
-                    new,
-                    is_bad,
-                    weight,
-                    seed,
-                    number,
-                    step,
-                    k,
-                    0,
-                    GUARD,
-                    STOCHASTIC,
-                    MASKED,
-                    ALIGNED,
-                    ROUNDS,
-                )
+                    shadow, offsets, count, new, is_bad, weight, seed, number, step, k, 0, GUARD, STOCHASTIC, MASKED,
+                    ALIGNED, ROUNDS,
+                )  # fmt: skip
             else:
                 _average(
-                    shadow,
-                    offsets,
-                    count,
-                    new,
-                    is_bad,
-                    weight,
-                    seed,
-                    number,
-                    step,
-                    k,
-                    1,
-                    GUARD,
-                    STOCHASTIC,
-                    MASKED,
-                    ALIGNED,
-                    ROUNDS,
-                )
+                    shadow, offsets, count, new, is_bad, weight, seed, number, step, k, 1, GUARD, STOCHASTIC, MASKED,
+                    ALIGNED, ROUNDS,
+                )  # fmt: skip
 
 
 @triton.jit
