@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from composer_ema import kernels
 from composer_ema.averages import weight_from_smoothing
+from composer_ema.kernels.rules import is_inexact, smallest_weight
 from composer_ema.naming import Inventory, Watch, check_same
 from composer_ema.shadow import ShadowModel
 from composer_ema.sharding import canonical_name, unwrap
@@ -108,16 +109,13 @@ def _prepare(shadows: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> ke
     for name, shadow in shadows.items():
         if shadow.numel() and (key := (shadow.data_ptr(), shadow.shape, shadow.stride())) not in seen:
             seen.add(key)
-            is_inexact = shadow.is_floating_point() or shadow.is_complex()
-            (averaged if is_inexact else copied).append((shadow, sources[name].detach()))
+            (averaged if is_inexact(shadow) else copied).append((shadow, sources[name].detach()))
     average = kernels.prepare([shadow for shadow, _ in averaged], [source for _, source in averaged])
-    coarse = {shadow.dtype for shadow, _ in averaged if shadow.dtype in (torch.bfloat16, torch.float16)}
-    # Half a unit in the last place: what moves a weight by less of itself is mostly rounded away.
-    smallest_weight = max((torch.finfo(dtype).eps / 2 for dtype in coarse), default=0.0)
+    smallest = smallest_weight(shadow for shadow, _ in averaged if shadow.dtype in (torch.bfloat16, torch.float16))
 
     @torch.no_grad()
     def step(weight: float) -> None:
-        if 0 < weight < smallest_weight:
+        if 0 < weight < smallest:
             warnings.warn(
                 f'ema_model is kept in 16 bits, where updates of weight {weight:.2g} are mostly rounded away. '
                 'Keep it in float32: ema_model.float(), or a ShadowModel.',

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from composer_ema import kernels
 from composer_ema.averages import check_share, weight_from_smoothing
 from composer_ema.counter import DeviceCounter
+from composer_ema.kernels.rules import is_inexact, smallest_weight
 from composer_ema.naming import Inventory, Selection, Watch, check_same
 from composer_ema.sharding import broadcast_, unwrap
 from composer_ema.stream import SideStream
@@ -227,7 +228,7 @@ class ShadowModel:
         plan = self._plan_for(model)
         self.wait()
         # Whole-number buffers stay: they are copies of the model's own, and counters that a forward counts up go on.
-        live = {name: source for name, source in plan.sources.items() if _is_inexact(source)}
+        live = {name: source for name, source in plan.sources.items() if is_inexact(source)}
         stash = {name: source.detach().clone() for name, source in live.items()}
         try:
             _overwrite(live.values(), [self._tensor(name) for name in live])
@@ -477,11 +478,7 @@ class ShadowModel:
                 self._streams[tensor.device] = SideStream(tensor.device, overlap=self._overlap)
                 self._skipped[tensor.device] = DeviceCounter(tensor.device)
         watch = Watch(module, inventory, on_gone=_weakly(self._forget_plan))
-        smallest = (
-            0.0
-            if self._rounding == 'stochastic'
-            else max(map(_smallest_weight, self._parameters.values()), default=0.0)
-        )
+        smallest = 0.0 if self._rounding == 'stochastic' else smallest_weight(self._parameters.values())
         return _Plan(watch, joining, parameters, buffers, self._buffer_mode, self._streams, self._prepare, smallest)
 
     def _prepare(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> kernels.Step:
@@ -555,7 +552,7 @@ class ShadowModel:
             if not isinstance(stash, Mapping):
                 raise ValueError(f"the state's 'training_weights' is a {type(stash).__name__}. Nothing was loaded.")
             tracked = {**{n: self._shapes[n] for n in state['parameters']}, **self._buffers}
-            whole = {name for name, buffer in self._buffers.items() if not _is_inexact(buffer)}
+            whole = {name for name, buffer in self._buffers.items() if not is_inexact(buffer)}
             check_same(
                 'the saved training weights', tracked, stash, optional=self._volatile() | whole, remedy=_RESUME_REMEDY
             )
@@ -590,8 +587,9 @@ class _Plan:
             streams[device].keep_alive(shadows + [source for source in sources if source.device == device])
             self.parameter_steps.append((streams[device], prepare(zip(shadows, sources, strict=True))))
 
-        averaged = [pair for pair in buffers.values() if buffer_mode == 'average' and _is_inexact(pair[0])]
-        others = [pair for pair in buffers.values() if not (buffer_mode == 'average' and _is_inexact(pair[0]))]
+        averaged, others = [], []
+        for pair in buffers.values():
+            (averaged if buffer_mode == 'average' and is_inexact(pair[0]) else others).append(pair)
         on_devices = {
             shadow.device: [pair for pair in averaged if pair[0].device == shadow.device] for shadow, _ in averaged
         }
@@ -633,15 +631,6 @@ def _unzip(pairs: Any) -> tuple[list[Tensor], list[Tensor]]:
 def _overlaps_itself(tensor: Tensor) -> bool:
     """Whether elements share memory, as after ``expand``: such a buffer cannot be written, so it never changes."""
     return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
-
-
-def _is_inexact(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
-
-
-def _smallest_weight(shadow: Tensor) -> float:
-    """Below this weight an update is under half a unit in the last place, even where source and shadow differ much."""
-    return torch.finfo(shadow.dtype).eps / 2
 
 
 def _norm(tensor: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from composer_ema.kernels import foreach, reference
-from composer_ema.kernels.rules import Rules, Steps
+from composer_ema.kernels.rules import Rules, Steps, is_inexact
 
 #: Performs one update of one average in place; takes the weight of the current parameters: 0 keeps, 1 copies.
 Step = Callable[[float], None]
@@ -173,7 +173,7 @@ def _check(averages: Sequence[Sequence[Tensor]], sources: Sequence[Tensor]) -> N
         for index, (shadow, source) in enumerate(zip(shadows, sources, strict=True)):
             if shadow.shape != source.shape:
                 raise ValueError(f'shadow {index} has shape {tuple(shadow.shape)}, its source {tuple(source.shape)}.')
-            if not (shadow.is_floating_point() or shadow.is_complex()):
+            if not is_inexact(shadow):
                 raise ValueError(
                     f'shadow {index} is {shadow.dtype}; only floating and complex tensors are averaged. Copy it.'
                 )

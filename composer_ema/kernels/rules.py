@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 #: Performs one update in place; takes one weight for each average, in [0, 1]: 0 keeps, 1 copies.
@@ -35,3 +36,16 @@ class Rules:
     seed: int = 0
     first_step: int = 0
     skipped: Tensor | None = None
+
+
+def is_inexact(tensor: Tensor) -> bool:
+    """Whether the tensor holds floating or complex numbers, which can be averaged; others can only be copied."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def smallest_weight(averages: Iterable[Tensor]) -> float:
+    """The weight below which an update of some of ``averages`` is under half a unit in the last place; 0 for none.
+
+    So small an update is rounded away even where source and average differ as much as they are large.
+    """
+    return max((torch.finfo(average.dtype).eps / 2 for average in averages), default=0.0)
