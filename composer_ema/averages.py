@@ -43,6 +43,32 @@ def exponential_weight(elapsed: float, half_life: float) -> float:
     return -math.expm1(-_LN2 * elapsed / half_life)
 
 
+def equal_weight(num_averaged: int) -> float:
+    """The weight ``1 / (num_averaged + 1)`` that makes an average equal: every value in it weighs the same.
+
+    Stochastic weight averaging, Izmailov et al. 2018, section 3.2.
+
+    Args:
+        num_averaged: how many values are in the average already, at least 0.
+
+    Returns:
+        A weight in (0, 1]: 1, which copies, for the first value, 1/2 for the second.
+
+    Raises:
+        TypeError: no whole number.
+        ValueError: below zero.
+
+    Example:
+        >>> [equal_weight(n) for n in range(4)]
+        [1.0, 0.5, 0.3333333333333333, 0.25]
+    """
+    if isinstance(num_averaged, bool) or not isinstance(num_averaged, int):
+        raise TypeError(f'num_averaged must be a whole number of at least 0, got {num_averaged!r}.')
+    if num_averaged < 0:
+        raise ValueError(f'num_averaged must be at least 0, got {num_averaged}. The first update of an average has 0.')
+    return 1.0 / (num_averaged + 1)
+
+
 def weight_from_smoothing(smoothing: float) -> float:
     """The weight ``1 - smoothing`` of the current parameters.
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from composer_ema import kernels
+from composer_ema import custom, kernels
 from composer_ema.averages import check_share, weight_from_smoothing
 from composer_ema.counter import DeviceCounter
 from composer_ema.kernels.rules import is_inexact, smallest_weight
@@ -66,9 +66,16 @@ class ShadowModel:
             they are fused; elsewhere the float64 reference does them.
         overlap: on CUDA, run the update of the parameters on a side stream. Whoever sets it calls :meth:`wait` before
             the parameters are written again.
+        avg_fn: instead of the formula, ``avg_fn(averaged, current, num_averaged)`` returns the new average of a tensor,
+            of the same shape and dtype, as for ``torch.optim.swa_utils.AveragedModel``. The first update copies;
+            ``num_averaged`` counts the updates so far, as an int64 scalar tensor on the CPU. ``current`` is cast to the
+            dtype and device of ``averaged``. Results are written when all have been computed, so an update takes memory
+            for one more copy. Never saved: pass it again to a shadow that loads a state.
+        multi_avg_fn: likewise for all tensors of a dtype and device at once: ``multi_avg_fn(averaged, current,
+            num_averaged)`` takes lists and writes into the tensors of the first.
 
     Raises:
-        TypeError, ValueError: an argument out of range, or a pattern that matches nothing.
+        TypeError, ValueError: an argument out of range, one that has no effect, or a pattern that matches nothing.
 
     Example:
         >>> model = nn.Linear(1, 1, bias=False)
@@ -98,7 +105,11 @@ class ShadowModel:
         seed: int = 0,
         backend: str = 'auto',
         overlap: bool = False,
+        avg_fn: custom.AvgFn | None = None,
+        multi_avg_fn: custom.MultiAvgFn | None = None,
     ) -> None:
+        check_custom(avg_fn, multi_avg_fn, skip_nonfinite=skip_nonfinite, rounding=rounding, backend=backend)
+        self._avg_fn, self._multi_avg_fn = avg_fn, multi_avg_fn
         self._selection = Selection(include, exclude)
         self._buffer_mode: BufferMode = check_buffer_mode(buffers)
         self._dtype = parse_dtype(dtype)
@@ -159,21 +170,28 @@ class ShadowModel:
             smoothing: share of the old average to keep, in [0, 1]: 0 copies, 1 freezes.
             weight: instead of ``smoothing``, the share ``1 - smoothing`` of the model, for when that is known better.
 
+        With ``avg_fn`` or ``multi_avg_fn`` neither is given: the function decides.
+
         Raises:
-            RuntimeError: the shadow is swapped into a model.
-            TypeError, ValueError: a share out of range, or a tracked parameter that the model lacks.
+            RuntimeError: the shadow is swapped into a model, or the function raised.
+            TypeError, ValueError: a share out of range, a tracked parameter that the model lacks, or a function that
+                does not keep to its rules. Only what a ``multi_avg_fn`` has written by then has changed the average.
         """
+        if self.has_function:
+            if smoothing is not None or weight is not None:
+                raise TypeError(
+                    f'the average follows a function of yours, so there is no share to give, got smoothing={smoothing} '
+                    f'and weight={weight}. Call update(model) alone, or build the shadow without the function.'
+                )
+            self._update_by_function(model)
+            return
         if (smoothing is None) == (weight is None):
             raise TypeError(f'pass either smoothing or weight, got smoothing={smoothing} and weight={weight}.')
         if smoothing is not None:
             weight = weight_from_smoothing(smoothing)
         assert weight is not None
         check_share('weight', weight, 'It is the share of the model in the new average.')
-        if self.is_swapped:
-            raise RuntimeError(
-                'the model holds the average, so there is nothing to average. Call swap_out(model) first.'
-            )
-
+        self._refuse_while_swapped()
         plan = self._plan_for(model, joining=True)
         if 0 < weight < plan.smallest_weight and not self._has_warned:
             self._warn_of_rounding(weight)
@@ -185,6 +203,33 @@ class ShadowModel:
             average(weight)
         plan.copy_other_buffers()
         self.num_updates += 1
+
+    @property
+    def has_function(self) -> bool:
+        """Whether ``avg_fn`` or ``multi_avg_fn`` makes the average."""
+        return self._avg_fn is not None or self._multi_avg_fn is not None
+
+    def _update_by_function(self, model: nn.Module) -> None:
+        self._refuse_while_swapped()
+        plan = self._plan_for(model, joining=True)
+        writes = []
+        for stream, compute in plan.parameter_steps:
+            with stream.fork():  # joined by wait(), as in update()
+                writes.append(compute(self.num_updates))
+        buffer_writes = [compute(self.num_updates) for compute in plan.buffer_steps]
+        for (stream, _), write in zip(plan.parameter_steps, writes, strict=True):
+            with stream.fork():
+                write()
+        for write in buffer_writes:
+            write()
+        plan.copy_other_buffers()
+        self.num_updates += 1
+
+    def _refuse_while_swapped(self) -> None:
+        if self.is_swapped:
+            raise RuntimeError(
+                'the model holds the average, so there is nothing to average. Call swap_out(model) first.'
+            )
 
     def _warn_of_rounding(self, weight: float) -> None:
         self._has_warned = True
@@ -478,12 +523,16 @@ class ShadowModel:
                 self._streams[tensor.device] = SideStream(tensor.device, overlap=self._overlap)
                 self._skipped[tensor.device] = DeviceCounter(tensor.device)
         watch = Watch(module, inventory, on_gone=_weakly(self._forget_plan))
-        smallest = 0.0 if self._rounding == 'stochastic' else smallest_weight(self._parameters.values())
+        smallest = (
+            0.0 if self._rounding == 'stochastic' or self.has_function else smallest_weight(self._parameters.values())
+        )
         return _Plan(watch, joining, parameters, buffers, self._buffer_mode, self._streams, self._prepare, smallest)
 
-    def _prepare(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> kernels.Step:
-        """Prepares an update of pairs on one device."""
+    def _prepare(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> Callable[[Any], Any]:
+        """Prepares an update of pairs on one device: a step by weight, or with a function by ``num_updates``."""
         shadows, sources = _unzip(pairs)
+        if self.has_function:
+            return custom.prepare(shadows, sources, avg_fn=self._avg_fn, multi_avg_fn=self._multi_avg_fn)
         rules = kernels.Rules(
             skip_nonfinite=self._skip_nonfinite,
             stochastic=self._rounding == 'stochastic',
@@ -574,14 +623,14 @@ class _Plan:
         buffers: Mapping[str, tuple[Tensor, Tensor]],
         buffer_mode: BufferMode,
         streams: Mapping[torch.device, SideStream],
-        prepare: Callable[[Iterable[tuple[Tensor, Tensor]]], kernels.Step],
+        prepare: Callable[[Iterable[tuple[Tensor, Tensor]]], Callable[[Any], Any]],
         smallest_weight: float,
     ) -> None:
         self.smallest_weight = smallest_weight
         self.watch = watch
         self.has_joined = has_joined
         self.sources = {name: source for name, (_, source) in (*parameters.items(), *buffers.items())}
-        self.parameter_steps: list[tuple[SideStream, kernels.Step]] = []
+        self.parameter_steps: list[tuple[SideStream, Callable[[Any], Any]]] = []
         for device in {shadow.device for shadow, _ in parameters.values()}:
             shadows, sources = _unzip(pair for pair in parameters.values() if pair[0].device == device)
             streams[device].keep_alive(shadows + [source for source in sources if source.device == device])
@@ -662,6 +711,31 @@ def check_rounding(rounding: str, dtype: torch.dtype | None) -> Rounding:
             "Set the shadow's dtype to 'bfloat16', or leave rounding out."
         )
     return 'stochastic' if rounding == 'stochastic' else 'nearest'
+
+
+def check_custom(
+    avg_fn: custom.AvgFn | None,
+    multi_avg_fn: custom.MultiAvgFn | None,
+    *,
+    skip_nonfinite: bool = False,
+    rounding: str = 'nearest',
+    backend: str = 'auto',
+) -> None:
+    """Raises unless at most one function is given, and then nothing that only the formula knows."""
+    custom.check_functions(avg_fn, multi_avg_fn)
+    if avg_fn is None and multi_avg_fn is None:
+        return
+    without_effect = {
+        f'skip_nonfinite={skip_nonfinite}': skip_nonfinite is not False,
+        f'rounding={rounding!r}': rounding != 'nearest',
+        f'backend={backend!r}': backend != 'auto',
+    }
+    for argument, is_given in without_effect.items():
+        if is_given:
+            raise ValueError(
+                f'{argument} has no effect on an average by a function of yours. '
+                'Leave it out, or do it in the function.'
+            )
 
 
 def check_flag(name: str, value: bool) -> bool:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from composer_ema.averages import check_share, exponential_weight, weight_from_smoothing
+from composer_ema.averages import check_share, equal_weight, exponential_weight, weight_from_smoothing
 
 lengths = st.floats(min_value=1e-6, max_value=1e12)
 
@@ -72,6 +72,28 @@ def test_only_the_ratio_to_the_half_life_counts(elapsed, half_life, factor):
 @given(elapsed=lengths, longer=st.floats(1, 1e6), half_life=lengths)
 def test_more_time_never_gives_less_weight(elapsed, longer, half_life):
     assert exponential_weight(elapsed * longer, half_life) >= exponential_weight(elapsed, half_life)
+
+
+@given(values=st.lists(st.fractions(-1000, 1000, max_denominator=1000), min_size=1, max_size=50))
+def test_updates_of_equal_weight_make_the_mean(values):
+    average = Fraction(7)  # whatever it starts from, the first update copies
+    for count, value in enumerate(values):
+        average += Fraction(1, count + 1) * (value - average)
+        assert equal_weight(count) == float(Fraction(1, count + 1))
+    assert average == sum(values) / len(values)
+
+
+@pytest.mark.parametrize(
+    ('count', 'error', 'message'),
+    [
+        (-1, ValueError, r'num_averaged must be at least 0, got -1\. The first'),
+        (True, TypeError, r'whole number of at least 0, got True'),
+        (1.0, TypeError, r'whole number of at least 0, got 1\.0'),
+    ],
+)
+def test_a_count_that_is_none_is_refused(count, error, message):
+    with pytest.raises(error, match=message):
+        equal_weight(count)
 
 
 @pytest.mark.parametrize('smoothing', [0, 0.0, 0.25, 0.999, 1, 1.0])

@@ -1,0 +1,200 @@
+"""Averages by a function of the user's, with the signatures of ``torch.optim.swa_utils.AveragedModel``.
+
+Invariant: nothing is written into an average before every function that returns new values has returned sound ones.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: ``avg_fn(averaged, current, num_averaged)`` returns the new average of one tensor.
+AvgFn = Callable[[Tensor, Tensor, Any], Tensor]
+#: ``multi_avg_fn(averaged, current, num_averaged)`` writes the new averages of many tensors into ``averaged``.
+MultiAvgFn = Callable[[list[Tensor], list[Tensor], Any], Any]
+#: Takes the number of updates so far and returns what writes the next average.
+Step = Callable[[int], Callable[[], object]]
+
+
+def check_functions(avg_fn: AvgFn | None, multi_avg_fn: MultiAvgFn | None) -> None:
+    """Raises unless at most one of the two is given, and is callable."""
+    for name, function in (('avg_fn', avg_fn), ('multi_avg_fn', multi_avg_fn)):
+        if function is not None and not callable(function):
+            raise TypeError(
+                f'{name} must be a function of averaged, current and num_averaged, got {function!r}. '
+                'Pass for example torch.optim.swa_utils.get_ema_multi_avg_fn(0.999) as multi_avg_fn.'
+            )
+    if avg_fn is not None and multi_avg_fn is not None:
+        raise ValueError('pass either avg_fn or multi_avg_fn, got both. multi_avg_fn is the faster one.')
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """A function's own name, for messages and for the record of a run."""
+    return getattr(function, '__qualname__', None) or type(function).__qualname__
+
+
+def prepare(
+    shadows: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    *,
+    avg_fn: AvgFn | None = None,
+    multi_avg_fn: MultiAvgFn | None = None,
+) -> Step:
+    """Prepares an update of ``shadows`` towards ``sources`` by one of the two functions.
+
+    Args:
+        shadows: written in place.
+        sources: as many, of equal shapes; one of another dtype or device is cast to its shadow's at each update.
+        avg_fn: called for each pair.
+        multi_avg_fn: called for each dtype and device.
+
+    Returns:
+        A step that takes the number of updates so far, 0 for one that copies. What it returns writes the averages;
+        ``multi_avg_fn`` has written them by then.
+    """
+    if avg_fn is not None:
+        return _prepare_one_by_one(shadows, sources, avg_fn)
+    assert multi_avg_fn is not None
+    groups: defaultdict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]]
+    groups = defaultdict(lambda: ([], []))
+    for shadow, source in zip(shadows, sources, strict=True):
+        group = groups[shadow.device, shadow.dtype]
+        group[0].append(shadow)
+        group[1].append(source)
+    steps = [_Together(*group, multi_avg_fn) for group in groups.values()]
+
+    def step(num_averaged: int) -> Callable[[], object]:
+        writes = [each(num_averaged) for each in steps]
+        return lambda: [write() for write in writes]
+
+    return step
+
+
+def _prepare_one_by_one(shadows: Sequence[Tensor], sources: Sequence[Tensor], avg_fn: AvgFn) -> Step:
+    averaged, current = _detached(shadows), _detached(sources)
+
+    @torch.no_grad()
+    def step(num_averaged: int) -> Callable[[], object]:
+        if num_averaged == 0:
+            return partial(_copy, averaged, current)
+        count = torch.tensor(num_averaged)
+        return partial(_copy, averaged, [_next(avg_fn, *pair, count) for pair in zip(averaged, current, strict=True)])
+
+    return step
+
+
+def _next(avg_fn: AvgFn, averaged: Tensor, current: Tensor, count: Tensor) -> Tensor:
+    given = current.to(averaged.device, averaged.dtype)
+    with _Reading('avg_fn', avg_fn, [averaged], [given]):
+        result = avg_fn(averaged, given, count)
+    if not isinstance(result, Tensor):
+        raise TypeError(
+            f'avg_fn must return the new average as a tensor, but {name_of(avg_fn)} returned a '
+            f'{type(result).__name__}. One that writes into lists of tensors is a multi_avg_fn.'
+        )
+    if result.shape != averaged.shape or result.dtype != averaged.dtype:
+        raise ValueError(
+            f'avg_fn must return a tensor of the shape and dtype of the average, {_kind(averaged)}, but '
+            f'{name_of(avg_fn)} returned {_kind(result)}. End it with .to(averaged.dtype) if only the dtype differs.'
+        )
+    return result
+
+
+class _Together:
+    """A step for tensors of one dtype and device, by one call that writes in place."""
+
+    def __init__(self, shadows: Sequence[Tensor], sources: Sequence[Tensor], multi_avg_fn: MultiAvgFn) -> None:
+        self._shadows, self._sources = list(shadows), _detached(sources)
+        self._function = multi_avg_fn
+        self._has_written = False
+
+    @torch.no_grad()
+    def __call__(self, num_averaged: int) -> Callable[[], object]:
+        if num_averaged == 0:
+            return partial(_copy, self._shadows, self._sources)
+        # Views and lists of their own: whatever the function puts in their place, the average stays where it is.
+        averaged = _detached(self._shadows)
+        given = list(averaged)
+        current = [source.to(s.device, s.dtype) for s, source in zip(averaged, self._sources, strict=True)]
+        # Not every way of writing counts up a tensor's version, so the values of one tensor are looked at as well.
+        versions, first = _versions(averaged), None if self._has_written else averaged[0].clone()
+        with _Reading('multi_avg_fn', self._function, averaged, current):
+            result = self._function(given, current, torch.tensor(num_averaged))
+        is_rebound = self._is_rebound(given, averaged)
+        if is_rebound or (first is not None and self._has_missed(first, self._sources[0], versions)):
+            done = 'put others in their place' if is_rebound else 'wrote nothing'
+            done += '' if result is None else f' and returned a {type(result).__name__}'
+            raise ValueError(
+                f'multi_avg_fn must write the new averages into the tensors of its first list, but '
+                f'{name_of(self._function)} {done}. '
+                'Write in place, as torch._foreach_lerp_ does, or pass a function of single tensors as avg_fn.'
+            )
+        self._has_written = True
+        return _nothing
+
+    def _is_rebound(self, given: list[Tensor], averaged: list[Tensor]) -> bool:
+        """Whether the list holds other tensors than it was filled with, or one of them another storage."""
+        if len(given) != len(averaged):
+            return True
+        triples = zip(given, averaged, self._shadows, strict=True)
+        return any(a is not b or a.data_ptr() != shadow.data_ptr() for a, b, shadow in triples)
+
+    def _has_missed(self, before: Tensor, source: Tensor, versions: list[int]) -> bool:
+        """Whether nothing was written where there was something to write; the host waits for that once."""
+        if _versions(self._shadows) != versions:
+            return False
+        current = source.to(before.device, before.dtype)
+        return torch.equal(self._shadows[0], before) and not torch.equal(before, current)
+
+
+class _Reading:
+    """Around a call of the user's: says whose error it was, and whether the training weights were written."""
+
+    def __init__(
+        self, argument: str, function: Callable[..., Any], averaged: list[Tensor], current: list[Tensor]
+    ) -> None:
+        self._argument, self._function = argument, function
+        self._averaged, self._current = averaged[0], current
+        self._versions = _versions(current)
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        function = f'{self._argument} {name_of(self._function)}'
+        if isinstance(error, Exception):
+            raise RuntimeError(
+                f'{function} failed on an average that is {_kind(self._averaged)}: {error}. It is called as torch '
+                f'calls it, with averaged, current and num_averaged.'
+            ) from error
+        if error is None and _versions(self._current) != self._versions:
+            raise RuntimeError(
+                f'{function} wrote into the current weights, which it may only read: training would go on with what '
+                'it wrote. Load the last checkpoint, and write into averaged alone.'
+            )
+
+
+def _copy(averaged: list[Tensor], values: list[Tensor]) -> None:
+    with torch.no_grad():
+        torch._foreach_copy_(averaged, values)
+
+
+def _nothing() -> None:
+    """Nothing is left to write."""
+
+
+def _detached(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.detach() for tensor in tensors]
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
+def _kind(tensor: Tensor) -> str:
+    return f'{tuple(tensor.shape)} {str(tensor.dtype).removeprefix("torch.")} on {tensor.device}'
