@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,12 @@ from composer.utils.compression import is_compressed_pt
 from composer.utils.file_helpers import is_tar
 
 from composer_ema.checkpoint import CheckpointError, check_sums
+from composer_ema.recipe import groups, schedules
+from composer_ema.recipe.arguments import Named, Place, RecipeError
 from composer_ema.recipe.data import Data
 from composer_ema.recipe.recorder import Recorder
-from composer_ema.recipe.schema import Named, Place, Plan, Recipe, plan
+from composer_ema.recipe.schedules import Length, Scheduled
+from composer_ema.recipe.schema import Plan, Recipe, plan
 
 METRICS_FILE, RECIPE_FILE, CHECKPOINT_FOLDER = 'metrics.jsonl', 'recipe.yaml', 'checkpoints'
 DEFAULT_SEED = 0
@@ -38,6 +41,7 @@ class Run:
         folder: The run folder, which may not exist yet.
         trainer: Built, loaded when the recipe resumes, not yet fitted.
         recorder: What it writes its metrics through.
+        remarks: What to show before it trains, strings and rich renderables: groups of parameters, the schedule.
     """
 
     recipe: Recipe
@@ -45,6 +49,7 @@ class Run:
     folder: Path
     trainer: Trainer
     recorder: Recorder
+    remarks: list[Any]
 
 
 def build(recipe: Recipe, *, scratch: Path | None = None) -> Run:
@@ -74,14 +79,18 @@ def build(recipe: Recipe, *, scratch: Path | None = None) -> Run:
 
     reproducibility.seed_all(seed)
     model = checked.model.build()
-    optimizer = checked.optimizer.build(model.parameters()) if checked.optimizer else None
-    scheduler = _scheduler(checked.scheduler, optimizer)
+    optimizer = groups.build_optimizer(checked.optimizer, checked.param_groups, model) if checked.optimizer else None
+    scheduled = schedules.check_metrics(checked.schedulers, model)
+    if optimizer is not None:
+        schedules.rehearse(scheduled, optimizer)
     algorithms = [_algorithm(each, checked.evaluate) for each in checked.algorithms]
     callbacks = [each.build() for each in checked.callbacks]
     loggers = [each.build() for each in checked.loggers]
 
     data = checked.data.build(**({} if 'seed' in checked.data.arguments else {'seed': seed}))
     _check_fit(model, data, checked.model.place)
+    scheduled = schedules.fill(scheduled, _length(checked, data), checked.trainer)
+    stepped = schedules.for_trainer(scheduled, optimizer)
     recorder = Recorder(folder / METRICS_FILE if scratch is None else None)
     arguments = {
         **_trainer_arguments(checked.trainer, folder, scratch),
@@ -91,14 +100,23 @@ def build(recipe: Recipe, *, scratch: Path | None = None) -> Run:
         'train_dataloader': data.train,
         'eval_dataloader': [Evaluator(label=f'eval_{each}', dataloader=data.evaluation) for each in checked.evaluate],
         'optimizers': optimizer,
-        'schedulers': scheduler,
+        'schedulers': stepped.schedulers,
         'algorithms': algorithms,
-        'callbacks': [recorder, *callbacks],
+        'callbacks': [recorder, *stepped.callbacks, *callbacks],
         'loggers': [recorder.collector, *(loggers if scratch is None else [])],
     }
+    if stepped.every_batch is not None:
+        arguments['step_schedulers_every_batch'] = stepped.every_batch
+    settings = stepped.settings()
     with _no_empty_folders_left(folder / CHECKPOINT_FOLDER, folder, folder.parent):
         trainer = Named(place, 'Trainer', Trainer, arguments).build()
-    return Run(recipe.replace(seed=seed, run_name=run_name), checked, folder, trainer, recorder)
+        try:
+            stepped.check_unchanged(settings)
+        except RecipeError:
+            trainer.close()
+            raise
+    resolved = recipe.replace(seed=seed, run_name=run_name, **_schedule_values(recipe, scheduled))
+    return Run(resolved, checked, folder, trainer, recorder, _remarks(checked, scheduled, optimizer))
 
 
 def _start_processes(checked: Plan) -> None:
@@ -229,14 +247,24 @@ def _refuse_to_overwrite(checked: Plan, folder: Path, place: Place) -> None:
         )
 
 
-def _scheduler(named: Named | None, optimizer: torch.optim.Optimizer | None) -> Any:
-    if named is None:
-        return None
-    if not issubclass(named.factory, torch.optim.lr_scheduler.LRScheduler):  # pyright: ignore[reportArgumentType]: a class
-        return named.build()
-    if optimizer is None:
-        raise named.place.error(f'{named.name} needs an optimizer. Add one, as in optimizer: {{name: adamw}}.')
-    return named.build(optimizer)
+def _length(checked: Plan, data: Data) -> Length | None:
+    batches, subset = len(data.train), checked.trainer.get('train_subset_num_batches', -1)
+    return Length.of(checked.trainer['max_duration'], batches if subset < 0 else min(subset, batches))
+
+
+def _schedule_values(recipe: Recipe, scheduled: Sequence[Scheduled]) -> dict[str, Any]:
+    """The key ``scheduler`` with all that was filled in; nothing where the recipe has none."""
+    values = [each.as_values() for each in scheduled]
+    if not values:
+        return {}
+    return {'scheduler': values if isinstance(recipe.values['scheduler'], list) else values[0]}
+
+
+def _remarks(checked: Plan, scheduled: Sequence[Scheduled], optimizer: torch.optim.Optimizer | None) -> list[Any]:
+    remarks: list[Any] = [f'scheduler: {each.in_words()}' for each in scheduled]
+    if checked.param_groups and optimizer is not None:
+        remarks.insert(0, groups.table(optimizer, checked.param_groups))
+    return remarks
 
 
 def _algorithm(named: Named, evaluate: list[str]) -> Algorithm:

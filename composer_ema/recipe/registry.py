@@ -19,6 +19,7 @@ import torch
 from composer.core import Algorithm, Callback
 from composer.loggers import LoggerDestination
 from composer.optim import ComposerScheduler
+from torch.optim.swa_utils import SWALR
 
 from composer_ema import algorithm
 
@@ -92,11 +93,9 @@ def optimizers() -> Registry:
 
 @functools.cache
 def schedulers() -> Registry:
-    """Composer's time-string schedulers, then every class of ``torch.optim.lr_scheduler``."""
+    """Composer's time-string schedulers, then every class of ``torch.optim.lr_scheduler``, and SWALR."""
     of_torch = _exported(torch.optim.lr_scheduler, torch.optim.lr_scheduler.LRScheduler)
-    # ReduceLROnPlateau.step wants the metric it watches, and Composer 0.32 steps schedulers without arguments.
-    of_torch = [each for each in of_torch if each is not torch.optim.lr_scheduler.ReduceLROnPlateau]
-    return _registry('scheduler', [*_exported(composer.optim, ComposerScheduler), *of_torch])
+    return _registry('scheduler', [*_exported(composer.optim, ComposerScheduler), *of_torch, SWALR])
 
 
 def _exported(module: ModuleType, base: type) -> list[type]:

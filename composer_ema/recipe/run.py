@@ -14,9 +14,10 @@ from rich.table import Table
 
 from composer_ema.files import write_beside
 from composer_ema.recipe import report
+from composer_ema.recipe.arguments import Place
 from composer_ema.recipe.build import RECIPE_FILE, Run, build
 from composer_ema.recipe.report import Result
-from composer_ema.recipe.schema import Place, Plan, Recipe
+from composer_ema.recipe.schema import Plan, Recipe
 
 
 def train(recipe: Recipe, show: Callable[[Any], None]) -> Result:
@@ -34,6 +35,8 @@ def train(recipe: Recipe, show: Callable[[Any], None]) -> Result:
     """
     run = build(recipe)
     try:
+        for remark in run.remarks:
+            show(remark)
         _tell_what_is_resumed(run, show)
         if dist.get_global_rank() == 0:
             write_beside(run.folder / RECIPE_FILE, as_yaml(run.recipe))
@@ -79,6 +82,8 @@ def rehearse(recipe: Recipe, show: Callable[[Any], None]) -> None:
         try:
             show(as_yaml(run.recipe))
             show(_inventory(run))
+            for remark in run.remarks:
+                show(remark)
         finally:
             run.trainer.close()
 
@@ -148,7 +153,8 @@ def _inventory(run: Run) -> Table:
     table.add_row('model', f'{plan.model.name}, {size:,} parameters')
     table.add_row('data', f'{plan.data.name}, {int(state.dataloader_len or 0)} batches per epoch')
     table.add_row('optimizer', ', '.join(optimizers))
-    table.add_row('scheduler', plan.scheduler.name if plan.scheduler else 'none: a constant learning rate')
+    names = [each.name for each in plan.schedulers]
+    table.add_row('scheduler', ', '.join(names) or 'none: a constant learning rate')
     for kind, entries in (('algorithms', plan.algorithms), ('callbacks', plan.callbacks), ('loggers', plan.loggers)):
         table.add_row(kind, ', '.join(each.name for each in entries) or 'none')
     table.add_row('evaluates', ', '.join(evaluator.label for evaluator in state.evaluators) or 'nothing')

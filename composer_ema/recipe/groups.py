@@ -1,0 +1,170 @@
+"""Optimizers of a recipe: groups of parameters by pattern, and what an optimizer cannot train told beforehand."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from composer_ema.naming import listed
+from composer_ema.recipe.arguments import Named, Place, check_arguments
+
+_MATCH = 'match'
+
+
+@dataclass(frozen=True)
+class Group:
+    """Options for the parameters whose names a pattern finds.
+
+    Args:
+        place: Where the recipe says so.
+        match: Regular expression, searched for in the names of ``model.named_parameters()``.
+        options: Arguments of the optimizer for these parameters alone.
+    """
+
+    place: Place
+    match: str
+    options: dict[str, Any]
+
+
+def read(section: Any, place: Place, optimizer: Named) -> list[Group]:
+    """Checks the entries of ``param_groups`` against the optimizer's signature and, with its own checks, the values.
+
+    Args:
+        section: What the recipe says; None counts as no groups.
+        place: Where.
+        optimizer: What the groups belong to.
+
+    Raises:
+        RecipeError: No list of mappings, no regular expression, an option that is not the optimizer's.
+    """
+    if section is None:
+        return []
+    if not isinstance(section, list):
+        example = "[{match: 'bias$', weight_decay: 0}]"
+        raise place.error(f'must be a list of mappings with a pattern each, as in {example}, got {section!r}.')
+    if section and issubclass(_class(optimizer), torch.optim.LBFGS):
+        raise place.error('LBFGS has no options for single parameters. Leave param_groups out.')
+    return [_read_group(entry, place / index, optimizer) for index, entry in enumerate(section)]
+
+
+def check_can_train(optimizer: Named, trainer: Mapping[str, Any]) -> None:
+    """Refuses what Composer cannot do with an optimizer, before anything is built.
+
+    Raises:
+        RecipeError: LBFGS in a run that loads a checkpoint or uses ``amp_fp16``.
+    """
+    if not issubclass(_class(optimizer), torch.optim.LBFGS):
+        return
+    # On loading, torch's distributed checkpoint calls optimizer.step(closure=None), which LBFGS cannot do.
+    for key in ('autoresume', 'load_path'):
+        if trainer.get(key) and not trainer.get('load_weights_only'):
+            raise optimizer.place.error(
+                f'{key} cannot restore the state of LBFGS, which Composer saves but cannot load. '
+                f'Leave {key} out, take another optimizer, or load the weights alone with load_weights_only=true.'
+            )
+    if trainer.get('precision') == 'amp_fp16':
+        raise optimizer.place.error(
+            'LBFGS needs to evaluate the loss again in each step, and Composer does not let it with precision '
+            'amp_fp16. Write precision: fp32.'
+        )
+
+
+def build_optimizer(optimizer: Named, groups: Sequence[Group], model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer over all parameters of a model, frozen ones included, as ``model.parameters()`` would give them.
+
+    With groups, each parameter goes to the first whose pattern its name matches; what is left forms the last group
+    and has the optimizer's own options. Without groups there is one.
+
+    Args:
+        optimizer: Class and arguments.
+        groups: What :func:`read` returned.
+        model: Its parameters are handed over.
+
+    Raises:
+        RecipeError: A pattern finds no parameter, a value is out of range, or the optimizer cannot train the model.
+    """
+    _check_gradients(optimizer, model)
+    if not groups:
+        return optimizer.build(model.parameters())
+    return optimizer.build(_split(groups, dict(model.named_parameters())))
+
+
+def table(optimizer: torch.optim.Optimizer, groups: Sequence[Group]) -> Table:
+    """The groups of an optimizer that :func:`build_optimizer` made, a line each."""
+    shown = Table(title='parameter groups', title_justify='left')
+    for column in ('group', 'pattern', 'tensors', 'elements', 'options'):
+        shown.add_column(column, justify='right' if column in ('group', 'tensors', 'elements') else 'left')
+    for index, group in enumerate(optimizer.param_groups):
+        of_recipe = groups[index] if index < len(groups) else None
+        options = of_recipe.options if of_recipe else {}
+        shown.add_row(
+            str(index),
+            Text(of_recipe.match if of_recipe else 'all others'),
+            str(len(group['params'])),
+            f'{sum(parameter.numel() for parameter in group["params"]):,}',
+            Text(', '.join(f'{key}: {value}' for key, value in options.items()) or "the optimizer's"),
+        )
+    return shown
+
+
+def _read_group(entry: Any, place: Place, optimizer: Named) -> Group:
+    if not isinstance(entry, dict) or not isinstance(entry.get(_MATCH), str):
+        raise place.error(
+            f"must be a mapping with a pattern, as in {{match: 'bias$', weight_decay: 0}}, got {entry!r}."
+        )
+    pattern = entry[_MATCH]
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise (place / _MATCH).error(f'{pattern!r} is not a regular expression: {error}.') from error
+    options = {key: value for key, value in entry.items() if key != _MATCH}
+    merged = check_arguments(optimizer.factory, {**optimizer.arguments, **options}, place, given=('params',))
+    # torch checks the ranges of an optimizer's own options only, not those of its groups.
+    Named(place, optimizer.name, optimizer.factory, merged).build([torch.zeros(1)])
+    return Group(place, pattern, options)
+
+
+def _split(groups: Sequence[Group], parameters: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
+    left, split = dict(parameters), []
+    for group in groups:
+        found = [name for name in parameters if re.search(group.match, name)]
+        own = [name for name in found if name in left]
+        if not found:
+            raise (group.place / _MATCH).error(
+                f'{group.match!r} matches no parameter of the model. Their names are {listed(list(parameters))}.'
+            )
+        if not own:
+            raise (group.place / _MATCH).error(
+                f'{group.match!r} matches only parameters of earlier groups, which win: {listed(found)}. '
+                'Put the narrower pattern first, or leave this one out.'
+            )
+        split.append({'params': [left.pop(name) for name in own], **group.options})
+    return [*split, {'params': list(left.values())}] if left else split
+
+
+def _check_gradients(optimizer: Named, model: nn.Module) -> None:
+    if not issubclass(_class(optimizer), torch.optim.SparseAdam):
+        return
+    sparse = {
+        id(module.weight)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse
+    }
+    dense = [name for name, each in model.named_parameters() if each.requires_grad and id(each) not in sparse]
+    if dense:
+        raise (optimizer.place / 'name').error(
+            'SparseAdam trains only parameters with sparse gradients, those of Embedding(sparse=True), and these have '
+            f'dense ones: {listed(dense)}. Take adam.'
+        )
+
+
+def _class(optimizer: Named) -> type[torch.optim.Optimizer]:
+    assert isinstance(optimizer.factory, type)
+    return optimizer.factory

@@ -1,0 +1,132 @@
+"""What the learning rate of a recipe will do, without data and without a Trainer."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from composer.core import Time, Timestamp, TimeUnit, ensure_time
+from composer.optim import DecoupledSGDW, compile_composer_scheduler
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from composer_ema.recipe import groups, schedules
+from composer_ema.recipe.schedules import Length, Scheduled
+from composer_ema.recipe.schema import Plan
+from composer_ema.recipe.stepping import Schedules
+
+#: Options of parameter groups that a schedule changes, and that are worth drawing.
+MOVED = ('lr', 'momentum', 'betas')
+
+
+class Outline:
+    """The optimizer and the schedulers of a recipe, stepped by hand as the Trainer would step them.
+
+    Either iterate over :meth:`steps`, or step by hand: read ``optimizer.param_groups``, which hold what the next step
+    of the optimizer would use, then call :meth:`end_batch`; after the last batch of an epoch call :meth:`end_epoch` as
+    well, and after an evaluation :meth:`end_evaluation` if there is a metric to watch. No step of the optimizer is
+    taken, and the model's weights never change.
+
+    Args:
+        plan: What ``schema.plan`` returned. Its model is built, for the names of its parameters; its data are not.
+        batches_per_epoch: What ``len(data.train)`` would be, at least 1.
+
+    Attributes:
+        optimizer: The recipe's, over the parameters of a model of its own.
+        length: How long the run is.
+        scheduled: The schedulers with every argument that the length of the run gives.
+
+    Raises:
+        RecipeError: What building the recipe would raise, or a ``max_duration`` in another unit than ep or ba.
+
+    Example:
+        >>> from composer_ema.recipe import schema
+        >>> recipe = schema.Recipe('a.yaml', 'a', {
+        ...     'max_duration': '2ep', 'model': {'name': 'mnist1d_mlp'}, 'data': {'name': 'mnist1d'},
+        ...     'optimizer': {'name': 'sgd', 'lr': 1.0}, 'scheduler': {'name': 'linear_lr', 'end_factor': 0.0,
+        ...     'start_factor': 1.0, 'interval': 'batch'}})
+        >>> [group['lr'] for (group,) in Outline(schema.plan(recipe), batches_per_epoch=2).steps()]
+        [1.0, 0.75, 0.5, 0.25]
+    """
+
+    def __init__(self, plan: Plan, batches_per_epoch: int) -> None:
+        trainer = plan.trainer
+        model = plan.model.build()
+        self.optimizer: Optimizer = (
+            groups.build_optimizer(plan.optimizer, plan.param_groups, model)
+            if plan.optimizer
+            else DecoupledSGDW(model.parameters(), lr=0.1)  # as Trainer(optimizers=None)
+        )
+        subset = trainer.get('train_subset_num_batches', -1)
+        length = Length.of(trainer['max_duration'], batches_per_epoch if subset < 0 else min(subset, batches_per_epoch))
+        if length is None:
+            raise (plan.place / 'max_duration').error(
+                f'{trainer["max_duration"]!r} does not tell the number of batches. Give it in ep or ba.'
+            )
+        self.length = length
+        self.scheduled: Sequence[Scheduled] = schedules.fill(
+            schedules.check_metrics(plan.schedulers, model), length, trainer
+        )
+        self._state = SimpleNamespace(
+            optimizers=[self.optimizer],
+            timestamp=Timestamp(),
+            max_duration=ensure_time(trainer['max_duration'], TimeUnit.EPOCH),
+            dataloader_len=Time(length.batches_per_epoch, TimeUnit.BATCH),
+        )
+        self._stepped = schedules.for_trainer(self.scheduled, self.optimizer)
+        self._schedulers = [self._compiled(each) for each in self._stepped.schedulers]
+
+    def steps(self) -> Iterator[list[dict[str, Any]]]:
+        """For each batch of the run, what its step uses: a dictionary of learning rate and momentum per group."""
+        for batch in range(self.length.batches):
+            yield [{key: group[key] for key in MOVED if key in group} for group in self.optimizer.param_groups]
+            self.end_batch()
+            if (batch + 1) % self.length.batches_per_epoch == 0:
+                self.end_epoch()
+
+    def end_batch(self) -> None:
+        """What the Trainer does to the schedule once the optimizer has taken its step."""
+        if self._stepped.every_batch:
+            self._step()
+        # Composer steps its schedulers before it moves the clock on.
+        self._state.timestamp = self._state.timestamp.to_next_batch()
+
+    def end_epoch(self) -> None:
+        """What the Trainer does to the schedule after the last batch of an epoch, before it evaluates."""
+        if self._stepped.every_batch is False:
+            self._step()
+        self._state.timestamp = self._state.timestamp.to_next_epoch()
+        with _unwarned():
+            for each in self._together:
+                each.end_epoch()
+
+    def end_evaluation(self, metrics: Mapping[str, float]) -> None:
+        """Steps each ReduceLROnPlateau whose metric, as ``eval_ema/CrossEntropy``, is among ``metrics``."""
+        watched = {index: each.metric for index, each in enumerate(self.scheduled) if each.metric in metrics}
+        for each in self._together:
+            each.end_evaluation({index: metrics[metric] for index, metric in watched.items() if metric is not None})
+
+    @property
+    def _together(self) -> list[Schedules]:
+        return [each for each in self._schedulers if isinstance(each, Schedules)]
+
+    def _compiled(self, scheduler: Any) -> Any:
+        if isinstance(scheduler, LRScheduler):
+            return scheduler
+        return compile_composer_scheduler(scheduler, self._state)  # pyright: ignore[reportArgumentType]: all it reads
+
+    def _step(self) -> None:
+        with _unwarned():
+            for scheduler in self._schedulers:
+                scheduler.step()
+
+
+@contextlib.contextmanager
+def _unwarned() -> Iterator[None]:
+    """Keeps torch quiet about schedulers that are stepped while the optimizer is not."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', message='Detected call of `lr_scheduler.step')
+        yield
