@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from composer_ema.batchnorm import update_bn  # BatchNorm's statistics for the weights held now, or for an average
 from composer_ema.functional import compute_ema  # one functional update
 from composer_ema.optimizer import EMAOptimizer  # averages after each step of any optimizer, in any loop
 from composer_ema.shadow import ShadowModel  # the averaged copy: update, swap, state
@@ -20,6 +21,7 @@ __all__ = [
     'compute_ema',
     'export',
     'load_average',
+    'update_bn',
 ]
 
 #: Names that are imported on first use, since Composer is not needed for the others.

@@ -261,6 +261,10 @@ class ShadowModel:
         """Whether a model holds the average while its training weights are stashed here."""
         return self._stash is not None
 
+    def is_swapped_into(self, model: nn.Module) -> bool:
+        """Whether it is ``model`` that holds the average; after loading a state saved while swapped, any model may."""
+        return self.is_swapped and (self._swapped_model is None or self._swapped_model() is unwrap(model))
+
     @torch.no_grad()
     def swap_in(self, model: nn.Module) -> None:
         """Stashes the tracked weights of ``model`` and copies the average into it, in place.
