@@ -6,8 +6,8 @@ import re
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from operator import attrgetter, is_
-from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -70,9 +70,9 @@ class Inventory:
 class Watch:
     """Tells at the cost of a few list comparisons whether a module still is what it was.
 
-    Compared are every parameter, buffer and sub-module by identity, every tensor's storage, and ``requires_grad`` where
-    it was False: unfrozen parameters join an average, while frozen ones stay. Keeps the module's tensors alive, not
-    the module: drop the watch when ``on_gone`` is called.
+    Compared are every parameter, buffer and sub-module by identity, in their order but not by name, every tensor's
+    storage, and ``requires_grad`` where it was False: unfrozen parameters join an average, while frozen ones stay.
+    Keeps the module's tensors alive, not the module: drop the watch when ``on_gone`` is called.
 
     Args:
         module: what to watch.
@@ -82,24 +82,21 @@ class Watch:
 
     def __init__(self, module: nn.Module, inventory: Inventory, on_gone: Callable[[], None]) -> None:
         self._module = weakref.ref(module, lambda _: on_gone())
-        sets = [s for child in module.modules() for s in (child._modules, child._parameters, child._buffers)]
-        self._empty = [s for s in sets if not s]
-        self._filled = [s for s in sets if s]
-        self._sizes = list(map(len, self._filled))
-        entries = [(registry, key, entry) for registry in self._filled for key, entry in registry.items()]
-        self._registries = [registry for registry, _, _ in entries]
-        self._keys = [key for _, key, _ in entries]
-        self._entries = [entry for _, _, entry in entries]
+        registries = [r for child in module.modules() for r in (child._modules, child._parameters, child._buffers)]
+        self._empty = [registry for registry in registries if not registry]
+        self._views = [registry.values() for registry in registries if registry]
+        self._entries = list(chain.from_iterable(self._views))
         self._frozen = [parameter for parameter in inventory.parameters.values() if not parameter.requires_grad]
         self._tensors = list(inventory.tensors().values())
         self._pointers = list(map(_pointer, self._tensors))
 
     def is_current(self, module: nn.Module) -> bool:
         """Whether ``module`` is the watched one, with the same tensors at the same places."""
+        entries = list(chain.from_iterable(self._views))
         return (
             self._module() is module
-            and all(map(is_, map(_get, self._registries, self._keys), self._entries))
-            and list(map(len, self._filled)) == self._sizes
+            and len(entries) == len(self._entries)
+            and all(map(is_, entries, self._entries))
             and not any(self._empty)
             and not any(map(_requires_grad, self._frozen))
             and list(map(_pointer, self._tensors)) == self._pointers
@@ -108,7 +105,6 @@ class Watch:
 
 _requires_grad = attrgetter('requires_grad')
 _pointer = Tensor.data_ptr
-_get: Callable[[Any, str], object] = dict.get
 
 
 class Selection:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from composer_ema import custom, kernels
 from composer_ema.averages import check_share, weight_from_smoothing
 from composer_ema.counter import DeviceCounter
+from composer_ema.kernels.layout import side_by_side
 from composer_ema.kernels.rules import is_inexact, smallest_weight
 from composer_ema.naming import Inventory, Selection, Watch, check_same
 from composer_ema.sharding import broadcast_, unwrap
@@ -146,8 +147,7 @@ class ShadowModel:
             options: as for the class.
         """
         shadow = cls(nn.Module(), **options)
-        shadow._parameters = {name: shadow._new_shadow(tensor) for name, tensor in parameters.items()}
-        shadow._buffers = {name: shadow._new_shadow(tensor) for name, tensor in buffers.items()}
+        shadow._parameters, shadow._buffers = shadow._new_shadows(parameters), shadow._new_shadows(buffers)
         shadow._persistent = set(buffers)
         return shadow
 
@@ -461,8 +461,8 @@ class ShadowModel:
             for name, tensor in loaded.items():
                 if name in shadows:
                     shadows[name].copy_(tensor)
-                else:  # frozen here, trainable in the saved run
-                    shadows[name] = self._new_shadow(tensor)
+            # Frozen here, trainable in the saved run.
+            shadows |= self._new_shadows({name: tensor for name, tensor in loaded.items() if name not in shadows})
         self.num_updates, self._seed = state['num_updates'], state.get('seed', self._seed)
         self._stash = None if stash is None else {name: tensor.clone() for name, tensor in stash.items()}
         self._swapped_model = None
@@ -476,19 +476,28 @@ class ShadowModel:
 
     def _join(self, inventory: Inventory) -> None:
         """Lets trainable parameters and buffers that are not tracked yet, or have a new shape, join at their value."""
-        for name, parameter in inventory.parameters.items():
-            if name not in self._parameters and parameter.requires_grad and name in self._selection:
-                self._parameters[name] = self._new_shadow(parameter)
-        for name, buffer in inventory.buffers.items():
-            is_tracked = name in self._buffers and self._buffers[name].shape == buffer.shape
-            if name in self._selection and not is_tracked and not _overlaps_itself(buffer):
-                self._buffers[name] = self._new_shadow(buffer)
+        self._parameters |= self._new_shadows({
+            name: parameter
+            for name, parameter in inventory.parameters.items()
+            if name not in self._parameters and parameter.requires_grad and name in self._selection
+        })  # fmt: skip
+        self._buffers |= self._new_shadows({
+            name: buffer
+            for name, buffer in inventory.buffers.items()
+            if name in self._selection
+            and not (name in self._buffers and self._buffers[name].shape == buffer.shape)
+            and not _overlaps_itself(buffer)
+        })  # fmt: skip
         self._shapes = {name: torch.empty_like(t, device='meta') for name, t in inventory.parameters.items()}
         self._persistent, self._aliases = inventory.persistent, inventory.aliases
 
-    def _new_shadow(self, source: Tensor) -> Tensor:
+    def _new_shadows(self, sources: Mapping[str, Tensor]) -> dict[str, Tensor]:
         with torch.inference_mode(False):
-            return source.detach().to(self._device or source.device, self._dtype_for(source), copy=True)
+            shadows = [
+                source.detach().to(self._device or source.device, self._dtype_for(source), copy=True)
+                for source in sources.values()
+            ]
+            return dict(zip(sources, side_by_side(shadows), strict=True))
 
     def _dtype_for(self, source: Tensor) -> torch.dtype:
         if not source.is_floating_point():
@@ -647,7 +656,7 @@ class _Plan:
             shadow.device: [pair for pair in averaged if pair[0].device == shadow.device] for shadow, _ in averaged
         }
         self.buffer_steps = [prepare(pairs) for pairs in on_devices.values()]
-        self.copy_other_buffers = _copier(*_unzip(others))
+        self.copy_other_buffers = kernels.prepare_copy(*_unzip(others))
 
 
 def _weakly(method: Callable[[], None]) -> Callable[[], None]:
@@ -665,15 +674,6 @@ def _weakly(method: Callable[[], None]) -> Callable[[], None]:
 def _overwrite(tensors: Iterable[Tensor], values: Iterable[Tensor]) -> None:
     """Copies in place unseen by autograd: a swap restores every bit, so a graph that waits for backward stays valid."""
     torch._foreach_copy_([tensor.data for tensor in tensors], list(values))
-
-
-def _copier(shadows: list[Tensor], sources: list[Tensor]) -> Callable[[], None]:
-    @torch.no_grad()
-    def copy() -> None:
-        if shadows:
-            torch._foreach_copy_(shadows, sources)
-
-    return copy
 
 
 def _unzip(pairs: Any) -> tuple[list[Tensor], list[Tensor]]:

@@ -88,6 +88,15 @@ def prepare_many(
     return run
 
 
+def prepare_copy(shadows: Sequence[Tensor], sources: Sequence[Tensor]) -> Callable[[], None]:
+    """Prepares a copy of ``sources`` into ``shadows``: tensors of equal shapes, any dtypes and devices.
+
+    Returns:
+        A step without arguments. It runs on the current stream and allocates nothing.
+    """
+    return foreach.prepare_copy(shadows, sources)
+
+
 def lerp_(shadows: Sequence[Tensor], sources: Sequence[Tensor], weight: float, *, backend: str = 'auto') -> None:
     """One update of ``shadows`` towards ``sources``; :func:`prepare` and its step in one call.
 

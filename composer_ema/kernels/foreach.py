@@ -1,6 +1,7 @@
 """The portable fast path: one ``torch._foreach_lerp_`` per dtype and device, no allocation after the first call.
 
 Sources of another dtype or device than their shadow pass through one scratch buffer of bounded size, chunk by chunk.
+Small shadows that lie side by side on the CPU are moved as one tensor, which gives the same bits.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from composer_ema.kernels.layout import flat
+from composer_ema.kernels.layout import flat, packed, split_bundles
 from composer_ema.kernels.rules import Rules, Steps
 
 # Elements of scratch: on CPU what stays in a core's cache, on an accelerator what fills the device.
@@ -33,15 +34,33 @@ def refusal(shadow: Tensor, source: Tensor, rules: Rules) -> str | None:
 def prepare(shadow_sets: Sequence[Sequence[Tensor]], sources: Sequence[Tensor], rules: Rules) -> Steps:
     """Groups the pairs by dtype and device and returns a step that runs one fused call per group or chunk."""
     del rules  # those that matter were refused
-    calls = [_calls(shadows, sources) for shadows in shadow_sets]
+    # Detached, so that neither autograd nor a switch around every call is needed.
+    detached = _detached(sources)
+    calls = [_calls(_detached(shadows), detached) for shadows in shadow_sets]
 
-    @torch.no_grad()
     def step(weights: Sequence[float]) -> None:
         for calls_of_one, weight in zip(calls, weights, strict=True):
             for call in calls_of_one:
                 call(weight)
 
     return step
+
+
+def prepare_copy(shadows: Sequence[Tensor], sources: Sequence[Tensor]) -> Callable[[], None]:
+    """Returns a step that copies ``sources``, of any dtype, into ``shadows``."""
+    bundles, singles = split_bundles(_detached(shadows), _detached(sources))
+
+    def copy() -> None:
+        for bundle, parts in bundles:
+            torch.cat(parts, out=bundle)
+        if singles[0]:
+            torch._foreach_copy_(*singles)
+
+    return copy
+
+
+def _detached(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.detach() for tensor in tensors]
 
 
 def _calls(shadows: Sequence[Tensor], sources: Sequence[Tensor]) -> list[Callable[[float], None]]:
@@ -56,11 +75,21 @@ def _calls(shadows: Sequence[Tensor], sources: Sequence[Tensor]) -> list[Callabl
     calls: list[Callable[[float], None]] = []
     for (device, dtype, is_alike), (group_shadows, group_sources) in groups.items():
         if is_alike:
-            calls.append(partial(_lerp, group_shadows, group_sources))
+            calls.extend(_in_place(group_shadows, group_sources))
         else:
             calls.extend(_through_scratch(group_shadows, group_sources, device, dtype))
 
     return calls
+
+
+def _in_place(shadows: list[Tensor], sources: list[Tensor]) -> Iterator[Callable[[float], None]]:
+    bundles, singles = split_bundles(shadows, sources)
+    if bundles:
+        scratch = torch.empty(max(bundle.numel() for bundle, _ in bundles), dtype=shadows[0].dtype)
+        for bundle, parts in bundles:
+            yield partial(_gather_then_lerp, bundle, parts, scratch[: bundle.numel()])
+    if singles[0]:
+        yield partial(_lerp, *singles)
 
 
 def _through_scratch(
@@ -68,7 +97,7 @@ def _through_scratch(
 ) -> Iterator[Callable[[float], None]]:
     limit = _CHUNK_CPU if device.type == 'cpu' else _CHUNK_ACCELERATOR
     pieces = [piece for pair in zip(shadows, sources, strict=True) for piece in _pieces(*pair, limit)]
-    chunks = list(_chunks(pieces, limit))
+    chunks = list(packed(pieces, lambda piece: piece[0].numel(), limit))
     scratch = torch.empty(max(map(_total, chunks)), device=device, dtype=dtype)
     for chunk in chunks:
         piece_shadows, piece_sources = [shadow for shadow, _ in chunk], [source for _, source in chunk]
@@ -83,6 +112,14 @@ def _lerp(shadows: list[Tensor], sources: list[Tensor], weight: float) -> None:
         torch._foreach_lerp_(shadows, sources, weight)
 
 
+def _gather_then_lerp(bundle: Tensor, parts: list[Tensor], scratch: Tensor, weight: float) -> None:
+    if weight == 1:
+        torch.cat(parts, out=bundle)
+    elif weight != 0:
+        torch.cat(parts, out=scratch)
+        bundle.lerp_(scratch, weight)
+
+
 def _cast_then_lerp(shadows: list[Tensor], sources: list[Tensor], casts: list[Tensor], weight: float) -> None:
     torch._foreach_copy_(casts, sources)
     _lerp(shadows, casts, weight)
@@ -91,23 +128,11 @@ def _cast_then_lerp(shadows: list[Tensor], sources: list[Tensor], casts: list[Te
 def _pieces(shadow: Tensor, source: Tensor, limit: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Flat views of at most ``limit`` elements where both tensors lie densely in the same order, else the pair."""
     if shadow.stride() == source.stride() and (flat_shadow := flat(shadow)) is not None:
-        flat_source = flat(source.detach())
+        flat_source = flat(source)
         assert flat_source is not None
         yield from zip(flat_shadow.split(limit), flat_source.split(limit), strict=True)
     else:
         yield shadow, source
-
-
-def _chunks(pieces: list[tuple[Tensor, Tensor]], limit: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Packs pieces, in order, into chunks of at most ``limit`` elements; a larger piece has a chunk of its own."""
-    chunk, size = [], 0
-    for piece in pieces:
-        if chunk and size + piece[0].numel() > limit:
-            yield chunk
-            chunk, size = [], 0
-        chunk.append(piece)
-        size += piece[0].numel()
-    yield chunk
 
 
 def _total(chunk: list[tuple[Tensor, Tensor]]) -> int:
