@@ -22,6 +22,7 @@ from composer.devices import DeviceCPU
 from composer.loggers import InMemoryLogger, Logger
 from composer.models import ComposerClassifier
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from composer_ema import EMA, ShadowModel, compute_ema
 
@@ -145,6 +146,49 @@ def test_driven_event_by_event_with_another_model_in_the_state(make_model, argum
     assert equal(all_tensors(state.model), training)
 
 
+# A function of the user's
+
+
+@pytest.mark.parametrize(
+    'function',
+    [
+        {'multi_avg_fn': get_ema_multi_avg_fn(0.75)},
+        {'avg_fn': lambda averaged, current, _: averaged.lerp(current, 0.25)},
+    ],
+    ids=['multi_avg_fn', 'avg_fn'],
+)
+def test_a_function_makes_the_average_in_place_of_the_half_life(trainer, function):
+    plain, by_function = EMA(smoothing=0.75), EMA(**function)
+    trainer([plain]).fit()
+    run = trainer([by_function], loggers=[memory := InMemoryLogger()])
+    run.fit()
+    assert equal(all_tensors(by_function.ema_model), all_tensors(plain.ema_model))
+    assert by_function.smoothing is None
+    assert 'ema/num_updates' in memory.data
+    assert 'ema/smoothing' not in memory.data
+    state = by_function.state_dict()
+    assert state['config'][next(iter(function))].endswith(('ema_update', '<lambda>'))
+    assert state['config']['half_life'] is None
+    assert not any(callable(value) for value in state.values())
+
+
+def test_an_average_taken_over_goes_on_by_the_function(model):
+    ema = EMA(avg_fn=lambda averaged, current, _: (averaged + current) / 2)
+    ema.ema_model = model
+    other = toy.make_model(seed=1)
+    ema.ema_model.update(other)
+    expected = (model.module[5].weight + other.module[5].weight) / 2
+    assert torch.equal(all_tensors(ema.ema_model)['module.5.weight'], expected)
+    with pytest.raises(ValueError, match=r'averages by a function, the given shadow does not\. Build'):
+        ema.ema_model = ShadowModel(model)
+
+
+@pytest.mark.parametrize('horizon', [{'half_life': '10ba'}, {'smoothing': 0.9}])
+def test_a_function_and_a_horizon_contradict_each_other(horizon):
+    with pytest.raises(ValueError, match=r'avg_fn and multi_avg_fn decide .*Pass one of them'):
+        EMA(**horizon, avg_fn=torch.lerp)
+
+
 # The constructor
 
 
@@ -181,7 +225,8 @@ EVERY_ARGUMENT = [
 
 
 def test_the_arguments_above_are_all_there_are():
-    assert set().union(*EVERY_ARGUMENT) == inspect.signature(EMA).parameters.keys()
+    functions = {'avg_fn', 'multi_avg_fn'}  # only Python can say these
+    assert set().union(*EVERY_ARGUMENT) == inspect.signature(EMA).parameters.keys() - functions
 
 
 @pytest.mark.parametrize('arguments', EVERY_ARGUMENT, ids=repr)
