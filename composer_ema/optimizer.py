@@ -250,7 +250,7 @@ class EMAOptimizer(Optimizer):
         keywords: dict[str, Any] = {}
         for hook in list(self._optimizer_step_pre_hooks.values()):
             # Without a closure to wait in, or with a hook that may write, the last update is joined here.
-            self.wait()
+            self._shadow.wait_for_reads()
             changed = hook(self, arguments, keywords)
             if changed is not None:
                 arguments, keywords = changed
@@ -265,7 +265,7 @@ class EMAOptimizer(Optimizer):
         return loss
 
     def wait(self) -> None:
-        """Orders the current stream after the last update. Never blocks the host; does nothing on a CPU."""
+        """Orders the current stream after the last update; see :meth:`ShadowModel.wait`. Nothing to do on a CPU."""
         self._shadow.wait()
 
     # The average
@@ -438,14 +438,14 @@ class EMAOptimizer(Optimizer):
 
     def _step_wrapped(self, closure: Callable[..., Any] | None) -> Any:
         if closure is None:
-            self.wait()
+            self._shadow.wait_for_reads()
             return self._optimizer.step()
         if not type(self._optimizer).__module__.startswith(_CLOSURE_COMES_FIRST) or _has_pre_hooks(self._optimizer):
-            self.wait()
+            self._shadow.wait_for_reads()
 
         def joined(*args: Any, **kwargs: Any) -> Any:
             loss = closure(*args, **kwargs)
-            self.wait()
+            self._shadow.wait_for_reads()
             return loss
 
         return self._optimizer.step(joined)

@@ -9,19 +9,22 @@ from __future__ import annotations
 import logging
 import warnings
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import filterfalse
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from composer_ema import custom, kernels
+from composer_ema import custom, kernels, offload
 from composer_ema.averages import check_share, weight_from_smoothing
 from composer_ema.counter import DeviceCounter
-from composer_ema.kernels.layout import side_by_side
+from composer_ema.kernels.layout import side_by_side, unzip
 from composer_ema.kernels.rules import is_inexact, smallest_weight
 from composer_ema.naming import Inventory, Selection, Watch, check_same
+from composer_ema.offload import HostAverage
 from composer_ema.sharding import broadcast_, unwrap
 from composer_ema.stream import SideStream
 
@@ -57,7 +60,8 @@ class ShadowModel:
         include: regular expressions searched for in canonical names; only matching names are tracked. Default: all.
         exclude: regular expressions that take names out again.
         dtype: floating dtype of the shadow, or its name. Default: float32 for 16-bit tensors, else each tensor's own.
-        device: where the shadow lives. Default: beside each tensor.
+        device: where the shadow lives. Default: beside each tensor. For a model on CUDA, one on ``'cpu'`` frees the
+            device's memory; with ``overlap`` training does not wait for it.
         skip_nonfinite: an element whose training weight is NaN or infinite leaves its average alone and is counted, see
             :meth:`poll_skipped`.
         rounding: how a bfloat16 shadow is rounded: ``'nearest'``, which drops small updates, or ``'stochastic'``, up or
@@ -65,8 +69,8 @@ class ShadowModel:
         seed: key of the random bits, at least 0; kept in the state, so that a resumed run draws the same.
         backend: see :func:`composer_ema.kernels.prepare`. Skipping and random rounding are fast on CUDA only, where
             they are fused; elsewhere the float64 reference does them.
-        overlap: on CUDA, run the update of the parameters on a side stream. Whoever sets it calls :meth:`wait` before
-            the parameters are written again.
+        overlap: on CUDA, run the update of the parameters on a side stream, and the arithmetic of an average on the
+            host in a thread. Whoever sets it calls :meth:`wait_for_reads` before the parameters are written again.
         avg_fn: instead of the formula, ``avg_fn(averaged, current, num_averaged)`` returns the new average of a tensor,
             of the same shape and dtype, as for ``torch.optim.swa_utils.AveragedModel``. The first update copies;
             ``num_averaged`` counts the updates so far, as an int64 scalar tensor on the CPU. ``current`` is cast to the
@@ -195,8 +199,10 @@ class ShadowModel:
         plan = self._plan_for(model, joining=True)
         if 0 < weight < plan.smallest_weight and not self._has_warned:
             self._warn_of_rounding(weight)
+        for host_average in plan.host_averages:
+            host_average.update(weight)  # waited for as the forks are
         for stream, average in plan.parameter_steps:
-            with stream.fork():  # joined by wait(), which every read below calls too
+            with stream.fork():  # joined by wait_for_reads(), and by wait(), which every read below calls
                 average(weight)
         # The next forward writes buffers, so they never leave the current stream.
         for average in plan.buffer_steps:
@@ -241,14 +247,34 @@ class ShadowModel:
         )
 
     def wait(self) -> None:
-        """Orders the current stream after the last update. Never blocks the host; does nothing without overlap."""
+        """Orders the current stream after the last update; does nothing without overlap.
+
+        The host is blocked only by an average that it keeps itself for a model on CUDA, until its thread is done.
+        """
         for stream in self._streams.values():
             stream.join()
+        for host_average in self._host_averages():
+            host_average.wait()
+
+    def wait_for_reads(self) -> None:
+        """Orders the current stream after the last update has read the parameters, which may be written then.
+
+        :meth:`wait` but for an average on the host, whose last arithmetic it does not wait for.
+        """
+        for stream in self._streams.values():
+            stream.join()
+        for host_average in self._host_averages():
+            host_average.wait_for_reads()
 
     @property
     def is_pending(self) -> bool:
-        """Whether an update runs on a side stream that :meth:`wait` has not joined yet."""
-        return any(stream.is_pending for stream in self._streams.values())
+        """Whether an update runs beside the current stream, and neither of the two has been called since."""
+        return any(stream.is_pending for stream in self._streams.values()) or any(
+            host_average.is_reading for host_average in self._host_averages()
+        )
+
+    def _host_averages(self) -> Sequence[HostAverage]:
+        return () if self._plan is None else self._plan.host_averages
 
     def poll_skipped(self) -> int:
         """How many elements ``skip_nonfinite`` has left alone so far. Never waits, so on CUDA a few updates old."""
@@ -539,11 +565,25 @@ class ShadowModel:
         smallest = (
             0.0 if self._rounding == 'stochastic' or self.has_function else smallest_weight(self._parameters.values())
         )
-        return _Plan(watch, joining, parameters, buffers, self._buffer_mode, self._streams, self._prepare, smallest)
+        return _Plan(
+            watch,
+            joining,
+            parameters,
+            buffers,
+            self._buffer_mode,
+            self._streams,
+            self._prepare,
+            self._is_left_to_a_thread,
+            smallest,
+        )
+
+    def _is_left_to_a_thread(self, pair: tuple[Tensor, Tensor]) -> bool:
+        has_rules = self._skip_nonfinite or self._rounding == 'stochastic' or self._backend != 'auto'
+        return self._overlap and not has_rules and not self.has_function and offload.can_take(*pair)
 
     def _prepare(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> Callable[[Any], Any]:
         """Prepares an update of pairs on one device: a step by weight, or with a function by ``num_updates``."""
-        shadows, sources = _unzip(pairs)
+        shadows, sources = unzip(pairs)
         if self.has_function:
             return custom.prepare(shadows, sources, avg_fn=self._avg_fn, multi_avg_fn=self._multi_avg_fn)
         rules = kernels.Rules(
@@ -637,26 +677,38 @@ class _Plan:
         buffer_mode: BufferMode,
         streams: Mapping[torch.device, SideStream],
         prepare: Callable[[Iterable[tuple[Tensor, Tensor]]], Callable[[Any], Any]],
+        is_left_to_a_thread: Callable[[tuple[Tensor, Tensor]], bool],
         smallest_weight: float,
     ) -> None:
         self.smallest_weight = smallest_weight
         self.watch = watch
         self.has_joined = has_joined
         self.sources = {name: source for name, (_, source) in (*parameters.items(), *buffers.items())}
-        self.parameter_steps: list[tuple[SideStream, Callable[[Any], Any]]] = []
-        for device in {shadow.device for shadow, _ in parameters.values()}:
-            shadows, sources = _unzip(pair for pair in parameters.values() if pair[0].device == device)
-            streams[device].keep_alive(shadows + [source for source in sources if source.device == device])
-            self.parameter_steps.append((streams[device], prepare(zip(shadows, sources, strict=True))))
-
-        averaged, others = [], []
+        averaged, copied = [], []
         for pair in buffers.values():
-            (averaged if buffer_mode == 'average' and is_inexact(pair[0]) else others).append(pair)
-        on_devices = {
-            shadow.device: [pair for pair in averaged if pair[0].device == shadow.device] for shadow, _ in averaged
-        }
-        self.buffer_steps = [prepare(pairs) for pairs in on_devices.values()]
-        self.copy_other_buffers = kernels.prepare_copy(*_unzip(others))
+            (averaged if buffer_mode == 'average' and is_inexact(pair[0]) else copied).append(pair)
+        kinds = [list(parameters.values()), averaged, copied]
+
+        left = [list(filter(is_left_to_a_thread, kind)) for kind in kinds]
+        self.host_averages = [
+            HostAverage(*([pair for pair in kind if pair[1].device == device] for kind in left))
+            for device in {source.device for kind in left for _, source in kind}
+        ]
+        here = [list(filterfalse(is_left_to_a_thread, kind)) for kind in kinds]
+        self.parameter_steps: list[tuple[SideStream, Callable[[Any], Any]]] = []
+        for device, pairs in _by_device(here[0]).items():
+            shadows, sources = unzip(pairs)
+            streams[device].keep_alive(shadows + [source for source in sources if source.device == device])
+            self.parameter_steps.append((streams[device], prepare(pairs)))
+        self.buffer_steps = [prepare(pairs) for pairs in _by_device(here[1]).values()]
+        self.copy_other_buffers = kernels.prepare_copy(*unzip(here[2]))
+
+
+def _by_device(pairs: Iterable[tuple[Tensor, Tensor]]) -> dict[torch.device, list[tuple[Tensor, Tensor]]]:
+    grouped: defaultdict[torch.device, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    for pair in pairs:
+        grouped[pair[0].device].append(pair)
+    return grouped
 
 
 def _weakly(method: Callable[[], None]) -> Callable[[], None]:
@@ -674,11 +726,6 @@ def _weakly(method: Callable[[], None]) -> Callable[[], None]:
 def _overwrite(tensors: Iterable[Tensor], values: Iterable[Tensor]) -> None:
     """Copies in place unseen by autograd: a swap restores every bit, so a graph that waits for backward stays valid."""
     torch._foreach_copy_([tensor.data for tensor in tensors], list(values))
-
-
-def _unzip(pairs: Any) -> tuple[list[Tensor], list[Tensor]]:
-    pairs = list(pairs)
-    return [shadow for shadow, _ in pairs], [source for _, source in pairs]
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:

@@ -229,7 +229,7 @@ class WeightAverage(Algorithm):
         elif event is Event.BEFORE_LOAD:
             self._follow_surgery(state.model)
         elif event is Event.AFTER_TRAIN_BATCH:
-            self._require_shadow().wait()  # joins the fork of the last update before the optimizer writes
+            self._require_shadow().wait_for_reads()  # joins the last update before the optimizer writes
         elif event in _TRAINING_GOES_ON:
             self._return_to_training(state)
             if event is Event.FIT_START:

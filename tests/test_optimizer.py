@@ -1046,9 +1046,9 @@ class Journal:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, optimizer: EMAOptimizer) -> None:
         self.lines: list[str] = []
         shadow, inner = optimizer.shadow, optimizer.optimizer
-        update, wait, step = shadow.update, shadow.wait, inner.step
+        update, wait, step = shadow.update, shadow.wait_for_reads, inner.step
         monkeypatch.setattr(shadow, 'update', lambda *a, **k: self.note('fork') or update(*a, **k))
-        monkeypatch.setattr(shadow, 'wait', lambda: self.note('join') or wait())
+        monkeypatch.setattr(shadow, 'wait_for_reads', lambda: self.note('join') or wait())
         monkeypatch.setattr(inner, 'step', lambda *a, **k: self.note('step') or step(*a, **k))
 
     def note(self, line: str) -> None:

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from composer_ema.kernels.layout import flat, packed, split_bundles
+from composer_ema.kernels.layout import carve, packed, pieces, split_bundles, unzip
 from composer_ema.kernels.rules import Rules, Steps
 
 # Elements of scratch: on CPU what stays in a core's cache, on an accelerator what fills the device.
@@ -96,12 +96,12 @@ def _through_scratch(
     shadows: list[Tensor], sources: list[Tensor], device: torch.device, dtype: torch.dtype
 ) -> Iterator[Callable[[float], None]]:
     limit = _CHUNK_CPU if device.type == 'cpu' else _CHUNK_ACCELERATOR
-    pieces = [piece for pair in zip(shadows, sources, strict=True) for piece in _pieces(*pair, limit)]
-    chunks = list(packed(pieces, lambda piece: piece[0].numel(), limit))
+    cut = [piece for pair in zip(shadows, sources, strict=True) for piece in pieces(*pair, limit)]
+    chunks = list(packed(cut, lambda piece: piece[0].numel(), limit))
     scratch = torch.empty(max(map(_total, chunks)), device=device, dtype=dtype)
     for chunk in chunks:
-        piece_shadows, piece_sources = [shadow for shadow, _ in chunk], [source for _, source in chunk]
-        yield partial(_cast_then_lerp, piece_shadows, piece_sources, _carve(scratch, piece_shadows))
+        piece_shadows, piece_sources = unzip(chunk)
+        yield partial(_cast_then_lerp, piece_shadows, piece_sources, carve(scratch, piece_shadows))
 
 
 def _lerp(shadows: list[Tensor], sources: list[Tensor], weight: float) -> None:
@@ -125,24 +125,5 @@ def _cast_then_lerp(shadows: list[Tensor], sources: list[Tensor], casts: list[Te
     _lerp(shadows, casts, weight)
 
 
-def _pieces(shadow: Tensor, source: Tensor, limit: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Flat views of at most ``limit`` elements where both tensors lie densely in the same order, else the pair."""
-    if shadow.stride() == source.stride() and (flat_shadow := flat(shadow)) is not None:
-        flat_source = flat(source)
-        assert flat_source is not None
-        yield from zip(flat_shadow.split(limit), flat_source.split(limit), strict=True)
-    else:
-        yield shadow, source
-
-
 def _total(chunk: list[tuple[Tensor, Tensor]]) -> int:
     return sum(shadow.numel() for shadow, _ in chunk)
-
-
-def _carve(scratch: Tensor, shadows: list[Tensor]) -> list[Tensor]:
-    """Views of ``scratch``, one behind the other, with the shapes of ``shadows``."""
-    views, start = [], 0
-    for shadow in shadows:
-        views.append(scratch[start : start + shadow.numel()].view(shadow.shape))
-        start += shadow.numel()
-    return views

@@ -70,7 +70,32 @@ def split_bundles(
             bundles.append((run[0][0].as_strided((size,), (1,)), [_flattened(source) for _, source in run]))
         else:
             singles.extend(run)
-    return bundles, ([shadow for shadow, _ in singles], [source for _, source in singles])
+    return bundles, unzip(singles)
+
+
+def pieces(shadow: Tensor, source: Tensor, limit: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Flat views of at most ``limit`` elements where both tensors lie densely in the same order, else the pair."""
+    if shadow.stride() == source.stride() and (flat_shadow := flat(shadow)) is not None:
+        flat_source = flat(source)
+        assert flat_source is not None
+        yield from zip(flat_shadow.split(limit), flat_source.split(limit), strict=True)
+    else:
+        yield shadow, source
+
+
+def carve(scratch: Tensor, shadows: list[Tensor]) -> list[Tensor]:
+    """Views of ``scratch``, one behind the other, with the shapes of ``shadows``."""
+    views, start = [], 0
+    for shadow in shadows:
+        views.append(scratch[start : start + shadow.numel()].view(shadow.shape))
+        start += shadow.numel()
+    return views
+
+
+def unzip(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+    """The first tensors and the second ones; two empty lists for no pairs."""
+    pairs = list(pairs)
+    return [first for first, _ in pairs], [second for _, second in pairs]
 
 
 def packed(items: Iterable[_T], size_of: Callable[[_T], int], limit: int) -> Iterator[list[_T]]:

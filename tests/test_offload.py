@@ -1,0 +1,336 @@
+"""An average on the host beside training: exact, never late, and in no more memory than two chunks.
+
+Without a CUDA device the same code runs with plain copies: threads, chunks and errors are what is tested then. The
+tests marked ``gpu`` add streams and pinned memory.
+"""
+
+import copy
+import gc
+import pickle
+import threading
+import time
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from composer_ema import EMAOptimizer, ShadowModel, kernels, offload
+from composer_ema.offload import HostAverage
+
+on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')]
+#: Some 0.2 s at 2 GHz.
+SLEEP_CYCLES = 400_000_000
+
+
+class Gate:
+    """Holds the thread before its first copy, or before its first average, until it is opened."""
+
+    def __init__(self, average: HostAverage, method: str) -> None:
+        self._opened = threading.Event()
+        wrapped = getattr(average, method)
+
+        def held(*args):
+            assert self._opened.wait(10)
+            return wrapped(*args)
+
+        setattr(average, method, held)
+
+    def open(self) -> None:
+        self._opened.set()
+
+
+@pytest.fixture
+def as_if_on_another_device(monkeypatch):
+    monkeypatch.setattr(offload, 'can_take', lambda shadow, source: True)
+
+
+def _average(values, **options):
+    shadows, sources = [torch.zeros_like(value) for value in values], list(values)
+    return shadows, sources, HostAverage(list(zip(shadows, sources, strict=True)), [], [], **options)
+
+
+def test_half_an_update_lies_half_way():
+    shadows, _, average = _average([torch.tensor([2.0, 4.0]), torch.tensor(8.0)])
+    average.update(0.5)
+    average.wait()
+    assert [shadow.tolist() for shadow in shadows] == [[1.0, 2.0], 4.0]
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 90), st.sampled_from([torch.float32, torch.bfloat16, torch.float64])), max_size=8
+    ),
+    st.integers(1, 64),
+    st.sampled_from([0.0, 0.3, 1.0]),
+)
+def test_chunks_of_any_size_give_the_bits_of_an_update_in_line(kinds, chunk, weight):
+    sources = [torch.randn(size, dtype=dtype) for size, dtype in kinds] + [
+        torch.randn(4, 6).t(),
+        torch.randn(6, 4)[:, 1],
+    ]
+    shadows = [torch.randn(source.shape) for source in sources]
+    expected = [shadow.clone() for shadow in shadows]
+    average = HostAverage(list(zip(shadows, sources, strict=True)), [], [], chunk=chunk)
+    for _ in range(2):
+        average.update(weight)
+        kernels.lerp_(expected, sources, weight)
+    average.wait()
+    for shadow, wanted in zip(shadows, expected, strict=True):
+        assert torch.equal(shadow, wanted)
+
+
+def test_two_chunks_are_all_the_memory_it_takes(monkeypatch):
+    taken = []
+    new_memory = HostAverage._new_memory
+    monkeypatch.setattr(HostAverage, '_new_memory', lambda *args: taken.append(new_memory(*args)) or taken[-1])
+    _, _, average = _average([torch.ones(1000), torch.ones(7)], chunk=16)
+    assert [memory.numel() for memory in taken] == [16, 16]
+    average.update(1.0)
+    average.wait()
+    assert len(taken) == 2
+
+
+def test_update_returns_before_the_thread_has_begun():
+    shadows, _, average = _average([torch.ones(3)])
+    gate = Gate(average, '_run')
+    average.update(1.0)
+    assert average.is_reading
+    assert shadows[0].tolist() == [0, 0, 0]
+    gate.open()
+    average.wait()
+    assert not average.is_reading
+    assert shadows[0].tolist() == [1, 1, 1]
+
+
+def test_sources_may_be_written_once_they_are_read_while_the_thread_still_averages():
+    shadows, sources, average = _average([torch.ones(3)])
+    gate = Gate(average, '_average')
+    average.update(1.0)
+    average.wait_for_reads()
+    sources[0].fill_(100)
+    assert shadows[0].tolist() == [0, 0, 0]
+    gate.open()
+    average.wait()
+    assert shadows[0].tolist() == [1, 1, 1]
+
+
+def test_without_that_wait_the_average_is_wrong():
+    """Shows that the test above tests something."""
+    shadows, sources, average = _average([torch.ones(3)])
+    gate = Gate(average, '_run')
+    average.update(1.0)
+    sources[0].fill_(100)
+    gate.open()
+    average.wait()
+    assert shadows[0].tolist() == [100, 100, 100]
+
+
+def test_buffers_may_be_written_as_soon_as_update_returns():
+    averaged, counted = (torch.zeros(2), torch.ones(2)), (torch.tensor(0), torch.tensor(3))
+    average = HostAverage([], [averaged], [counted])
+    gate = Gate(average, '_run')
+    average.update(0.5)
+    averaged[1].fill_(100)
+    counted[1].fill_(100)
+    gate.open()
+    average.wait()
+    assert averaged[0].tolist() == [0.5, 0.5]
+    assert counted[0].item() == 3
+
+
+def test_a_second_update_waits_for_the_first():
+    shadows, sources, average = _average([torch.full((5,), 4.0)], chunk=2)
+    for value in (4.0, 8.0, 16.0):
+        average.wait_for_reads()
+        sources[0].fill_(value)
+        average.update(0.5)
+    average.wait()
+    assert shadows[0].tolist() == [10.5] * 5  # 2, 5, 10.5
+
+
+def test_an_error_in_the_thread_is_raised_by_the_next_wait_and_only_there(monkeypatch):
+    shadows, _, average = _average([torch.ones(3)])
+
+    def fail(*_):
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(average, '_average', fail)
+        average.update(1.0)
+        with pytest.raises(ZeroDivisionError):
+            average.wait()
+    average.wait()
+    average.update(1.0)
+    average.wait()
+    assert shadows[0].tolist() == [1, 1, 1]
+
+
+def test_an_error_before_the_sources_are_read_does_not_hang_who_waits_to_write_them(monkeypatch):
+    _, _, average = _average([torch.ones(3)])
+
+    def fail():
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(average, '_on_side_stream', fail)
+    average.update(1.0)
+    average.wait_for_reads()
+    with pytest.raises(ZeroDivisionError):
+        average.wait()
+
+
+def test_the_thread_itself_never_waits(monkeypatch):
+    """As it would where the garbage collector, in the thread, finds a model whose plan then ends."""
+    _, _, average = _average([torch.ones(3)])
+    run = average._average
+
+    def average_then_wait(*args):
+        run(*args)
+        average.wait()
+        average.wait_for_reads()
+
+    monkeypatch.setattr(average, '_average', average_then_wait)
+    average.update(1.0)
+    done = threading.Thread(target=average.wait, daemon=True)
+    done.start()
+    done.join(10)
+    assert not done.is_alive()
+
+
+@pytest.mark.usefixtures('as_if_on_another_device')
+class TestAShadow:
+    def _model(self):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+
+    def test_it_holds_what_one_in_line_holds(self):
+        model = self._model()
+        beside, in_line = ShadowModel(model, overlap=True), ShadowModel(model)
+        for _ in range(3):
+            beside.wait_for_reads()
+            model(torch.randn(8, 3))
+            nn.init.normal_(model[0].weight)
+            for shadow in (beside, in_line):
+                shadow.update(model, smoothing=0.7)
+        for (name, one), (_, two) in zip(
+            [*beside.named_parameters(), *beside.named_buffers()],
+            [*in_line.named_parameters(), *in_line.named_buffers()],
+            strict=True,
+        ):
+            assert torch.equal(one, two), name
+
+    @pytest.mark.parametrize(
+        'read',
+        [
+            lambda shadow, model: shadow.state_dict()['parameters']['0.weight'],
+            lambda shadow, model: dict(copy.deepcopy(shadow).named_parameters())['0.weight'],
+            lambda shadow, model: dict(pickle.loads(pickle.dumps(shadow)).named_parameters())['0.weight'],
+            lambda shadow, model: next(shadow.parameters()),
+            lambda shadow, model: shadow.swap_in(model) or model[0].weight,
+            lambda shadow, model: shadow.copy_to(model) or model[0].weight,
+        ],
+        ids=['state_dict', 'deepcopy', 'pickle', 'parameters', 'swap_in', 'copy_to'],
+    )
+    def test_every_reader_waits(self, read):
+        model = self._model()
+        shadow = ShadowModel(model, overlap=True)
+        shadow.resolve(model)
+        gate = Gate(shadow._plan.host_averages[0], '_run')
+        nn.init.constant_(model[0].weight, 5.0)
+        shadow.update(model, smoothing=0.0)
+        assert shadow.is_pending
+        threading.Timer(0.05, gate.open).start()
+        assert read(shadow, model).unique().tolist() == [5.0]
+
+    def test_a_model_that_is_gone_ends_the_plan(self):
+        model = self._model()
+        shadow = ShadowModel(model, overlap=True)
+        shadow.update(model, smoothing=0.0)
+        del model
+        gc.collect()
+        assert shadow._plan is None
+
+    @pytest.mark.parametrize(
+        'options', [{'overlap': False}, {'skip_nonfinite': True}, {'avg_fn': lambda average, new, n: new}]
+    )
+    def test_what_the_thread_cannot_do_runs_in_line(self, options):
+        model = self._model()
+        shadow = ShadowModel(model, **{'overlap': True, **options})
+        shadow.resolve(model)
+        assert shadow._plan.host_averages == []
+
+    def test_the_optimizer_lets_the_sources_be_read_before_it_writes_them(self):
+        model = nn.Linear(1, 1, bias=False)
+        nn.init.constant_(model.weight, 4.0)
+        optimizer = EMAOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), decay=0.5, model=model)
+        for _ in range(3):  # 4 -> 3 -> 2 -> 1
+            model.weight.grad = torch.ones(1, 1)
+            optimizer.step()
+        assert next(optimizer.shadow.parameters()).item() == 1.875  # 3.5, 2.75, 1.875
+
+
+class TestCuda:
+    pytestmark = on_gpu
+
+    @pytest.fixture
+    def model(self):
+        model = nn.Sequential(nn.Linear(1024, 2048), nn.BatchNorm1d(2048)).cuda()  # within two chunks
+        shadow = ShadowModel(model, device='cpu', overlap=True)
+        shadow.update(model, smoothing=0.0)  # loads kernels and pins memory
+        shadow.wait()
+        torch.cuda.synchronize()
+        return model
+
+    @pytest.mark.parametrize('chunk', [offload.CHUNK, 1000])
+    def test_the_average_is_exact_while_the_model_goes_on_changing(self, model, chunk, monkeypatch):
+        monkeypatch.setattr(HostAverage.__init__, '__kwdefaults__', {'chunk': chunk})
+        beside, in_line = ShadowModel(model, device='cpu', overlap=True), ShadowModel(model, device='cpu')
+        for value in range(5):
+            beside.wait_for_reads()
+            with torch.no_grad():
+                model[0].weight.fill_(value)
+            model(torch.full((4, 1024), float(value), device='cuda'))
+            torch.cuda.synchronize()
+            in_line.update(model, smoothing=0.5)
+            beside.update(model, smoothing=0.5)
+        for (name, one), (_, two) in zip(
+            [*beside.named_parameters(), *beside.named_buffers()],
+            [*in_line.named_parameters(), *in_line.named_buffers()],
+            strict=True,
+        ):
+            assert torch.equal(one, two), name
+
+    def test_within_two_chunks_neither_update_nor_the_wait_for_reads_makes_the_host_wait(self, model):
+        shadow = ShadowModel(model, device='cpu', overlap=True)
+        shadow.resolve(model)
+        torch.cuda._sleep(SLEEP_CYCLES)
+        began = time.perf_counter()
+        shadow.update(model, smoothing=0.5)
+        shadow.wait_for_reads()
+        elapsed = time.perf_counter() - began
+        assert not torch.cuda.current_stream().query(), 'the sleep is over: the test shows nothing'
+        assert elapsed < 0.1
+        shadow.wait()
+
+    def test_the_update_sees_the_model_as_the_current_stream_will_have_left_it(self, model):
+        shadow = ShadowModel(model, device='cpu', overlap=True)
+        shadow.resolve(model)
+        torch.cuda._sleep(SLEEP_CYCLES)
+        with torch.no_grad():
+            model[0].weight.fill_(7)
+            model[1].running_mean.fill_(3)
+        shadow.update(model, smoothing=0.0)
+        model[1].running_mean.fill_(1000)
+        shadow.wait_for_reads()
+        with torch.no_grad():
+            model[0].weight.fill_(1000)
+        shadow.wait()
+        assert dict(shadow.named_parameters())['0.weight'].unique().tolist() == [7.0]
+        assert dict(shadow.named_buffers())['1.running_mean'].unique().tolist() == [3.0]
+
+    def test_copies_go_to_pinned_memory(self, model):
+        shadow = ShadowModel(model, device='cpu', overlap=True)
+        shadow.resolve(model)
+        (average,) = shadow._plan.host_averages
+        assert all(view.is_pinned() for chunk in [*average._chunks, *average._buffers] for view in chunk.copies)
