@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -143,11 +145,10 @@ def rates_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., R
 
 
 class TestRates:
-    @pytest.mark.parametrize('interval', ['batch', 'epoch'])
     @pytest.mark.parametrize('name', CASES)
-    def test_are_those_of_a_plain_loop(self, rates_of, name, interval):
+    def test_are_those_of_a_plain_loop(self, rates_of, name):
         arguments, make = CASES[name]
-        assert rates_of({'name': name, 'interval': interval, **arguments}) == plain(make, interval)
+        assert rates_of({'name': name, 'interval': 'batch', **arguments}) == plain(make, 'batch')
 
     @pytest.mark.parametrize(('interval', 'stops'), [('batch', (3, 7)), ('epoch', (5, 12))])
     @pytest.mark.parametrize('name', CASES)
@@ -253,3 +254,279 @@ def test_filled_in_values_are_in_the_resolved_recipe_which_builds_the_same(tmp_p
     again.trainer.close()
     assert again.recipe.values == built.recipe.values
     assert again.trainer.state.schedulers[0].state_dict() == built.trainer.state.schedulers[0].state_dict()
+
+
+class TestPlateau:
+    SCHEDULER: ClassVar = {'name': 'ReduceLROnPlateau', 'metric': 'eval_ema/MulticlassAccuracy', 'patience': 0}
+    WITH_EMA: ClassVar = {'algorithms': {'ema': {'half_life': '3ba'}}, 'evaluate': ['training', 'ema']}
+
+    @staticmethod
+    def plain(folder: Path, metric: str, **arguments: Any) -> list[float]:
+        """The rate of each batch, by torch's own scheduler on the metrics that the run wrote down."""
+        lines = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+        measured = {line['batch']: line[f'metrics/{metric}'] for line in lines if f'metrics/{metric}' in line}
+        assert len(set(measured.values())) > 1, 'a metric that stands still would prove little'
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+        scheduler, rates = lrs.ReduceLROnPlateau(optimizer, **arguments), []
+        for batch in range(1, PER_EPOCH * EPOCHS + 1):
+            rates.append(optimizer.param_groups[0]['lr'])
+            if batch in measured:
+                scheduler.step(measured[batch])
+        assert len(set(rates)) > 1, 'the rate never fell'
+        return rates
+
+    @pytest.mark.parametrize('eval_interval', ['2ba', '1ep'])
+    @pytest.mark.parametrize('stops', [(), (2, 5, 9)])
+    @pytest.mark.parametrize('metric', ['eval_ema/MulticlassAccuracy', 'eval_training/CrossEntropy'])
+    def test_lowers_the_rate_as_torch_does_also_when_resumed(self, rates_of, tmp_path, metric, stops, eval_interval):
+        # So strict that the rate falls although the metric becomes better.
+        arguments = {'patience': 0, 'threshold': 0.5, 'factor': 0.5}
+        rates = rates_of(
+            {'name': 'ReduceLROnPlateau', 'metric': metric, **arguments},
+            stops=stops, eval_interval=eval_interval, **self.WITH_EMA,
+        )  # fmt: skip
+        mode = 'max' if metric.endswith('Accuracy') else 'min'
+        assert [lr for lr, _ in rates] == self.plain(tmp_path / 'runs/run', metric, mode=mode, **arguments)
+
+    def test_beside_a_warmup_of_batches(self, rates_of):
+        warmup = {'name': 'linear_lr', 'total_iters': 4, 'start_factor': 0.25, 'interval': 'batch'}
+        rates = [lr for lr, _ in rates_of([warmup, {**self.SCHEDULER, 'threshold': 9.0}], **self.WITH_EMA)]
+        assert rates == pytest.approx([0.025, 0.04375, 0.0625, 0.08125, 0.1, *[0.1] * 5, *[0.01] * 5])
+
+    def test_is_not_stepped_by_an_evaluation_outside_the_run(self, tmp_path):
+        values = {**RECIPE, **self.WITH_EMA, 'scheduler': self.SCHEDULER, 'runs_folder': str(tmp_path)}
+        built = build(schema.Recipe('a.yaml', 'a', {**values, 'max_duration': '1ep', 'autoresume': False}))
+        built.trainer.fit()
+        before = built.trainer.state.schedulers[0].state_dict()
+        built.trainer.eval()
+        built.trainer.close()
+        assert before['states'][0]['last_epoch'] == 1
+        assert built.trainer.state.schedulers[0].state_dict() == before
+
+    def test_takes_its_mode_from_the_metric(self, tmp_path):
+        # Composer's CrossEntropy does not say which values are better; torch's default, min, is right for it.
+        for metric, filled in (('MulticlassAccuracy', {'mode': 'max'}), ('CrossEntropy', {})):
+            scheduler = {'name': 'reduce_lr_on_plateau', 'metric': f'metrics/eval_training/{metric}'}
+            values = {**RECIPE, 'evaluate': ['training'], 'scheduler': scheduler, 'runs_folder': str(tmp_path)}
+            built = build(schema.Recipe('a.yaml', 'a', values), scratch=tmp_path)
+            built.trainer.close()
+            assert built.recipe.values['scheduler'] == {
+                'name': 'reduce_lr_on_plateau', 'metric': f'eval_training/{metric}', **filled,
+            }  # fmt: skip
+
+
+SEQUENCE = {'name': 'sequential_lr', 'milestones': [2], 'schedulers': [{'name': 'linear_lr'}, {'name': 'linear_lr'}]}
+PLATEAU = {'name': 'reduce_lr_on_plateau', 'metric': 'eval_training/CrossEntropy'}
+ACCURACY = {'name': 'reduce_lr_on_plateau', 'metric': 'eval_training/MulticlassAccuracy'}
+REFUSED: list[tuple[Any, dict[str, Any], str, str]] = [
+    ({'name': 'one_cycle'}, {}, 'scheduler.name', 'The nearest legal one is one_cycle_lr'),
+    ({'name': 'one_cycle_lr'}, {}, 'scheduler', 'OneCycleLR needs max_lr'),
+    ({'name': 'one_cycle_lr', 'max_lr': 1, 'pct_start': 2.0}, {}, 'scheduler.pct_start', 'between 0 and 1'),
+    ({'name': 'one_cycle_lr', 'max_lr': 1, 'max_momentun': 1}, {}, 'scheduler.max_momentun', 'max_momentum'),
+    ({'name': 'one_cycle_lr', 'max_lr': [1, 2]}, {}, 'scheduler.max_lr', 'same length as optimizer.param_groups'),
+    ({'name': 'one_cycle_lr', 'max_lr': 1}, {'optimizer': {'name': 'adagrad'}}, 'scheduler', 'must support momentum'),
+    ({'name': 'cosine_annealing_lr', 'T_max': 'long'}, {}, 'scheduler.T_max', 'must be an integer'),
+    ({'name': 'step_lr'}, {}, 'scheduler', 'StepLR needs step_size'),
+    ({'name': 'step_lr', 'step_size': 2, 'last_epoch': 3}, {}, 'scheduler.last_epoch', 'no such argument'),
+    ({'name': 'step_lr', 'step_size': 2, 'metric': 'a/b'}, {}, 'scheduler.metric', 'watches no metric'),
+    ({'name': 'linear_lr', 'interval': 'iter'}, {}, 'scheduler.interval', 'must be batch or epoch'),
+    ({'name': 'linear_lr'}, {'optimizer': None}, 'scheduler', 'needs an optimizer'),
+    (
+        {'name': 'linear_lr', 'interval': 'epoch'},
+        {'step_schedulers_every_batch': True},
+        'scheduler.interval',
+        'says epoch, and step_schedulers_every_batch=true says batch. Keep interval.',
+    ),
+    ({'name': 'lambda_lr', 'lr_lambda': 'x'}, {}, 'scheduler.name', 'needs a function'),
+    ({'name': 'multiplicative_lr'}, {}, 'scheduler.name', 'needs a function'),
+    ({'name': 'cyclic_lr', 'base_lr': 0.1, 'max_lr': 1, 'scale_fn': 'x'}, {}, 'scheduler.scale_fn', 'must be null'),
+    ({'name': 'swalr', 'swa_lr': 1, 'anneal_strategy': 'cosine'}, {}, 'scheduler.anneal_strategy', 'is cos'),
+    ({'name': 'cosine', 't_max': '3eps'}, {}, 'scheduler.t_max', "'3eps' is no time"),
+    ({'name': 'multistep', 'milestones': ['1ep', '2']}, {}, 'scheduler.milestones', "'2' is no time"),
+    ({**SEQUENCE, 'schedulers': []}, {}, 'scheduler.schedulers', 'must be a list of schedulers'),
+    ({**SEQUENCE, 'schedulers': {'name': 'linear_lr'}}, {}, 'scheduler.schedulers', 'must be a list of schedulers'),
+    ({**SEQUENCE, 'milestones': [2, 3]}, {}, 'scheduler.milestones', 'one fewer than the 2 schedulers'),
+    ({**SEQUENCE, 'milestones': [0]}, {}, 'scheduler.milestones', 'whole numbers that rise'),
+    ({**SEQUENCE, 'milestones': [True]}, {}, 'scheduler.milestones', 'must be a list, each entry an integer'),
+    ({**SEQUENCE, 'schedulers': [{'name': 'step_lr'}] * 2}, {}, 'scheduler.schedulers.0', 'StepLR needs step_size'),
+    (
+        {**SEQUENCE, 'schedulers': [{'name': 'linear_lr', 'interval': 'batch'}] * 2},
+        {},
+        'scheduler.schedulers.0.interval',
+        'the scheduler around this one',
+    ),
+    ({**SEQUENCE, 'schedulers': [{'name': 'cosine'}] * 2}, {}, 'scheduler.schedulers.0.name', "Only torch's"),
+    ({**SEQUENCE, 'schedulers': [PLATEAU] * 2}, {}, 'scheduler.schedulers.0.name', 'List it beside'),
+    ([{'name': 'cosine'}, {'name': 'linear_lr'}], {}, 'scheduler', 'Write all of the one kind'),
+    ([{'name': 'cosine'}, {'name': 'linear', 'interval': 'epoch'}], {}, 'scheduler', 'Give one'),
+    ([{'name': 'linear_lr'}, {'name': 'step'}], {}, 'scheduler.1', 'needs step_size'),
+    ({'name': 'reduce_lr_on_plateau'}, {}, 'scheduler', 'Write metric: eval_training/CrossEntropy'),
+    ({**PLATEAU, 'metric': 'loss'}, {}, 'scheduler.metric', 'an evaluator and a metric'),
+    ({**PLATEAU, 'metric': 'eval_ema/CrossEntropy'}, {}, 'scheduler.metric', 'nearest legal one is eval_training'),
+    ({**PLATEAU, 'metric': 'eval_training/Accuracy'}, {}, 'scheduler.metric', 'eval_training/MulticlassAccuracy'),
+    ({**ACCURACY, 'mode': 'min'}, {}, 'scheduler.mode', 'Write max, or leave it out'),
+    ({**PLATEAU, 'mode': 'most'}, {}, 'scheduler.mode', 'one of min, max'),
+    ({**PLATEAU, 'factor': 2.0}, {}, 'scheduler', 'Factor should be < 1.0'),
+    ({**PLATEAU, 'interval': 'epoch'}, {}, 'scheduler.interval', 'which eval_interval times'),
+    (PLATEAU, {'step_schedulers_every_batch': True}, 'step_schedulers_every_batch', 'Leave it out'),
+    (PLATEAU, {'evaluate': []}, 'scheduler.metric', 'the run evaluates nothing'),
+    (PLATEAU, {'eval_interval': 0}, 'scheduler.metric', 'the run evaluates nothing'),
+]
+
+
+@pytest.mark.parametrize(('scheduler', 'values', 'key', 'said'), REFUSED)
+def test_refused_before_data_is_touched(tmp_path, monkeypatch, scheduler, values, key, said):
+    def touched(self: Any) -> None:
+        raise AssertionError('data was touched')
+
+    monkeypatch.setattr('composer_ema.recipe.data._Loading.__post_init__', touched)
+    values = {**RECIPE, 'evaluate': ['training'], 'runs_folder': str(tmp_path / 'runs'), **values}
+    with pytest.raises(RecipeError) as refused:
+        build(schema.Recipe('a.yaml', 'a', {**values, 'scheduler': scheduler}))
+    assert refused.value.key == key
+    assert said in str(refused.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ('scheduler', 'values', 'key', 'said'),
+    [
+        (
+            {'name': 'one_cycle_lr', 'max_lr': 1, 'total_steps': 14},
+            {},
+            'scheduler',
+            'after 14 steps and the run has 15',
+        ),
+        ({'name': 'one_cycle_lr', 'max_lr': 1, 'epochs': 2}, {}, 'scheduler', 'after 10 steps and the run has 15'),
+        ({**SEQUENCE, 'milestones': [3]}, {}, 'scheduler.milestones', 'no step for LinearLR in a run of 3'),
+        ({'name': 'linear_lr'}, {'max_duration': '80sp'}, 'scheduler', 'Give max_duration in ep or ba'),
+        ({'name': 'cosine_with_warmup', 't_warmup': '1ba', 't_max': '9ba'}, {}, 'scheduler.t_max', 't_max'),
+    ],
+)
+def test_what_does_not_fit_the_length_of_the_run_is_refused_before_it_trains(tmp_path, scheduler, values, key, said):
+    values = {**RECIPE, 'runs_folder': str(tmp_path / 'runs'), **values, 'scheduler': scheduler}
+    with pytest.raises(RecipeError) as refused:
+        build(schema.Recipe('a.yaml', 'a', values))
+    assert refused.value.key == key
+    assert said in str(refused.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+class TestFilledIn:
+    @staticmethod
+    def filled(scheduler: Any, **values: Any) -> Any:
+        outline = TestOutline.outline(scheduler, **values)
+        [filled] = [each.as_values() for each in outline.scheduled]
+        return {key: value for key, value in filled.items() if key not in ('name', 'interval')}
+
+    @pytest.mark.parametrize(
+        ('scheduler', 'expected'),
+        [
+            ({'name': 'one_cycle_lr', 'max_lr': 1}, {'max_lr': 1, 'total_steps': 15}),
+            ({'name': 'one_cycle_lr', 'max_lr': 1, 'total_steps': 20}, {'max_lr': 1, 'total_steps': 20}),
+            ({'name': 'one_cycle_lr', 'max_lr': 1, 'epochs': 4}, {'max_lr': 1, 'epochs': 4, 'steps_per_epoch': 5}),
+            (
+                {'name': 'one_cycle_lr', 'max_lr': 1, 'steps_per_epoch': 7},
+                {'max_lr': 1, 'epochs': 3, 'steps_per_epoch': 7},
+            ),
+            (
+                {'name': 'one_cycle_lr', 'max_lr': 1, 'epochs': 3, 'interval': 'epoch'},
+                {'max_lr': 1, 'epochs': 3, 'steps_per_epoch': 1},
+            ),
+            ({'name': 'one_cycle_lr', 'max_lr': 1, 'interval': 'epoch'}, {'max_lr': 1, 'total_steps': 3}),
+            ({'name': 'cosine_annealing_lr'}, {'T_max': 3}),
+            ({'name': 'cosine_annealing_lr', 'T_max': None}, {'T_max': 3}),
+            ({'name': 'cosine_annealing_lr', 'interval': 'batch'}, {'T_max': 15}),
+            ({'name': 'polynomial_lr', 'total_iters': 2}, {'total_iters': 2}),
+            ({'name': 'swalr', 'swa_lr': 1}, {'swa_lr': 1}),
+            ({'name': 'cosine'}, {}),
+        ],
+    )
+    def test_only_what_is_left_out(self, scheduler, expected):
+        assert self.filled(scheduler) == expected
+
+    def test_each_part_of_a_sequence_to_the_next_milestone(self):
+        parts = [{'name': 'linear_lr'}, {'name': 'chained_scheduler', 'schedulers': [{'name': 'cosine_annealing_lr'}]}]
+        scheduler = {'name': 'sequential_lr', 'milestones': [4], 'schedulers': parts, 'interval': 'batch'}
+        assert self.filled(scheduler) == {
+            'milestones': [4],
+            'schedulers': [
+                {'name': 'linear_lr', 'total_iters': 4},
+                {'name': 'chained_scheduler', 'schedulers': [{'name': 'cosine_annealing_lr', 'T_max': 11}]},
+            ],
+        }
+
+    @pytest.mark.parametrize(
+        ('values', 'steps'),
+        [
+            ({'max_duration': '7ba'}, 7),
+            ({'max_duration': 2}, 10),
+            ({'train_subset_num_batches': 2}, 6),
+            ({'train_subset_num_batches': 9}, 15),
+        ],
+    )
+    def test_from_what_the_run_will_do(self, tmp_path, values, steps):
+        scheduler = {'name': 'cosine_annealing_lr', 'interval': 'batch'}
+        assert self.filled(scheduler, **values) == {'T_max': steps}
+        whole = {**RECIPE, 'runs_folder': str(tmp_path), 'autoresume': False, **values, 'scheduler': scheduler}
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', message='DataloaderNumBatchesWarning')
+            built = build(schema.Recipe('a.yaml', 'a', whole))
+            built.trainer.fit()
+        built.trainer.close()
+        assert int(built.trainer.state.timestamp.batch) == steps
+        assert built.trainer.state.schedulers[0].T_max == steps
+
+
+class TestResume:
+    @pytest.mark.parametrize(
+        ('scheduler', 'changed', 'key', 'said'),
+        [
+            ({'name': 'cosine_annealing_lr'}, {'max_duration': '4ep'}, 'scheduler.T_max', 'is 4 in this run and 3 in'),
+            (
+                {'name': 'step_lr', 'step_size': 2},
+                {'scheduler': {'name': 'step_lr', 'step_size': 1}},
+                'scheduler.step_size',
+                'is 1 in this run and 2 in the checkpoint',
+            ),
+            (
+                SEQUENCE,
+                {'max_duration': '5ep'},
+                'scheduler.schedulers.1.total_iters',
+                'is 3 in this run and 1 in the checkpoint',
+            ),
+        ],
+    )
+    def test_with_another_schedule_is_refused_by_key(self, tmp_path, scheduler, changed, key, said):
+        values = {**RECIPE, 'runs_folder': str(tmp_path), 'scheduler': scheduler}
+        run.train(schema.Recipe('a.yaml', 'a', values), lambda _: None)
+        with pytest.raises(RecipeError) as refused:
+            build(schema.Recipe('a.yaml', 'a', {**values, **changed}))
+        assert refused.value.key == key
+        assert said in str(refused.value)
+
+    def test_with_the_schedule_begun_anew_as_the_error_says(self, tmp_path):
+        values = {**RECIPE, 'runs_folder': str(tmp_path), 'scheduler': {'name': 'cosine_annealing_lr'}}
+        run.train(schema.Recipe('a.yaml', 'a', values), lambda _: None)
+        again = {'load_path': str(tmp_path / 'run/checkpoints/latest-rank0.pt'), 'autoresume': False, 'run_name': 'b'}
+        values = {**values, **again, 'max_duration': '4ep', 'load_ignore_keys': ['state/schedulers']}
+        built = build(schema.Recipe('a.yaml', 'a', values))
+        built.trainer.close()
+        assert built.trainer.state.schedulers[0].T_max == 4
+
+    @pytest.mark.parametrize('scheduler', [{'name': name, **CASES[name][0]} for name in CASES])
+    def test_every_state_is_read_without_executing_anything(self, tmp_path, scheduler):
+        values = {**RECIPE, 'runs_folder': str(tmp_path), 'scheduler': scheduler}
+        built = build(schema.Recipe('a.yaml', 'a', values), scratch=tmp_path)
+        built.trainer.close()
+        state = [each.state_dict() for each in built.trainer.state.schedulers]
+        torch.save(state, tmp_path / 'state.pt')
+        assert torch.load(tmp_path / 'state.pt', weights_only=True) == state
+
+    def test_of_several_with_others_is_refused(self, tmp_path):
+        steps = [{'name': 'step_lr', 'step_size': size} for size in (2, 3)]
+        values = {**RECIPE, 'runs_folder': str(tmp_path), 'scheduler': steps, 'max_duration': '1ep'}
+        run.train(schema.Recipe('a.yaml', 'a', values), lambda _: None)
+        values['scheduler'] = [*steps, {'name': 'step_lr', 'step_size': 4}]
+        with pytest.raises(RecipeError, match='the checkpoint has the schedulers StepLR, StepLR, and the run has'):
+            build(schema.Recipe('a.yaml', 'a', values))

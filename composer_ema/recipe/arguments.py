@@ -12,6 +12,7 @@ import inspect
 import json
 import math
 import os
+import re
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -75,7 +76,8 @@ class Named:
 
     def blame(self, error: Exception) -> Place:
         """The one argument that the message speaks of, or else the whole entry."""
-        spoken_of = [name for name in self.arguments if name in str(error).replace('`', ' ').replace('=', ' ').split()]
+        words = set(re.findall(r'\w+', str(error)))
+        spoken_of = [name for name in self.arguments if name in words]
         return self.place / spoken_of[0] if len(spoken_of) == 1 else self.place
 
 
@@ -275,7 +277,7 @@ def _kind_of_default(default: Any) -> Any:
 def unknown(place: Place, complaint: str, legal: Collection[str]) -> RecipeError:
     """The error about a name that is not legal, with the nearest one that is."""
     name = place.key.rpartition('.')[2]
-    if name in ('name',) or name.isdigit():
+    if name in ('name', 'metric') or name.isdigit():
         name = complaint.rpartition(' ')[2].strip("'")
     near = nearest(name, legal)
     return place.error(f'{complaint}. ' + (f'The nearest legal one is {near}.' if near else 'It takes none.'))

@@ -58,18 +58,18 @@ def check_can_train(optimizer: Named, trainer: Mapping[str, Any]) -> None:
     """Refuses what Composer cannot do with an optimizer, before anything is built.
 
     Raises:
-        RecipeError: LBFGS in a run that loads a checkpoint or uses ``amp_fp16``.
+        RecipeError: LBFGS or SparseAdam in a run that loads a checkpoint, or LBFGS with ``amp_fp16``.
     """
-    if not issubclass(_class(optimizer), torch.optim.LBFGS):
-        return
-    # On loading, torch's distributed checkpoint calls optimizer.step(closure=None), which LBFGS cannot do.
-    for key in ('autoresume', 'load_path'):
-        if trainer.get(key) and not trainer.get('load_weights_only'):
-            raise optimizer.place.error(
-                f'{key} cannot restore the state of LBFGS, which Composer saves but cannot load. '
-                f'Leave {key} out, take another optimizer, or load the weights alone with load_weights_only=true.'
-            )
-    if trainer.get('precision') == 'amp_fp16':
+    cls = _class(optimizer)
+    # On loading, torch's distributed checkpoint takes a step with dense gradients of zero and without a closure.
+    if issubclass(cls, torch.optim.LBFGS | torch.optim.SparseAdam):
+        for key in ('autoresume', 'load_path'):
+            if trainer.get(key) and not trainer.get('load_weights_only'):
+                raise optimizer.place.error(
+                    f'{key} cannot restore the state of {cls.__name__}, which Composer saves but cannot load. '
+                    f'Leave {key} out, take another optimizer, or load the weights alone with load_weights_only=true.'
+                )
+    if issubclass(cls, torch.optim.LBFGS) and trainer.get('precision') == 'amp_fp16':
         raise optimizer.place.error(
             'LBFGS needs to evaluate the loss again in each step, and Composer does not let it with precision '
             'amp_fp16. Write precision: fp32.'

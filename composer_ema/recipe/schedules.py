@@ -324,8 +324,8 @@ class ForTrainer:
             if asked != loaded:
                 raise place.error(
                     f'is {asked} in this run and {loaded} in the checkpoint, which a schedule keeps once it has begun. '
-                    'Write the value of the checkpoint, or begin the schedule anew with '
-                    'load_ignore_keys: [state/schedulers].'
+                    'Write the value of the checkpoint, or begin the schedule anew: give load_path and '
+                    'load_ignore_keys: [state/schedulers] in place of autoresume.'
                 )
 
 
@@ -397,7 +397,9 @@ def _read_tree(section: Any, place: Place, *, is_inner: bool = False) -> Schedul
     # The span may be left out, and the Trainer restores the position of a resumed run.
     supplied = {'optimizer', 'last_epoch', *([_INNER] if inner else [])}
     span = _SPAN.get(factory)
-    probe = arguments if span is None or span in arguments else {**arguments, span: 1}
+    if span is not None and arguments.get(span) is None:
+        arguments.pop(span, None)
+    probe = arguments if span is None else {span: 1, **arguments}
     check_arguments(factory, probe, place, given=supplied)
     if inner and issubclass(factory, SequentialLR):
         _check_milestones(arguments['milestones'], len(inner), place / 'milestones')
@@ -428,13 +430,17 @@ def _check_milestones(milestones: Any, num_inner: int, place: Place) -> None:
 def _check_time_strings(arguments: Mapping[str, Any], place: Place) -> None:
     for key, value in arguments.items():
         for each in value if isinstance(value, list) else [value]:
-            if isinstance(each, str):
-                try:
-                    Time.from_timestring(each)
-                except ValueError as error:
-                    raise (place / key).error(
-                        f'{each!r} is no time. Write a number and a unit, as in 2ep, 100ba or 0.5dur.'
-                    ) from error
+            if isinstance(each, str) and not _is_time(each):
+                raise (place / key).error(
+                    f'{each!r} is no time. Write a number and a unit, as in 2ep, 100ba or 0.5dur.'
+                )
+
+
+def _is_time(text: str) -> bool:
+    try:
+        return Time.from_timestring(text).unit != TimeUnit.SECOND
+    except ValueError:
+        return False
 
 
 def _read_plateau(
