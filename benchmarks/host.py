@@ -99,21 +99,21 @@ def measure(model: nn.Module, size: str, parsed: Any, result: common.Result) -> 
 
 
 def kernel_calls(model: nn.Module) -> Callable[[], None]:
-    """What an update cannot do without: one prepared step for parameters, one for buffers, a copy of the counters."""
-    buffers = list(model.buffers())
-    counters = [buffer for buffer in buffers if not buffer.is_floating_point()]
-    copies = [counter.clone() for counter in counters]
+    """What an update cannot do without: a prepared step for parameters, one for buffers, a copy of the counters."""
+    shadow = ShadowModel(model)  # for tensors that lie in memory as those of an update do
+    parameters = [(average, model.get_parameter(name)) for name, average in shadow.named_parameters()]
+    buffers = [(average, model.get_buffer(name)) for name, average in shadow.named_buffers()]
     steps = [
-        kernels.prepare([tensor.clone() for tensor in tensors], tensors)
-        for tensors in (common.floating(model.parameters()), common.floating(iter(buffers)))
+        kernels.prepare([average for average, _ in pairs], [source for _, source in pairs])
+        for pairs in (parameters, [pair for pair in buffers if pair[0].is_floating_point()])
     ]
+    counters = [pair for pair in buffers if not pair[0].is_floating_point()]
+    copy_counters = kernels.prepare_copy([copy for copy, _ in counters], [counter for _, counter in counters])
 
-    @torch.no_grad()
     def call() -> None:
         for step in steps:
             step(_WEIGHT)
-        if counters:
-            torch._foreach_copy_(copies, counters)
+        copy_counters()
 
     return call
 

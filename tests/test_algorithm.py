@@ -1027,3 +1027,23 @@ def test_what_comes_after_the_end_of_the_run_is_warned_of(trainer, argument, val
     arguments = {'half_life': '2ba', argument: value}
     with pytest.warns(UserWarning, match=f"{argument}='{value}' is longer than the run"):
         trainer([EMA(**arguments)]).fit()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+def test_on_a_gpu_a_hundred_batches_never_make_the_algorithm_synchronise(trainer):
+    """The Trainer itself may: it logs losses."""
+
+    class Strict(EMA):
+        def apply(self, event, state, logger):
+            if event not in (Event.AFTER_TRAIN_BATCH, Event.BATCH_END) or int(state.timestamp.batch) < 3:
+                return super().apply(event, state, logger)
+            torch.cuda.set_sync_debug_mode('error')
+            try:
+                return super().apply(event, state, logger)
+            finally:
+                torch.cuda.set_sync_debug_mode('default')
+
+    algorithm = Strict('10ba', log_interval=None)
+    trainer(algorithms=[algorithm], device='gpu', max_duration='103ba').fit()
+    assert algorithm.ema_model.num_updates == 103

@@ -106,11 +106,12 @@ def test_host_writes_match_and_what_is_beyond_the_kernel(tmp_path) -> None:
     assert result['summary']['beyond_kernel_us'] == us['match and apply, whole batch'] - us['kernel calls']
 
 
-def test_memory_of_ours_is_the_shadow_no_peak_and_one_stash(tmp_path) -> None:
+def test_memory_of_ours_is_the_shadow_hardly_more_no_peak_and_one_stash(tmp_path) -> None:
     result = run('memory', tmp_path / 'memory.json', '--models', MODEL, '--precision', 'fp32')
     check_head(result, 'memory')
     ours = next(row for row in result['rows'] if row['contestant'] == 'ours')
-    assert ours['lasting_mib'] == pytest.approx(ours['weights_mib'], rel=1e-4)
+    # Beside the shadow, what small tensors are gathered into: at most 128 KiB each for parameters and buffers.
+    assert 0 <= ours['lasting_mib'] - ours['weights_mib'] <= 0.25
     assert ours['update_peak_mib'] == 0
     assert ours['swap_peak_mib'] == pytest.approx(ours['weights_mib'])
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from composer_ema import ShadowModel
+from composer_ema import EMAOptimizer, ShadowModel
 from composer_ema.stream import SideStream
 
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')]
@@ -249,6 +249,27 @@ class TestCuda:
                 shadow.wait()
         finally:
             torch.cuda.set_sync_debug_mode('default')
+
+    def test_a_hundred_training_steps_never_synchronise(self, device):
+        model = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.Linear(64, 8)).to(device)
+        optimizer = EMAOptimizer(torch.optim.AdamW(model.parameters(), lr=0.01), decay=0.9, model=model)
+        batch = torch.randn(16, 64, device=device)
+
+        def step() -> None:
+            optimizer.zero_grad()
+            model(batch).square().mean().backward()
+            optimizer.step()
+
+        for _ in range(3):
+            step()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode('error')
+        try:
+            for _ in range(100):
+                step()
+        finally:
+            torch.cuda.set_sync_debug_mode('default')
+        assert optimizer.num_steps == 103
 
     def test_updates_never_make_the_host_wait(self, device):
         model = _weights(0.0)
