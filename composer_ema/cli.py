@@ -76,6 +76,37 @@ def export(
         _show(table)
 
 
+@app.command()
+def plot(
+    things: Annotated[
+        list[str],
+        typer.Argument(metavar='RUN_FOLDER...', help='Folders of runs, drawn over one another.', show_default=False),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help='The picture: NAME writes NAME.png and NAME.svg, NAME.png, .svg or .pdf that one. '
+            'By default curves in the folder of the run, or of several runs in the one above the first.',
+            show_default=False,
+        ),
+    ] = None,
+    over: Annotated[
+        str | None, typer.Option(help='epoch, batch or sample: what to draw over.', show_default=False)
+    ] = None,
+) -> None:
+    """Draw what runs did: loss, accuracy, learning rate, momentum, and how far the average is from the weights."""
+    with _usage_errors():
+        from composer_ema.recipe import curves, plots
+
+        axis = curves.check_axis(over)
+        folders = [curves.run_folder(thing) for thing in things]
+        if out is None:
+            out = (folders[0] if len(folders) == 1 else folders[0].parent) / plots.CURVES
+        plots.check_out(out)
+        figure = plots.draw_runs(curves.read_runs(folders), axis=axis)
+        _show('\n'.join(f'written: {path}' for path in plots.write(figure, out)))
+
+
 def main() -> None:
     """The entry point of ``composer-ema`` and of ``python -m composer_ema.cli``."""
     warnings.showwarning = _show_warning
@@ -115,7 +146,7 @@ def _usage_errors() -> Iterator[None]:
             raise
         _fail(f'{error}. {_REMEDY}')
     except ValueError as error:
-        if type(error).__name__ not in ('RecipeError', 'CheckpointError'):
+        if type(error).__name__ not in ('RecipeError', 'CheckpointError', 'PlotError'):
             raise
         _fail(str(error))
 

@@ -243,3 +243,49 @@ def test_launcher_reports_a_wrong_recipe_without_traces(recipe, tmp_path):
     assert process.returncode != 0
     assert "optimizer.lr: must be a number, got 'fast'" in out + err
     assert 'Traceback' not in out + err
+
+
+class TestPlot:
+    @pytest.fixture
+    def runs(self, tmp_path: Path) -> list[Path]:
+        lines = [
+            {'epoch': n / 10, 'batch': n, 'sample': 8 * n, 'loss/train/total': 1 / n, 'lr/group0': 0.1}
+            for n in range(1, 21)
+        ]
+        folders = [tmp_path / 'runs' / name for name in ('first', 'second')]
+        for folder in folders:
+            folder.mkdir(parents=True)
+            (folder / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+        return folders
+
+    def test_train_leaves_the_picture_that_plot_draws(self, call, recipe, tmp_path):
+        assert call('train', recipe, 'max_duration=1ep', 'progress_bar=false')[0] == 0
+        folder = tmp_path / 'runs/tiny'
+        drawn = (folder / 'curves.svg').read_bytes()
+        code, out, _ = call('plot', folder, '--out', tmp_path / 'again')
+        assert code == 0
+        assert out.splitlines() == [f'written: {tmp_path}/again.png', f'written: {tmp_path}/again.svg']
+        assert (tmp_path / 'again.svg').read_bytes() == drawn
+
+    def test_one_run_is_drawn_into_its_folder_and_several_above_them(self, call, runs):
+        assert call('plot', runs[0])[0] == 0
+        assert (runs[0] / 'curves.svg').exists()
+        assert call('plot', *runs, '--over', 'batch')[0] == 0
+        assert (runs[0].parent / 'curves.png').exists()
+
+    @pytest.mark.parametrize(
+        ('arguments', 'said'),
+        [
+            (['runs/frist'], 'runs/frist is no run folder: there is no such folder. The nearest run is runs/first.'),
+            (['runs'], 'it has no metrics.jsonl. Runs in it: runs/first, runs/second.'),
+            (['runs/first', '--out', 'a.jpeg'], 'a.jpeg has the ending .jpeg, a picture is written as png, svg, pdf.'),
+            (['runs/first', '--over', 'steps'], "a picture is drawn over epoch, batch, sample, got 'steps'."),
+            (['runs/first', 'runs/first'], 'runs/first was given twice.'),
+        ],
+    )
+    def test_what_cannot_be_drawn_is_one_line_and_exit_code_2(self, call, runs, monkeypatch, arguments, said):
+        monkeypatch.chdir(runs[0].parents[1])
+        code, out, err = call('plot', *arguments)
+        assert (code, out) == (2, '')
+        assert said in err
+        assert len(err.splitlines()) == 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import zipfile
@@ -16,7 +15,6 @@ import yaml
 from composer.core import Callback
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from matplotlib.figure import Figure
 from rich.console import Console
 
 from composer_ema import load_average
@@ -652,27 +650,6 @@ class TestReport:
         assert recorder.update_share is None
         recorder.step_seconds, recorder.update_seconds = 4.0, 0.1
         assert recorder.update_share == pytest.approx(0.025)
-
-    def test_nothing_evaluated_draws_nothing(self, tmp_path):
-        assert report.draw_curves(self.outcome(points={}), tmp_path) == []
-
-    @pytest.mark.parametrize('changed', [{}, {'target_accuracy': 0.9875}, {'target_accuracy': 0.915}])
-    @pytest.mark.parametrize('run_name', ['r', 'resnet_on_cifar10_' * 8 + 'seed1', 'Run of 20 November ' * 8])
-    def test_titles_stay_inside_the_picture_and_their_panel(self, tmp_path, monkeypatch, run_name, changed):
-        figures: list[Figure] = []
-        savefig = Figure.savefig
-        monkeypatch.setattr(Figure, 'savefig', lambda self, *a, **k: (figures.append(self), savefig(self, *a, **k)))
-        report.draw_curves(dataclasses.replace(self.outcome(**changed), run_name=run_name), tmp_path)
-        figure, left = figures[0], figures[0].axes[0]
-        figure.draw_without_rendering()  # what was drawn last, the SVG, is of another resolution
-        assert figure.get_suptitle().replace('\n', '').replace(' ', '') == run_name.replace(' ', '')
-        [over_all] = [text for text in figure.texts if text.get_text() == figure.get_suptitle()]
-        extent = over_all.get_window_extent()
-        assert 0 <= extent.x0 <= extent.x1 <= 0.99 * figure.bbox.x1
-        assert left.title.get_text() == '', 'the one on the left is drawn'
-        title = next(text for text in left.get_children() if getattr(text, 'get_text', str)().startswith('first epoch'))
-        assert title.get_window_extent().x1 <= left.get_window_extent().x1
-        assert title.get_window_extent().y1 <= extent.y0
 
     def test_summary_by_hand(self):
         assert report.summary(self.outcome(target_accuracy=0.92)).splitlines() == [

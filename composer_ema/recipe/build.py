@@ -21,12 +21,13 @@ from composer.utils.file_helpers import is_tar
 from composer_ema.checkpoint import CheckpointError, check_sums
 from composer_ema.recipe import groups, schedules
 from composer_ema.recipe.arguments import Named, Place, RecipeError
+from composer_ema.recipe.curves import METRICS_FILE
 from composer_ema.recipe.data import Data
 from composer_ema.recipe.recorder import Recorder
 from composer_ema.recipe.schedules import Length, Scheduled
 from composer_ema.recipe.schema import Plan, Recipe, plan
 
-METRICS_FILE, RECIPE_FILE, CHECKPOINT_FOLDER = 'metrics.jsonl', 'recipe.yaml', 'checkpoints'
+CHECKPOINT_FOLDER = 'checkpoints'
 DEFAULT_SEED = 0
 _DEFAULT_LATEST = inspect.signature(Trainer).parameters['save_latest_filename'].default
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -42,10 +42,13 @@ class Collector(LoggerDestination):
 class Recorder(Callback):
     """Collects every metric that is logged, writes JSON lines on rank 0, and measures the cost of averaging.
 
-    One line per batch and one per epoch end: ``{"epoch": 1.0, "batch": 468, "sample": 59904, "loss/train/total": ...,
-    "metrics/eval_ema/MulticlassAccuracy": ...}``. Lines are appended, so a killed process loses at most the one that
-    it was writing. The state says how many lines had been written at the checkpoint; on resume the file is cut there,
-    and the run writes the rest anew. A run that resumes into another folder starts its file with the evaluations.
+    One line per batch and one per epoch end: ``{"epoch": 1.0, "batch": 468, "sample": 59904, "lr/group0": 0.01,
+    "momentum/group0": 0.9, "loss/train/total": ..., "metrics/eval_ema/MulticlassAccuracy": ...}``. The learning rate
+    and the momentum (``momentum``, or the first of ``betas``) are those that the batch's step was made with; of the
+    parameter groups after the first, those are written that differ from it at that batch. Lines are appended, so a
+    killed process loses at most the one that it was writing. The state says how many lines had been written at the
+    checkpoint; on resume the file is cut there, and the run writes the rest anew. A run that resumes into another
+    folder starts its file with the evaluations.
 
     Composer runs logger destinations after all callbacks, and so after the checkpoint is written; the lines are
     therefore written by a callback, the first of the Trainer's, and ``collector`` is its ear among the loggers. Coming
@@ -75,6 +78,7 @@ class Recorder(Callback):
         self._batch_started: float | None = None
         self._updates_seen = 0.0
         self._has_fit = False
+        self._step: dict[str, float] = {}
 
     @property
     def update_share(self) -> float | None:
@@ -106,6 +110,10 @@ class Recorder(Callback):
     def batch_start(self, state: State, logger: Logger) -> None:
         self._batch_started = perf_counter()
 
+    def after_train_batch(self, state: State, logger: Logger) -> None:
+        # The last event before the step; schedulers have moved on by BATCH_END.
+        self._step = step_settings(state.optimizers)
+
     def batch_end(self, state: State, logger: Logger) -> None:
         if self._batch_started is not None:
             self.step_seconds += perf_counter() - self._batch_started
@@ -114,7 +122,7 @@ class Recorder(Callback):
             self._batch_started = None
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        self._write_line(state)
+        self._write_line(state, self._step)
 
     def epoch_checkpoint(self, state: State, logger: Logger) -> None:
         self._count_updates(state)
@@ -139,8 +147,8 @@ class Recorder(Callback):
         self.num_lines = len(lines)
         write_beside(path, ''.join(f'{line}\n' for line in lines))
 
-    def _write_line(self, state: State) -> None:
-        metrics = self.collector.take()
+    def _write_line(self, state: State, step: Mapping[str, float] | None = None) -> None:
+        metrics = {**(step or {}), **self.collector.take()}
         if not metrics:
             return
         time = state.timestamp
@@ -156,6 +164,33 @@ class Recorder(Callback):
         if self.path is not None and dist.get_global_rank() == 0:
             with self.path.open('a') as file:
                 file.write(json.dumps(line) + '\n')
+
+
+def step_settings(optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, float]:
+    """The learning rate and momentum of each parameter group, under the names that a line gives them.
+
+    Group 0 comes with all it has, a further group with what differs from group 0. Groups of several optimizers are
+    counted on.
+
+    Example:
+        >>> weight, bias = torch.nn.Linear(1, 1).parameters()
+        >>> adam = torch.optim.Adam([{'params': [weight]}, {'params': [bias], 'lr': 0.5}], lr=0.25)
+        >>> step_settings([adam])
+        {'lr/group0': 0.25, 'momentum/group0': 0.9, 'lr/group1': 0.5}
+    """
+    settings: dict[str, float] = {}
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    for index, group in enumerate(groups):
+        for name, value in (('lr', group.get('lr')), ('momentum', momentum_of(group))):
+            number = _number(value)
+            if number is not None and (index == 0 or number != settings.get(f'{name}/group0')):
+                settings[f'{name}/group{index}'] = number
+    return settings
+
+
+def momentum_of(group: Mapping[str, Any]) -> Any:
+    """The momentum of a parameter group: ``momentum``, or the first of ``betas``; None where it has neither."""
+    return group['momentum'] if 'momentum' in group else (group.get('betas') or [None])[0]
 
 
 def _seconds_in_updates(state: State) -> float:

@@ -1,42 +1,15 @@
-"""What a run did, at a glance: tables for the terminal, Markdown for a page, and a picture of the curves."""
+"""What a run did, at a glance: tables for the terminal, and Markdown for a page."""
 
 from __future__ import annotations
 
-import io
 import statistics
-import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
-from composer_ema.files import write_beside
+from composer_ema.recipe.curves import LABELS, Point, evaluations, first_reaching
 from composer_ema.recipe.recorder import Recorder
-
-LABELS = {'training': 'training weights', 'ema': 'average'}
-# Okabe and Ito's blue and vermilion: distinct to colour-blind eyes, and of different grey when printed.
-_COLOURS = {'training': '#D55E00', 'ema': '#0072B2'}
-_LINES = {'training': '--', 'ema': '-'}
-_MARKERS = {'training': 's', 'ema': 'o'}
-# As many characters as fit: over the picture at 11 points, over one of its two panels at 9.
-_PICTURE_CHARACTERS, _PANEL_CHARACTERS = 80, 52
-
-
-@dataclass(frozen=True)
-class Point:
-    """One evaluation of one set of weights.
-
-    Args:
-        epoch: Epochs trained by then.
-        accuracy: Share of right answers, in [0, 1].
-        loss: Cross entropy in nats.
-    """
-
-    epoch: float
-    accuracy: float | None
-    loss: float | None
 
 
 @dataclass(frozen=True)
@@ -66,12 +39,8 @@ class Result:
             >>> Result('r', 1, 0.9, {'ema': [Point(1, 0.88, 0.3), Point(2, 0.90, 0.3)]}).first_epoch('ema')
             2
         """
-        points = [point for point in self.points.get(weights, []) if point.accuracy is not None]
-        return next((point.epoch for point in points if self._reaches_target(point)), None)
-
-    def _reaches_target(self, point: Point) -> bool:
-        # Metrics are float32, where 9 of 10 right answers are 0.8999999762: allow for its rounding.
-        return point.accuracy is not None and point.accuracy >= self.target_accuracy - 1e-6
+        first = first_reaching(self.points.get(weights, []), self.target_accuracy)
+        return None if first is None else first.epoch
 
     def final(self, weights: str) -> Point:
         """The last evaluation; a point of Nones when there was none."""
@@ -81,13 +50,7 @@ class Result:
 
 def result(recorder: Recorder, *, run_name: str, seed: int, target_accuracy: float) -> Result:
     """Reads the outcome of a run from what its recorder wrote down."""
-    points: dict[str, list[Point]] = {}
-    for line in recorder.evaluations:
-        for weights in LABELS:
-            metrics = _metrics(line, f'metrics/eval_{weights}/')
-            if metrics:
-                accuracy, loss = _first(metrics, 'Accuracy'), _first(metrics, 'CrossEntropy')
-                points.setdefault(weights, []).append(Point(line['epoch'], accuracy, loss))
+    points = evaluations(recorder.evaluations)
     return Result(run_name, seed, target_accuracy, points, recorder.update_share, recorder.num_batches)
 
 
@@ -135,87 +98,6 @@ def seeds_markdown(outcomes: Sequence[Result]) -> str:
     return ''.join(f'| {" | ".join(line)} |\n' for line in (header, rule, *rows))
 
 
-def draw_curves(outcome: Result, folder: Path) -> list[Path]:
-    """Draws accuracy and loss of each set of weights over epochs, as ``curves.png`` and ``curves.svg``.
-
-    Args:
-        outcome: What to draw; nothing is drawn when no weights were evaluated.
-        folder: Where to; each file is written beside and renamed.
-
-    Returns:
-        list[Path]: The files.
-    """
-    # matplotlib takes a second to import, and most of what imports this module never draws.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    if not outcome.points:
-        return []
-    figure = Figure(figsize=(9, 4), layout='constrained')
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    _draw_accuracy(left, outcome)
-    _draw_loss(right, outcome)
-    figure.suptitle(textwrap.fill(outcome.run_name, _PICTURE_CHARACTERS), x=0.01, ha='left', fontsize=11)
-    paths = []
-    for ending in ('png', 'svg'):
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=ending, dpi=150)
-        write_beside(folder / f'curves.{ending}', buffer.getvalue())
-        paths.append(folder / f'curves.{ending}')
-    return paths
-
-
-def _draw_accuracy(axes: Any, outcome: Result) -> None:
-    _draw_lines(axes, outcome, lambda point: None if point.accuracy is None else 100 * point.accuracy)
-    firsts = ', '.join(f'{LABELS[weights]} {_epoch(outcome.first_epoch(weights))}' for weights in outcome.points)
-    axes.set(ylabel='accuracy (%)')
-    title = f'first epoch at {_target(outcome)}: {firsts}'
-    axes.set_title(title if len(title) <= _PANEL_CHARACTERS else title.replace(': ', ':\n'), loc='left', fontsize=9)
-    target = 100 * outcome.target_accuracy
-    low, high = axes.get_ylim()
-    if not low - (high - low) <= target <= high + (high - low):
-        return  # far away, the line would squeeze the curves flat
-    axes.axhline(target, color='0.45', linewidth=0.9, zorder=0)
-    # At the left end, where a curve is still far below its target.
-    axes.annotate(
-        _target(outcome), (0, target), xycoords=('axes fraction', 'data'), xytext=(3, 3), textcoords='offset points',
-        fontsize=9, color='0.35',
-    )  # fmt: skip
-    axes.set_ylim(*axes.get_ylim())
-    for weights in outcome.points:
-        _drop_line(axes, outcome, weights)
-
-
-def _drop_line(axes: Any, outcome: Result, weights: str) -> None:
-    """A line from the first evaluation at the target down to the axis."""
-    epoch = outcome.first_epoch(weights)
-    if epoch is not None:
-        height = next(100 * (point.accuracy or 0.0) for point in outcome.points[weights] if point.epoch == epoch)
-        axes.vlines(epoch, axes.get_ylim()[0], height, color=_COLOURS[weights], linestyle=':', linewidth=1.4, zorder=0)
-
-
-def _draw_loss(axes: Any, outcome: Result) -> None:
-    _draw_lines(axes, outcome, lambda point: point.loss)
-    axes.set(ylabel='loss (cross entropy, nats)')
-    axes.legend(frameon=False, fontsize=9)
-
-
-def _draw_lines(axes: Any, outcome: Result, value: Callable[[Point], float | None]) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    for weights, points in outcome.points.items():
-        drawn = [(point.epoch, number) for point in points if (number := value(point)) is not None]
-        axes.plot(
-            [epoch for epoch, _ in drawn], [number for _, number in drawn], label=LABELS[weights], markersize=4,
-            color=_COLOURS[weights], linestyle=_LINES[weights], marker=_MARKERS[weights], linewidth=1.8,
-        )  # fmt: skip
-    axes.set(xlabel='epoch')
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(5))
-    axes.spines[['top', 'right']].set_visible(False)
-
-
 def _seeds_rows(outcomes: Sequence[Result]) -> list[list[str]]:
     """Header, then a row for each seed and set of weights, then the means, as text."""
     header = ['seed', 'weights', f'first epoch at {_target(outcomes[0])}', 'final accuracy %', 'final loss']
@@ -247,14 +129,6 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 def _target(outcome: Result) -> str:
     return f'{100 * outcome.target_accuracy:g} %'
-
-
-def _metrics(line: dict[str, Any], prefix: str) -> dict[str, float]:
-    return {name.removeprefix(prefix): value for name, value in line.items() if name.startswith(prefix)}
-
-
-def _first(metrics: dict[str, float], part: str) -> float | None:
-    return next((value for name, value in metrics.items() if part in name), None)
 
 
 def _percent(share: float | None) -> str:

@@ -13,9 +13,10 @@ from omegaconf import OmegaConf
 from rich.table import Table
 
 from composer_ema.files import write_beside
-from composer_ema.recipe import report
+from composer_ema.recipe import curves, plots, report
 from composer_ema.recipe.arguments import Place
-from composer_ema.recipe.build import RECIPE_FILE, Run, build
+from composer_ema.recipe.build import Run, build
+from composer_ema.recipe.curves import RECIPE_FILE
 from composer_ema.recipe.report import Result
 from composer_ema.recipe.schema import Plan, Recipe
 
@@ -45,7 +46,7 @@ def train(recipe: Recipe, show: Callable[[Any], None]) -> Result:
         run.trainer.close()
     outcome = _outcome(run)
     if dist.get_global_rank() == 0:
-        report.draw_curves(outcome, run.folder)
+        _draw(run, show)
     if outcome.points:
         show(report.epochs_table(outcome))
     show(f'{report.summary(outcome)}\nrun folder: {run.folder}'.lstrip())
@@ -121,6 +122,14 @@ def _fit(run: Run, show: Callable[[Any], None]) -> None:
             raise
         # Refused before the first batch: a setting that cannot work in this run, such as a half-life of 2ep in 10ba.
         raise _blame(run.plan, error).error(str(error)) from error
+
+
+def _draw(run: Run, show: Callable[[Any], None]) -> None:
+    """The picture of ``composer-ema plot`` for this run, in its folder."""
+    try:
+        plots.write(plots.draw_runs([curves.read_run(run.folder)]), run.folder / plots.CURVES)
+    except curves.PlotError as error:  # the run itself is done and saved
+        show(f'no picture of the run: {error}')
 
 
 def _blame(plan: Plan, error: Exception) -> Place:

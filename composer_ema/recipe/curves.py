@@ -1,0 +1,310 @@
+"""What runs did, as curves: reads their metrics files into plain arrays. Draws nothing."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+METRICS_FILE, RECIPE_FILE = 'metrics.jsonl', 'recipe.yaml'
+#: What a reader calls a set of weights.
+LABELS = {'training': 'training weights', 'ema': 'average', 'swa': 'equal average', 'eval': 'evaluated weights'}
+#: What a picture can be drawn over.
+Axis = Literal['epoch', 'batch', 'sample']
+Array = np.ndarray[Any, np.dtype[np.float64]]
+# A curve is smoothed over this share of its values, and only if it goes up and down by this many times its range.
+SMOOTHED_SHARE, NOISY_TIMES = 0.02, 3.0
+
+
+class PlotError(ValueError):
+    """Something cannot be drawn: which file or argument, why, and what to pass instead."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One evaluation of one set of weights.
+
+    Args:
+        epoch: Epochs trained by then.
+        accuracy: Share of right answers, in [0, 1].
+        loss: Cross entropy in nats.
+        batch: Batches trained by then. Default: 0.
+        sample: Samples trained by then. Default: 0.
+    """
+
+    epoch: float
+    accuracy: float | None
+    loss: float | None
+    batch: int = 0
+    sample: int = 0
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Values over training; arrays of one length.
+
+    Args:
+        epoch: Epochs done after each value's batch, with fractions where the run knows its length.
+        batch: Batches done.
+        sample: Samples done.
+        value: float64.
+    """
+
+    epoch: Array
+    batch: Array
+    sample: Array
+    value: Array
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+    def over(self, axis: Axis) -> Array:
+        """Where along ``axis`` the values stand."""
+        return {'epoch': self.epoch, 'batch': self.batch, 'sample': self.sample}[axis]
+
+
+@dataclass(frozen=True)
+class RunCurves:
+    """One run, ready to be drawn.
+
+    Args:
+        name: What a legend calls it.
+        loss: The training loss of every batch.
+        rates: The learning rate of every batch, by the parameter groups that share it, such as ``'groups 0, 2'``.
+        momenta: The same for momentum; empty for an optimizer without.
+        evaluations: By the weights that were evaluated, ``'training'``, ``'ema'``, ..., oldest first.
+        distances: The relative distance of each average from the weights, by the algorithm that logged it.
+        target_accuracy: What the recipe's report counts epochs to, in [0, 1]; None without a recipe.
+    """
+
+    name: str
+    loss: Curve
+    rates: dict[str, Curve]
+    momenta: dict[str, Curve]
+    evaluations: dict[str, list[Point]]
+    distances: dict[str, Curve] = field(default_factory=dict)
+    target_accuracy: float | None = None
+
+
+def run_folder(given: str | Path) -> Path:
+    """The folder that holds a run, given as itself or as its metrics file."""
+    path = Path(given)
+    return path.parent if path.name == METRICS_FILE and path.is_file() else path
+
+
+def check_axis(axis: str | None) -> Axis | None:
+    """Raises unless ``axis`` is one to draw over; None leaves the choice to the runs."""
+    legal: dict[str, Axis] = {each: each for each in get_args(Axis)}
+    if axis is not None and axis not in legal:
+        raise PlotError(f'a picture is drawn over {", ".join(legal)}, got {axis!r}.')
+    return None if axis is None else legal[axis]
+
+
+def read_run(folder: Path, name: str | None = None) -> RunCurves:
+    """Reads the curves of a run folder, also while the run goes on, and of files that older releases wrote.
+
+    Args:
+        folder: Holds the ``metrics.jsonl`` that :class:`composer_ema.recipe.recorder.Recorder` wrote.
+        name: What to call the run. Default: the folder's name.
+
+    Raises:
+        PlotError: no such folder, no metrics in it, or a line that is no metrics.
+    """
+    lines = read_lines(folder)
+    training = [line for line in lines if 'loss/train/total' in line or 'lr/group0' in line]
+    run = RunCurves(
+        name=name or folder.resolve().name,
+        loss=curve(training, 'loss/train/total'),
+        rates=_by_group(training, 'lr'),
+        momenta=_by_group(training, 'momentum'),
+        evaluations=evaluations(lines),
+        distances=_distances(lines),
+        target_accuracy=_target_accuracy(folder),
+    )
+    if not (len(run.loss) or run.rates or run.evaluations):
+        raise PlotError(f'{folder / METRICS_FILE} holds no training loss, learning rate or evaluation yet.')
+    return run
+
+
+def read_runs(folders: Sequence[Path]) -> list[RunCurves]:
+    """:func:`read_run` of each; folders of the same name are told apart by those above them."""
+    return [read_run(folder, name) for folder, name in zip(folders, _distinct_names(folders), strict=True)]
+
+
+def read_lines(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics file. A last line that is half written is left out.
+
+    Raises:
+        PlotError: as :func:`read_run`.
+    """
+    path = folder / METRICS_FILE
+    if not folder.is_dir():
+        raise PlotError(f'{folder} is no run folder: there is no such folder. {_folders_beside(folder)}'.rstrip())
+    if not path.is_file():
+        raise PlotError(f'{folder} is no run folder: it has no {METRICS_FILE}. {_runs_below(folder)}'.rstrip())
+    try:
+        texts = path.read_text(encoding='utf-8').splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlotError(f'{path} cannot be read: {error}') from error
+    lines = []
+    for number, text in enumerate(texts, start=1):
+        try:
+            line = json.loads(text)
+            if not isinstance(line, dict) or not all(_is_number(line.get(key)) for key in ('epoch', 'batch', 'sample')):
+                raise ValueError('it does not give epoch, batch and sample')
+        except ValueError as error:
+            if number == len(texts):
+                break
+            raise PlotError(f'{path}: line {number} is no line of metrics: {error}.') from error
+        lines.append(line)
+    return lines
+
+
+def curve(lines: Iterable[Mapping[str, Any]], key: str, otherwise: str | None = None) -> Curve:
+    """The values of ``key``, or where a line lacks it of ``otherwise``; lines that have neither are left out."""
+    rows = [
+        (line['epoch'], line['batch'], line['sample'], value)
+        for line in lines
+        if _is_number(value := line.get(key, line.get(otherwise) if otherwise else None))
+    ]
+    epoch, batch, sample, value = np.asarray(rows, dtype=np.float64).reshape(-1, 4).T
+    return Curve(epoch, batch, sample, value)
+
+
+def evaluations(lines: Iterable[Mapping[str, Any]]) -> dict[str, list[Point]]:
+    """Accuracy and loss of each set of weights, from the metrics of the evaluators ``eval_training``, ``eval_ema``, ...
+
+    An evaluator that is called ``eval``, as Composer does by itself, counts as ``'eval'``.
+    """
+    points: dict[str, list[Point]] = {}
+    for line in lines:
+        found: dict[str, dict[str, float]] = {}
+        for name, value in line.items():
+            label = re.fullmatch(r'metrics/(eval[^/]*)/(.+)', name)
+            if label and _is_number(value):
+                found.setdefault(label[1].removeprefix('eval_'), {})[label[2]] = value
+        for weights, metrics in found.items():
+            point = Point(
+                line['epoch'], _first(metrics, 'Accuracy'), _first(metrics, 'CrossEntropy'),
+                line.get('batch', 0), line.get('sample', 0),
+            )  # fmt: skip
+            points.setdefault(weights, []).append(point)
+    return {weights: points[weights] for weights in sorted(points, key=_order_of_weights)}
+
+
+def first_reaching(points: Iterable[Point], target: float) -> Point | None:
+    """The first evaluation at or above the target accuracy; None when there is none."""
+    # Metrics are float32, where 9 of 10 right answers are 0.8999999762: allow for its rounding.
+    return next((point for point in points if point.accuracy is not None and point.accuracy >= target - 1e-6), None)
+
+
+def smoothed(values: Array) -> tuple[Array, int]:
+    """A centred mean over 2 % of the values where they are noisy.
+
+    Where less than half of it is left before a value, it goes as far to both sides, so that a steep start stays
+    steep; at the end it goes over what is left.
+
+    Args:
+        values: A curve, one value per batch. Values that are not finite count as missing.
+
+    Returns:
+        The curve and over how many values each mean goes, which is odd; 1 where nothing was smoothed: the curve is
+        short, or goes up and down by no more than three times the range that its means cover.
+
+    Example:
+        >>> calm, noisy = np.linspace(2, 1, 500), np.tile([1.0, 2.0], 250)
+        >>> smoothed(calm)[1], smoothed(noisy)[1]
+        (1, 11)
+    """
+    half = math.ceil(SMOOTHED_SHARE * len(values) / 2)
+    if len(values) < 10 or not np.isfinite(values).any():
+        return values, 1
+    means = _centred_means(values, half)
+    path = np.abs(np.diff(values[np.isfinite(values)])).sum()
+    is_noisy = path > NOISY_TIMES * (np.nanmax(means) - np.nanmin(means))
+    return (means, 2 * half + 1) if is_noisy else (values, 1)
+
+
+def _centred_means(values: Array, half: int) -> Array:
+    is_known = np.isfinite(values)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(is_known, values, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(is_known)])
+    index = np.arange(len(values))
+    reach = np.minimum(half, index)
+    low, high = index - reach, np.minimum(index + reach + 1, len(values))
+    with np.errstate(invalid='ignore'):  # a window without any number has no mean
+        return (sums[high] - sums[low]) / (counts[high] - counts[low])
+
+
+def _by_group(lines: Sequence[Mapping[str, Any]], name: str) -> dict[str, Curve]:
+    """The curve of each parameter group, groups that never differ under one label."""
+    prefix = f'{name}/group'
+    groups = sorted({int(key.removeprefix(prefix)) for line in lines for key in line if key.startswith(prefix)})
+    found: list[tuple[list[int], Curve]] = []
+    for group in groups:
+        own = curve(lines, f'{name}/group{group}', otherwise=f'{name}/group0')
+        same = next((members for members, other in found if np.array_equal(other.value, own.value, True)), None)
+        if same is None:
+            found.append(([group], own))
+        else:
+            same.append(group)
+    return {f'group{"s" * (len(members) > 1)} {", ".join(map(str, members))}': own for members, own in found}
+
+
+def _distances(lines: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
+    names = dict.fromkeys(name for line in lines for name in line if name.endswith('/relative_distance'))
+    return {name.removesuffix('/relative_distance'): curve(lines, name) for name in names}
+
+
+def _target_accuracy(folder: Path) -> float | None:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        target = OmegaConf.select(OmegaConf.load(folder / RECIPE_FILE), 'report.target_accuracy')
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException):
+        return None  # the curves do not need it
+    return target if _is_number(target) else None
+
+
+def _order_of_weights(weights: str) -> tuple[int, str]:
+    return (0 if weights == 'training' else 1, weights)
+
+
+def _first(metrics: Mapping[str, float], part: str) -> float | None:
+    return next((value for name, value in metrics.items() if part in name), None)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _distinct_names(folders: Sequence[Path]) -> list[str]:
+    """Folder names, preceded by as many of the folders above as it takes for all to differ."""
+    parts = [folder.resolve().parts for folder in folders]
+    if len(set(parts)) < len(parts):
+        twice = next(folder for folder, own in zip(folders, parts, strict=True) if parts.count(own) > 1)
+        raise PlotError(f'{twice} was given twice. Name each run once.')
+    depth = 1
+    while len({own[-depth:] for own in parts}) < len(parts):
+        depth += 1
+    return ['/'.join(own[-depth:]) for own in parts]
+
+
+def _folders_beside(folder: Path) -> str:
+    runs = [each.parent.name for each in folder.parent.glob(f'*/{METRICS_FILE}')]
+    near = difflib.get_close_matches(folder.name, runs, n=1, cutoff=0.0)
+    return f'The nearest run is {folder.parent / near[0]}.' if near else ''
+
+
+def _runs_below(folder: Path) -> str:
+    below = sorted(str(each.parent) for each in folder.glob(f'*/{METRICS_FILE}'))
+    return f'Runs in it: {", ".join(below[:5])}{", ..." if len(below) > 5 else ""}.' if below else ''

@@ -1,0 +1,235 @@
+"""The numbers behind the pictures of runs: what a metrics file says, and how it is smoothed."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from composer_ema.recipe import schema
+from composer_ema.recipe.build import build
+from composer_ema.recipe.curves import (
+    PlotError,
+    Point,
+    check_axis,
+    evaluations,
+    first_reaching,
+    read_lines,
+    read_run,
+    read_runs,
+    run_folder,
+    smoothed,
+)
+from composer_ema.recipe.recorder import momentum_of, step_settings
+
+TINY = {
+    'max_duration': '2ep',
+    'seed': 3,
+    'device': 'cpu',
+    'progress_bar': False,
+    'model': {'name': 'mnist1d_mlp', 'width': 4},
+    'data': {'name': 'mnist1d', 'num_samples': 100, 'batch_size': 8, 'eval_batch_size': 20},
+    'optimizer': {'name': 'sgd', 'lr': 0.1, 'momentum': 0.9},
+}
+
+
+def write_lines(folder: Path, lines: list[dict[str, Any]], *, end: str = '') -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines) + end)
+    return folder
+
+
+def batches(*losses: float, **more: Any) -> list[dict[str, Any]]:
+    return [
+        {'epoch': n / 4, 'batch': n, 'sample': 10 * n, 'loss/train/total': loss, **more}
+        for n, loss in enumerate(losses, start=1)
+    ]
+
+
+def record(tmp_path: Path, **sections: Any) -> Path:
+    """Trains a tiny recipe and returns its run folder."""
+    recipe = schema.Recipe('tiny.yaml', 'tiny', {**TINY, 'runs_folder': str(tmp_path), **sections})
+    run = build(recipe)
+    try:
+        run.trainer.fit()
+    finally:
+        run.trainer.close()
+    return run.folder
+
+
+class TestReading:
+    def test_curves_by_hand(self, tmp_path):
+        lines = batches(2.0, 1.0, **{'lr/group0': 0.1, 'momentum/group0': 0.9})
+        lines.append({'epoch': 0.5, 'batch': 2, 'sample': 20, 'ema/relative_distance': 0.25,
+                      'metrics/eval_ema/MulticlassAccuracy': 0.75, 'metrics/eval_ema/CrossEntropy': 0.5})  # fmt: skip
+        run = read_run(write_lines(tmp_path / 'a', lines))
+        assert run.name == 'a'
+        assert run.loss.value.tolist() == [2.0, 1.0]
+        assert [run.loss.over(axis).tolist() for axis in ('epoch', 'batch', 'sample')] == [
+            [0.25, 0.5], [1, 2], [10, 20],
+        ]  # fmt: skip
+        assert {name: curve.value.tolist() for name, curve in run.rates.items()} == {'group 0': [0.1, 0.1]}
+        assert {name: curve.value.tolist() for name, curve in run.momenta.items()} == {'group 0': [0.9, 0.9]}
+        assert run.evaluations == {'ema': [Point(0.5, 0.75, 0.5, 2, 20)]}
+        assert run.distances['ema'].value.tolist() == [0.25]
+        assert run.target_accuracy is None
+
+    def test_a_file_without_rates_still_reads(self, tmp_path):
+        run = read_run(write_lines(tmp_path / 'old', batches(2.0, 1.0)))
+        assert run.loss.value.tolist() == [2.0, 1.0]
+        assert run.rates == {}
+        assert run.momenta == {}
+
+    def test_a_group_that_is_not_written_equals_the_first_and_equal_groups_are_one_curve(self, tmp_path):
+        lines = batches(1.0, 1.0, **{'lr/group0': 0.1, 'momentum/group0': 0.9})
+        lines[1] |= {'lr/group1': 0.01, 'lr/group3': 0.01}
+        run = read_run(write_lines(tmp_path / 'a', lines))
+        assert {name: curve.value.tolist() for name, curve in run.rates.items()} == {
+            'group 0': [0.1, 0.1], 'groups 1, 3': [0.1, 0.01],
+        }  # fmt: skip
+        assert list(run.momenta) == ['group 0']
+
+    def test_the_last_line_of_a_run_that_goes_on_may_be_half_written(self, tmp_path):
+        folder = write_lines(tmp_path / 'a', batches(2.0, 1.0), end='{"epoch": 0.7, "ba')
+        assert [line['batch'] for line in read_lines(folder)] == [1, 2]
+
+    def test_losses_that_are_no_number_stay_as_they_are(self, tmp_path):
+        run = read_run(write_lines(tmp_path / 'a', batches(2.0, math.nan, math.inf)))
+        assert np.array_equal(run.loss.value, [2.0, math.nan, math.inf], equal_nan=True)
+
+    def test_the_target_is_the_recipes(self, tmp_path):
+        folder = write_lines(tmp_path / 'a', batches(2.0))
+        (folder / 'recipe.yaml').write_text('report: {target_accuracy: 0.75}')
+        assert read_run(folder).target_accuracy == 0.75
+        (folder / 'recipe.yaml').write_text('report: [')
+        assert read_run(folder).target_accuracy is None
+
+    def test_runs_of_one_name_are_told_apart_by_the_folders_above(self, tmp_path):
+        folders = [write_lines(tmp_path / name, batches(1.0)) for name in ('a/x', 'b/x', 'b/y')]
+        assert [run.name for run in read_runs(folders)] == ['a/x', 'b/x', 'b/y']
+        assert [run.name for run in read_runs(folders[1:])] == ['x', 'y']
+        with pytest.raises(PlotError, match='was given twice'):
+            read_runs([folders[0], tmp_path / 'b/../a/x'])
+
+    def test_an_evaluator_of_composers_own_name_counts_too(self):
+        line = {'epoch': 1.0, 'batch': 4, 'sample': 40, 'metrics/eval/MulticlassAccuracy': 0.5}
+        assert evaluations([line, {'epoch': 1.0, 'metrics/train/MulticlassAccuracy': 1.0}]) == {
+            'eval': [Point(1.0, 0.5, None, 4, 40)]
+        }
+
+    def test_training_weights_come_first(self):
+        line = {f'metrics/eval_{weights}/Accuracy': 0.5 for weights in ('ema', 'training')}
+        assert list(evaluations([{'epoch': 1.0, **line}])) == ['training', 'ema']
+
+    def test_a_metrics_file_stands_for_its_folder(self, tmp_path):
+        folder = write_lines(tmp_path / 'a', [])
+        assert run_folder(folder / 'metrics.jsonl') == run_folder(str(folder)) == folder
+
+    @pytest.mark.parametrize(
+        ('content', 'said'),
+        [
+            (None, 'has no metrics.jsonl. Runs in it: '),
+            ('', 'holds no training loss, learning rate or evaluation yet'),
+            ('{"epoch": 1, "batch": 2, "sample": 3}\n', 'holds no training loss'),
+            ('{"epoch": 1, "batch": 2}\n{"epoch": 1, "batch": 2, "sample": 3}\n', 'line 1 is no line of metrics: it '),
+            ('[]\n[]\n', 'line 1 is no line of metrics'),
+        ],
+    )
+    def test_what_is_no_run_is_said_with_a_remedy(self, tmp_path, content, said):
+        write_lines(tmp_path / 'runs/one', batches(1.0))
+        if content is not None:
+            (tmp_path / 'runs/metrics.jsonl').write_text(content)
+        with pytest.raises(PlotError) as raised:
+            read_run(tmp_path / 'runs')
+        assert said in str(raised.value)
+        assert str(tmp_path / 'runs') in str(raised.value)
+
+    def test_a_missing_folder_names_the_nearest_run(self, tmp_path):
+        write_lines(tmp_path / 'mnist1d', batches(1.0))
+        with pytest.raises(PlotError, match=r'there is no such folder. The nearest run is .*/mnist1d\.'):
+            read_run(tmp_path / 'mnst1d')
+
+    def test_axes_are_checked(self):
+        assert [check_axis(axis) for axis in (None, 'epoch', 'batch')] == [None, 'epoch', 'batch']
+        with pytest.raises(PlotError, match="over epoch, batch, sample, got 'step'"):
+            check_axis('step')
+
+
+class TestSmoothing:
+    def test_calm_and_short_curves_stay_as_they_are(self):
+        falling = np.exp(-np.arange(300) / 50)
+        assert smoothed(falling)[1] == 1
+        assert smoothed(falling)[0] is falling
+        assert smoothed(np.array([1.0, 0.0] * 4))[1] == 1
+
+    def test_means_by_hand(self):
+        values = np.array([0.0, 3.0] * 75)  # 2 % of 150 are 3: half of it, rounded up, to each side
+        means, width = smoothed(values)
+        assert width == 5
+        assert means[0] == 0.0, 'it has nothing to its left'
+        assert means[1] == 1.0, 'of 0, 3, 0'
+        assert means[2] == pytest.approx(6 / 5), 'of 0, 3, 0, 3, 0'
+        assert means[-1] == pytest.approx(2.0), 'of 3, 0, 3'
+
+    def test_a_missing_value_has_no_part_in_a_mean(self):
+        values = np.array([0.0, 3.0] * 75)
+        values[10] = math.nan
+        assert smoothed(values)[0][10] == pytest.approx(6 / 4)
+        assert smoothed(np.full(20, math.nan))[1] == 1
+
+    @given(hnp.arrays(np.float64, st.integers(0, 400), elements=st.floats(-10, 10)))
+    def test_means_stay_within_the_values(self, values):
+        means, _ = smoothed(values)
+        assert len(means) == len(values)
+        if len(values):
+            assert values.min() - 1e-9 <= means.min() <= means.max() <= values.max() + 1e-9
+
+
+def test_first_reaching_allows_for_the_rounding_of_float32():
+    points = [Point(1, None, 1.0), Point(2, 0.5, 1.0), Point(3, torch.tensor(0.9).item(), 1.0), Point(4, 0.95, 1.0)]
+    assert first_reaching(points, 0.9) == points[2]
+    assert first_reaching(points, 0.96) is None
+
+
+class TestRecording:
+    def test_each_batch_tells_the_rate_and_momentum_of_its_step(self, tmp_path):
+        arguments = {'name': 'OneCycleLR', 'max_lr': 0.4, 'total_steps': 20}
+        run = read_run(record(tmp_path, scheduler=arguments, step_schedulers_every_batch=True))
+        weight = torch.nn.Parameter(torch.zeros(1))
+        sgd = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
+        one_cycle = torch.optim.lr_scheduler.OneCycleLR(sgd, max_lr=0.4, total_steps=20)
+        rates, momenta = [], []
+        for _ in range(20):
+            rates.append(sgd.param_groups[0]['lr'])
+            momenta.append(sgd.param_groups[0]['momentum'])
+            sgd.step()
+            one_cycle.step() if len(rates) < 20 else None
+        assert run.rates['group 0'].value.tolist() == rates
+        assert run.momenta['group 0'].value.tolist() == momenta
+        assert run.rates['group 0'].batch.tolist() == list(range(1, 21))
+
+    def test_optimizers_without_momentum_write_none(self, tmp_path):
+        assert read_run(record(tmp_path, optimizer={'name': 'adagrad', 'lr': 0.1})).momenta == {}
+
+    def test_settings_name_a_group_only_where_it_differs(self):
+        a, b, c = (torch.nn.Parameter(torch.zeros(1)) for _ in range(3))
+        groups = [{'params': [a]}, {'params': [b]}, {'params': [c], 'lr': torch.tensor(0.5), 'betas': (0.8, 0.9)}]
+        adam = torch.optim.Adam(groups, lr=0.1)
+        assert step_settings([adam]) == {
+            'lr/group0': 0.1, 'momentum/group0': 0.9, 'lr/group2': 0.5, 'momentum/group2': 0.8,
+        }  # fmt: skip
+
+    @pytest.mark.parametrize(
+        ('group', 'expected'),
+        [({'momentum': 0.0, 'betas': (0.9, 0.99)}, 0.0), ({'betas': (0.9, 0.99)}, 0.9), ({'rho': 0.9}, None)],
+    )
+    def test_momentum_goes_by_either_name(self, group, expected):
+        assert momentum_of(group) == expected

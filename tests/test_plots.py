@@ -1,0 +1,206 @@
+"""Pictures: which panels and lines they have, what labels them, that nothing overlaps, and where they are written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from composer_ema.recipe import plots
+from composer_ema.recipe.curves import Curve, PlotError, Point, RunCurves
+from composer_ema.recipe.plots import check_out, draw_runs, write
+
+LONG = [f'resnet_on_cifar10_sgd_momentum_cosine_with_warmup_learning_rate_{rate}_seed_1' for rate in range(4)]
+
+
+def curve(values: Sequence[float], *, per_epoch: int = 100) -> Curve:
+    batch = np.arange(1, len(values) + 1, dtype=np.float64)
+    return Curve(batch / per_epoch, batch, 10 * batch, np.asarray(values, dtype=np.float64))
+
+
+def make_run(name: str = 'run', *, batches: int = 300, weights: Sequence[str] = ('training', 'ema')) -> RunCurves:
+    t = np.arange(batches) / batches
+    noise = 0.3 * np.sin(np.arange(batches) * 1.7)
+    points = [Point(epoch, 0.8 + 0.03 * epoch, 1 / epoch, 100 * epoch, 1000 * epoch) for epoch in (1, 2, 3)]
+    return RunCurves(
+        name=name,
+        loss=curve(2 - t + noise),
+        rates={'group 0': curve(0.1 * (1 - t))},
+        momenta={'group 0': curve(0.85 + 0.1 * t)},
+        evaluations={each: points for each in weights},
+        distances={'ema': curve([0.3, 0.2, 0.1], per_epoch=1)} if 'ema' in weights else {},
+        target_accuracy=0.86,
+    )
+
+
+def panels(figure: Figure) -> dict[str, Axes]:
+    return {axes.get_ylabel().split('\n')[0]: axes for axes in figure.axes}
+
+
+def legend_of(figure: Figure) -> list[str]:
+    return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+
+
+class TestPanels:
+    def test_one_run_has_all_six_with_units(self):
+        assert list(panels(draw_runs([make_run()]))) == [
+            'training loss', 'evaluation loss (nats)', 'accuracy (%)', 'learning rate', 'momentum, β₁',
+            'distance of the average from',
+        ]  # fmt: skip
+
+    def test_lines_hold_the_numbers(self):
+        run = make_run()
+        drawn = panels(draw_runs([run]))
+        [rate] = drawn['learning rate'].lines
+        assert rate.get_xydata().tolist() == list(
+            map(list, zip(run.rates['group 0'].epoch, run.rates['group 0'].value, strict=True))
+        )
+        accuracies = [line for line in drawn['accuracy (%)'].lines if len(line.get_xdata()) == 3]
+        assert [line.get_ydata() for line in accuracies] == [pytest.approx([83, 86, 89])] * 2
+
+    def test_noise_is_drawn_in_grey_behind_its_mean_and_said(self):
+        panel = panels(draw_runs([make_run()]))['training loss']
+        raw, mean = panel.lines
+        assert np.array_equal(raw.get_ydata(), make_run().loss.value)
+        assert np.ptp(mean.get_ydata()[20:]) < np.ptp(raw.get_ydata()[20:])
+        assert panel.get_title(loc='left') == 'mean over 7 batches, each batch in grey'
+
+    def test_panels_without_data_are_left_out(self):
+        bare = RunCurves('old', curve([2.0, 1.0]), {}, {}, {})
+        assert list(panels(draw_runs([bare]))) == ['training loss']
+        without = make_run(weights=['training'])
+        assert 'distance of the average from' not in panels(draw_runs([without]))
+        flat = RunCurves('sgd', curve([2.0]), {'group 0': curve([0.1])}, {'group 0': curve([0.0])}, {})
+        assert list(panels(draw_runs([flat]))) == ['training loss', 'learning rate'], 'no momentum'
+
+    def test_short_runs_are_drawn_over_batches_and_longer_ones_over_epochs(self):
+        assert {axes.get_xlabel() for axes in draw_runs([make_run()]).axes} == {'epoch'}
+        short = RunCurves('short', curve([2.0, 1.5, 1.0]), {}, {}, {})
+        assert {axes.get_xlabel() for axes in draw_runs([make_run(), short]).axes} == {'batch'}
+        assert {axes.get_xlabel() for axes in draw_runs([make_run()], axis='sample').axes} == {'sample'}
+
+    def test_rates_of_different_size_get_a_logarithmic_axis(self):
+        small = RunCurves('adam', curve([1.0]), {'group 0': curve([0.001, 0.0])}, {}, {})
+        assert panels(draw_runs([make_run(), small]))['learning rate'].get_yscale() == 'log'
+        assert panels(draw_runs([make_run(), make_run('b')]))['learning rate'].get_yscale() == 'linear'
+
+    def test_groups_that_differ_are_labelled(self):
+        run = RunCurves('a', curve([1.0] * 9), {'groups 0, 2': curve([0.1] * 9), 'group 1': curve([0.2] * 9)}, {}, {})
+        panel = panels(draw_runs([run]))['learning rate']
+        assert [text.get_text() for text in panel.get_legend().get_texts()] == ['groups 0, 2', 'group 1']
+        assert len({line.get_linestyle() for line in panel.lines}) == 2
+
+    def test_a_run_that_diverged_is_drawn(self):
+        run = RunCurves('a', curve([2.0, 1.0, math.nan, math.inf] * 30), {}, {}, {})
+        low, high = panels(draw_runs([run]))['training loss'].get_ylim()
+        assert 0 < low < high < 3
+
+
+class TestLegend:
+    def test_one_run_is_the_title_and_its_first_epochs_stand_in_the_legend(self):
+        figure = draw_runs([make_run()])
+        assert figure.get_suptitle() == 'run'
+        assert legend_of(figure) == [
+            'evaluated: training weights, in epoch 2 first at 86 %', 'evaluated: average, in epoch 2 first at 86 %',
+        ]  # fmt: skip
+
+    def test_several_runs_are_named(self):
+        figure = draw_runs([make_run(name) for name in LONG])
+        assert legend_of(figure) == [*LONG, 'evaluated: training weights', 'evaluated: average']
+
+    def test_names_are_taken_literally(self):
+        figure = draw_runs([make_run('_private'), make_run('$x^2$')])
+        figure.draw_without_rendering()
+        assert legend_of(figure)[:2] == [' _private', r'\$x^2\$']
+
+    def test_runs_differ_in_colour_and_marker_the_first_ones_in_grey_too(self):
+        figure = draw_runs([make_run(str(number)) for number in range(7)])
+        lines = panels(figure)['learning rate'].lines
+        assert len({line.get_color() for line in lines}) == len({line.get_marker() for line in lines}) == 7
+        greys = sorted(np.dot([0.2126, 0.7152, 0.0722], np.power(to_rgb(line.get_color()), 2.2)) for line in lines[:3])
+        assert min(np.diff(greys)) > 0.1
+
+
+@pytest.mark.parametrize(
+    'runs',
+    [
+        [make_run('resnet on cifar10 ' * 12)],
+        [make_run('resnet_on_cifar10_' * 12)],
+        [make_run(name) for name in LONG],
+        [make_run(f'run {number}', batches=400) for number in range(8)],
+        [make_run('three', batches=3), make_run('no average', weights=['training'])],
+        [make_run('long', batches=10_000)],
+    ],
+    ids=['long title', 'no spaces', 'long names', 'eight', 'three batches', '10,000 batches'],
+)
+def test_text_stays_inside_the_picture_and_does_not_overlap(runs):
+    figure = draw_runs(runs)
+    figure.draw_without_rendering()
+    hidden = hidden_labels(figure)
+    texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
+    texts = [text for text in texts if id(text) not in hidden]
+    boxes = [text.get_window_extent() for text in texts]
+    whole = figure.bbox
+    for text, box in zip(texts, boxes, strict=True):
+        assert whole.x0 <= box.x0 <= box.x1 <= whole.x1, text
+        assert whole.y0 <= box.y0 <= box.y1 <= whole.y1, text
+    for i, box in enumerate(boxes):
+        for j in range(i):
+            assert not box.padded(-1).overlaps(boxes[j].padded(-1)), (texts[i], texts[j])
+
+
+def hidden_labels(figure: Figure) -> set[int]:
+    """Labels of ticks beyond the limits, which matplotlib keeps without drawing them."""
+    hidden = set()
+    for axes in figure.axes:
+        for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+            for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()):
+                if not low <= tick.get_loc() <= high:
+                    hidden |= {id(tick.label1), id(tick.label2)}
+    return hidden
+
+
+class TestWriting:
+    def test_two_files_that_parse_and_nothing_beside_them(self, tmp_path):
+        paths = write(draw_runs([make_run()]), tmp_path / 'new/curves')
+        assert [path.name for path in paths] == ['curves.png', 'curves.svg']
+        assert sorted(paths) == sorted((tmp_path / 'new').iterdir())
+        assert paths[0].read_bytes().startswith(b'\x89PNG')
+        assert ElementTree.parse(paths[1]).getroot().tag.endswith('svg')
+
+    def test_an_ending_writes_that_one(self, tmp_path):
+        [path] = write(draw_runs([make_run()]), tmp_path / 'a.pdf')
+        assert path.read_bytes().startswith(b'%PDF')
+
+    def test_the_same_curves_give_the_same_file(self, tmp_path):
+        for name in ('a.svg', 'b.svg'):
+            write(draw_runs([make_run()]), tmp_path / name)
+        assert (tmp_path / 'a.svg').read_bytes() == (tmp_path / 'b.svg').read_bytes()
+
+    def test_names_with_dots_are_names(self):
+        assert check_out(Path('lr0.05')) == [Path('lr0.05.png'), Path('lr0.05.svg')]
+
+    def test_bad_places_are_said(self, tmp_path):
+        with pytest.raises(PlotError, match=r'has the ending \.gif'):
+            check_out(tmp_path / 'a.gif')
+        with pytest.raises(PlotError, match='is a folder'):
+            check_out(tmp_path)
+        (tmp_path / 'file').write_text('')
+        with pytest.raises(PlotError, match='cannot be written'):
+            write(draw_runs([make_run()]), tmp_path / 'file/a.png')
+
+    def test_a_long_run_makes_a_small_svg(self, tmp_path):
+        [path] = write(draw_runs([make_run(batches=20_000)]), tmp_path / 'a.svg')
+        assert path.stat().st_size < 1_000_000
+
+    def test_colours_are_the_weights_for_one_run(self):
+        lines = panels(draw_runs([make_run()]))['accuracy (%)'].lines
+        assert [line.get_color() for line in lines[:2]] == [plots._VERMILION, plots._BLUE]
