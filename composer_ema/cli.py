@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import warnings
@@ -80,31 +81,59 @@ def export(
 def plot(
     things: Annotated[
         list[str],
-        typer.Argument(metavar='RUN_FOLDER...', help='Folders of runs, drawn over one another.', show_default=False),
+        typer.Argument(
+            metavar='RUN_FOLDER... | RECIPE.yaml [key=value]...',
+            help='Folders of runs, or recipes with overrides of the recipes before them; drawn over one another.',
+            show_default=False,
+        ),
     ],
     out: Annotated[
         Path | None,
         typer.Option(
-            help='The picture: NAME writes NAME.png and NAME.svg, NAME.png, .svg or .pdf that one. '
-            'By default curves in the folder of the run, or of several runs in the one above the first.',
+            help='The picture: NAME writes NAME.png and NAME.svg; NAME.png, .svg or .pdf only that. '
+            'By default curves in the folder of the run, or in the one above several; schedule here for recipes.',
             show_default=False,
         ),
     ] = None,
     over: Annotated[
         str | None, typer.Option(help='epoch, batch or sample: what to draw over.', show_default=False)
     ] = None,
+    batches_per_epoch: Annotated[
+        int | None, typer.Option(help="Of a recipe; by default the data set's.", show_default=False)
+    ] = None,
 ) -> None:
-    """Draw what runs did: loss, accuracy, learning rate, momentum, and how far the average is from the weights."""
+    """Draw what runs did, or what recipes will do before they run.
+
+    Runs: loss, accuracy, learning rate, momentum, and how far the average is from the weights.
+    Recipes: learning rate, momentum, and how much each step weighs in the average at the end.
+    """
     with _usage_errors():
         from composer_ema.recipe import curves, plots
 
-        axis = curves.check_axis(over)
-        folders = [curves.run_folder(thing) for thing in things]
-        if out is None:
-            out = (folders[0] if len(folders) == 1 else folders[0].parent) / plots.CURVES
-        plots.check_out(out)
-        figure = plots.draw_runs(curves.read_runs(folders), axis=axis)
+        axis, asked = curves.check_axis(over), curves.sort_arguments(things)
+        plots.check_out(out := out or asked.default_out)
+        if asked.folders:
+            figure = plots.draw_runs(curves.read_runs(asked.folders), axis=axis)
+        else:
+            figure = _draw_recipes(asked.recipes, axis, batches_per_epoch)
         _show('\n'.join(f'written: {path}' for path in plots.write(figure, out)))
+
+
+def _draw_recipes(recipes: list[tuple[Path, list[str]]], axis: Any, batches_per_epoch: int | None) -> Any:
+    from rich.progress import track
+
+    # Composer and torch's optimizers take seconds to import, which runs that are only drawn should not cost.
+    from composer_ema.recipe import plots, schema
+    from composer_ema.recipe.preview import distinct_names, preview
+
+    loaded = [schema.load(path, overrides) for path, overrides in recipes]
+    names = distinct_names(loaded, [overrides for _, overrides in recipes])
+    previews = []
+    for recipe, name in zip(loaded, names, strict=True):
+        bar = functools.partial(track, description=name, console=_error_console(), transient=True)
+        previews.append(preview(recipe, name=name, batches_per_epoch=batches_per_epoch, track=bar))
+        _show('\n  '.join([name, *map(plots.describe, previews[-1].profiles), *previews[-1].remarks]))
+    return plots.draw_previews(previews, axis=axis)
 
 
 def main() -> None:

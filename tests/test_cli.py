@@ -273,6 +273,20 @@ class TestPlot:
         assert call('plot', *runs, '--over', 'batch')[0] == 0
         assert (runs[0].parent / 'curves.png').exists()
 
+    def test_recipes_are_drawn_here_and_told_in_words_without_training(self, call, recipe, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        code, out, _ = call('plot', recipe, 'algorithms.ema.half_life=4ba', recipe, '--batches-per-epoch', '7')
+        assert code == 0
+        assert out.splitlines() == [
+            'tiny algorithms.ema.half_life=4ba',
+            '  ema: half_life=4ba (28.6 % of the run), effective number of steps 1/Σw² = 10.4 of 14',
+            'tiny',
+            '  ema: half_life=3ba (21.4 % of the run), effective number of steps 1/Σw² = 8.53 of 14',
+            'written: schedule.png',
+            'written: schedule.svg',
+        ]
+        assert {path.name for path in tmp_path.iterdir()} == {'tiny.yaml', 'schedule.png', 'schedule.svg'}
+
     @pytest.mark.parametrize(
         ('arguments', 'said'),
         [
@@ -281,9 +295,14 @@ class TestPlot:
             (['runs/first', '--out', 'a.jpeg'], 'a.jpeg has the ending .jpeg, a picture is written as png, svg, pdf.'),
             (['runs/first', '--over', 'steps'], "a picture is drawn over epoch, batch, sample, got 'steps'."),
             (['runs/first', 'runs/first'], 'runs/first was given twice.'),
+            (['runs/first', 'tiny.yaml'], 'runs/first is a folder of a run and tiny.yaml a recipe'),
+            (['lr=1'], "the override 'lr=1' has no recipe before it."),
+            (['missing.yaml'], 'missing.yaml: there is no such file.'),
+            (['tiny.yaml', 'optimizer.lr=fast'], "tiny.yaml: optimizer.lr: must be a number, got 'fast'"),
+            (['tiny.yaml', 'max_duration=9sp'], 'tiny.yaml: max_duration: '),
         ],
     )
-    def test_what_cannot_be_drawn_is_one_line_and_exit_code_2(self, call, runs, monkeypatch, arguments, said):
+    def test_what_cannot_be_drawn_is_one_line_and_exit_code_2(self, call, runs, recipe, monkeypatch, arguments, said):
         monkeypatch.chdir(runs[0].parents[1])
         code, out, err = call('plot', *arguments)
         assert (code, out) == (2, '')

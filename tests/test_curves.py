@@ -25,8 +25,8 @@ from composer_ema.recipe.curves import (
     read_lines,
     read_run,
     read_runs,
-    run_folder,
     smoothed,
+    sort_arguments,
 )
 from composer_ema.recipe.recorder import momentum_of, step_settings
 
@@ -131,7 +131,7 @@ class TestReading:
 
     def test_a_metrics_file_stands_for_its_folder(self, tmp_path):
         folder = write_lines(tmp_path / 'a', [])
-        assert run_folder(folder / 'metrics.jsonl') == run_folder(str(folder)) == folder
+        assert sort_arguments([f'{folder}/metrics.jsonl', str(folder)]).folders == [folder, folder]
 
     @pytest.mark.parametrize(
         ('content', 'said'),
@@ -233,3 +233,24 @@ class TestRecording:
     )
     def test_momentum_goes_by_either_name(self, group, expected):
         assert momentum_of(group) == expected
+
+
+class TestArguments:
+    def test_overrides_belong_to_the_recipes_before_them(self):
+        def recipes(*things: str) -> list[tuple[str, list[str]]]:
+            return [(str(path), overrides) for path, overrides in sort_arguments(things).recipes]
+
+        assert recipes('a.yaml', 'b.yml', 'x=1', 'y=2') == [('a.yaml', ['x=1', 'y=2']), ('b.yml', ['x=1', 'y=2'])]
+        assert recipes('a.yaml', 'x=1', 'a.yaml', 'x=2') == [('a.yaml', ['x=1']), ('a.yaml', ['x=2'])]
+        assert recipes('a.yaml', 'x=1', 'b.yaml') == [('a.yaml', ['x=1']), ('b.yaml', [])]
+
+    def test_a_picture_without_a_name_goes_where_its_runs_are(self, tmp_path):
+        assert sort_arguments([f'{tmp_path}/a']).default_out == tmp_path / 'a/curves'
+        assert sort_arguments([f'{tmp_path}/a', 'b']).default_out == tmp_path / 'curves'
+        assert sort_arguments(['a.yaml']).default_out == Path('schedule')
+
+    def test_runs_and_recipes_do_not_mix(self):
+        with pytest.raises(PlotError, match=r'runs/a is a folder of a run and a\.yaml a recipe'):
+            sort_arguments(['a.yaml', 'runs/a'])
+        with pytest.raises(PlotError, match=r"the override 'x=1' has no recipe before it\. Write RECIPE\.yaml x=1"):
+            sort_arguments(['x=1', 'a.yaml'])

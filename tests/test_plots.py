@@ -16,7 +16,8 @@ from matplotlib.text import Text
 
 from composer_ema.recipe import plots
 from composer_ema.recipe.curves import Curve, PlotError, Point, RunCurves
-from composer_ema.recipe.plots import check_out, draw_runs, write
+from composer_ema.recipe.plots import check_out, draw_previews, draw_runs, write
+from composer_ema.recipe.preview import Preview, Profile, shares
 
 LONG = [f'resnet_on_cifar10_sgd_momentum_cosine_with_warmup_learning_rate_{rate}_seed_1' for rate in range(4)]
 
@@ -104,6 +105,62 @@ class TestPanels:
         assert 0 < low < high < 3
 
 
+def make_preview(name: str = 'recipe', *, weight: float = 0.01, batches: int = 300, momentum: float = 0.9) -> Preview:
+    weights = [1.0, *[weight] * (batches - 1)]
+    profile = Profile('ema', np.arange(1.0, batches + 1), shares(weights), batches, 'half_life=69ba', 0.23)
+    rates = {'group 0': curve(np.linspace(0.1, 0, batches).tolist())}
+    return Preview(name, batches, 100, rates, {'group 0': curve([momentum] * batches)}, [profile])
+
+
+class TestRecipes:
+    def test_one_recipe_has_all_four_with_units(self):
+        figure = draw_previews([make_preview()])
+        assert [axes.get_ylabel().replace('\n', ' ') for axes in figure.axes] == [
+            'learning rate', 'momentum, β₁', 'weight of each step in the average at the end (%)',
+            'part of the average that is made up to here (%)',
+        ]  # fmt: skip
+        assert {axes.get_xlabel() for axes in figure.axes} == {'epoch'}
+        assert legend_of(figure) == [
+            'ema: half_life=69ba (23 % of the run), effective number of steps 1/Σw² = 134 of 300'
+        ]
+
+    def test_lines_hold_the_shares_in_per_cent(self):
+        preview = make_preview()
+        drawn = panels(draw_previews([preview]))
+        [weights] = drawn['weight of each step in'].lines
+        assert weights.get_ydata() == pytest.approx(100 * preview.profiles[0].share)
+        cumulated = drawn['part of the average that is'].lines[0]
+        assert cumulated.get_ydata()[[0, -1]] == pytest.approx([0, 100])
+        assert drawn['weight of each step in'].get_title(loc='left') == (
+            f'shaded: half of the average, made in the last {preview.profiles[0].newest_half} batches'
+        )
+
+    def test_weights_of_different_size_get_a_logarithmic_axis(self):
+        def scale(*previews: Preview) -> str:
+            return panels(draw_previews(previews))['weight of each step in'].get_yscale()
+
+        assert scale(make_preview()) == scale(make_preview(), make_preview('b', weight=0.02)) == 'linear'
+        assert scale(make_preview(), make_preview('b', weight=0.5)) == 'log'
+        assert scale(make_preview(weight=1e-4)) == 'log', 'the first copy makes nearly all'
+
+    def test_what_no_recipe_has_is_left_out(self):
+        bare = Preview('sgd', 3, 100, {'group 0': curve([0.1] * 3)}, {'group 0': curve([0.0] * 3)})
+        figure = draw_previews([bare])
+        assert list(panels(figure)) == ['learning rate']
+        assert figure.axes[0].get_xlabel() == 'batch', 'less than an epoch'
+        assert legend_of(figure) == []
+
+    def test_several_recipes_are_named_with_their_averages(self):
+        figure = draw_previews([make_preview(name) for name in LONG])
+        assert [text.split('\n')[0] for text in legend_of(figure)] == LONG
+        assert all('effective number of steps' in text for text in legend_of(figure))
+
+    @pytest.mark.parametrize(('steps', 'said'), [([1.0], '1 of 1'), ([1.0] + [0.001] * 9999, '1,999 of 10,000')])
+    def test_numbers_are_rounded_for_reading(self, steps, said):
+        profile = Profile('ema', np.arange(1.0, len(steps) + 1), shares(steps), len(steps), 'smoothing=0.999')
+        assert plots.describe(profile) == f'ema: smoothing=0.999, effective number of steps 1/Σw² = {said}'
+
+
 class TestLegend:
     def test_one_run_is_the_title_and_its_first_epochs_stand_in_the_legend(self):
         figure = draw_runs([make_run()])
@@ -130,7 +187,7 @@ class TestLegend:
 
 
 @pytest.mark.parametrize(
-    'runs',
+    'drawn',
     [
         [make_run('resnet on cifar10 ' * 12)],
         [make_run('resnet_on_cifar10_' * 12)],
@@ -138,11 +195,24 @@ class TestLegend:
         [make_run(f'run {number}', batches=400) for number in range(8)],
         [make_run('three', batches=3), make_run('no average', weights=['training'])],
         [make_run('long', batches=10_000)],
+        [make_preview()],
+        [make_preview(name, weight=weight) for name, weight in zip(LONG, (0.5, 0.1, 0.01, 0.001), strict=True)],
+        [make_preview('three', batches=3), make_preview('long', batches=10_000)],
     ],
-    ids=['long title', 'no spaces', 'long names', 'eight', 'three batches', '10,000 batches'],
+    ids=[
+        'long title',
+        'no spaces',
+        'long names',
+        'eight',
+        'three batches',
+        '10,000 batches',
+        'recipe',
+        'recipes',
+        'recipes of 3 and 10,000 batches',
+    ],
 )
-def test_text_stays_inside_the_picture_and_does_not_overlap(runs):
-    figure = draw_runs(runs)
+def test_text_stays_inside_the_picture_and_does_not_overlap(drawn):
+    figure = draw_runs(drawn) if isinstance(drawn[0], RunCurves) else draw_previews(drawn)
     figure.draw_without_rendering()
     hidden = hidden_labels(figure)
     texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]

@@ -16,6 +16,8 @@ import numpy as np
 METRICS_FILE, RECIPE_FILE = 'metrics.jsonl', 'recipe.yaml'
 #: What a reader calls a set of weights.
 LABELS = {'training': 'training weights', 'ema': 'average', 'swa': 'equal average', 'eval': 'evaluated weights'}
+#: What the picture of a run is called in its folder, before its ending.
+CURVES = 'curves'
 #: What a picture can be drawn over.
 Axis = Literal['epoch', 'batch', 'sample']
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -93,10 +95,58 @@ class RunCurves:
     target_accuracy: float | None = None
 
 
-def run_folder(given: str | Path) -> Path:
-    """The folder that holds a run, given as itself or as its metrics file."""
-    path = Path(given)
-    return path.parent if path.name == METRICS_FILE and path.is_file() else path
+@dataclass(frozen=True)
+class Asked:
+    """What a picture is asked of: runs or recipes, one of the two.
+
+    Args:
+        folders: Of runs.
+        recipes: Recipe files, each with its overrides.
+    """
+
+    folders: list[Path]
+    recipes: list[tuple[Path, list[str]]]
+
+    @property
+    def default_out(self) -> Path:
+        """Where a picture goes that was given no name: with one run, above several, or here."""
+        if not self.folders:
+            return Path('schedule')
+        return (self.folders[0] if len(self.folders) == 1 else self.folders[0].resolve().parent) / CURVES
+
+
+def sort_arguments(things: Sequence[str]) -> Asked:
+    """Tells folders of runs, recipes and overrides apart.
+
+    An override belongs to the recipes before it, as far back as the last override: ``a.yaml b.yaml lr=1`` is of both,
+    ``a.yaml lr=1 a.yaml lr=2`` draws one recipe twice.
+
+    Raises:
+        PlotError: runs and recipes together, or an override without a recipe.
+    """
+    folders: list[Path] = []
+    recipes: list[tuple[Path, list[str]]] = []
+    first, is_closed = 0, False
+    for thing in things:
+        path = Path(thing)
+        if '=' in thing and not path.exists():
+            if not recipes:
+                raise PlotError(f'the override {thing!r} has no recipe before it. Write RECIPE.yaml {thing}.')
+            for _, overrides in recipes[first:]:
+                overrides.append(thing)
+            is_closed = True
+        elif path.suffix.lower() in ('.yaml', '.yml'):
+            first = len(recipes) if is_closed else first
+            recipes.append((path, []))
+            is_closed = False
+        else:
+            folders.append(path.parent if path.name == METRICS_FILE and path.is_file() else path)
+    if folders and recipes:
+        raise PlotError(
+            f'{folders[0]} is a folder of a run and {recipes[0][0]} a recipe: what was and what will be make two '
+            'pictures. Give the ones or the others.'
+        )
+    return Asked(folders, recipes)
 
 
 def check_axis(axis: str | None) -> Axis | None:
@@ -122,8 +172,8 @@ def read_run(folder: Path, name: str | None = None) -> RunCurves:
     run = RunCurves(
         name=name or folder.resolve().name,
         loss=curve(training, 'loss/train/total'),
-        rates=_by_group(training, 'lr'),
-        momenta=_by_group(training, 'momentum'),
+        rates=curves_by_group(training, 'lr'),
+        momenta=curves_by_group(training, 'momentum'),
         evaluations=evaluations(lines),
         distances=_distances(lines),
         target_accuracy=_target_accuracy(folder),
@@ -243,7 +293,7 @@ def _centred_means(values: Array, half: int) -> Array:
         return (sums[high] - sums[low]) / (counts[high] - counts[low])
 
 
-def _by_group(lines: Sequence[Mapping[str, Any]], name: str) -> dict[str, Curve]:
+def curves_by_group(lines: Sequence[Mapping[str, Any]], name: str) -> dict[str, Curve]:
     """The curve of each parameter group, groups that never differ under one label."""
     prefix = f'{name}/group'
     groups = sorted({int(key.removeprefix(prefix)) for line in lines for key in line if key.startswith(prefix)})

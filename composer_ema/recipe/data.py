@@ -1,11 +1,13 @@
 """Data sets by name as Composer-ready loaders; seed and epoch alone fix the order and the augmentation of an epoch."""
 
 import contextlib
+import dataclasses
+import inspect
 import math
 import numbers
 import random
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +20,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from composer_ema.recipe import fetch
 
-__all__ = ['DATASETS', 'Data', 'cifar10', 'fake', 'fashion_mnist', 'mnist1d']
+__all__ = ['DATASETS', 'Data', 'Extent', 'cifar10', 'extent', 'fake', 'fashion_mnist', 'mnist1d']
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -246,6 +248,63 @@ DATASETS: dict[str, Callable[..., Data]] = {
 }
 
 
+@dataclass(frozen=True)
+class Extent:
+    """How long an epoch of training is.
+
+    Attributes:
+        samples: In all, at least 1.
+        batch_size: Over all processes.
+        drop_last: Whether an uneven last batch is dropped.
+    """
+
+    samples: int
+    batch_size: int
+    drop_last: bool
+
+    @property
+    def batches(self) -> int:
+        """Batches of an epoch, as `len(data.train)` of one process."""
+        whole, rest = divmod(self.samples, self.batch_size)
+        return whole + (rest > 0 and not self.drop_last)
+
+    def samples_of(self, batch_in_epoch: int) -> int:
+        """Samples of the batch of that number, counted from 0."""
+        return min(self.batch_size, self.samples - batch_in_epoch * self.batch_size)
+
+
+def extent(name: str, arguments: Mapping[str, Any]) -> Extent:
+    """What training on a data set will be, without reading, making or downloading it.
+
+    Args:
+        name: A key of `DATASETS`.
+        arguments: Of that function; its defaults stand for the rest.
+
+    Raises:
+        ValueError: What the function itself would say about its arguments.
+
+    Example:
+        >>> extent('fashion_mnist', {'batch_size': 512}).batches
+        118
+    """
+    defaults = {each.name: each.default for each in inspect.signature(DATASETS[name]).parameters.values()}
+    given = {'validation_split': 0.0, **defaults, **arguments}
+    loading = _Loading(**{field.name: given[field.name] for field in dataclasses.fields(_Loading)})
+    samples = _TRAINING_SAMPLES[name](given)
+    samples -= loading.count_held_out(samples)
+    loading.check_last_batch(samples)
+    return Extent(samples, loading.batch_size, loading.drop_last)
+
+
+_TRAINING_SAMPLES: dict[str, Callable[[Mapping[str, Any]], int]] = {
+    'fashion_mnist': lambda given: 60_000,
+    # The generator makes as many of each class, and keeps four fifths.
+    'mnist1d': lambda given: int(given['num_samples'] // 10 * 10 * 0.8),
+    'cifar10': lambda given: 50_000,
+    'fake': lambda given: given['size'],
+}
+
+
 class ArrayBatches(Dataset[Batch]):
     """Samples in memory that are fetched a whole batch at a time: one indexing operation, not one call per sample.
 
@@ -402,14 +461,10 @@ class _Loading:
         if self.validation_split > 0:
             # The seed is a constant: runs with different seeds are then evaluated on the same samples.
             order = torch.randperm(len(train[1]), generator=torch.Generator().manual_seed(0)).numpy()
-            count = min(max(1, round(self.validation_split * len(order))), len(order) - 1)
+            count = self.count_held_out(len(order))
             held_out = train[0][order[:count]], train[1][order[:count]]
             train = train[0][order[count:]], train[1][order[count:]]
-        if self.drop_last and self.batch_size > len(train[1]):
-            raise ValueError(
-                f'batch_size must not exceed the {len(train[1])} training samples with drop_last, '
-                f'got {self.batch_size}: every batch would be dropped. Pass drop_last=False or a smaller batch_size.'
-            )
+        self.check_last_batch(len(train[1]))
         augmentation = CropAndMirror(len(train[1]), self.seed) if augment else None
         train_set = ArrayBatches(*train, transform=transform, augment=augmentation)
         evaluation_set = ArrayBatches(*held_out, transform=transform)
@@ -419,6 +474,18 @@ class _Loading:
             num_classes=num_classes,
             input_shape=tuple(evaluation_set[0][0].shape),
         )
+
+    def count_held_out(self, samples: int) -> int:
+        """How many of the training samples evaluate instead."""
+        return min(max(1, round(self.validation_split * samples)), samples - 1) if self.validation_split > 0 else 0
+
+    def check_last_batch(self, samples: int) -> None:
+        """Raises where the only batch of an epoch would be dropped."""
+        if self.drop_last and self.batch_size > samples:
+            raise ValueError(
+                f'batch_size must not exceed the {samples} training samples with drop_last, '
+                f'got {self.batch_size}: every batch would be dropped. Pass drop_last=False or a smaller batch_size.'
+            )
 
     def _loader(self, dataset: ArrayBatches, batch_size: int, *, shuffle: bool, drop_last: bool) -> DataLoader[Batch]:
         dataset.sampler = dist.get_sampler(dataset, shuffle=shuffle, drop_last=drop_last, seed=_spread(self.seed))

@@ -1,4 +1,4 @@
-"""Pictures of runs: curves over training in panels that share one legend, readable in print and to colour-blind eyes.
+"""Pictures of runs and of recipes: panels that share one legend, readable in print and to colour-blind eyes.
 
 One run is coloured by its weights, several by run. Markers tell them apart where there is no colour.
 """
@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
@@ -22,11 +22,13 @@ if TYPE_CHECKING:  # matplotlib takes a second to import, and most of what impor
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-#: What the picture of a run is called in its folder, before its ending.
-CURVES = 'curves'
+    from composer_ema.recipe.preview import Preview, Profile
+
 #: What a picture may be written as.
 FORMATS = ('png', 'svg', 'pdf')
 _AXES = {'epoch': 'epoch', 'batch': 'batch', 'sample': 'sample'}
+
+_T = TypeVar('_T')
 
 # Okabe and Ito's colours, distinct to colour-blind eyes, in an order in which neighbours differ in grey too.
 _BLUE, _ORANGE, _BLACK, _GREEN, _VERMILION, _SKY, _PURPLE = (
@@ -50,8 +52,8 @@ _STYLE: Any = {
     'svg.hashsalt': 'composer_ema',
 }
 _WIDTH, _ROW_HEIGHT, _LEGEND_LINE_HEIGHT = 10.0, 2.9, 0.21
-# As many characters as fit: over the picture, in its legend, over one of three panels.
-_TITLE_CHARACTERS, _LEGEND_CHARACTERS, _PANEL_CHARACTERS = 110, 125, 44
+# As many characters as fit: over the picture, in its legend, over one of three panels, of two.
+_TITLE_CHARACTERS, _LEGEND_CHARACTERS, _PANEL_CHARACTERS, _WIDE_PANEL_CHARACTERS = 110, 125, 44, 66
 _TICK_STEPS = [1, 2, 2.5, 5, 10]
 # Beyond so many evaluations their markers would run into one another.
 _MARKED_POINTS = 25
@@ -93,6 +95,29 @@ def draw_runs(runs: Sequence[RunCurves], *, axis: Axis | None = None) -> Figure:
             axes.set_xlabel(_AXES[axis])
             _finish_axes(axes, end=_end(runs, axis), whole=axis != 'epoch')
         _add_legend(figure, _legend_of_runs(runs), title=runs[0].name if len(runs) == 1 else None)
+    return figure
+
+
+def draw_previews(previews: Sequence[Preview], *, axis: Axis | None = None) -> Figure:
+    """Draws what recipes will do: learning rate, momentum, and how much each step weighs in the average at the end.
+
+    Args:
+        previews: At least one; their names label them.
+        axis: ``'epoch'`` or ``'batch'``. Default: epochs where every recipe trains for at least one, else batches.
+    """
+    from matplotlib import rc_context
+
+    if axis is None:
+        axis = 'epoch' if all(each.batches >= each.batches_per_epoch for each in previews) else 'batch'
+    rows = [[panel for panel in row if panel.is_needed(previews)] for row in _PREVIEW_PANELS]
+    with rc_context(_STYLE):
+        figure, cells = _new_figure([row for row in rows if row])
+        for axes, panel in zip(cells, (panel for row in rows for panel in row), strict=True):
+            panel.draw(axes, previews, axis)
+            axes.set_xlabel(_AXES[axis])
+            end = max(each.batches / (each.batches_per_epoch if axis == 'epoch' else 1) for each in previews)
+            _finish_axes(axes, end=end, whole=axis != 'epoch')
+        _add_legend(figure, _legend_of_previews(previews), title=previews[0].name if len(previews) == 1 else None)
     return figure
 
 
@@ -144,11 +169,11 @@ def check_out(out: Path) -> list[Path]:
 
 
 @dataclass(frozen=True)
-class _Panel:
-    draw: Callable[[Axes, Sequence[RunCurves], Axis], None]
-    has_data: Callable[[RunCurves], bool]
+class _Panel(Generic[_T]):
+    draw: Callable[[Axes, Sequence[_T], Axis], None]
+    has_data: Callable[[_T], bool]
 
-    def is_needed(self, runs: Sequence[RunCurves]) -> bool:
+    def is_needed(self, runs: Sequence[_T]) -> bool:
         return any(self.has_data(run) for run in runs)
 
 
@@ -165,6 +190,8 @@ def _draw_training_loss(axes: Axes, runs: Sequence[RunCurves], axis: Axis) -> No
             if width > 1:
                 # As a picture inside an SVG: every batch of a long run would be a megabyte of path.
                 axes.plot(x, run.loss.value, color='0.8', linewidth=0.6, rasterized=len(x) > 2000, zorder=1)
+                finite = run.loss.value[len(x) // 50 :][np.isfinite(run.loss.value[len(x) // 50 :])]
+                drawn.append(np.repeat(np.percentile(finite, [0.5, 99.5]), 2))
             axes.plot(x, values, color=_VERMILION, marker='s' if len(x) <= _MARKED_POINTS else '', markersize=4)
         else:
             axes.plot(x, values, **pen.along())
@@ -211,7 +238,7 @@ def _draw_target(axes: Axes, runs: Sequence[RunCurves], axis: Axis, target: floa
             axes.vlines(x, low, 100 * (first.accuracy or 0.0), color=colour, linestyle=':', linewidth=1.2)
 
 
-def _draw_rates(axes: Axes, runs: Sequence[RunCurves], axis: Axis) -> None:
+def _draw_rates(axes: Axes, runs: Sequence[RunCurves | Preview], axis: Axis) -> None:
     _draw_groups(axes, runs, axis, lambda run: run.rates)
     axes.set_ylabel('learning rate')
     peaks = [
@@ -225,7 +252,7 @@ def _draw_rates(axes: Axes, runs: Sequence[RunCurves], axis: Axis) -> None:
         axes.set_ylim(0, 1.08 * max(peaks))
 
 
-def _draw_momenta(axes: Axes, runs: Sequence[RunCurves], axis: Axis) -> None:
+def _draw_momenta(axes: Axes, runs: Sequence[RunCurves | Preview], axis: Axis) -> None:
     _draw_groups(axes, runs, axis, lambda run: run.momenta)
     axes.set_ylabel('momentum, β₁')
     low, high = axes.get_ylim()
@@ -234,7 +261,10 @@ def _draw_momenta(axes: Axes, runs: Sequence[RunCurves], axis: Axis) -> None:
 
 
 def _draw_groups(
-    axes: Axes, runs: Sequence[RunCurves], axis: Axis, curves: Callable[[RunCurves], dict[str, Curve]]
+    axes: Axes,
+    runs: Sequence[RunCurves | Preview],
+    axis: Axis,
+    curves: Callable[[RunCurves | Preview], dict[str, Curve]],
 ) -> None:
     """One line for each parameter group that differs; the first is solid."""
     for run, pen in _with_pens(runs):
@@ -276,6 +306,85 @@ def _draw_points(axes: Axes, runs: Sequence[RunCurves], axis: Axis, value: Calla
             )  # fmt: skip
 
 
+def _draw_profiles(axes: Axes, previews: Sequence[Preview], axis: Axis) -> None:
+    """The share of each update, in per cent."""
+    heights = []
+    for profile, x, style in _profiles(previews, axis):
+        if len(x) <= _MARKED_POINTS:
+            style = {'marker': 'o', 'markersize': 4.5, **style}
+        axes.plot(x, 100 * profile.share, **style)
+        heights.append(100 * profile.share.max())
+        has_heavy_start = len(x) > 1 and profile.share[0] > _LARGE_RATIO * np.median(profile.share)
+        heights += (
+            [100 * profile.share[1:].max()] if has_heavy_start and profile.share[0] == profile.share.max() else []
+        )
+        if len(previews) == 1 and len(previews[0].profiles) == 1:
+            is_new = profile.batch > profile.batches - profile.newest_half
+            axes.fill_between(x, 0, 100 * profile.share, where=is_new.tolist(), color=_BLUE, alpha=0.2, linewidth=0)
+            batches = f'{profile.newest_half} batch{"es" * (profile.newest_half > 1)}'
+            _note(axes, f'shaded: half of the average, made in the last {batches}', _WIDE_PANEL_CHARACTERS)
+    if max(heights) > _LARGE_RATIO / 4 * min(heights):
+        axes.set_yscale('log')
+        axes.set_ylim(min(heights) / 100, 2 * max(heights))
+    else:
+        axes.set_ylim(0, 1.08 * max(heights))
+    axes.set_ylabel('weight of each step in\nthe average at the end (%)')
+
+
+def _draw_cumulated_profiles(axes: Axes, previews: Sequence[Preview], axis: Axis) -> None:
+    for profile, x, style in _profiles(previews, axis):
+        axes.plot(np.append(x, x[-1]), 100 * np.append(0, np.cumsum(profile.share)), drawstyle='steps-pre', **style)
+    axes.axhline(50, color='0.45', linewidth=0.9, linestyle=':', zorder=0)
+    axes.set_ylim(0, 104)
+    axes.set_ylabel('part of the average that is\nmade up to here (%)')
+
+
+def _profiles(previews: Sequence[Preview], axis: Axis) -> Iterator[tuple[Profile, Array, dict[str, Any]]]:
+    """Every profile, where its updates stand along the axis, and how it is drawn."""
+    for preview, pen in _with_pens(previews):
+        for dashes, profile in zip(_cycle(_DASHES), preview.profiles, strict=False):
+            x = profile.batch / (preview.batches_per_epoch if axis == 'epoch' else 1)
+            style: dict[str, Any] = {'color': _BLUE if len(previews) == 1 else pen.colour, 'linestyle': dashes}
+            if len(previews) > 1:
+                style |= {'marker': pen.marker, **_sparse(len(x), pen)}
+            yield profile, x, style
+
+
+_PREVIEW_PANELS = (
+    (
+        _Panel(_draw_rates, lambda preview: bool(preview.rates)),
+        _Panel(_draw_momenta, lambda preview: any(curve.value.any() for curve in preview.momenta.values())),
+    ),
+    (
+        _Panel(_draw_profiles, lambda preview: bool(preview.profiles)),
+        _Panel(_draw_cumulated_profiles, lambda preview: bool(preview.profiles)),
+    ),
+)
+
+
+def describe(profile: Profile) -> str:
+    """A profile in words: its horizon, as a share of the run where it has a half-life, and its effective steps."""
+    share = '' if profile.half_life_share is None else f' ({100 * profile.half_life_share:.3g} % of the run)'
+    effective = profile.effective_steps
+    steps = f'{effective:,.0f}' if effective >= 100 else f'{effective:.3g}'
+    steps = f'effective number of steps 1/Σw² = {steps} of {len(profile.batch):,}'
+    return f'{profile.name}: {profile.settings}{share}, {steps}'
+
+
+def _legend_of_previews(previews: Sequence[Preview]) -> list[tuple[Line2D, str]]:
+    from matplotlib.lines import Line2D
+
+    entries = []
+    for preview, pen in _with_pens(previews):
+        said = '; '.join([*map(describe, preview.profiles), *preview.remarks])
+        if len(previews) > 1:
+            line = Line2D([], [], color=pen.colour, marker=pen.marker, markersize=4.5)
+            entries.append((line, f'{preview.name}\n{said}' if said else preview.name))
+        elif said:
+            entries.append((Line2D([], [], color=_BLUE), said))
+    return entries
+
+
 def _is_evaluated(run: RunCurves, quantity: str) -> bool:
     return any(getattr(point, quantity) is not None for points in run.evaluations.values() for point in points)
 
@@ -298,7 +407,7 @@ def _of_weights(weights: str) -> tuple[str, str, Any]:
     return _OF_WEIGHTS.get(weights, (_PURPLE, 'D', ':'))
 
 
-def _with_pens(runs: Sequence[RunCurves]) -> list[tuple[RunCurves, _Pen]]:
+def _with_pens(runs: Sequence[_T]) -> list[tuple[_T, _Pen]]:
     pens = [
         _Pen(_COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)], 0.22 * (0.3 + i) / max(len(runs), 2))
         for i in range(len(runs))
@@ -366,8 +475,9 @@ def _finish_axes(axes: Axes, *, end: float, whole: bool) -> None:
 
 
 def _limit_to(axes: Axes, curves: Sequence[Array]) -> None:
-    """Leaves the spikes of single batches, and the first batches of a run that starts high, out of the axis."""
-    known = np.concatenate([curve[np.isfinite(curve)] for curve in curves])
+    """Leaves the first 2 % of a run, which may start high, out of the limits; makes a loss that jumps logarithmic."""
+    settled = np.concatenate([curve[len(curve) // 50 :] for curve in curves])
+    known = settled[np.isfinite(settled)]
     if not len(known):
         return
     low, high = known.min(), known.max()
@@ -378,9 +488,9 @@ def _limit_to(axes: Axes, curves: Sequence[Array]) -> None:
         axes.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
 
 
-def _note(axes: Axes, text: str) -> None:
+def _note(axes: Axes, text: str, characters: int = _PANEL_CHARACTERS) -> None:
     """A remark over a panel, in as many lines as it takes."""
-    axes.set_title(textwrap.fill(text, _PANEL_CHARACTERS), loc='left', color=_GREY)
+    axes.set_title(textwrap.fill(text, characters), loc='left', color=_GREY)
 
 
 def _legend_of_runs(runs: Sequence[RunCurves]) -> list[tuple[Line2D, str]]:
@@ -417,7 +527,12 @@ def _add_legend(figure: Figure, entries: Sequence[tuple[Any, str]], *, title: st
         figure.suptitle(_literally(textwrap.fill(title, _TITLE_CHARACTERS)), x=0.01, ha='left', fontsize=10)
     if not entries:
         return
-    labels = [_literally(textwrap.fill(text, _LEGEND_CHARACTERS, subsequent_indent='  ')) for _, text in entries]
+    labels = [
+        _literally(
+            '\n'.join(textwrap.fill(line, _LEGEND_CHARACTERS, subsequent_indent='  ') for line in text.split('\n'))
+        )
+        for _, text in entries
+    ]
     longest = max(len(line) for text in labels for line in text.split('\n'))
     columns = max(1, min(len(entries), _LEGEND_CHARACTERS // (longest + 8)))
     lines = sum(text.count('\n') + 1 for text in labels) / columns
@@ -426,6 +541,10 @@ def _add_legend(figure: Figure, entries: Sequence[tuple[Any, str]], *, title: st
     figure.legend(
         [line for line, _ in entries], labels, loc='outside lower left', ncols=columns, frameon=False, handlelength=3
     )
+
+
+def _wrapped(line: str) -> str:
+    return textwrap.fill(line, _LEGEND_CHARACTERS, subsequent_indent='  ')
 
 
 def _literally(text: str) -> str:

@@ -127,7 +127,7 @@ def _fit(run: Run, show: Callable[[Any], None]) -> None:
 def _draw(run: Run, show: Callable[[Any], None]) -> None:
     """The picture of ``composer-ema plot`` for this run, in its folder."""
     try:
-        plots.write(plots.draw_runs([curves.read_run(run.folder)]), run.folder / plots.CURVES)
+        plots.write(plots.draw_runs([curves.read_run(run.folder)]), run.folder / curves.CURVES)
     except curves.PlotError as error:  # the run itself is done and saved
         show(f'no picture of the run: {error}')
 

@@ -1,0 +1,307 @@
+"""What a recipe will do, before it runs: its schedule, and how much each step will weigh in the average at the end.
+
+The algorithms themselves are driven over the run's time, batch by batch, with a model of one weight, and asked what
+each update did: whatever decides a weight in a run decides it here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from composer.core import Algorithm, Event, State, TimeUnit, ensure_time
+from composer.devices import DeviceCPU
+from torch import nn
+
+from composer_ema.clock import resolve_share, run_length
+from composer_ema.recipe.arguments import Named
+from composer_ema.recipe.curves import Array, Curve, curves_by_group
+from composer_ema.recipe.data import Extent, extent
+from composer_ema.recipe.outline import Outline
+from composer_ema.recipe.recorder import step_settings
+from composer_ema.recipe.schema import Plan, Recipe, plan
+from composer_ema.shadow import ShadowModel
+
+#: The algorithms that keep an average, by their name in a recipe, which their shadow's attribute begins with.
+AVERAGES = ('ema', 'swa')
+# What decides where an average is kept and of which weights, but not how much each step weighs.
+_OF_TENSORS = frozenset({
+    'include', 'exclude', 'shadow_dtype', 'shadow_device', 'skip_nonfinite', 'rounding', 'seed', 'evaluate_with',
+    'buffers', 'log_interval', 'update_bn', 'refresh_batchnorm',
+})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How much each step weighs in the average at the end of a run.
+
+    Args:
+        name: The algorithm, ``'ema'``.
+        batch: After which batches the average was updated, rising.
+        share: What each update's weights make of the average at the end; they sum to 1.
+        batches: Length of the run.
+        settings: What the recipe says of the horizon, such as ``'half_life=100ba'``.
+        half_life_share: The half-life as a share of the run; None without a half-life.
+    """
+
+    name: str
+    batch: Array
+    share: Array
+    batches: int
+    settings: str
+    half_life_share: float | None = None
+
+    @property
+    def effective_steps(self) -> float:
+        """``1 / sum(share ** 2)``: of so many equal shares the average would vary as much, were the steps independent.
+
+        For equal shares it is their number, for a long-running exponential average about 2.9 half-lives.
+        """
+        return float(1 / np.square(self.share).sum())
+
+    @property
+    def newest_half(self) -> int:
+        """The fewest last batches of the run that make at least half of the average."""
+        newest_first = np.cumsum(self.share[::-1])
+        index = int(np.searchsorted(newest_first, 0.5 - 1e-12))
+        return self.batches - int(self.batch[::-1][index]) + 1
+
+
+@dataclass(frozen=True)
+class Preview:
+    """A recipe's run as far as it is known beforehand.
+
+    Args:
+        name: What a legend calls it.
+        batches: Length of the run.
+        batches_per_epoch: Length of an epoch.
+        rates: The learning rate of every batch, by the parameter groups that share it.
+        momenta: The same for momentum.
+        profiles: Of each average that the recipe keeps.
+        remarks: What the picture cannot know.
+    """
+
+    name: str
+    batches: int
+    batches_per_epoch: int
+    rates: dict[str, Curve]
+    momenta: dict[str, Curve]
+    profiles: list[Profile] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+
+def preview(
+    recipe: Recipe,
+    *,
+    name: str | None = None,
+    batches_per_epoch: int | None = None,
+    track: Callable[[Sequence[int]], Iterable[int]] = iter,
+) -> Preview:
+    """Steps the schedule of a recipe through the run and drives its averages beside it; no data is read.
+
+    Args:
+        recipe: What ``schema.load`` returned.
+        name: What to call it. Default: the recipe's run name, or the name of its file.
+        batches_per_epoch: Default: what the recipe's data set and batch size give.
+        track: Wraps the range of batches that is gone through, some 10,000 a second, to show progress.
+
+    Raises:
+        RecipeError: whatever is wrong with the recipe, or a run whose length in batches nothing tells.
+    """
+    checked = plan(recipe)
+    size = _extent(checked, batches_per_epoch)
+    outline = Outline(checked, size.batches)
+    state = _state(checked, outline, size)
+    probes = [_Probe(named, state) for named in checked.algorithms if named.name in AVERAGES]
+    lines = []
+    for probe in probes:
+        probe.start()
+    per_epoch = outline.length.batches_per_epoch
+    for batch in track(range(outline.length.batches)):
+        settings = step_settings([outline.optimizer])
+        outline.end_batch()
+        _advance(state, state.timestamp.to_next_batch(samples=size.samples_of(batch % per_epoch)))
+        sample = int(state.timestamp.sample)
+        lines.append({'epoch': (batch + 1) / per_epoch, 'batch': batch + 1, 'sample': sample, **settings})
+        _send(Event.BATCH_END, probes)
+        if (batch + 1) % per_epoch == 0:
+            outline.end_epoch()
+            _advance(state, state.timestamp.to_next_epoch())
+            _send(Event.EPOCH_END, probes)
+    return Preview(
+        name=name or recipe.run_name or recipe.name,
+        batches=outline.length.batches,
+        batches_per_epoch=per_epoch,
+        rates=curves_by_group(lines, 'lr'),
+        momenta=curves_by_group(lines, 'momentum'),
+        profiles=[found for probe in probes if (found := probe.profile(outline.length.batches)) is not None],
+        remarks=[
+            f'{each.name} is drawn as if {each.metric} always improved' for each in outline.scheduled if each.metric
+        ],
+    )
+
+
+def shares(weights: Sequence[float] | Array) -> Array:
+    """What each update makes of the average at the end, given the weight that each gave to the weights of its moment.
+
+    The share of update ``i`` is ``w[i] * (1 - w[i + 1]) * ... * (1 - w[n - 1])``.
+
+    Args:
+        weights: In [0, 1], one per update, oldest first; the first is 1, a copy.
+
+    Example:
+        >>> shares([1.0, 0.5, 0.5]).tolist()
+        [0.25, 0.25, 0.5]
+    """
+    weight = np.asarray(weights, dtype=np.float64)
+    kept = np.cumprod((1 - weight)[::-1])[::-1]
+    return weight * np.append(kept[1:], 1.0)
+
+
+def distinct_names(recipes: Sequence[Recipe], overrides: Sequence[Sequence[str]]) -> list[str]:
+    """The recipes' names; those that several share are followed by their overrides, then by their number.
+
+    Args:
+        recipes: What ``schema.load`` returned.
+        overrides: What each was loaded with.
+    """
+    names = [recipe.run_name or recipe.name for recipe in recipes]
+    said = [' '.join([name, *own]) for name, own in zip(names, overrides, strict=True)]
+    names = [longer if names.count(name) > 1 else name for name, longer in zip(names, said, strict=True)]
+    return [f'{name} ({names[: i + 1].count(name)})' if names.count(name) > 1 else name for i, name in enumerate(names)]
+
+
+class _Probe:
+    """One averaging algorithm over a model of one weight, which tells the weight of each of its updates.
+
+    Before every event the model's weight stands 1 above the average, so an update moves the average by just its weight.
+    """
+
+    def __init__(self, named: Named, state: State) -> None:
+        self.named, self.state = named, state
+        kept = {name: value for name, value in named.arguments.items() if name not in _OF_TENSORS}
+        plain = Named(named.place, named.name, named.factory, {**kept, 'log_interval': None})
+        self.algorithm: Algorithm = plain.build()
+        self.batches: list[int] = []
+        self.weights: list[float] = []
+        self._logger: Any = SimpleNamespace(log_metrics=lambda metrics: None)
+        state.algorithms.append(self.algorithm)
+
+    @property
+    def shadow(self) -> ShadowModel | None:
+        return getattr(self.algorithm, f'{self.named.name}_model')
+
+    def start(self) -> None:
+        for event in (Event.INIT, Event.AFTER_LOAD, Event.FIT_START):
+            self.send(event)
+
+    def send(self, event: Event) -> None:
+        """Gives an event to the algorithm, and notes what it did to the average."""
+        before, updates = self._average()
+        weight: nn.Parameter = self.state.model.weight  # pyright: ignore[reportAssignmentType]
+        weight.data.fill_(before + 1.0)
+        try:
+            if self.algorithm.match(event, self.state):
+                self.algorithm.apply(event, self.state, self._logger)
+        except ValueError as error:
+            raise self.named.blame(error).error(str(error)) from error
+        after, now = self._average()
+        if now > updates:
+            self.batches.append(int(self.state.timestamp.batch))
+            self.weights.append(after - before if self.weights else 1.0)
+
+    def profile(self, batches: int) -> Profile | None:
+        """What came out; None where the run is too short for a first update."""
+        if not self.weights:
+            return None
+        half_life = getattr(self.algorithm, 'half_life', None)
+        share = None
+        if half_life is not None:
+            half_life = resolve_share(half_life, self.state, 'half_life')
+            length = run_length(half_life.unit, self.state)
+            share = None if not length else half_life.value / length
+        return Profile(
+            name=self.named.name,
+            batch=np.asarray(self.batches, dtype=np.float64),
+            share=shares(self.weights),
+            batches=batches,
+            settings=self._settings(),
+            half_life_share=share,
+        )
+
+    def _average(self) -> tuple[float, int]:
+        shadow = self.shadow
+        if shadow is None:
+            return 0.0, 0
+        [(_, average)] = shadow.named_parameters()
+        return average.item(), shadow.num_updates
+
+    def _settings(self) -> str:
+        kept = {name: value for name, value in self.named.arguments.items() if name not in _OF_TENSORS}
+        return ', '.join(f'{name}={value}' for name, value in kept.items()) or 'defaults'
+
+
+class _OneWeight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+
+@dataclass(frozen=True)
+class _Loader:
+    """What the clock of a run reads of its loader."""
+
+    dataset: range
+    batch_size: int
+    batches: int
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[Any]:
+        raise NotImplementedError('it has no data')
+
+
+def _extent(checked: Plan, batches_per_epoch: int | None) -> Extent:
+    if batches_per_epoch is not None and batches_per_epoch < 1:
+        raise checked.place.error(f'--batches-per-epoch must be at least 1, got {batches_per_epoch}.')
+    try:
+        found = extent(checked.data.name, checked.data.arguments)
+    except ValueError as error:
+        raise checked.data.blame(error).error(str(error)) from error
+    if batches_per_epoch is None:
+        return found
+    return Extent(batches_per_epoch * found.batch_size, found.batch_size, drop_last=False)
+
+
+def _remarks(outline: Outline) -> list[str]:
+    watching = [each for each in outline.scheduled if each.metric is not None]
+    return [f'{each.name} is drawn as if {each.metric} always improved' for each in watching]
+
+
+def _state(checked: Plan, outline: Outline, size: Extent) -> State:
+    """A run's state at its first batch: nothing but time, the optimizer and one weight."""
+    state = State(
+        model=_OneWeight(),
+        rank_zero_seed=0,
+        run_name='preview',
+        device=DeviceCPU(),
+        max_duration=ensure_time(checked.trainer['max_duration'], TimeUnit.EPOCH),
+        optimizers=outline.optimizer,
+    )
+    loader = _Loader(range(size.samples), size.batch_size, size.batches)
+    state.set_dataloader(loader, 'train', outline.length.batches_per_epoch)
+    return state
+
+
+def _advance(state: State, timestamp: Any) -> None:
+    state.previous_timestamp, state.timestamp = state.timestamp, timestamp
+
+
+def _send(event: Event, probes: Iterable[_Probe]) -> None:
+    for probe in probes:
+        probe.send(event)
