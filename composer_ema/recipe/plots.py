@@ -326,6 +326,7 @@ def _draw_profiles(axes: Axes, previews: Sequence[Preview], axis: Axis) -> None:
     if max(heights) > _LARGE_RATIO / 4 * min(heights):
         axes.set_yscale('log')
         axes.set_ylim(min(heights) / 100, 2 * max(heights))
+        axes.yaxis.set_major_formatter('{x:g}')
     else:
         axes.set_ylim(0, 1.08 * max(heights))
     axes.set_ylabel('weight of each step in\nthe average at the end (%)')
