@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from composer_ema.recipe import plots
+from composer_ema.recipe import curves, plots, preview, recorder
 from composer_ema.recipe.curves import Curve, PlotError, Point, RunCurves
 from composer_ema.recipe.plots import check_out, draw_previews, draw_runs, write
 from composer_ema.recipe.preview import Preview, Profile, shares
@@ -274,3 +275,10 @@ class TestWriting:
     def test_colours_are_the_weights_for_one_run(self):
         lines = panels(draw_runs([make_run()]))['accuracy (%)'].lines
         assert [line.get_color() for line in lines[:2]] == [plots._VERMILION, plots._BLUE]
+
+
+@pytest.mark.parametrize('module', [curves, plots, preview, recorder], ids=lambda module: module.__name__)
+def test_examples_of_the_docstrings_run(module):
+    result = doctest.testmod(module)
+    assert result.attempted > 0
+    assert result.failed == 0
