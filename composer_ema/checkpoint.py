@@ -1,7 +1,11 @@
-"""Reads the average out of a Composer checkpoint and writes it as safetensors. Never executes what a file holds."""
+"""Reads the average out of a checkpoint, Composer's or another library's, and writes it as safetensors.
+
+Invariant: what a file holds is never executed.
+"""
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import os
 import zipfile
@@ -12,19 +16,21 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
-from composer_ema import formats
+from composer_ema import formats, interchange
 from composer_ema.files import beside
-from composer_ema.naming import check_same, listed
-from composer_ema.sharding import canonical_name
+from composer_ema.naming import Inventory, check_same, listed
+from composer_ema.sharding import canonical_name, unwrap
 from composer_ema.version import __version__
 
 # The two functions that pickled arrays and scalars name, under numpy 1's name and under numpy 2's.
 _RECONSTRUCT, _SCALAR = np.zeros(0).__reduce__()[0], np.float64(0).__reduce__()[0]
-# What Composer's checkpoints hold besides tensors and plain types: times, torch's version, numpy's random state.
+# What checkpoints hold besides tensors and plain types: times, torch's version, numpy's random state, and in timm's
+# the arguments of its script.
 _SAFE_TYPES: list[Any] = [
+    argparse.Namespace,
     datetime.timedelta,
     TorchVersion,
     np.ndarray,
@@ -42,28 +48,33 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be read or holds no average. The message says which file and why."""
 
 
-def load_average(checkpoint: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The averaged weights of a Composer checkpoint, for ``model.load_state_dict``.
+def load_average(checkpoint: str | os.PathLike[str], model: nn.Module | None = None) -> dict[str, Tensor]:
+    """The averaged weights in a file, for ``model.load_state_dict``.
 
     Reads checkpoints of :class:`composer_ema.EMA` and of Composer's built-in EMA, whichever weights their model slot
-    holds. Frozen parameters, and buffers that were not averaged, come from the model slot.
+    holds. Frozen parameters, and buffers that were not averaged, come from the model slot. Reads as well what other
+    libraries save, told by its keys, see :meth:`composer_ema.ShadowModel.load_foreign`.
 
     Args:
-        checkpoint: a ``.pt`` file that Composer's Trainer saved, with one or several processes under DDP.
+        checkpoint: a ``.pt`` file that Composer's Trainer saved, with one or several processes under DDP, or another
+            library's file.
+        model: what the weights are for; all names and shapes are checked against it. diffusers and torch-ema keep the
+            order of the parameters alone, so their files need it: buffers come from it then, too. Only read.
 
     Returns:
         Canonical names and CPU tensors, in the order of the model. Averaged ones have the average's dtype, float32
         for a 16-bit model.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or of another kind; it would run code; it holds no average.
+        CheckpointError: the file is missing, damaged, or of another kind; it would run code; it holds no average, or
+            one that does not fit ``model`` or needs one.
 
     Example:
         .. code:: python
 
             model.load_state_dict(load_average('runs/fashion_mnist/latest-rank0.pt'))
     """
-    return _average_and_metadata(Path(checkpoint))[0]
+    return _average_and_metadata(Path(checkpoint), model)[0]
 
 
 def export(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str]) -> dict[str, str]:
@@ -100,6 +111,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: as for :func:`load_average`.
     """
+    checkpoint = _read(path)
+    if not _is_of_composer(checkpoint):
+        raise CheckpointError(f"{path} is no Composer checkpoint: it has no 'state'.")
+    return dict(checkpoint)
+
+
+def _read(path: Path) -> Any:
     if path.is_dir():
         raise CheckpointError(f'{path} is a folder. Sharded checkpoints are not read yet: pass a single .pt file.')
     if not path.exists():
@@ -107,26 +125,76 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         check_sums(path)
         with torch.serialization.safe_globals(_SAFE_TYPES):
-            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+            return torch.load(path, map_location='cpu', weights_only=True)
     except CheckpointError:
         raise
     # A damaged file fails in as many ways as there are bytes in it; all of them mean the same to the user.
     except Exception as error:
         raise CheckpointError(f'{path} cannot be read: {_reason(path, error)}') from error
-    if not isinstance(checkpoint, Mapping) or not isinstance(checkpoint.get('state'), Mapping):
-        raise CheckpointError(f"{path} is no Composer checkpoint: it has no 'state'.")
-    return dict(checkpoint)
 
 
-def _average_and_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    state = read_checkpoint(path)['state']
+def _is_of_composer(checkpoint: Any) -> bool:
+    return isinstance(checkpoint, Mapping) and isinstance(checkpoint.get('state'), Mapping)
+
+
+def _average_and_metadata(path: Path, model: nn.Module | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    checkpoint = _read(path)
     try:
-        return _average_in(state, path)
+        if not _is_of_composer(checkpoint):
+            return _foreign_average_in(checkpoint, path, model)
+        average, metadata = _average_in(checkpoint['state'], path)
+        if model is not None:
+            _check_fits(average, model)
+        return average, metadata
     except CheckpointError:
         raise
     # The file is sound, so what it holds was written by something else than a Trainer with an average.
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f'{path} holds no average that can be read: {error}') from error
+
+
+def _foreign_average_in(
+    checkpoint: Any, path: Path, model: nn.Module | None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    foreign = interchange.read(checkpoint)
+    if foreign.num_updates == 0:
+        raise CheckpointError(f'{path} holds no average yet: {foreign.source} counts no update.')
+    if model is not None:
+        weights = _for_model(interchange.fit(foreign, Inventory.of(unwrap(model))), model)
+    elif isinstance(foreign.weights, Mapping):
+        weights = dict(foreign.weights)
+    else:
+        raise CheckpointError(
+            f'{path} holds an average of {foreign.source}, which keeps the order of the parameters and no names. '
+            'Pass the model that was averaged: load_average(file, model=model).'
+        )
+    described = {'source': foreign.source, 'num_updates': foreign.num_updates, 'smoothing': foreign.smoothing}
+    return weights, _described(path, 'average', described)
+
+
+def _for_model(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Any]:
+    """A state dict of ``model`` with ``tensors`` in it; the rest is copied from the model."""
+    inventory = Inventory.of(unwrap(model))
+    weights = {}
+    for key, value in unwrap(model).state_dict().items():
+        name = canonical_name(key)
+        found = tensors.get(inventory.aliases.get(name, name))
+        weights[name] = found if found is not None else value.detach().cpu().clone() if _is_tensor(value) else value
+    return weights
+
+
+def _check_fits(average: Mapping[str, Any], model: nn.Module) -> None:
+    expected = {canonical_name(name): value for name, value in unwrap(model).state_dict().items() if _is_tensor(value)}
+    check_same(
+        'the average',
+        expected,
+        {name: value for name, value in average.items() if not interchange.is_extra_state(name)},
+        remedy='Pass the model that was trained.',
+    )
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, Tensor)
 
 
 def _average_in(state: Mapping[str, Any], path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -162,16 +230,22 @@ def _algorithms(state: Mapping[str, Any]) -> dict[str, Any]:
 def _metadata(path: Path, state: Mapping[str, Any], config: Mapping[str, Any], average: Mapping[str, Any]) -> dict:
     timestamp = (state.get('timestamp') or {}).get('Timestamp') or {}
     described = {
-        'format': 'pt',
-        'weights': 'exponential moving average',
-        'written_by': f'composer_ema {__version__}',
-        'checkpoint': path.name,
         'run_name': state.get('run_name'),
         'num_updates': average.get('num_updates') if config else None,
         **{name: config.get(name) for name in ('half_life', 'smoothing', 'update_interval', 'ema_start', 'buffers')},
         **{f'trained_{unit}': timestamp.get(unit) for unit in ('epoch', 'batch', 'sample', 'token')},
     }
-    return {name: str(value) for name, value in described.items() if value is not None}
+    return _described(path, 'exponential moving average', described)
+
+
+def _described(path: Path, weights: str, more: Mapping[str, Any]) -> dict[str, str]:
+    written = {
+        'format': 'pt',
+        'weights': weights,
+        'written_by': f'composer_ema {__version__}',
+        'checkpoint': path.name,
+    }
+    return {name: str(value) for name, value in {**written, **more}.items() if value is not None}
 
 
 def _mapping(of: Mapping[str, Any], key: str) -> Mapping[str, Any]:

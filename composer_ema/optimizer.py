@@ -428,6 +428,8 @@ class EMAOptimizer(Optimizer):
         """Before the first step the average is the weights, whenever those were loaded."""
         if self._num_steps == 0:
             self._register_new()
+            if self._shadow.num_updates > 0:
+                return  # an average was loaded into the shadow, from another library perhaps: it goes on
             self._shadow.update(self._module, weight=1.0)
             self._shadow.num_updates = 0
             self._shadow.resolve(self._module)  # random rounding counts from num_updates when it is prepared

@@ -17,8 +17,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
-from composer_ema import custom, kernels, offload
+from composer_ema import custom, interchange, kernels, offload
 from composer_ema.averages import check_share, weight_from_smoothing
 from composer_ema.counter import DeviceCounter
 from composer_ema.kernels.layout import side_by_side, unzip
@@ -153,6 +154,35 @@ class ShadowModel:
         shadow = cls(nn.Module(), **options)
         shadow._parameters, shadow._buffers = shadow._new_shadows(parameters), shadow._new_shadows(buffers)
         shadow._persistent = set(buffers)
+        return shadow
+
+    @classmethod
+    def from_averaged_model(cls, averaged: AveragedModel, **options: Any) -> ShadowModel:
+        """A shadow that goes on where torch's ``AveragedModel`` is; see :meth:`to_averaged_model` for the way back.
+
+        All parameters are tracked, those that do not require a gradient too. ``n_averaged`` becomes ``num_updates``,
+        an averaging function goes on, and buffers are averaged if ``use_buffers`` says so, else copied. Without a
+        function, torch's average is the equal one: ``update(model, weight=equal_weight(shadow.num_updates))``.
+
+        Args:
+            averaged: copied, not changed.
+            options: as for the class; they win over what ``averaged`` says.
+
+        Raises:
+            TypeError: ``averaged`` is of another kind; :meth:`load_foreign` takes a state dict.
+        """
+        if not isinstance(averaged, AveragedModel):
+            raise TypeError(
+                f"averaged must be torch's AveragedModel, got {type(averaged).__name__}. "
+                'load_foreign takes a state dict.'
+            )
+        kept: dict[str, Any] = {'buffers': 'average' if averaged.use_buffers else 'copy'}
+        if not options.keys() & {'avg_fn', 'multi_avg_fn'}:
+            kept |= {'avg_fn': averaged.avg_fn, 'multi_avg_fn': averaged.multi_avg_fn}
+        shadow = cls(averaged.module, **{**kept, **options})
+        parameters = Inventory.of(unwrap(averaged)).parameters
+        shadow._parameters = shadow._new_shadows({n: p for n, p in parameters.items() if n in shadow._selection})
+        shadow.num_updates = int(averaged.n_averaged)
         return shadow
 
     def resolve(self, model: nn.Module) -> None:
@@ -369,6 +399,37 @@ class ShadowModel:
         self.wait()
         torch._foreach_copy_([live[name] for name in shadows], list(shadows.values()))
 
+    def to_averaged_model(self, model: nn.Module, **arguments: Any) -> AveragedModel:
+        """The average as torch's ``AveragedModel``: a copy of ``model`` with the average in it, ``n_averaged`` kept.
+
+        Args:
+            model: of the architecture followed, in the dtype that the copy shall have. Only read.
+            arguments: of ``AveragedModel``; default ``device``: that of ``model``. Without ``avg_fn`` and
+                ``multi_avg_fn``, this shadow's function goes on; without ``use_buffers``, buffers are averaged if this
+                shadow averages them.
+
+        Raises:
+            ValueError: ``model`` lacks a tracked name or has it in another shape.
+
+        Warns:
+            ``model`` has a narrower dtype than the average, and digits are lost.
+        """
+        kept: dict[str, Any] = {'use_buffers': self._buffer_mode == 'average'}
+        if not arguments.keys() & {'avg_fn', 'multi_avg_fn'}:
+            kept |= {'avg_fn': self._avg_fn, 'multi_avg_fn': self._multi_avg_fn}
+        averaged = AveragedModel(unwrap(model), **{**kept, **arguments})
+        self.copy_to(averaged.module)
+        averaged.n_averaged.fill_(self.num_updates)
+        held = Inventory.of(unwrap(averaged)).tensors()
+        narrowed = [name for name, kept in self._parameters.items() if not torch.equal(held[name].to(kept), kept)]
+        if narrowed:
+            warnings.warn(
+                f'the average is {self._parameters[narrowed[0]].dtype}, the model {held[narrowed[0]].dtype}: '
+                'digits are lost. Pass the model in the wider dtype, for example copy.deepcopy(model).float().',
+                stacklevel=2,
+            )
+        return averaged
+
     # Reading
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
@@ -492,6 +553,43 @@ class ShadowModel:
         self.num_updates, self._seed = state['num_updates'], state.get('seed', self._seed)
         self._stash = None if stash is None else {name: tensor.clone() for name, tensor in stash.items()}
         self._swapped_model = None
+
+    def load_foreign(self, state: Mapping[str, Any], model: nn.Module) -> None:
+        """Loads the average that another library saved, told by its keys; all is checked first.
+
+        Read are the state dicts of torch's ``AveragedModel``, timm's ``ModelEmaV2`` and ``V3`` and the checkpoints of
+        its ``CheckpointSaver``, diffusers' ``EMAModel``, ema-pytorch, torch-ema, and Lightning's checkpoints with
+        ``WeightAveraging``, also one level below, as in ``{'model': ..., 'ema': ...}``. Buffers that the library does
+        not average stay. ``num_updates`` becomes the library's count, 1 where it does not count.
+
+        Args:
+            state: what the library saved, loaded with ``weights_only=True``.
+            model: the model followed, by whose names, or order of parameters, the average is told. Only read.
+
+        Raises:
+            RuntimeError: the shadow is swapped into a model.
+            ValueError: no known average, or names, number or shapes that do not fit, all listed. Nothing is changed.
+
+        Example:
+            >>> model = nn.Linear(1, 1)
+            >>> averaged = AveragedModel(nn.Linear(1, 1))
+            >>> shadow = ShadowModel(model)
+            >>> shadow.load_foreign(averaged.state_dict(), model)
+            >>> torch.equal(dict(shadow.named_parameters())['weight'], averaged.module.weight)
+            True
+        """
+        if self.is_swapped:
+            raise RuntimeError('the model holds the average. Call swap_out(model) before another average is loaded.')
+        foreign = interchange.read(state)
+        tensors = interchange.fit(foreign, Inventory.of(unwrap(model)))
+        self.load_state_dict(
+            {
+                'version': STATE_VERSION,
+                'num_updates': 1 if foreign.num_updates is None else foreign.num_updates,
+                'parameters': {name: tensors[name] for name in self._parameters if name in tensors},
+                'buffers': {name: tensors.get(name, buffer) for name, buffer in self._buffers.items()},
+            }
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: the average without the ties to a model; the copy is not swapped into any."""

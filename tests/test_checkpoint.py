@@ -50,6 +50,15 @@ class TestReading:
         average = average_of(ema)
         assert all(torch.equal(tensor, average[name]) for name, tensor in Inventory.of(model).tensors().items())
 
+    def test_a_model_to_load_into_is_checked_by_name(self, saved):
+        _, _, path = saved
+        assert list(load_average(path, toy.make_model())) == list(toy.make_model().state_dict())
+        other = ComposerClassifier(nn.Sequential(nn.Linear(2, 2)), num_classes=2)
+        with pytest.raises(
+            CheckpointError, match=r'module\.0\.weight \(expected \(2, 2\).*Pass the model that was trained'
+        ):
+            load_average(path, other)
+
     def test_frozen_parameters_and_unselected_names_come_from_the_model(self, trainer, tmp_path):
         model = toy.make_model()
         model.module[0].requires_grad_(False)
@@ -146,12 +155,15 @@ class TestRefusing:
     )
     def test_what_is_no_torch_file(self, tmp_path, content):
         (tmp_path / 'odd.pt').write_bytes(content)
-        self.refused(tmp_path / 'odd.pt', r'cannot be read|is no Composer checkpoint')
+        self.refused(tmp_path / 'odd.pt', r'cannot be read|holds no average that can be read')
 
     @pytest.mark.parametrize('content', [{'model': {}}, [1, 2], torch.zeros(3), 5, {'state': None}, {'state': []}])
     def test_a_torch_file_of_another_kind(self, tmp_path, content):
         torch.save(content, tmp_path / 'other.pt')
-        self.refused(tmp_path / 'other.pt', r"is no Composer checkpoint: it has no 'state'")
+        self.refused(
+            tmp_path / 'other.pt',
+            r'holds no average that can be read: (there is no average of a known kind|a saved average is a)',
+        )
 
     @pytest.mark.parametrize('share', [0.1, 0.5, 0.9, 0.99])
     def test_a_truncated_file(self, saved, share):
