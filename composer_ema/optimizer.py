@@ -377,6 +377,7 @@ class EMAOptimizer(Optimizer):
                 stacklevel=2,
             )
             self._num_steps, self._last_update, self._log_kept = 0, 0, 0.0
+            self._shadow.num_updates = 0
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
