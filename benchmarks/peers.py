@@ -101,6 +101,32 @@ def _our_compute_ema(model: nn.Module) -> Average:
     return Average(lambda: compute_ema(model, ema_model, SMOOTHING), ema_model.parameters)
 
 
+class _Still(torch.optim.Optimizer):
+    """Moves nothing, so that a step of what wraps it is an update of the average."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model.parameters(), {'lr': 1.0})
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        del closure
+
+
+def _our_optimizer(model: nn.Module) -> Average:
+    from composer_ema import EMAOptimizer
+
+    optimizer = EMAOptimizer(_Still(model), decay=SMOOTHING, model=model)
+
+    def update() -> None:
+        optimizer.step()
+        optimizer.wait()  # timed in line, on the stream that the others use
+
+    def swap() -> None:
+        with optimizer.swap_ema_weights():
+            pass
+
+    return Average(update, optimizer.shadow.parameters, swap)
+
+
 # What comes with PyTorch and Composer
 
 
@@ -268,6 +294,7 @@ def _lightning(model: nn.Module) -> Average:
 CONTESTANTS: tuple[Contestant, ...] = (
     Contestant(OURS, 'averaged', _shadow_model('average')),
     Contestant(f'{OURS}, buffers copied', 'copied', _shadow_model('copy')),
+    Contestant(f'{OURS}, EMAOptimizer', 'averaged', _our_optimizer),
     Contestant(f'{OURS}, compute_ema', 'averaged', _our_compute_ema),
     Contestant('Composer EMA', 'averaged', _built_in),
     Contestant('AveragedModel avg_fn', 'copied', _averaged_model('avg_fn', get_ema_avg_fn, False)),

@@ -19,14 +19,16 @@ from torch import Tensor, nn
 from benchmarks import common, peers
 
 PUBLISHED = common.FOLDER / 'torchvision_iteration_ms.csv'
-NONE, OVERLAPPED, IN_LINE = 'none', 'ours, overlapped', 'ours, in line'
+NONE, OVERLAPPED, IN_LINE, OPTIMIZER = 'none', 'ours, overlapped', 'ours, in line', 'ours, EMAOptimizer'
 AVERAGED, AVERAGED_ONE_BY_ONE, BUILT_IN = 'AveragedModel multi_avg_fn', 'AveragedModel avg_fn', 'Composer EMA'
 WRAPPER = 'optimizer wrapper (mul, add)'
-CONTESTANTS = (NONE, OVERLAPPED, IN_LINE, AVERAGED, AVERAGED_ONE_BY_ONE, BUILT_IN, WRAPPER)
+CONTESTANTS = (NONE, OVERLAPPED, IN_LINE, OPTIMIZER, AVERAGED, AVERAGED_ONE_BY_ONE, BUILT_IN, WRAPPER)
 _SHORT = {
-    'none': NONE, 'overlap': OVERLAPPED, 'inline': IN_LINE, 'multi': AVERAGED, 'avg': AVERAGED_ONE_BY_ONE,
-    'builtin': BUILT_IN, 'wrapper': WRAPPER,
+    'none': NONE, 'overlap': OVERLAPPED, 'inline': IN_LINE, 'optimizer': OPTIMIZER, 'multi': AVERAGED,
+    'avg': AVERAGED_ONE_BY_ONE, 'builtin': BUILT_IN, 'wrapper': WRAPPER,
 }  # fmt: skip
+_DEFAULT = 'none,overlap,inline,optimizer,multi,avg,builtin'
+_SPEEDUPS = {OVERLAPPED: 'speedup_overlapped', IN_LINE: 'speedup_in_line', OPTIMIZER: 'speedup_EMAOptimizer'}
 _CPU_MODELS = ('squeezenet1_1', 'shufflenet_v2_x0_5', 'resnet18')
 # Iterations in a turn: long enough that the first of them, which nothing overlaps, weighs little.
 _TURN_MS, _MIN_TURN, _MAX_TURN, _MIN_ROUNDS = 150.0, 2, 8, 3
@@ -43,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> common.Result:
     options.add_argument('--channels-last', action='store_true')
     options.add_argument('--rounds', type=int, default=40, help='at most, for each model')
     options.add_argument('--budget-seconds', type=float, default=None, help='for all models; 360 on a GPU, 120 else')
-    options.add_argument('--contestants', default='none,overlap,inline,multi,avg,builtin', help=', '.join(_SHORT))
+    options.add_argument('--contestants', default=_DEFAULT, help=', '.join(_SHORT))
     parsed = options.parse_args(arguments)
     is_cuda = torch.device(parsed.device).type == 'cuda'
     published = read_published()
@@ -87,6 +89,7 @@ class Hooks:
     """What a contestant adds to a training iteration."""
 
     before_step: Callable[[], object] = lambda: None
+    step: Callable[[torch.optim.Optimizer], object] = lambda optimizer: optimizer.step()
     after_step: Callable[[], object] = lambda: None
     at_end: Callable[[], object] = lambda: None
 
@@ -96,7 +99,7 @@ def measure(name: str, parsed: Any, seconds: float, result: common.Result) -> di
     began = time.monotonic()
     device = result.device
     train = Training(name, parsed, device)
-    hooks = _start([_SHORT[key] for key in parsed.contestants.split(',')], train.model, result)
+    hooks = _start([_SHORT[key] for key in parsed.contestants.split(',')], train, result)
     train.turn(hooks[NONE], 1)  # picks algorithms, makes the optimizer's state
     turn_length = _turn_length(train, hooks[NONE])
     for _ in range(_WARM_UP_TURNS):
@@ -118,7 +121,7 @@ def measure(name: str, parsed: Any, seconds: float, result: common.Result) -> di
     row.update(rounds=len(base), iterations_per_turn=turn_length)
     row['times_ms'] = {key: median(s.ms for s in taken) for key, taken in samples.items()}
     row['over_none'] = {key: common.ratio(taken, base) for key, taken in samples.items()}
-    for ours, key in ((OVERLAPPED, 'speedup_overlapped'), (IN_LINE, 'speedup_in_line')):
+    for ours, key in _SPEEDUPS.items():
         if ours in samples and AVERAGED in samples:
             row[key] = common.ratio(samples[AVERAGED], samples[ours])
     return row
@@ -135,19 +138,19 @@ class Training:
         self._images = torch.randn(size, device=device, dtype=dtype).to(memory_format=layout)
         self._labels = torch.randint(1000, (parsed.batch_size,), device=device)
         # A rate so small that noise for labels does not blow the weights up.
-        self._optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-6, momentum=0.9)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-6, momentum=0.9)
         self._autocast = torch.autocast(device.type, torch.bfloat16, enabled=parsed.precision == 'amp_bf16')
         self._is_cuda = device.type == 'cuda'
 
     def turn(self, hooks: Hooks, iterations: int) -> None:
         """Trains; returns when the device has finished."""
         for _ in range(iterations):
-            self._optimizer.zero_grad()
+            self.optimizer.zero_grad()
             with self._autocast:
                 loss = nn.functional.cross_entropy(self._forward(), self._labels)
             loss.backward()
             hooks.before_step()
-            self._optimizer.step()
+            hooks.step(self.optimizer)
             hooks.after_step()
         hooks.at_end()
         if self._is_cuda:
@@ -157,15 +160,17 @@ class Training:
         return self.model(self._images)
 
 
-def _start(names: Sequence[str], model: nn.Module, result: common.Result) -> dict[str, Hooks]:
+def _start(names: Sequence[str], train: Training, result: common.Result) -> dict[str, Hooks]:
     """The contestants that can run here; what cannot is named in ``result``."""
-    hooks = {NONE: Hooks()}
+    hooks, model = {NONE: Hooks()}, train.model
     for name in names:
         if name in (OVERLAPPED, IN_LINE):
             if name == IN_LINE or result.device.type == 'cuda':
                 hooks[name] = _ours(model, overlap=name == OVERLAPPED)
             else:
                 result.leave_out(name, 'there is no second stream on the CPU')
+        elif name == OPTIMIZER:
+            hooks[name] = _our_optimizer(train)
         elif name == WRAPPER:
             wrapper = peers.TwoPassWrapper(model)
             hooks[name] = Hooks(before_step=wrapper.join, after_step=wrapper.update, at_end=wrapper.join)
@@ -190,6 +195,13 @@ def _ours(model: nn.Module, *, overlap: bool) -> Hooks:
     )
 
 
+def _our_optimizer(train: Training) -> Hooks:
+    from composer_ema import EMAOptimizer
+
+    wrapped = EMAOptimizer(train.optimizer, decay=common.SMOOTHING, model=train.model)
+    return Hooks(step=lambda _: wrapped.step(), at_end=wrapped.wait)
+
+
 def _turn_length(train: Training, hooks: Hooks) -> int:
     train.turn(hooks, 1)
     began = time.perf_counter()
@@ -212,7 +224,7 @@ def _per_iteration(call: Callable[[], object], iterations: int) -> common.Sample
 def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Geometric means over the models, and the worst of them."""
     summary: dict[str, Any] = {'models': len(rows)}
-    for key in ('speedup_overlapped', 'speedup_in_line', 'published_speedup'):
+    for key in (*_SPEEDUPS.values(), 'published_speedup'):
         values = [row[key] for row in rows if row.get(key)]
         if values:
             summary[key] = {'geometric_mean': common.geometric_mean(values), 'smallest': min(values)}
@@ -232,7 +244,7 @@ def _show(result: common.Result) -> None:
     if not result.rows:
         return
     present = [name for name in CONTESTANTS if name != NONE and any(name in r['over_none'] for r in result.rows)]
-    speedups = [key for key in ('speedup_overlapped', 'speedup_in_line') if key in result.summary]
+    speedups = [key for key in _SPEEDUPS.values() if key in result.summary]
     columns = ['model', 'ms without', *(f'{name} / none' for name in present)]
     columns += [key.replace('_', ' ') for key in speedups] + ['published']
     table = [

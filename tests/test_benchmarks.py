@@ -67,11 +67,11 @@ def test_the_limit_reads_the_parameters_themselves() -> None:
 
 def test_step_writes_a_ratio_for_each_contestant_and_the_published_one(tmp_path) -> None:
     small = ['--models', MODEL, '--batch-size', '1', '--image-size', '32', '--rounds', '1', '--budget-seconds', '1']
-    result = run('step', tmp_path / 'step.json', *small, '--contestants', 'none,overlap,inline,multi,wrapper')
+    result = run('step', tmp_path / 'step.json', *small, '--contestants', 'none,overlap,inline,optimizer,multi,wrapper')
     check_head(result, 'step')
     (row,) = result['rows']
     assert set(row['over_none']) == {
-        'none', 'ours, in line', 'AveragedModel multi_avg_fn', 'optimizer wrapper (mul, add)',
+        'none', 'ours, in line', 'ours, EMAOptimizer', 'AveragedModel multi_avg_fn', 'optimizer wrapper (mul, add)',
     }  # fmt: skip
     assert row['speedup_in_line'] > 0
     assert row['published_speedup'] == pytest.approx(14.325 / 14.26)
