@@ -136,6 +136,29 @@ def _draw_recipes(recipes: list[tuple[Path, list[str]]], axis: Any, batches_per_
     return plots.draw_previews(previews, axis=axis)
 
 
+@app.command()
+def inspect(
+    checkpoint: Annotated[Path, typer.Argument(help='A Composer checkpoint.', show_default=False)],
+    all_tensors: Annotated[bool, typer.Option('--all', help='List every tensor.')] = False,
+    as_json: Annotated[bool, typer.Option('--json', help='Print all of it as JSON.')] = False,
+) -> None:
+    """Show what a checkpoint holds: whose weights, which averages, of what. Executes nothing in the file."""
+    with _usage_errors():
+        import dataclasses
+        import json
+
+        from composer_ema.inspection import describe
+
+        found = describe(checkpoint)
+        if as_json:
+            _show(json.dumps(dataclasses.asdict(found), indent=2))
+            return
+        from composer_ema.recipe import tables
+
+        for table in tables.of_checkpoint(found, all_tensors=all_tensors):
+            _show(table)
+
+
 def main() -> None:
     """The entry point of ``composer-ema`` and of ``python -m composer_ema.cli``."""
     warnings.showwarning = _show_warning

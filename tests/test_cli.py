@@ -308,3 +308,42 @@ class TestPlot:
         assert (code, out) == (2, '')
         assert said in err
         assert len(err.splitlines()) == 1
+
+
+class TestInspect:
+    @pytest.fixture
+    def checkpoint(self, call, recipe, tmp_path) -> Path:
+        assert call('train', recipe, 'progress_bar=false')[0] == 0
+        return tmp_path / 'runs/tiny/checkpoints/latest-rank0.pt'
+
+    def test_tables_say_what_is_in_it(self, call, checkpoint):
+        code, out, err = call('inspect', checkpoint)
+        assert (code, err) == (0, '')
+        rows = [' '.join(line.replace('│', ' ').split()) for line in out.splitlines()]
+        assert 'trained 2 epochs, 20 batches, 160 samples' in rows
+        assert 'model slot training weights' in rows
+        assert 'average EMA, written by composer_ema, version 1' in rows
+        assert 'horizon half_life=3ba, ema_start=0.0dur, update_interval=1ba' in rows
+        assert 'updates 20' in rows
+        assert any(re.fullmatch(r'distance 0\.\d+ of the norm of the training weights', row) for row in rows)
+        assert any(row.startswith('averaged parameter float32') for row in rows)
+        code, longer, _ = call('inspect', checkpoint, '--all')
+        assert code == 0
+        averaged = load_average(checkpoint)
+        assert all(name in longer for name in averaged)
+
+    def test_json_holds_all_of_it(self, call, checkpoint):
+        code, out, _ = call('inspect', checkpoint, '--json')
+        assert code == 0
+        found = json.loads(out)
+        assert found['averages'][0]['config']['half_life'] == '3ba'
+        assert {tensor['name'] for tensor in found['averages'][0]['tensors']} == load_average(checkpoint).keys()
+
+    @pytest.mark.parametrize('name', ['missing.pt', 'broken.pt', 'cut.pt', '.'])
+    def test_what_is_no_checkpoint_is_one_line_and_exit_code_2(self, call, tmp_path, name):
+        (tmp_path / 'broken.pt').write_bytes(b'no checkpoint')
+        (tmp_path / 'cut.pt').write_bytes((Path(__file__).parent / 'fixtures/0.32-single-call.pt').read_bytes()[:-99])
+        code, out, err = call('inspect', tmp_path / name)
+        assert (code, out) == (2, '')
+        assert len(err.splitlines()) == 1
+        assert str(tmp_path / name) in err

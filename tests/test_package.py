@@ -37,6 +37,7 @@ MAY_IMPORT = {
     'optimizer': {'averages', 'naming', 'sharding', 'shadow'},
     'batchnorm': {'naming', 'shadow', 'sharding'},
     'checkpoint': {'files', 'formats', 'interchange', 'naming', 'sharding', 'version'},
+    'inspection': {'checkpoint', 'formats', 'interchange', 'sharding'},
     'clock': {'spans'},
     'weight_average': {'formats', 'clock', 'custom', 'naming', 'shadow', 'sharding', 'spans'},
     'algorithm': {'averages', 'clock', 'custom', 'shadow', 'sharding', 'spans', 'weight_average'},

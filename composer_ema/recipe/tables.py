@@ -1,0 +1,125 @@
+"""What a checkpoint holds, as tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from rich.markup import escape
+from rich.table import Table
+
+from composer_ema import inspection
+from composer_ema.inspection import AverageInfo, Description, TensorInfo
+
+# Arguments that say which tensors are averaged and how, in the order in which they are shown.
+_HORIZON = ('half_life', 'smoothing', 'ema_start', 'swa_start', 'update_interval', 'avg_fn', 'multi_avg_fn')
+_SLOT = {
+    inspection.TRAINING_WEIGHTS: 'training weights',
+    inspection.AVERAGE: 'the average; the training weights are stashed in the state of the algorithm',
+    inspection.UNKNOWN: 'weights; nothing in the file tells whether they are an average',
+}
+
+
+def of_checkpoint(found: Description, *, all_tensors: bool = False) -> Iterator[Table]:
+    """A table of the checkpoint, then one of tensors for each average, or for the model where there is none.
+
+    Args:
+        found: What ``inspection.describe`` returned.
+        all_tensors: Whether every tensor is listed; by default they are counted by role and dtype.
+    """
+    yield _overview(found)
+    tensors = _every_tensor if all_tensors else _summary
+    for average in found.averages:
+        yield tensors(f'tensors of the average by {average.algorithm}', average.tensors)
+    if not found.averages:
+        yield tensors('tensors of the model', found.tensors)
+
+
+def _overview(found: Description) -> Table:
+    table = Table(title=escape(found.path), title_justify='left', show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow='fold')
+    _add(table, 'run', found.run_name)
+    _add(
+        table,
+        'trained',
+        ', '.join(_counted(count, unit) for unit, count in found.trained.items() if count) or 'nothing',
+    )
+    _add(table, 'model slot', _SLOT[found.model_slot])
+    for average in found.averages:
+        _add_average(table, average)
+    if not found.averages:
+        _add(table, 'average', 'none')
+    _add(table, 'state of', ', '.join([*found.optimizers, *found.schedulers, *found.algorithms, *found.callbacks]))
+    _add(table, 'saved by', ', '.join(f'{name} {version}' for name, version in found.versions.items()))
+    _add(table, 'size', _size(found.num_bytes))
+    return table
+
+
+def _add_average(table: Table, average: AverageInfo) -> None:
+    horizon = [f'{name}={average.config[name]}' for name in _HORIZON if average.config.get(name) is not None]
+    _add(table, 'average', f'{average.algorithm}, written by {average.written_as}')
+    _add(table, '  horizon', ', '.join(horizon) or 'not kept by this format')
+    if not average.is_started:
+        _add(table, '  updates', 'none yet: its start had not come')
+        return
+    _add(
+        table, '  updates', 'not counted by this format' if average.num_updates is None else f'{average.num_updates:,}'
+    )
+    last = average.last_update or {}
+    _add(table, '  last update', ', '.join(f'{count:g}{unit}' for unit, count in last.items() if count))
+    if average.relative_distance is not None:
+        _add(table, '  distance', f'{average.relative_distance:.4g} of the norm of the training weights')
+
+
+def _add(table: Table, name: str, value: str | None) -> None:
+    if value:
+        table.add_row(name, escape(value))
+
+
+def _summary(title: str, tensors: Sequence[TensorInfo]) -> Table:
+    table = _new_table(title, 'role', 'dtype', numbers=('tensors', 'elements', 'in the model slot', 'average'))
+    for share in inspection.summarise(tensors):
+        sizes = (_size(share.num_bytes), _size(share.average_bytes) if share.average_bytes else '')
+        table.add_row(share.role, share.dtype, f'{share.num_tensors:,}', f'{share.num_elements:,}', *sizes)
+    return table
+
+
+def _every_tensor(title: str, tensors: Sequence[TensorInfo]) -> Table:
+    table = _new_table(title, 'name', 'role', 'dtype', numbers=('shape', 'model slot', 'average', 'distance'))
+    for tensor in tensors:
+        distance = '' if tensor.relative_distance is None else f'{tensor.relative_distance:.4g}'
+        average = _size(tensor.average_bytes) if tensor.average_bytes else ''
+        shape = ' × '.join(map(str, tensor.shape)) or 'scalar'
+        row = (tensor.role, inspection.dtypes(tensor), shape, _size(tensor.num_bytes), average, distance)
+        table.add_row(escape(tensor.name), *row)
+    return table
+
+
+def _new_table(title: str, *headers: str, numbers: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify='left')
+    for header in headers:
+        # Of all columns, names alone may be broken where the terminal is narrow.
+        table.add_column(header, overflow='fold', no_wrap=header != 'name')
+    for header in numbers:
+        table.add_column(header, justify='right', no_wrap=True)
+    return table
+
+
+def _counted(count: int, unit: str) -> str:
+    many = {'batch': 'batches'}.get(unit, f'{unit}s')
+    return f'{count:,} {unit if count == 1 else many}'
+
+
+def _size(num_bytes: int) -> str:
+    """Bytes for reading.
+
+    Example:
+        >>> _size(999), _size(1500), _size(437_000), _size(25_600_000)
+        ('999 B', '1.5 kB', '437 kB', '25.6 MB')
+    """
+    value, units = float(num_bytes), ('B', 'kB', 'MB', 'GB', 'TB')
+    for unit in units[:-1]:
+        if value < 999.5:
+            return f'{value:.3g} {unit}'
+        value /= 1000
+    return f'{value:.3g} {units[-1]}'

@@ -1,0 +1,251 @@
+"""What a checkpoint is said to hold is what it holds, whoever wrote it; and nothing in it is executed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+pytest.importorskip('composer', reason='needs Composer')
+
+from composer.loggers import InMemoryLogger
+from composer.models import ComposerClassifier
+
+from composer_ema import EMA, CheckpointError, inspection
+from composer_ema.inspection import (
+    ALIAS,
+    AVERAGE,
+    BUFFER,
+    COPY,
+    PARAMETER,
+    TRAINING_WEIGHTS,
+    UNKNOWN,
+    UNTRACKED,
+    AverageInfo,
+    TensorInfo,
+    describe,
+    summarise,
+)
+
+FIXTURES = Path(__file__).parent / 'fixtures'
+TRUTHS = json.loads((FIXTURES / 'truths.json').read_text())
+
+
+def save(path: Path, **state: Any) -> Path:
+    """A checkpoint by hand."""
+    torch.save({'state': {'run_name': 'by-hand', **state}, 'rng': []}, path)
+    return path
+
+
+def ema_state(parameters: dict[str, torch.Tensor], **more: Any) -> dict[str, Any]:
+    average = {'version': 1, 'parameters': parameters, 'buffers': {}, 'num_updates': 7, 'aliases': {}}
+    return {
+        'version': 1, 'repr': 'EMA()', 'config': {'half_life': '3ba'}, 'started': True,
+        'averages': {'ema': {**average, 'last_update': None, **more.pop('average', {})}}, **more,
+    }  # fmt: skip
+
+
+def truth(name: str, key: str) -> dict[str, torch.Tensor]:
+    return {tensor: torch.tensor(values) for tensor, values in TRUTHS[name][key].items()}
+
+
+def roles(average: AverageInfo) -> dict[str, str]:
+    return {tensor.name: tensor.role for tensor in average.tensors}
+
+
+class TestByHand:
+    def test_distances_are_norms_over_norms(self, tmp_path):
+        model = {'a': torch.tensor([3.0, 4.0]), 'b': torch.zeros(1), 'c': torch.tensor([12.0])}
+        average = {'a': torch.tensor([3.0, 9.0]), 'b': torch.zeros(1), 'c': torch.tensor([12.0])}
+        path = save(tmp_path / 'a.pt', model=model, algorithms=[('EMA', ema_state(average))])
+        [found] = describe(path).averages
+        assert [tensor.relative_distance for tensor in found.tensors] == [1.0, 0.0, 0.0]
+        assert found.relative_distance == pytest.approx(5 / 13)
+        assert (found.algorithm, found.num_updates, found.config) == ('EMA', 7, {'half_life': '3ba'})
+        assert found.written_as == 'composer_ema, version 1'
+
+    def test_weights_that_are_zero_have_an_infinite_distance_unless_the_average_is_zero_too(self, tmp_path):
+        state = ema_state({'a': torch.ones(1)})
+        path = save(tmp_path / 'a.pt', model={'a': torch.zeros(1)}, algorithms=[('EMA', state)])
+        assert describe(path).averages[0].relative_distance == math.inf
+
+    def test_in_a_swapped_checkpoint_the_average_is_compared_with_the_stash(self, tmp_path):
+        average, stash = torch.tensor([3.0, 9.0]), torch.tensor([3.0, 4.0])
+        state = ema_state({'a': average}, training_weights={'a': stash})
+        found = describe(save(tmp_path / 'a.pt', model={'a': average}, algorithms=[('EMA', state)]))
+        assert (found.model_slot, found.has_stash) == (AVERAGE, True)
+        assert found.averages[0].relative_distance == 1.0
+
+    def test_an_average_in_another_dtype_is_compared_in_its_own(self, tmp_path):
+        state = ema_state({'a': torch.tensor([1.0, 1.0])})
+        weights = {'a': torch.ones(2, dtype=torch.bfloat16)}
+        [found] = describe(save(tmp_path / 'a.pt', model=weights, algorithms=[('EMA', state)])).averages
+        assert found.tensors == [TensorInfo('a', (2,), 'bfloat16', 4, PARAMETER, 'float32', 8, 0.0)]
+
+    def test_without_the_algorithms_nothing_tells_whose_weights_they_are(self, tmp_path):
+        found = describe(save(tmp_path / 'a.pt', model={'a': torch.ones(3)}))
+        assert (found.model_slot, found.averages) == (UNKNOWN, [])
+        assert found.tensors == [TensorInfo('a', (3,), 'float32', 12, UNTRACKED)]
+        assert describe(save(tmp_path / 'a.pt', model={}, algorithms=[])).model_slot == TRAINING_WEIGHTS
+
+    def test_summary_counts_by_role_and_dtype(self):
+        tensors = [
+            TensorInfo('a', (2, 3), 'bfloat16', 12, PARAMETER, 'float32', 24, 0.1),
+            TensorInfo('b', (), 'int64', 8, COPY, 'int64', 8),
+            TensorInfo('c', (4,), 'bfloat16', 8, PARAMETER, 'float32', 16, 0.1),
+            TensorInfo('d', (4,), 'bfloat16', 8, UNTRACKED),
+        ]
+        assert [dataclasses.astuple(share) for share in summarise(tensors)] == [
+            (PARAMETER, 'bfloat16 → float32', 2, 10, 20, 40),
+            (COPY, 'int64', 1, 1, 8, 8),
+            (UNTRACKED, 'bfloat16', 1, 4, 8, 0),
+        ]
+
+
+class TestRuns:
+    def test_a_run_is_described(self, trainer, tmp_path):
+        ema, logger = EMA(half_life='2ba'), InMemoryLogger()
+        run = trainer(
+            [ema], max_duration='2ep', run_name='the-run', save_folder=str(tmp_path), save_filename='last.pt',
+            loggers=[logger], save_overwrite=True,
+        )  # fmt: skip
+        run.fit()
+        found = describe(tmp_path / 'last.pt')
+        [average] = found.averages
+        assert (found.run_name, found.model_slot, found.has_stash) == ('the-run', TRAINING_WEIGHTS, False)
+        assert found.trained['epoch'] == 2
+        assert found.trained['batch'] == average.num_updates == int(run.state.timestamp.batch)
+        assert average.is_started
+        assert average.config['half_life'] == '2ba'
+        assert average.last_update is not None
+        assert average.last_update['ba'] == average.num_updates
+        assert average.relative_distance == pytest.approx(
+            ema.ema_model.relative_distance(run.state.model).item(), rel=1e-6
+        )
+        assert found.algorithms == ['EMA']
+        assert found.num_bytes == (tmp_path / 'last.pt').stat().st_size
+        live = run.state.model
+        assert {t.name for t in average.tensors if t.role == PARAMETER} == {name for name, _ in live.named_parameters()}
+        assert {t.name: t.shape for t in average.tensors} == {n: tuple(t.shape) for n, t in live.state_dict().items()}
+        by_name = roles(average)
+        assert by_name['module.1.running_mean'] == BUFFER
+        assert by_name['module.1.num_batches_tracked'] == COPY
+
+    def test_a_checkpoint_taken_while_swapped_says_so(self, trainer, tmp_path):
+        ema = EMA(half_life='2ba')
+        run = trainer([ema], max_duration='1ep')
+        run.fit()
+        expected = ema.ema_model.relative_distance(run.state.model).item()
+        ema.get_ema_model(run.state.model)
+        run.save_checkpoint(str(tmp_path / 'swapped.pt'))
+        found = describe(tmp_path / 'swapped.pt')
+        assert (found.model_slot, found.has_stash) == (AVERAGE, True)
+        assert found.averages[0].relative_distance == pytest.approx(expected, rel=1e-6)
+
+    def test_frozen_excluded_and_tied_tensors(self, trainer, tmp_path):
+        network = nn.Sequential(nn.Flatten(), nn.Linear(36, 3), nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+        network[3].weight = network[2].weight
+        network[1].requires_grad_(False)
+        ema = EMA(half_life='2ba', exclude=r'4\.bias', buffers='copy')
+        run = trainer([ema], model=ComposerClassifier(network, num_classes=3), max_duration='1ep')
+        run.fit()
+        run.save_checkpoint(str(tmp_path / 'a.pt'))
+        [average] = describe(tmp_path / 'a.pt').averages
+        assert roles(average) == {
+            'module.1.weight': UNTRACKED, 'module.1.bias': UNTRACKED, 'module.2.weight': PARAMETER,
+            'module.2.bias': PARAMETER, 'module.3.weight': ALIAS, 'module.3.bias': PARAMETER,
+            'module.4.weight': PARAMETER, 'module.4.bias': UNTRACKED,
+        }  # fmt: skip
+        assert [t.average_bytes for t in average.tensors if t.name == 'module.3.weight'] == [0], 'it is kept once'
+
+    def test_without_an_average(self, trainer, tmp_path):
+        run = trainer([], max_duration='1ep')
+        run.fit()
+        run.save_checkpoint(str(tmp_path / 'a.pt'))
+        found = describe(tmp_path / 'a.pt')
+        assert (found.model_slot, found.averages) == (TRAINING_WEIGHTS, [])
+        assert {tensor.name for tensor in found.tensors} == set(run.state.model.state_dict())
+
+    def test_before_the_start_there_is_no_average_yet(self, trainer, tmp_path):
+        run = trainer([EMA(half_life='2ba', ema_start='3ba')], max_duration='2ba')
+        with pytest.warns(UserWarning, match='ema_start'):
+            run.fit()
+        run.save_checkpoint(str(tmp_path / 'a.pt'))
+        [average] = describe(tmp_path / 'a.pt').averages
+        assert not average.is_started
+        assert average.num_updates == 0
+
+
+class TestBuiltin:
+    @pytest.mark.parametrize('name', sorted(TRUTHS))
+    def test_both_formats_swapped_or_not(self, name):
+        written = dict(torch.load(FIXTURES / f'{name}.pt', weights_only=False)['state']['algorithms'])['EMA']
+        found = describe(FIXTURES / f'{name}.pt')
+        [average] = found.averages
+        assert found.model_slot == (AVERAGE if written['ema_weights_active'] else TRAINING_WEIGHTS)
+        assert found.has_stash == written['ema_weights_active']
+        assert (average.num_updates, average.config) == (None, {})
+        assert average.written_as.startswith("Composer's own")
+        assert ('0.12' in average.written_as) == name.startswith('0.12')
+        training, averaged = (
+            {k: torch.tensor(v) for k, v in TRUTHS[name][key].items()} for key in ('training', 'average')
+        )
+        parameters = [t.name for t in average.tensors if t.role == PARAMETER]
+        assert sorted(parameters) == [
+            f'module.{n}' for n in ('0.bias', '0.weight', '1.bias', '1.weight', '2.bias', '2.weight')
+        ]
+        distance = math.hypot(*((averaged[n] - training[n]).norm().item() for n in parameters))
+        size = math.hypot(*(training[n].norm().item() for n in parameters))
+        assert average.relative_distance == pytest.approx(distance / size, rel=1e-4)
+
+
+class Evil:
+    def __reduce__(self):
+        return (Path.touch, (Path('executed'),))
+
+
+class TestForeignFiles:
+    def test_nothing_is_executed(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        torch.save({'state': {'model': {}, 'algorithms': [Evil()]}}, 'evil.pt')
+        (tmp_path / 'evil.pkl').write_bytes(pickle.dumps(Evil(), protocol=2))
+        for name in ('evil.pt', 'evil.pkl'):
+            with pytest.raises(CheckpointError, match=name):
+                describe(name)
+        assert not Path('executed').exists()
+
+    @pytest.mark.parametrize(
+        'state',
+        [{}, {'model': 3}, {'model': {}, 'algorithms': 3}, {'model': {}, 'algorithms': [('EMA', {})]},
+         {'model': {}, 'algorithms': [('EMA', {'version': 99})]}, {'model': {}, 'timestamp': 3},
+         {'model': {}, 'optimizers': [1]}],
+    )  # fmt: skip
+    def test_a_state_of_another_kind_is_an_error_that_names_the_file(self, tmp_path, state):
+        with pytest.raises(CheckpointError, match=r'a\.pt'):
+            describe(save(tmp_path / 'a.pt', **state))
+
+    @given(share=st.floats(0, 0.999), flipped=st.booleans())
+    def test_a_damaged_file_is_an_error(self, tmp_path_factory, share, flipped):
+        whole = (FIXTURES / '0.32-single-numpy.pt').read_bytes()
+        at = int(share * len(whole))
+        path = tmp_path_factory.mktemp('damaged') / 'a.pt'
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :] if flipped else whole[:at])
+        try:
+            found = describe(path)
+        except CheckpointError:
+            return
+        assert flipped, 'half a file was read'
+        assert found.averages == describe(FIXTURES / '0.32-single-numpy.pt').averages, 'the byte was of no consequence'
+
+
+def test_every_role_has_its_place_in_the_order():
+    assert {PARAMETER, BUFFER, COPY, ALIAS, UNTRACKED} == set(inspection._ROLES)
