@@ -105,19 +105,12 @@ def export(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str]) -> d
     return metadata
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What a Composer checkpoint holds, on the CPU, read without executing anything.
+def read_file(path: Path) -> Any:
+    """What a file that torch wrote holds, on the CPU, read without executing anything.
 
     Raises:
-        CheckpointError: as for :func:`load_average`.
+        CheckpointError: the file is missing, damaged, or of another kind; it would run code.
     """
-    checkpoint = _read(path)
-    if not _is_of_composer(checkpoint):
-        raise CheckpointError(f"{path} is no Composer checkpoint: it has no 'state'.")
-    return dict(checkpoint)
-
-
-def _read(path: Path) -> Any:
     if path.is_dir():
         raise CheckpointError(f'{path} is a folder. Sharded checkpoints are not read yet: pass a single .pt file.')
     if not path.exists():
@@ -133,14 +126,15 @@ def _read(path: Path) -> Any:
         raise CheckpointError(f'{path} cannot be read: {_reason(path, error)}') from error
 
 
-def _is_of_composer(checkpoint: Any) -> bool:
+def is_of_composer(checkpoint: Any) -> bool:
+    """Whether what :func:`read_file` returned was saved by Composer's Trainer, as far as its outermost keys tell."""
     return isinstance(checkpoint, Mapping) and isinstance(checkpoint.get('state'), Mapping)
 
 
 def _average_and_metadata(path: Path, model: nn.Module | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
-    checkpoint = _read(path)
+    checkpoint = read_file(path)
     try:
-        if not _is_of_composer(checkpoint):
+        if not is_of_composer(checkpoint):
             return _foreign_average_in(checkpoint, path, model)
         average, metadata = _average_in(checkpoint['state'], path)
         if model is not None:

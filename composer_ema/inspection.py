@@ -12,16 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from composer_ema import formats
-from composer_ema.checkpoint import CheckpointError, read_checkpoint
+from composer_ema import formats, interchange
+from composer_ema.checkpoint import CheckpointError, is_of_composer, read_file
+from composer_ema.interchange import Foreign
 from composer_ema.sharding import canonical_name
 
-TRAINING_WEIGHTS, AVERAGE, UNKNOWN = 'training weights', 'average', 'weights'
+TRAINING_WEIGHTS, AVERAGE, UNKNOWN, NOT_READ = 'training weights', 'average', 'weights', 'not read'
 Tensors = Mapping[str, Tensor]
 _AVERAGING = ('EMA',)
 #: What a tensor of the model is to an average.
 PARAMETER, BUFFER, COPY = 'averaged parameter', 'averaged buffer', 'copied buffer'
-ALIAS, UNTRACKED = 'tied to another', 'not averaged'
+ALIAS, UNTRACKED, OF_AVERAGE = 'tied to another', 'not averaged', 'of the average'
 # The oldest format does not tell buffers from parameters, but these are buffers in every model.
 _NAMES_OF_BUFFERS = ('running_mean', 'running_var', 'num_batches_tracked')
 
@@ -35,7 +36,8 @@ class TensorInfo:
         shape: Of the model's tensor, or of the average's where the model slot has none of that name.
         dtype: Of the tensor in the model slot, ``'float32'``; None where the slot has none.
         num_bytes: Of the tensor in the model slot.
-        role: :data:`PARAMETER`, :data:`BUFFER`, :data:`COPY`, :data:`ALIAS` or :data:`UNTRACKED`.
+        role: :data:`PARAMETER`, :data:`BUFFER`, :data:`COPY`, :data:`ALIAS`, :data:`UNTRACKED`; :data:`OF_AVERAGE`
+            where the file does not tell parameters from buffers.
         average_dtype: Of the average; None where it is not averaged.
         average_bytes: Of the average.
         relative_distance: Norm of average minus training weights over norm of the training weights; None where it is
@@ -53,6 +55,7 @@ class TensorInfo:
 
     @property
     def num_elements(self) -> int:
+        """The product of the shape."""
         return math.prod(self.shape)
 
 
@@ -61,7 +64,7 @@ class AverageInfo:
     """One average in a checkpoint.
 
     Args:
-        algorithm: Whose state it is in: ``'EMA'``.
+        algorithm: Whose state it is in: ``'EMA'``, or the library that kept it.
         written_as: The format of that state, in words.
         is_started: Whether there is an average yet.
         config: The algorithm's arguments, as far as the format keeps them.
@@ -92,8 +95,8 @@ class Description:
         run_name: The run that saved it; None where it does not say.
         trained: How far training had come: ``{'epoch': 2, 'batch': 936, 'sample': ..., 'token': ...}``.
         versions: Of Composer and torch that saved it.
-        model_slot: Whose weights the model's place holds: :data:`TRAINING_WEIGHTS`, :data:`AVERAGE` or, where only the
-            run that saved it could tell, :data:`UNKNOWN`.
+        model_slot: Whose weights the model's place holds: :data:`TRAINING_WEIGHTS`, :data:`AVERAGE`, where only the
+            run that saved it could tell :data:`UNKNOWN`, and for a file of another library :data:`NOT_READ`.
         has_stash: Whether the training weights lie beside an average in the model slot.
         averages: None, one or several.
         tensors: Every tensor in the model slot, where there is no average to compare it with.
@@ -116,13 +119,14 @@ class Description:
 
 
 def describe(checkpoint: str | os.PathLike[str]) -> Description:
-    """Reads what a Composer checkpoint holds, without a model and without executing anything in the file.
+    """Reads what a checkpoint holds, without a model and without executing anything in the file.
 
-    Understood are the states of :class:`composer_ema.EMA` and both formats of Composer's built-in EMA, whichever
-    weights their model slot holds, and checkpoints without an average.
+    Understood are Composer's checkpoints with the state of :class:`composer_ema.EMA`, with either format of Composer's
+    built-in EMA, whichever weights their model slot holds, and without an average; and the averages of other libraries
+    that :func:`composer_ema.load_average` reads.
 
     Args:
-        checkpoint: a ``.pt`` file that Composer's Trainer saved.
+        checkpoint: a file that one of them saved.
 
     Raises:
         CheckpointError: the file is missing, damaged, of another kind, or would run code.
@@ -134,10 +138,12 @@ def describe(checkpoint: str | os.PathLike[str]) -> Description:
             print(found.model_slot, found.averages[0].relative_distance)
     """
     path = Path(checkpoint)
-    state = read_checkpoint(path)['state']
+    held = read_file(path)
     try:
-        return _describe(path, state)
-    # The file is sound, so what it holds was written by something else than a Trainer.
+        return (
+            _describe(path, held['state']) if is_of_composer(held) else _describe_foreign(path, interchange.read(held))
+        )
+    # The file is sound, so what it holds was written by something that is not known.
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f'{path} holds a state that cannot be read: {error}') from error
 
@@ -189,12 +195,11 @@ def dtypes(tensor: TensorInfo) -> str:
         >>> dtypes(TensorInfo('weight', (2,), 'bfloat16', 4, PARAMETER, 'float32', 8))
         'bfloat16 → float32'
     """
-    if tensor.average_dtype in (None, tensor.dtype):
-        return tensor.dtype or ''
-    return f'{tensor.dtype or "missing"} → {tensor.average_dtype}'
+    both = dict.fromkeys(each for each in (tensor.dtype, tensor.average_dtype) if each is not None)
+    return ' → '.join(both)
 
 
-_ROLES = (PARAMETER, BUFFER, COPY, ALIAS, UNTRACKED)
+_ROLES = (PARAMETER, BUFFER, COPY, OF_AVERAGE, ALIAS, UNTRACKED)
 
 
 def _describe(path: Path, state: Mapping[str, Any]) -> Description:
@@ -226,6 +231,24 @@ def _describe(path: Path, state: Mapping[str, Any]) -> Description:
         algorithms=list(algorithms),
         callbacks=list(_mapping(state, 'callbacks', optional=True)),
     )
+
+
+def _describe_foreign(path: Path, foreign: Foreign) -> Description:
+    """An average of another library, of which nothing but the average is read."""
+    weights = foreign.weights
+    named = weights if isinstance(weights, Mapping) else {str(i): tensor for i, tensor in enumerate(weights)}
+    average = AverageInfo(
+        algorithm=foreign.source,
+        written_as=foreign.source if foreign.has_names else f'{foreign.source}, which numbers the parameters',
+        is_started=foreign.num_updates != 0,
+        config={} if foreign.smoothing is None else {'smoothing': foreign.smoothing},
+        num_updates=foreign.num_updates,
+        last_update=None,
+        relative_distance=None,
+        tensors=[_info(name, None, OF_AVERAGE, tensor) for name, tensor in named.items()],
+    )
+    size = path.stat().st_size
+    return Description(str(path), size, None, {}, {}, NOT_READ, has_stash=False, averages=[average], tensors=[])
 
 
 def _model_slot(state: Mapping[str, Any], algorithms: Mapping[str, Any], has_stash: bool) -> str:

@@ -384,5 +384,5 @@ def test_numpy_scalars_and_times_of_composers_checkpoints_are_read(saved):
     content = torch.load(path, weights_only=False)
     content['state']['numpy'] = [np.float64(1.5), np.bool_(True), np.arange(3), np.int64(3)]
     torch.save(content, path)
-    assert checkpoint.read_checkpoint(path)['state']['numpy'][0] == 1.5
+    assert checkpoint.read_file(path)['state']['numpy'][0] == 1.5
     load_average(path)

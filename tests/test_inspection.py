@@ -20,12 +20,14 @@ pytest.importorskip('composer', reason='needs Composer')
 from composer.loggers import InMemoryLogger
 from composer.models import ComposerClassifier
 
-from composer_ema import EMA, CheckpointError, inspection
+from composer_ema import EMA, CheckpointError, inspection, load_average
 from composer_ema.inspection import (
     ALIAS,
     AVERAGE,
     BUFFER,
     COPY,
+    NOT_READ,
+    OF_AVERAGE,
     PARAMETER,
     TRAINING_WEIGHTS,
     UNKNOWN,
@@ -208,6 +210,33 @@ class TestBuiltin:
         assert average.relative_distance == pytest.approx(distance / size, rel=1e-4)
 
 
+class TestOtherLibraries:
+    @pytest.mark.parametrize(
+        ('name', 'source'),
+        [('timm-saver.pth.tar', 'timm'), ('ema-pytorch.pt', 'ema-pytorch'), ('lightning.ckpt', 'Lightning'),
+         ('diffusers.pt', 'diffusers'), ('torch-ema.pt', 'torch-ema')],
+    )  # fmt: skip
+    def test_what_load_average_reads_is_described(self, name, source):
+        found = describe(FIXTURES / 'foreign' / name)
+        [average] = found.averages
+        assert (average.algorithm, average.is_started, average.relative_distance) == (source, True, None)
+        assert (found.model_slot, found.trained) == (NOT_READ, {})
+        assert {tensor.role for tensor in average.tensors} == {OF_AVERAGE}
+        if name in ('diffusers.pt', 'torch-ema.pt'):
+            assert 'which numbers the parameters' in average.written_as
+            assert [tensor.name for tensor in average.tensors] == [str(i) for i in range(len(average.tensors))]
+        else:
+            read = load_average(FIXTURES / 'foreign' / name)
+            assert {tensor.name: tensor.shape for tensor in average.tensors} == {n: t.shape for n, t in read.items()}
+
+    def test_torchs_averaged_model_tells_its_updates(self, tmp_path):
+        averaged = torch.optim.swa_utils.AveragedModel(nn.Linear(2, 2))
+        averaged.update_parameters(nn.Linear(2, 2))
+        torch.save(averaged.state_dict(), tmp_path / 'a.pt')
+        [average] = describe(tmp_path / 'a.pt').averages
+        assert (average.num_updates, [tensor.shape for tensor in average.tensors]) == (1, [(2, 2), (2,)])
+
+
 class Evil:
     def __reduce__(self):
         return (Path.touch, (Path('executed'),))
@@ -248,4 +277,4 @@ class TestForeignFiles:
 
 
 def test_every_role_has_its_place_in_the_order():
-    assert {PARAMETER, BUFFER, COPY, ALIAS, UNTRACKED} == set(inspection._ROLES)
+    assert {PARAMETER, BUFFER, COPY, OF_AVERAGE, ALIAS, UNTRACKED} == set(inspection._ROLES)

@@ -15,6 +15,7 @@ _HORIZON = ('half_life', 'smoothing', 'ema_start', 'swa_start', 'update_interval
 _SLOT = {
     inspection.TRAINING_WEIGHTS: 'training weights',
     inspection.AVERAGE: 'the average; the training weights are stashed in the state of the algorithm',
+    inspection.NOT_READ: 'not read: a file of another library',
     inspection.UNKNOWN: 'weights; nothing in the file tells whether they are an average',
 }
 
@@ -39,11 +40,9 @@ def _overview(found: Description) -> Table:
     table.add_column(no_wrap=True)
     table.add_column(overflow='fold')
     _add(table, 'run', found.run_name)
-    _add(
-        table,
-        'trained',
-        ', '.join(_counted(count, unit) for unit, count in found.trained.items() if count) or 'nothing',
-    )
+    if found.trained:
+        trained = ', '.join(_counted(count, unit) for unit, count in found.trained.items() if count)
+        _add(table, 'trained', trained or 'nothing')
     _add(table, 'model slot', _SLOT[found.model_slot])
     for average in found.averages:
         _add_average(table, average)
@@ -57,10 +56,11 @@ def _overview(found: Description) -> Table:
 
 def _add_average(table: Table, average: AverageInfo) -> None:
     horizon = [f'{name}={average.config[name]}' for name in _HORIZON if average.config.get(name) is not None]
-    _add(table, 'average', f'{average.algorithm}, written by {average.written_as}')
+    is_foreign = average.written_as.startswith(average.algorithm)
+    _add(table, 'average', f'{"" if is_foreign else f"{average.algorithm}, "}written by {average.written_as}')
     _add(table, '  horizon', ', '.join(horizon) or 'not kept by this format')
     if not average.is_started:
-        _add(table, '  updates', 'none yet: its start had not come')
+        _add(table, '  updates', 'none yet')
         return
     _add(
         table, '  updates', 'not counted by this format' if average.num_updates is None else f'{average.num_updates:,}'
@@ -79,7 +79,7 @@ def _add(table: Table, name: str, value: str | None) -> None:
 def _summary(title: str, tensors: Sequence[TensorInfo]) -> Table:
     table = _new_table(title, 'role', 'dtype', numbers=('tensors', 'elements', 'in the model slot', 'average'))
     for share in inspection.summarise(tensors):
-        sizes = (_size(share.num_bytes), _size(share.average_bytes) if share.average_bytes else '')
+        sizes = (_size(share.num_bytes), _size(share.average_bytes))
         table.add_row(share.role, share.dtype, f'{share.num_tensors:,}', f'{share.num_elements:,}', *sizes)
     return table
 
@@ -88,9 +88,15 @@ def _every_tensor(title: str, tensors: Sequence[TensorInfo]) -> Table:
     table = _new_table(title, 'name', 'role', 'dtype', numbers=('shape', 'model slot', 'average', 'distance'))
     for tensor in tensors:
         distance = '' if tensor.relative_distance is None else f'{tensor.relative_distance:.4g}'
-        average = _size(tensor.average_bytes) if tensor.average_bytes else ''
         shape = ' × '.join(map(str, tensor.shape)) or 'scalar'
-        row = (tensor.role, inspection.dtypes(tensor), shape, _size(tensor.num_bytes), average, distance)
+        row = (
+            tensor.role,
+            inspection.dtypes(tensor),
+            shape,
+            _size(tensor.num_bytes),
+            _size(tensor.average_bytes),
+            distance,
+        )
         table.add_row(escape(tensor.name), *row)
     return table
 
@@ -111,12 +117,14 @@ def _counted(count: int, unit: str) -> str:
 
 
 def _size(num_bytes: int) -> str:
-    """Bytes for reading.
+    """Bytes for reading; nothing for none.
 
     Example:
         >>> _size(999), _size(1500), _size(437_000), _size(25_600_000)
         ('999 B', '1.5 kB', '437 kB', '25.6 MB')
     """
+    if num_bytes == 0:
+        return ''
     value, units = float(num_bytes), ('B', 'kB', 'MB', 'GB', 'TB')
     for unit in units[:-1]:
         if value < 999.5:
