@@ -11,9 +11,11 @@ from composer_ema.version import __version__  # the package's version
 if TYPE_CHECKING:
     from composer_ema.algorithm import EMA  # the Composer algorithm
     from composer_ema.checkpoint import CheckpointError, export, load_average  # the average of a checkpoint
+    from composer_ema.swa import SWA  # the Composer algorithm for an equal average
 
 __all__ = [
     'EMA',
+    'SWA',
     'CheckpointError',
     'EMAOptimizer',
     'ShadowModel',
@@ -27,6 +29,7 @@ __all__ = [
 #: Names that are imported on first use, since Composer is not needed for the others.
 _LAZY = {
     'EMA': 'composer_ema.algorithm',
+    'SWA': 'composer_ema.swa',
     'CheckpointError': 'composer_ema.checkpoint',
     'export': 'composer_ema.checkpoint',
     'load_average': 'composer_ema.checkpoint',

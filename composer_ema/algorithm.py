@@ -135,8 +135,6 @@ class EMA(WeightAverage):
             {
                 'half_life': None if self.half_life is None else str(self.half_life),
                 'smoothing': None if smoothing is None else float(smoothing),
-                'ema_start': None,
-                'update_interval': None,
             },
             start=ema_start,
             update_interval=self._parse_update_interval(update_interval),
@@ -153,8 +151,8 @@ class EMA(WeightAverage):
             avg_fn=avg_fn,
             multi_avg_fn=multi_avg_fn,
         )
-        self._arguments['ema_start'] = str(self.ema_start)
-        self._arguments['update_interval'] = None if update_interval is None else str(self.update_interval)
+        if update_interval is None:
+            self._arguments['update_interval'] = None
 
     def _parse_update_interval(self, update_interval: str | Time | None) -> Span:
         if update_interval is not None:

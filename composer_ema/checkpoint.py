@@ -44,6 +44,11 @@ _SAFE_TYPES: list[Any] = [
 ]
 
 
+# What the metadata of an exported average says of it.
+_KINDS = {'ema': 'exponential moving average', 'swa': 'equal average'}
+_DESCRIBING = ('half_life', 'smoothing', 'update_interval', 'ema_start', 'swa_start', 'buffers')
+
+
 class CheckpointError(ValueError):
     """A checkpoint cannot be read or holds no average. The message says which file and why."""
 
@@ -51,9 +56,10 @@ class CheckpointError(ValueError):
 def load_average(checkpoint: str | os.PathLike[str], model: nn.Module | None = None) -> dict[str, Tensor]:
     """The averaged weights in a file, for ``model.load_state_dict``.
 
-    Reads checkpoints of :class:`composer_ema.EMA` and of Composer's built-in EMA, whichever weights their model slot
-    holds. Frozen parameters, and buffers that were not averaged, come from the model slot. Reads as well what other
-    libraries save, told by its keys, see :meth:`composer_ema.ShadowModel.load_foreign`.
+    Reads checkpoints of :class:`composer_ema.EMA`, of :class:`composer_ema.SWA` and of Composer's built-in algorithms
+    of these names, whichever weights their model slot holds. Frozen parameters, and buffers that were not averaged,
+    come from the model slot. Reads as well what other libraries save, told by its keys, see
+    :meth:`composer_ema.ShadowModel.load_foreign`.
 
     Args:
         checkpoint: a ``.pt`` file that Composer's Trainer saved, with one or several processes under DDP, or another
@@ -194,23 +200,24 @@ def _is_tensor(value: object) -> bool:
 def _average_in(state: Mapping[str, Any], path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     model = {canonical_name(name): tensor for name, tensor in _mapping(state, 'model').items()}
     algorithms = _algorithms(state)
-    if 'EMA' not in algorithms:
+    name = next((name for name, algorithm in formats.ALGORITHMS.items() if algorithm in algorithms), None)
+    if name is None:
         found = f'the algorithms {listed(sorted(algorithms))}' if algorithms else 'no algorithms'
         raise CheckpointError(
             f'{path} holds no average: it was saved with {found}. '
-            'Train with algorithms=[EMA()], and without save_weights_only.'
+            'Train with algorithms=[EMA()] or [SWA()], and without save_weights_only.'
         )
-    saved = formats.upgrade(algorithms['EMA'], model_slot=model)
+    saved = formats.upgrade(algorithms[formats.ALGORITHMS[name]], model_slot=model, name=name)
     if not saved['started'] or not saved['averages']:
-        raise CheckpointError(f'{path} holds no average yet: ema_start had not come when it was saved.')
-    average = saved['averages'][formats.AVERAGE]
+        raise CheckpointError(f'{path} holds no average yet: {name}_start had not come when it was saved.')
+    average = saved['averages'][name]
     parameters, aliases = average['parameters'], average['aliases']
     buffers = {name: buffer for name, buffer in average['buffers'].items() if name in model}
     averaged = {**parameters, **buffers}
     check_same('the average', model, averaged, optional=model, remedy='The checkpoint is damaged.')
     averaged |= {alias: averaged[name] for alias, name in aliases.items() if name in averaged}
     weights = {name: averaged.get(name, tensor) for name, tensor in model.items()}
-    return weights, _metadata(path, state, saved['config'], average)
+    return weights, _metadata(path, state, name, saved['config'], average)
 
 
 def _algorithms(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -221,15 +228,18 @@ def _algorithms(state: Mapping[str, Any]) -> dict[str, Any]:
     return dict(algorithms)
 
 
-def _metadata(path: Path, state: Mapping[str, Any], config: Mapping[str, Any], average: Mapping[str, Any]) -> dict:
+def _metadata(
+    path: Path, state: Mapping[str, Any], name: str, config: Mapping[str, Any], average: Mapping[str, Any]
+) -> dict[str, str]:
     timestamp = (state.get('timestamp') or {}).get('Timestamp') or {}
+    function = config.get('avg_fn') or config.get('multi_avg_fn')
     described = {
         'run_name': state.get('run_name'),
         'num_updates': average.get('num_updates') if config else None,
-        **{name: config.get(name) for name in ('half_life', 'smoothing', 'update_interval', 'ema_start', 'buffers')},
+        **{argument: config.get(argument) for argument in _DESCRIBING},
         **{f'trained_{unit}': timestamp.get(unit) for unit in ('epoch', 'batch', 'sample', 'token')},
     }
-    return _described(path, 'exponential moving average', described)
+    return _described(path, _KINDS[name] if function is None else f'average by {function}', described)
 
 
 def _described(path: Path, weights: str, more: Mapping[str, Any]) -> dict[str, str]:

@@ -127,6 +127,8 @@ class WeightAverage(Algorithm):
         self.evaluate_with = _check_evaluate_with(evaluate_with, self.name)
         self._arguments = {
             **arguments,
+            f'{self.name}_start': str(self._start),
+            'update_interval': str(self.update_interval),
             'buffers': buffers,
             'include': _plain(include),
             'exclude': _plain(exclude),
@@ -511,8 +513,9 @@ class WeightAverage(Algorithm):
         return {**self.__dict__, '_model': None}
 
     def __repr__(self) -> str:
-        parameters = inspect.signature(type(self)).parameters
-        arguments = (f'{name}={value!r}' for name, value in self._shown().items() if value != parameters[name].default)
+        parameters, shown = inspect.signature(type(self)).parameters, self._shown()
+        names = [name for name in parameters if name in shown and shown[name] != parameters[name].default]
+        arguments = (f'{name}={shown[name]!r}' for name in names)
         return f'{type(self).__name__}({", ".join(arguments)})'
 
     def _shown(self) -> dict[str, Any]:

@@ -37,11 +37,20 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
-from toy import bits, make_data, make_evaluator, make_model, make_trainer, snapshot
+from toy import bits, make_data, make_evaluator, make_model, make_trainer, shadow_of, snapshot
 
 from composer_ema import EMA, CheckpointError, export, load_average
+from composer_ema import SWA as OurSWA
+from composer_ema.weight_average import WeightAverage
 
 SCRIPTS = Path(__file__).parent / 'scripts'
+
+#: An average of each kind, so soon in so short a run that it differs from the weights.
+AVERAGES: dict[str, Callable[..., WeightAverage]] = {
+    'ema': lambda **arguments: EMA('2ba', **arguments),
+    'swa': lambda **arguments: OurSWA('1ba', update_interval='1ba', **arguments),
+}
+each_average = pytest.mark.parametrize('average', AVERAGES.values(), ids=AVERAGES)
 
 
 # 1. Training is untouched
@@ -138,16 +147,18 @@ class Recorder(Callback):
         Event.EPOCH_CHECKPOINT, Event.ITERATION_END, Event.ITERATION_CHECKPOINT, Event.FIT_END,
     })  # fmt: skip
 
-    def __init__(self, ema: EMA | None = None) -> None:
-        self.ema = ema
+    def __init__(self, algorithm: WeightAverage | None = None) -> None:
+        self.algorithm = algorithm
         self.history: list[tuple[str, dict[str, bytes]]] = []
         self.forwards_with_average = 0
 
     def run_event(self, event, state, logger) -> None:
         if event in self.MOMENTS:
             self.history.append((event.value, bits(state.model)))
-        if event in (Event.EVAL_BEFORE_FORWARD, Event.PREDICT_BEFORE_FORWARD) and self.ema and self.ema.ema_started:
-            shadow = self.ema.ema_model
+        if event not in (Event.EVAL_BEFORE_FORWARD, Event.PREDICT_BEFORE_FORWARD) or self.algorithm is None:
+            return
+        if self.algorithm.state_dict()['started']:
+            shadow = shadow_of(self.algorithm)
             held, average = bits(state.model), {**dict(shadow.named_parameters()), **dict(shadow.named_buffers())}
             averaged = {name: tensor for name, tensor in average.items() if tensor.is_floating_point()}
             assert all(held[name] == value for name, value in bits(averaged).items())
@@ -186,8 +197,8 @@ def other_algorithms(name: str | None) -> list[Any]:
     }[name]()
 
 
-def run_case(case: Case, folder: Path, ema: EMA | None) -> tuple[Recorder, Trainer, torch.Tensor]:
-    recorder = Recorder(ema)
+def run_case(case: Case, folder: Path, algorithm: WeightAverage | None) -> tuple[Recorder, Trainer, torch.Tensor]:
+    recorder = Recorder(algorithm)
     callbacks: list[Callback] = [recorder]
     predicting = None
     if case.prediction is not None:
@@ -208,7 +219,7 @@ def run_case(case: Case, folder: Path, ema: EMA | None) -> tuple[Recorder, Train
     if case.setting == 'unfreezing':
         callbacks.append(Unfreeze())
     trainer = make_trainer(
-        [*other_algorithms(case.others), *([] if ema is None else [ema])],
+        [*other_algorithms(case.others), *([] if algorithm is None else [algorithm])],
         iteration='1ep' if '1iter' in (case.horizon, case.saving) else None,
         callbacks=callbacks,
         **arguments,
@@ -263,6 +274,24 @@ def test_training_is_bit_identical_with_and_without_the_average(case: Case, tmp_
     assert recorder.forwards_with_average >= 1
 
 
+@pytest.mark.parametrize(
+    'case', [case for case in CASES[::6] if case.others != 'swa'], ids=lambda c: '-'.join(map(label, c))
+)
+def test_training_is_bit_identical_with_and_without_an_equal_average(case: Case, tmp_path_factory):
+    folder = tmp_path_factory.getbasetemp() / 'grid'
+    interval = case.update_interval if case.update_interval in ('1ba', '1ep', '5sp', '0.5ep') else '2ba'
+    swa = OurSWA('1ba', update_interval=interval)
+    recorder, trainer, rng = run_case(case, folder, swa)
+    without_horizon = case._replace(horizon='1iter' if case.horizon == '1iter' else None, update_interval=None)
+    history, last, momentum, reference_rng = reference_run(without_horizon, folder)
+    assert recorder.history == history
+    assert bits(trainer.state.model) == last
+    assert momenta(trainer) == momentum
+    assert rng.numpy().tobytes() == reference_rng
+    assert swa.swa_model.num_updates >= 2
+    assert recorder.forwards_with_average >= 1
+
+
 # 2. Which weights every event sees
 
 AVERAGE_IS_IN = frozenset({
@@ -279,8 +308,8 @@ WITHIN_A_STEP = frozenset({
 class Probe(Callback):
     """Notes at every event whether the model holds the training weights or the average, told apart by their bits."""
 
-    def __init__(self, ema: EMA) -> None:
-        self.ema = ema
+    def __init__(self, algorithm: WeightAverage) -> None:
+        self.algorithm = algorithm
         self.seen: list[tuple[Event, str | None, str]] = []
         self.training: dict[str, bytes] = {}
         self.outputs_differ = 0
@@ -294,7 +323,8 @@ class Probe(Callback):
             held = {name: value for name, value in held.items() if name in dict(state.model.named_parameters())}
         is_training = all(self.training[name] == value for name, value in held.items())
         average = self._average()
-        is_average = all(average.get(name) == value for name, value in held.items())
+        # Counters stay the model's own; those of an average whose statistics are refreshed count other batches.
+        is_average = all(average.get(name) == value for name, value in held.items() if 'num_batches' not in name)
         kind = {(True, False): 'training', (False, True): 'average', (True, True): 'both'}.get(
             (is_training, is_average), 'neither'
         )
@@ -309,7 +339,7 @@ class Probe(Callback):
         self.training = bits(state.model)
 
     def _average(self) -> dict[str, bytes]:
-        shadow = self.ema.ema_model
+        shadow = shadow_of(self.algorithm)
         return {} if shadow is None else bits({**dict(shadow.named_parameters()), **dict(shadow.named_buffers())})
 
     def _compare_outputs(self, state, average: dict[str, bytes]) -> None:
@@ -320,15 +350,16 @@ class Probe(Callback):
         self.outputs_differ += not torch.equal(other(state.batch), state.outputs)
 
 
-def test_every_event_sees_the_weights_of_the_table(trainer):
-    ema = EMA('2ba')
-    probe = Probe(ema)
+@each_average
+def test_every_event_sees_the_weights_of_the_table(trainer, average):
+    algorithm = average()
+    probe = Probe(algorithm)
     evaluators = [
         make_evaluator('often', '1ba'),
         make_evaluator('after_the_end', '4ba'),
         make_evaluator('epochs', '1ep'),
     ]
-    run = trainer([ema], callbacks=[probe], eval_dataloader=evaluators, iteration='1ep')
+    run = trainer([algorithm], callbacks=[probe], eval_dataloader=evaluators, iteration='1ep')
     run.fit()
     assert bits(run.state.model) == probe.training
     run.eval()
@@ -346,11 +377,12 @@ def test_every_event_sees_the_weights_of_the_table(trainer):
     assert probe.outputs_differ > 5
 
 
-def test_each_evaluator_sees_the_weights_asked_for_by_its_label(trainer):
-    ema = EMA('2ba', evaluate_with={'raw': 'training', 'predict': 'training'})
-    probe = Probe(ema)
+@each_average
+def test_each_evaluator_sees_the_weights_asked_for_by_its_label(trainer, average):
+    algorithm = average(evaluate_with={'raw': 'training', 'predict': 'training'})
+    probe = Probe(algorithm)
     evaluators = [make_evaluator('raw', '1ba'), make_evaluator('averaged', '1ba'), make_evaluator('raw2', '2ba')]
-    run = trainer([ema], callbacks=[probe], eval_dataloader=evaluators)
+    run = trainer([algorithm], callbacks=[probe], eval_dataloader=evaluators)
     run.fit()
     run.eval()
     run.predict(make_data(4))
@@ -418,16 +450,17 @@ def test_a_standalone_evaluation_of_given_data_uses_the_average(trainer):
 # 3. The shadow is always the average
 
 
+@each_average
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-def test_an_evaluation_leaves_every_bit_of_weights_and_average(trainer, dtype):
-    ema = EMA('2ba')
-    run = trainer([ema], model=make_model(dtype=dtype), train_dataloader=make_data(dtype=dtype))
+def test_an_evaluation_leaves_every_bit_of_weights_and_average(trainer, dtype, average):
+    algorithm = average()
+    run = trainer([algorithm], model=make_model(dtype=dtype), train_dataloader=make_data(dtype=dtype))
     run.fit()
     before = snapshot(run)
     run.eval(eval_dataloader=make_data(4, dtype=dtype))
     run.predict(make_data(4, dtype=dtype))
     assert snapshot(run) == before
-    with ema.ema_model.swapped(run.state.model):
+    with shadow_of(algorithm).swapped(run.state.model):
         assert bits(run.state.model) != before['weights']
     assert snapshot(run) == before
 
@@ -471,29 +504,37 @@ class RaiseAt(Callback):
             raise Interrupted
 
 
-def uninterrupted(trainer, **arguments: Any) -> dict[str, Any]:
-    run = trainer([EMA('2ba')], eval_dataloader=make_evaluator(interval='1ba'), **arguments)
+def uninterrupted(trainer, average: Callable[[], WeightAverage] = AVERAGES['ema'], **arguments: Any) -> dict[str, Any]:
+    run = trainer([average()], eval_dataloader=make_evaluator(interval='1ba'), **arguments)
     run.fit()
     return snapshot(run)
 
 
 @pytest.mark.parametrize(
-    'moment',
-    [Event.EVAL_BEFORE_ALL, Event.EVAL_START, Event.EVAL_BEFORE_FORWARD, Event.EVAL_BATCH_END, Event.EVAL_END],
+    ('moment', 'batch', 'kind'),
+    [
+        *itertools.product(
+            [Event.EVAL_BEFORE_ALL, Event.EVAL_START, Event.EVAL_BEFORE_FORWARD, Event.EVAL_BATCH_END, Event.EVAL_END],
+            [2, 3],
+            ['ema'],
+        ),
+        (Event.EVAL_START, 2, 'swa'),
+        (Event.EVAL_BATCH_END, 3, 'swa'),
+    ],
 )
-@pytest.mark.parametrize('batch', [2, 3])
-def test_a_checkpoint_after_an_exception_inside_evaluation_resumes_exactly(trainer, tmp_path, moment, batch):
+def test_a_checkpoint_after_an_exception_inside_evaluation_resumes_exactly(trainer, tmp_path, moment, batch, kind):
+    average = AVERAGES[kind]
     path = str(tmp_path / 'after_exception.pt')
-    broken = trainer([EMA('2ba')], eval_dataloader=make_evaluator(interval='1ba'), callbacks=[RaiseAt(moment, batch)])
+    broken = trainer([average()], eval_dataloader=make_evaluator(interval='1ba'), callbacks=[RaiseAt(moment, batch)])
     with pytest.raises(Interrupted):
         broken.fit()
     broken.save_checkpoint(path)
 
     training = expected_training_weights(trainer, batch)
-    resumed = trainer([EMA('2ba')], eval_dataloader=make_evaluator(interval='1ba'), load_path=path)
+    resumed = trainer([average()], eval_dataloader=make_evaluator(interval='1ba'), load_path=path)
     assert bits(resumed.state.model) == training
     resumed.fit()
-    assert snapshot(resumed) == uninterrupted(trainer)
+    assert snapshot(resumed) == uninterrupted(trainer, average)
 
 
 def expected_training_weights(trainer, batch: int) -> dict[str, bytes]:
@@ -567,10 +608,16 @@ def test_a_whole_pass_after_a_broken_one_ends_with_the_training_weights(trainer,
     assert bits(run.state.model) == probe.training
 
 
-@pytest.mark.parametrize('interval', ['1ba', '1ep', save_after_odd_batches, save_when_numpy_says_so])
-def test_the_model_slot_of_every_checkpoint_holds_the_training_weights(trainer, tmp_path, interval):
+@pytest.mark.parametrize(
+    ('interval', 'kind'),
+    [('1ba', 'ema'), ('1ep', 'ema'), (save_after_odd_batches, 'ema'), (save_when_numpy_says_so, 'ema'), ('1ba', 'swa')],
+)
+def test_the_model_slot_of_every_checkpoint_holds_the_training_weights(trainer, tmp_path, interval, kind):
     run = trainer(
-        [EMA('2ba')], eval_dataloader=make_evaluator(interval='1ba'), save_folder=str(tmp_path), save_interval=interval
+        [AVERAGES[kind]()],
+        eval_dataloader=make_evaluator(interval='1ba'),
+        save_folder=str(tmp_path),
+        save_interval=interval,
     )
     run.fit()
     paths = sorted(tmp_path.glob('ep*.pt'))
@@ -579,11 +626,19 @@ def test_the_model_slot_of_every_checkpoint_holds_the_training_weights(trainer, 
         batch = int(re.search(r'ba(\d+)', path.name)[1])
         state = torch.load(path, weights_only=False)['state']
         assert bits(state['model']) == expected_training_weights(trainer, batch), path.name
-        assert 'training_weights' not in dict(state['algorithms'])['EMA']
+        assert 'training_weights' not in dict(state['algorithms'])[kind.upper()]
 
 
-def test_the_state_in_a_checkpoint_holds_plain_types_only(trainer, tmp_path):
-    run = trainer([EMA('0.5ep', evaluate_with={'eval': 'ema'}, include='.')], callbacks=[RaiseAt(Event.EVAL_START, 6)])
+@pytest.mark.parametrize(
+    'algorithm',
+    [
+        lambda: EMA('0.5ep', evaluate_with={'eval': 'ema'}, include='.'),
+        lambda: OurSWA('1ep', swa_lr=[0.1], evaluate_with={'eval': 'swa'}, include='.', anneal_length='1ep'),
+    ],
+    ids=['ema', 'swa'],
+)
+def test_the_state_in_a_checkpoint_holds_plain_types_only(trainer, tmp_path, algorithm):
+    run = trainer([algorithm()], callbacks=[RaiseAt(Event.EVAL_START, 6)])
     run.fit()
     with pytest.raises(Interrupted):
         run.eval(eval_dataloader=make_data(4))
@@ -610,6 +665,8 @@ RESUMED_SETTINGS = {
     'smoothing, copied buffers': {'smoothing': 0.6, 'buffers': 'copy'},
     'iterations': {'half_life': '1iter'},
     '16-bit shadow': {'half_life': '3ba', 'shadow_dtype': 'bfloat16'},
+    'equal': {'swa_start': '1ba', 'update_interval': '1ba'},
+    'equal, annealed': {'swa_start': '1ep', 'update_interval': '2ba', 'swa_lr': 0.05, 'anneal_length': '2ba'},
 }
 
 
@@ -617,7 +674,7 @@ RESUMED_SETTINGS = {
 def test_resuming_after_any_batch_equals_the_uninterrupted_run(trainer, tmp_path, arguments):
     def build(**more: Any) -> Trainer:
         return trainer(
-            [EMA(**arguments)],
+            [(OurSWA if 'swa_start' in arguments else EMA)(**arguments)],
             iteration='1ep' if arguments.get('half_life') == '1iter' else None,
             train_dataloader=make_data(shuffle=True),
             eval_dataloader=make_evaluator(interval='2ba'),
@@ -647,12 +704,13 @@ def test_resuming_after_any_batch_equals_the_uninterrupted_run(trainer, tmp_path
 
 def saved_bits(path: Path) -> dict[str, Any]:
     state = torch.load(path, weights_only=False)['state']
-    ema = dict(state['algorithms'])['EMA']
-    average = ema['averages']['ema']
+    algorithms = dict(state['algorithms'])
+    algorithm = algorithms.get('EMA') or algorithms['SWA']
+    (average,) = algorithm['averages'].values()
     return {
         'model': bits(state['model']),
         'average': bits({**average['parameters'], **average['buffers']}),
-        'counters': (average['num_updates'], average['last_update'], ema['started']),
+        'counters': (average['num_updates'], average['last_update'], algorithm['started']),
     }
 
 
@@ -692,14 +750,20 @@ def test_resuming_before_and_after_a_parameter_is_unfrozen_equals_the_uninterrup
         assert snapshot(resumed) == snapshot(whole), f'resumed after batch {batch}'
 
 
-def test_a_chain_of_resumes_equals_the_uninterrupted_run(trainer, tmp_path):
+@pytest.mark.parametrize(
+    'algorithm',
+    [lambda: EMA('1.5ep', update_interval='2ba'), lambda: OurSWA('2ba', update_interval='2ba')],
+    ids=['ema', 'swa'],
+)
+@pytest.mark.filterwarnings('ignore:training ended before the first update:UserWarning')
+def test_a_chain_of_resumes_equals_the_uninterrupted_run(trainer, tmp_path, algorithm):
     path = None
     for end in range(1, BATCHES + 1):
-        run = trainer([EMA('1.5ep', update_interval='2ba')], load_path=path, callbacks=[StopAfter(end)])
+        run = trainer([algorithm()], load_path=path, callbacks=[StopAfter(end)])
         run.fit()
         path = str(tmp_path / f'{end}.pt')
         run.save_checkpoint(path)
-    whole = trainer([EMA('1.5ep', update_interval='2ba')])
+    whole = trainer([algorithm()])
     whole.fit()
     assert snapshot(run) == snapshot(whole)
 
@@ -816,6 +880,16 @@ def test_a_checkpoint_of_two_processes_loads_exactly_on_one(trainer, two_process
     assert (loaded['num_updates'], loaded['last_update'], loaded['started']) == saved['counters']
     run.fit()
     assert snapshot(run)['time'][1] == BATCHES
+
+
+def test_two_processes_refresh_and_average_equally_with_the_same_bits_on_both_ranks(two_processes):
+    first, second = (rank['equal'] for rank in two_processes)
+    assert first['average'] == second['average']
+    assert first['num_updates'] == second['num_updates'] >= 3
+    for rank in two_processes:
+        assert rank['history_equal'] == rank['history_without']
+        assert rank['equal_resumed'] == rank['equal']
+        assert rank['statistics_differ_before']
 
 
 # 5, killed
@@ -1383,8 +1457,9 @@ def test_resuming_with_another_half_life_is_warned_about(trainer, tmp_path):
         trainer([EMA('3ba')], load_path=str(tmp_path / 'c.pt')).fit()
 
 
-def test_dropping_the_algorithm_on_resume_continues_the_same_training(trainer, tmp_path):
-    run = trainer([EMA('2ba')], eval_dataloader=make_evaluator(interval='1ba'), save_folder=str(tmp_path),
+@each_average
+def test_dropping_the_algorithm_on_resume_continues_the_same_training(trainer, tmp_path, average):
+    run = trainer([average()], eval_dataloader=make_evaluator(interval='1ba'), save_folder=str(tmp_path),
                   save_interval='1ba', save_filename='ba{batch}.pt')  # fmt: skip
     run.fit()
     for batch in range(1, BATCHES):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from composer_ema import EMA
+from composer_ema import EMA, SWA
 
 ROOT = Path(__file__).parents[1]
 GROUP = 'llmfoundry_algorithms'
@@ -33,11 +33,29 @@ ARGUMENTS = {
         evaluate_with: {eval_training: training}
         log_interval: null
         """,
+    SWA: """
+        swa_start: 0.5ep
+        update_interval: 2ba
+        swa_lr: [0.05, 0.1]
+        anneal_strategy: cos
+        anneal_length: 5ep
+        refresh_batchnorm: 0.5ep
+        buffers: copy
+        include: [weight, bias]
+        exclude: norm
+        shadow_dtype: bfloat16
+        shadow_device: cpu
+        skip_nonfinite: true
+        rounding: stochastic
+        seed: 3
+        evaluate_with: {eval_training: training}
+        log_interval: null
+        """,
 }
 #: Takes the place of another one of the arguments above.
-INSTEAD = {EMA: 'smoothing: 0.99'}
-#: Functions, for programs.
-NOT_IN_YAML = {'avg_fn', 'multi_avg_fn'}
+INSTEAD = {EMA: 'smoothing: 0.99', SWA: 'swa_lr: 0.05'}
+#: Functions, for programs, and what only refuses the arguments of Composer's own SWA.
+NOT_IN_YAML = {'avg_fn', 'multi_avg_fn', 'swa_end', 'schedule_swa_lr', 'anneal_steps'}
 
 
 @pytest.fixture(scope='module')
@@ -74,10 +92,15 @@ def test_catalogue_finds_each_algorithm(installed):
         found = algorithms.get('ema')
         assert issubclass(found, Algorithm)
         print(found.__module__, found.__qualname__, found(half_life='2ba', seed=3))
+        found = algorithms.get('swa')
+        print(found.__module__, found.__qualname__, found('2ep', swa_lr=0.1))
         """,
         installed,
     )
-    assert output.split('\n')[0] == "composer_ema.algorithm EMA EMA(half_life='2ba', seed=3)"
+    assert output.splitlines()[:2] == [
+        "composer_ema.algorithm EMA EMA(half_life='2ba', seed=3)",
+        "composer_ema.swa SWA SWA(swa_start='2ep', swa_lr=0.1)",
+    ]
 
 
 def test_llm_foundry_builds_each_algorithm(installed):

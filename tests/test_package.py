@@ -41,11 +41,34 @@ MAY_IMPORT = {
     'clock': {'spans'},
     'weight_average': {'formats', 'clock', 'custom', 'naming', 'shadow', 'sharding', 'spans'},
     'algorithm': {'averages', 'clock', 'custom', 'shadow', 'sharding', 'spans', 'weight_average'},
+    'annealing': {'spans'},
+    'swa': {
+        'annealing',
+        'averages',
+        'batchnorm',
+        'clock',
+        'custom',
+        'naming',
+        'shadow',
+        'sharding',
+        'spans',
+        'weight_average',
+    },
 }
 #: Above the core: may import anything below themselves.
 TOP = ('recipe', 'cli', '__init__')
 #: Only these may name Composer; the rest works without it.
-MAY_NAME_COMPOSER = {'algorithm', 'weight_average', 'clock', 'batchnorm', 'checkpoint', 'recipe', 'cli', '__init__'}
+MAY_NAME_COMPOSER = {
+    'algorithm',
+    'weight_average',
+    'swa',
+    'clock',
+    'batchnorm',
+    'checkpoint',
+    'recipe',
+    'cli',
+    '__init__',
+}
 #: What the package needs where Composer is missing. Triton comes with torch where there is CUDA, and only there.
 CORE_REQUIREMENTS = {'torch', 'safetensors', 'numpy', 'triton'}
 
@@ -172,7 +195,7 @@ def test_importing_the_package_does_not_import_composer():
 
 PRESENT = {part_of(path) for path in sources()}
 CORE = [*(MAY_IMPORT.keys() & PRESENT) - MAY_NAME_COMPOSER, 'batchnorm', 'checkpoint']
-CORE += ['clock', 'weight_average', 'algorithm'] if HAS_COMPOSER else []
+CORE += ['clock', 'weight_average', 'algorithm', 'swa'] if HAS_COMPOSER else []
 
 
 @pytest.mark.parametrize('part', sorted(CORE))
@@ -195,7 +218,7 @@ def test_some_examples_ran():
 
 
 def _public() -> list[str]:
-    return [name for name in composer_ema.__all__ if name != 'EMA' or HAS_COMPOSER]
+    return [name for name in composer_ema.__all__ if name not in ('EMA', 'SWA') or HAS_COMPOSER]
 
 
 @pytest.mark.parametrize('name', _public())

@@ -170,6 +170,21 @@ class TestSchedule:
         for axis in ('epoch', 'batch', 'sample'):
             assert foreseen.rates['group 0'].over(axis) == pytest.approx(recorded.rates['group 0'].over(axis))
 
+    def test_a_learning_rate_that_swa_anneals_is_drawn_as_the_run_records_it(self, tmp_path):
+        swa = {'swa_start': '0.5ep', 'update_interval': '2ba', 'swa_lr': 0.01, 'anneal_length': '1ep'}
+        sections = {'algorithms': {'swa': swa}, 'scheduler': {'name': 'exponential_lr', 'gamma': 0.5}}
+        sections['runs_folder'] = str(tmp_path)
+        run = build(recipe(**sections))
+        run.trainer.fit()
+        run.trainer.close()
+        recorded, foreseen = read_run(run.folder), preview(recipe(**sections))
+        assert foreseen.rates['group 0'].value.tolist() == recorded.rates['group 0'].value.tolist()
+        assert foreseen.rates['group 0'].value[-1] == 0.01
+        assert foreseen.rates['group 0'].value[0] == 0.1
+        [found] = foreseen.profiles
+        assert found.batch.tolist() == [4, 6, 8, 10, 12, 14]
+        assert found.share == pytest.approx([1 / 6] * 6)
+
     def test_a_schedule_that_watches_a_metric_is_remarked(self):
         scheduler = {'name': 'reduce_lr_on_plateau', 'metric': 'eval_ema/CrossEntropy'}
         found = look(scheduler=scheduler, evaluate=['ema'])

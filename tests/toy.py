@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
+from composer_ema import ShadowModel
+from composer_ema.weight_average import WeightAverage
+
 CLASSES = 3
 EPOCH = 3  # batches in an epoch of the default training data
 TOKENS_PER_SAMPLE = 3
@@ -96,11 +99,22 @@ def bits(tensors: nn.Module | Mapping[str, Tensor]) -> dict[str, bytes]:
     return {name: t.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes() for name, t in tensors.items()}
 
 
+def averaging(trainer: Trainer) -> WeightAverage:
+    """The algorithm that keeps the average."""
+    return next(a for a in trainer.state.algorithms if isinstance(a, WeightAverage))
+
+
+def shadow_of(algorithm: WeightAverage) -> ShadowModel | None:
+    """The average, whatever the algorithm calls it."""
+    average: Any = getattr(algorithm, f'{algorithm.name}_model')
+    return average
+
+
 def snapshot(trainer: Trainer) -> dict[str, Any]:
     """All that a resumed run must reproduce: weights, the average, its counters, optimizer and clock."""
-    ema = next(a for a in trainer.state.algorithms if type(a).__name__ == 'EMA')
-    state = ema.state_dict()
-    average = state['averages']['ema']
+    algorithm = averaging(trainer)
+    state = algorithm.state_dict()
+    average = state['averages'][algorithm.name]
     momentum = {str(i): s['momentum_buffer'] for i, s in trainer.state.optimizers[0].state_dict()['state'].items() if s}
     time = trainer.state.timestamp
     return {
@@ -111,5 +125,7 @@ def snapshot(trainer: Trainer) -> dict[str, Any]:
         'started': state['started'],
         'is_swapped': 'training_weights' in state,
         'momentum': bits(momentum),
+        'rates': [group['lr'] for group in trainer.state.optimizers[0].param_groups],
+        'annealing': state.get('annealing'),
         'time': [int(time.epoch), int(time.batch), int(time.sample), int(time.token)],
     }

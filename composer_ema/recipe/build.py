@@ -25,7 +25,7 @@ from composer_ema.recipe.curves import METRICS_FILE
 from composer_ema.recipe.data import Data
 from composer_ema.recipe.recorder import Recorder
 from composer_ema.recipe.schedules import Length, Scheduled
-from composer_ema.recipe.schema import Plan, Recipe, plan
+from composer_ema.recipe.schema import AVERAGES, Plan, Recipe, plan
 
 CHECKPOINT_FOLDER = 'checkpoints'
 DEFAULT_SEED = 0
@@ -269,7 +269,7 @@ def _remarks(checked: Plan, scheduled: Sequence[Scheduled], optimizer: torch.opt
 
 
 def _algorithm(named: Named, evaluate: list[str]) -> Algorithm:
-    if named.name != 'ema' or not evaluate:
+    if named.name not in AVERAGES or not evaluate:
         return named.build()
     return named.build(evaluate_with={f'eval_{weights}': weights for weights in evaluate})
 

@@ -122,6 +122,7 @@ def preview(
         probe.start()
     per_epoch = outline.length.batches_per_epoch
     for batch in track(range(outline.length.batches)):
+        _send(Event.BATCH_START, probes)  # where an algorithm may overrule the scheduler
         settings = step_settings([outline.optimizer])
         outline.end_batch()
         _advance(state, state.timestamp.to_next_batch(samples=size.samples_of(batch % per_epoch)))

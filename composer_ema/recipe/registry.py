@@ -21,7 +21,8 @@ from composer.loggers import LoggerDestination
 from composer.optim import ComposerScheduler
 from torch.optim.swa_utils import SWALR
 
-from composer_ema import algorithm
+from composer_ema.algorithm import EMA
+from composer_ema.swa import SWA
 
 _SUFFIXES = ('callback', 'logger', 'scheduler')
 
@@ -68,8 +69,7 @@ class Registry:
 @functools.cache
 def algorithms() -> Registry:
     """Composer's algorithms, where a class of ours takes the name of Composer's."""
-    ours = [each for each in _exported(algorithm, Algorithm) if each.__module__ == algorithm.__name__]
-    return _registry('algorithm', [*ours, *_exported(composer.algorithms, Algorithm)])
+    return _registry('algorithm', [EMA, SWA, *_exported(composer.algorithms, Algorithm)])
 
 
 @functools.cache

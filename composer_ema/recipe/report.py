@@ -20,7 +20,7 @@ class Result:
         run_name: The run.
         seed: Its seed.
         target_accuracy: The accuracy whose first epoch counts, in [0, 1].
-        points: ``'training'`` and ``'ema'``, as far as evaluated, oldest first.
+        points: ``'training'`` and ``'ema'`` or ``'swa'``, as far as evaluated, oldest first.
         update_share: Share of step time that averaging cost, in [0, 1]; None when nothing was averaged.
         num_batches: Over how many batches that was measured.
     """
@@ -118,7 +118,7 @@ def _seeds_row(seed: str, weights: str, outcomes: Sequence[Result]) -> list[str]
         'not by all' if is_partial else _epoch(_mean(first_epochs)),
         _percent(_mean([point.accuracy for point in finals])),
         _loss(_mean([point.loss for point in finals])),
-        _percent(_mean([outcome.update_share for outcome in outcomes])) if weights == 'ema' else '',
+        _percent(_mean([outcome.update_share for outcome in outcomes])) if weights != 'training' else '',
     ]
 
 

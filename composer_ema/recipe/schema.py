@@ -36,7 +36,9 @@ from composer_ema.recipe.data import DATASETS
 from composer_ema.recipe.models import MODELS, build_model
 from composer_ema.recipe.registry import Registry, nearest
 
-WEIGHTS = ('training', 'ema')
+#: The algorithms that keep an average, and what they call it.
+AVERAGES = ('ema', 'swa')
+WEIGHTS = ('training', *AVERAGES)
 SECTIONS = (
     'variables',
     'model',
@@ -287,25 +289,35 @@ def _called(owner: type, arguments: Any, place: Place) -> Any:
 
 def _evaluate(values: Mapping[str, Any], algorithms: Sequence[Named], place: Place) -> list[str]:
     """Which weights to evaluate, in order; by default all that the recipe has."""
-    place, has_ema = place / 'evaluate', any(each.name == 'ema' for each in algorithms)
+    averaging = [each for each in algorithms if each.name in AVERAGES]
+    if len(averaging) > 1:
+        raise averaging[1].place.error(
+            f'is a second average beside {averaging[0].name}, and a run keeps one. Keep either; two runs compare them.'
+        )
+    place, averages = place / 'evaluate', [each.name for each in averaging]
     for algorithm in algorithms:
-        if algorithm.name == 'ema' and algorithm.arguments.get('evaluate_with') is not None:
+        if algorithm.name in AVERAGES and algorithm.arguments.get('evaluate_with') is not None:
             raise (algorithm.place / 'evaluate_with').error(
-                'a recipe says which weights to evaluate with evaluate: [training, ema]. Write that instead.'
+                f'a recipe says which weights to evaluate with evaluate: [training, {algorithm.name}]. '
+                'Write that instead.'
             )
     chosen = values.get('evaluate')
     if chosen is None:
-        return list(WEIGHTS) if has_ema else ['training']
+        return ['training', *averages]
     chosen = [chosen] if isinstance(chosen, str) else chosen
     if not isinstance(chosen, list):
-        raise place.error(f'must be a list of {" and ".join(WEIGHTS)}, as in [training, ema], got {chosen!r}.')
+        raise place.error(f'must be a list of {" and ".join(WEIGHTS[:2])}, as in [training, ema], got {chosen!r}.')
     for index, each in enumerate(chosen):
         if each not in WEIGHTS:
             raise unknown(place / index, f'there are no weights called {each!r}', WEIGHTS)
         if each in chosen[:index]:
             raise (place / index).error(f'{each} is listed twice. Keep one.')
-    if 'ema' in chosen and not has_ema:
-        raise place.error('asks for the average and the recipe has none. Add ema: {} under algorithms, or drop ema.')
+    for average in AVERAGES:
+        if average in chosen and average not in averages:
+            raise place.error(
+                f'asks for the average and the recipe has none. Add {average}: {{}} under algorithms, '
+                f'or drop {average}.'
+            )
     return chosen
 
 

@@ -6,6 +6,7 @@ Reads FOLDER/one/ba*.pt, writes FOLDER/two/ba*.pt and what each rank saw to FOLD
 """
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import toy  # noqa: E402
 from composer import Callback, Event, Trainer  # noqa: E402
 from composer.utils import dist  # noqa: E402
 
-from composer_ema import EMA  # noqa: E402
+from composer_ema import EMA, SWA  # noqa: E402
 
 
 class Watch(Callback):
@@ -35,9 +36,17 @@ class Watch(Callback):
             self.evaluated.append(toy.bits(state.model))
 
 
-def build(watch: Watch, *, with_ema: bool = True, **arguments: Any) -> Trainer:
+def ema() -> EMA:
+    return EMA('1.5ep', update_interval='2ba')
+
+
+def swa() -> SWA:
+    return SWA('1ba', update_interval='2ba')
+
+
+def build(watch: Watch, algorithm: Callable[[], Any] | None = ema, **arguments: Any) -> Trainer:
     return toy.make_trainer(
-        [EMA('1.5ep', update_interval='2ba')] if with_ema else [],
+        [] if algorithm is None else [algorithm()],
         callbacks=[watch],
         train_dataloader=toy.make_data(10, 2, shuffle=True),
         eval_dataloader=toy.make_evaluator(interval='2ba'),
@@ -54,8 +63,23 @@ def main(folder: Path) -> None:
     seen |= {'whole': toy.snapshot(whole), 'history': watch.history, 'evaluated': watch.evaluated}
 
     watch = Watch()
-    build(watch, with_ema=False).fit()
+    build(watch, None).fit()
     seen['history_without'] = watch.history
+
+    watch = Watch()
+    equal = build(watch, swa, save_folder=str(folder / 'equal'), save_interval='1ba', save_filename='ba{batch}.pt')
+    equal.fit()
+    resumed = build(Watch(), swa, load_path=str(folder / 'equal' / 'ba4.pt'))
+    resumed.fit()
+    means: list[Any] = [None, None]
+    torch.distributed.all_gather_object(means, watch.history[-1]['module.1.running_mean'])
+    seen |= {
+        'equal': toy.snapshot(equal),
+        'equal_resumed': toy.snapshot(resumed),
+        'history_equal': watch.history,
+        # Each rank's own statistics are others, so what is equal has been made so.
+        'statistics_differ_before': means[0] != means[1],
+    }
 
     for batch in range(1, 2 * toy.EPOCH):
         resumed = build(

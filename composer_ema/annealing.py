@@ -1,0 +1,135 @@
+"""Learning rates that go from what they are to a constant one, along the curve of ``torch.optim.swa_utils.SWALR``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from composer_ema.spans import Span
+
+Strategy = Literal['linear', 'cos']
+
+_STRATEGIES: dict[str, Strategy] = {'linear': 'linear', 'lin': 'linear', 'cos': 'cos', 'cosine': 'cos'}
+
+
+class Annealing:
+    """Sets the learning rate of every parameter group, from the moment at which it starts::
+
+        lr = (1 - a) * lr_at_start + a * swa_lr        t = min(1, elapsed / length)
+        a = t (linear)                                 a = (1 - cos(pi t)) / 2 (cos)
+
+    After ``length`` it stays at ``swa_lr``. Whoever uses it calls :meth:`apply` after anything else that sets learning
+    rates, such as a scheduler that goes on beside it.
+
+    Args:
+        swa_lr: learning rate to end at, at least 0; a list gives one for each parameter group.
+        strategy: ``'linear'`` or ``'cos'``.
+        length: how long the way takes; 0 jumps.
+
+    Attributes:
+        length: as given.
+        since: the clock at which it started; None before.
+
+    Raises:
+        TypeError, ValueError: an argument out of range.
+
+    Example:
+        >>> import torch
+        >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        >>> annealing = Annealing(0.2, 'linear', Span(4, 'ep'))
+        >>> annealing.start({'ep': 6}, [optimizer])
+        >>> annealing.apply({'ep': 7}, Span(4, 'ep'), [optimizer])
+        >>> optimizer.param_groups[0]['lr']
+        0.8
+    """
+
+    def __init__(self, swa_lr: float | Sequence[float], strategy: str, length: Span) -> None:
+        self._final = _check_rates(swa_lr)
+        self._strategy = check_strategy(strategy)
+        self.length = length
+        self.since: dict[str, float] | None = None
+        self._initial: list[float] = []
+
+    def check(self, optimizers: Iterable[Optimizer]) -> None:
+        """Raises a ValueError unless there is one learning rate to end at, or as many as there are groups."""
+        count = len(_groups(optimizers))
+        if isinstance(self._final, list) and len(self._final) != count:
+            raise ValueError(
+                f'swa_lr gives {len(self._final)} learning rates, but the optimizer has {count} parameter groups. '
+                'Pass one for each, or a single number for all.'
+            )
+
+    def start(self, clock: Mapping[str, float], optimizers: Iterable[Optimizer]) -> None:
+        """Starts at ``clock`` from the learning rates of now."""
+        self.since = dict(clock)
+        self._initial = [float(group['lr']) for group in _groups(optimizers)]
+
+    def apply(self, clock: Mapping[str, float], length: Span, optimizers: Iterable[Optimizer]) -> None:
+        """Sets the learning rates of ``clock``; ``length`` is the length in a unit that the clock counts."""
+        assert self.since is not None
+        elapsed = clock[length.unit] - self.since[length.unit]
+        share = self.share(elapsed / length.value if length.value else 1.0)
+        groups = _groups(optimizers)
+        final = self._final if isinstance(self._final, list) else [self._final] * len(groups)
+        # A group that was added since the start keeps its own learning rate.
+        for group, end, start in zip(groups, final, self._initial, strict=False):
+            _set(group, end * share + start * (1 - share))
+
+    def share(self, t: float) -> float:
+        """How much of the way is done after the share ``t`` of the time."""
+        t = min(max(t, 0.0), 1.0)
+        return t if self._strategy == 'linear' else (1 - math.cos(math.pi * t)) / 2
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """When it started and from which learning rates; None before it has started."""
+        return None if self.since is None else {'since': dict(self.since), 'learning_rates': list(self._initial)}
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Loads what :meth:`state_dict` returned and :func:`check_state` let through."""
+        self.since = None if state is None else dict(state['since'])
+        self._initial = [] if state is None else list(state['learning_rates'])
+
+
+def check_strategy(strategy: str) -> Strategy:
+    """Returns ``'linear'`` or ``'cos'``, which may be written ``'lin'`` and ``'cosine'``, or raises a ValueError."""
+    known = _STRATEGIES.get(strategy.lower()) if isinstance(strategy, str) else None
+    if known is None:
+        raise ValueError(f"anneal_strategy must be 'linear' or 'cos', got {strategy!r}.")
+    return known
+
+
+def check_state(state: Any) -> Mapping[str, Any] | None:
+    """Returns ``state`` or raises a ValueError that says what is wrong with it; its clock is not looked at."""
+    if state is None:
+        return None
+    rates = state.get('learning_rates') if isinstance(state, Mapping) else None
+    if not isinstance(rates, list) or not all(_is_rate(rate) for rate in rates) or state.get('since') is None:
+        raise ValueError(f"'annealing' of the saved SWA state must give since and learning_rates, got {state!r}.")
+    return state
+
+
+def _check_rates(swa_lr: float | Sequence[float]) -> float | list[float]:
+    if isinstance(swa_lr, (list, tuple)) and swa_lr and all(map(_is_rate, swa_lr)):
+        return [float(rate) for rate in swa_lr]
+    if isinstance(swa_lr, (int, float)) and _is_rate(swa_lr):
+        return float(swa_lr)
+    raise ValueError(f'swa_lr must be a number of at least 0, or one for each parameter group, got {swa_lr!r}.')
+
+
+def _is_rate(rate: Any) -> bool:
+    return isinstance(rate, (int, float)) and not isinstance(rate, bool) and 0 <= rate < math.inf
+
+
+def _groups(optimizers: Iterable[Optimizer]) -> list[dict[str, Any]]:
+    return [group for optimizer in optimizers for group in optimizer.param_groups]
+
+
+def _set(group: dict[str, Any], rate: float) -> None:
+    if isinstance(group['lr'], Tensor):
+        group['lr'].fill_(rate)
+    else:
+        group['lr'] = rate
