@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PEERS := $(VENV)/.peers
+DOCS := $(VENV)/.docs
 # The release of torch that test-core installs, and the tests that it runs: those of all that works without Composer.
 TORCH ?= 2.13.0
 CORE_VENV := .venv-core-$(TORCH)
@@ -14,7 +15,7 @@ BENCH := $(BIN)/python -m benchmarks
 BENCH_CPU := --device cpu $(addprefix --threads ,$(BENCH_THREADS))
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow test-core lint types format table clean \
+.PHONY: help train test test-slow test-core lint types format docs table clean \
 	bench bench-update bench-step bench-scaling bench-host bench-memory bench-gpu
 
 help: ## list the targets
@@ -57,6 +58,14 @@ types: $(READY) ## pyright
 format: $(READY) ## let ruff rewrite the files
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+$(DOCS): $(READY)
+	$(BIN)/python -m pip install --quiet --editable '.[composer,dev,docs]'
+	@touch $@
+
+docs: $(DOCS) ## build the documentation into site/; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --config-file docs/mkdocs.yml
+	@echo 'Open site/index.html.'
 
 table: $(READY) ## the three-seed table of method_cards/ema.md
 	$(BIN)/composer-ema train yamls/fashion_mnist.yaml --seeds 1,2,3

@@ -164,6 +164,8 @@ def main() -> None:
     warnings.showwarning = _show_warning
     # Composer's word on every last batch that is smaller than the others; nothing is wrong then.
     warnings.filterwarnings('ignore', message='Cannot split tensor of length')
+    # torch's SequentialLR steps its parts in the way that it warns of itself, up to 2.7 at least.
+    warnings.filterwarnings('ignore', message='The epoch parameter in `scheduler.step')
     app()
 
 

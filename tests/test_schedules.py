@@ -230,6 +230,14 @@ class TestOutline:
         steps = self.outline(scheduler).steps()
         assert [(group['lr'], group['momentum']) for (group,) in steps] == rates_of(scheduler)
 
+    def test_gives_the_rates_of_a_run_with_schedulers_at_different_times(self, rates_of):
+        scheduler = [
+            {'name': 'linear_lr', 'total_iters': 3, 'interval': 'batch'},
+            {'name': 'step_lr', 'step_size': 1, 'interval': 'epoch'},
+        ]
+        steps = self.outline(scheduler).steps()
+        assert [(group['lr'], group['momentum']) for (group,) in steps] == rates_of(scheduler)
+
     def test_takes_metrics_for_a_plateau(self):
         scheduler = {'name': 'reduce_lr_on_plateau', 'metric': 'eval_training/CrossEntropy', 'patience': 0}
         outline = self.outline(scheduler, evaluate=['training'])

@@ -100,7 +100,8 @@ def table(optimizer: torch.optim.Optimizer, groups: Sequence[Group]) -> Table:
     """The groups of an optimizer that :func:`build_optimizer` made, a line each."""
     shown = Table(title='parameter groups', title_justify='left')
     for column in ('group', 'pattern', 'tensors', 'elements', 'options'):
-        shown.add_column(column, justify='right' if column in ('group', 'tensors', 'elements') else 'left')
+        is_number = column in ('group', 'tensors', 'elements')
+        shown.add_column(column, justify='right' if is_number else 'left', overflow='fold')
     for index, group in enumerate(optimizer.param_groups):
         of_recipe = groups[index] if index < len(groups) else None
         options = of_recipe.options if of_recipe else {}
