@@ -62,7 +62,9 @@ def train(
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help='A Composer checkpoint.', show_default=False)],
+    checkpoint: Annotated[
+        Path, typer.Argument(help='A checkpoint, of Composer or another library.', show_default=False)
+    ],
     out: Annotated[Path, typer.Argument(help='The safetensors file to write.', show_default=False)],
 ) -> None:
     """Write the average of a checkpoint to a safetensors file."""

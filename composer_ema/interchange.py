@@ -52,12 +52,11 @@ def read(state: Mapping[str, Any]) -> Foreign:
     reader = _reader_of(state)
     if reader is not None:
         return reader(state)
-    below = {key: value for key, value in state.items() if isinstance(value, Mapping)}
-    readers = {key: reader for key, value in below.items() if (reader := _reader_of(value)) is not None}
-    if len(readers) > 1:
-        raise ValueError(f'there are averages under the keys {listed(sorted(map(str, readers)))}. Pass one of them.')
-    for key, reader in readers.items():
-        return reader(below[key])
+    below = [key for key, value in state.items() if isinstance(value, Mapping) and _reader_of(value) is not None]
+    if len(below) > 1:
+        raise ValueError(f'there are averages under the keys {listed(sorted(map(str, below)))}. Pass one of them.')
+    if below:
+        return read(state[below[0]])
     if state and all(str(name).startswith('module.') and isinstance(value, Tensor) for name, value in state.items()):
         warnings.warn(
             "these weights, all under 'module.', are taken for the average of timm's ModelEmaV2 or V3, but those of a "

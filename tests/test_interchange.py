@@ -301,6 +301,22 @@ def test_the_state_dict_of_an_averaged_model_is_read_through_wrappers_and_under_
     assert torch.equal(dict(shadow.named_parameters())['first.weight'], expected['first.weight'])
 
 
+def test_what_compiling_a_submodule_adds_to_names_is_taken_out(tmp_path):
+    model = nn.Sequential(torch.compile(nn.Linear(2, 2)), nn.Linear(2, 2))
+    averaged = averaged_of(model)
+    torch.save(averaged.state_dict(), tmp_path / 'average.pt')
+    names = list(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).state_dict())
+    assert list(load_average(tmp_path / 'average.pt')) == list(load_average(tmp_path / 'average.pt', model)) == names
+
+
+def test_a_buffer_that_the_model_saves_and_the_file_lacks_is_refused():
+    model = nn.BatchNorm1d(2)
+    state = averaged_of(model).state_dict()
+    del state['module.running_var']
+    with pytest.raises(ValueError, match='1 missing: running_var'):
+        ShadowModel(model).load_foreign(state, model)
+
+
 def test_a_submodule_that_a_user_calls_module_keeps_its_name(tmp_path):
     model = Wrapped(Tied())
     averaged = averaged_of(model)
