@@ -158,7 +158,7 @@ def test_every_import_is_of_a_declared_distribution():
     for path in sorted(PACKAGE.rglob('*.py')):
         of_recipes = path.name == 'cli.py' or 'recipe' in path.parts
         names = {name.partition('.')[0] for name in imports(path)} - sys.stdlib_module_names - {'composer_ema'}
-        allowed = core | (extra if of_recipes else {'composer', 'triton'})  # both guarded where they are imported
+        allowed = core | (extra if of_recipes else {'composer', 'triton', 'rich'})  # each guarded where it is imported
         assert names <= allowed, path
 
 
