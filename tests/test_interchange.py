@@ -150,6 +150,16 @@ def test_the_installed_release_still_writes_it_so(name, tmp_path):
         assert_same_bits(load_average(path, model_of(name)), expected_of(name, truth))
 
 
+@needs_composer
+def test_composers_swa_gives_its_averaged_model():
+    from composer.models import ComposerClassifier
+
+    model = ComposerClassifier(make_foreign.build_model(), num_classes=2)
+    average = load_average(FOREIGN / 'composer-swa.pt', model)
+    expected = {name: torch.as_tensor(value) for name, value in TRUTHS['composer-swa.pt']['average'].items()}
+    assert_same_bits(average, {name: expected[name].to(average[name].dtype) for name in average})
+
+
 def torch_load(path):
     import argparse
 
