@@ -492,6 +492,39 @@ class TestLoaders:
         assert targets.tolist() == [index % 10 for index in range(20)]
         assert (made.num_classes, made.input_shape) == (10, (1, 28, 28))
 
+    def test_fashion_mnist_moves_training_images_alone_and_only_when_asked(self, places):
+        write(places.cache, places.files)
+
+        def batch(loader):
+            return next(iter(loader))[0]
+
+        plain, moved = (fashion_mnist(batch_size=40, eval_batch_size=20, shift=pixels) for pixels in (0, 1))
+        assert torch.equal(batch(plain.evaluation), batch(moved.evaluation))
+        padded = torch.nn.functional.pad(batch(plain.train), (1, 1, 1, 1), value=-0.2860 / 0.3530)
+        found = set()
+        for image, seen in zip(padded, batch(moved.train), strict=True):
+            windows = {(d, r): image[:, d : d + 28, r : r + 28] for d in range(3) for r in range(3)}
+            (match,) = [place for place, window in windows.items() if torch.allclose(window, seen, atol=1e-6)]
+            found.add(match)
+        assert len(found) > 4
+        mirrored = batch(fashion_mnist(batch_size=40, eval_batch_size=20, mirror=True).train)
+        is_same = [torch.equal(a, b) for a, b in zip(mirrored, batch(plain.train), strict=True)]
+        is_flipped = [torch.equal(a, b.flip(2)) for a, b in zip(mirrored, batch(plain.train), strict=True)]
+        assert 0 < sum(is_same) < 40
+        assert sum(is_same) + sum(is_flipped) == 40
+
+    @pytest.mark.parametrize(
+        ('arguments', 'message'),
+        [
+            ({'shift': -1}, r'shift must be a whole number of at least 0, got -1\. Pass 1'),
+            ({'shift': 28}, r'shift must lie below 28, the side of an image, got 28\. Pass 1'),
+            ({'mirror': 1}, r'mirror must be True or False, got 1\. Pass True'),
+        ],
+    )
+    def test_an_augmentation_out_of_range_is_refused(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            fashion_mnist(**arguments)
+
     def test_three_channels_repeat_the_grey_value(self, places):
         write(places.cache, places.files)
         made = fashion_mnist(batch_size=16, eval_batch_size=20, channels=3)

@@ -33,10 +33,12 @@ class TestFashionCNN:
         convolutions = 1 * 8 * 25 + 8 * 16 * 9 + 16 * 32 * 9 + 32 * 64 * 9 + 64 * 10 * 9 + 10
         assert count(FashionCNN()) == convolutions + 2 * (8 + 16 + 32 + 64) == 30_402
 
-    @pytest.mark.parametrize(('c', 'w', 'k'), [(1, (8, 16, 32, 64), 10), (3, (4, 5, 6, 7), 2)])
-    def test_parameter_count_is_that_of_the_docstring(self, c, w, k):
-        formula = 25 * c * w[0] + 9 * (w[0] * w[1] + w[1] * w[2] + w[2] * w[3] + w[3] * k) + 2 * sum(w) + k
-        assert count(FashionCNN(in_channels=c, widths=list(w), num_classes=k)) == formula
+    @pytest.mark.parametrize(('c', 'w', 'f', 'k'), [(1, (8, 16, 32, 64), 5, 10), (3, (4, 5, 6, 7), 3, 2)])
+    def test_parameter_count_is_that_of_the_docstring(self, c, w, f, k):
+        formula = f * f * c * w[0] + 9 * (w[0] * w[1] + w[1] * w[2] + w[2] * w[3] + w[3] * k) + 2 * sum(w) + k
+        network = FashionCNN(in_channels=c, widths=list(w), first_kernel_size=f, num_classes=k)
+        assert count(network) == formula
+        assert network(torch.zeros(2, c, 28, 28)).shape == (2, k)
 
     def test_batchnorm_follows_every_convolution_but_the_last(self):
         kinds = [type(layer).__name__ for layer in FashionCNN().layers]
@@ -84,6 +86,8 @@ class TestFashionCNN:
             ({'widths': [8, 16, 0, 4]}, r'each of widths must be .* got 0'),
             ({'num_classes': 0}, r'num_classes must be a whole number of at least 1, got 0'),
             ({'in_channels': True}, r'in_channels must be .* got True'),
+            ({'first_kernel_size': 4}, r'first_kernel_size must be odd, got 4\. Pass 5 or 3'),
+            ({'first_kernel_size': 0}, r'first_kernel_size must be .* got 0'),
             ({'negative_slope': 1}, r'negative_slope must lie in \[0, 1\), got 1\. Pass 0\.1'),
             ({'negative_slope': 'leaky'}, r"got 'leaky'"),
         ],
@@ -208,7 +212,8 @@ class TestBuildModel:
             build_model(name, **{key: 3})
 
     def test_an_argument_near_to_none_is_answered_with_all(self):
-        with pytest.raises(TypeError, match='It takes num_classes, in_channels, widths, negative_slope'):
+        legal = 'num_classes, in_channels, widths, first_kernel_size, negative_slope'
+        with pytest.raises(TypeError, match=f'It takes {legal}'):
             build_model('fashion_cnn', qqq=3)
 
     def test_unknown_weights_are_refused_with_the_legal_ones(self):

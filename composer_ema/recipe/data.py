@@ -49,6 +49,8 @@ def fashion_mnist(
     batch_size: int = 512,
     eval_batch_size: int = 1000,
     channels: int = 1,
+    shift: int = 0,
+    mirror: bool = False,
     validation_split: float = 0.0,
     drop_last: bool = False,
     num_workers: int = 0,
@@ -65,11 +67,14 @@ def fashion_mnist(
         eval_batch_size: The same for evaluation. Composer averages the loss over batches, so a divisor of the number of
             samples gives the mean over samples.
         channels: 1, or 3 to repeat the grey value for models that expect colour.
+        shift: Each training image is moved by up to so many pixels in each direction, at random; in [0, 28). The draw
+            is a function of seed, epoch and sample alone.
+        mirror: Whether each training image is mirrored with probability 1/2, by the same kind of draw.
         validation_split: Share of the training set held out for evaluation in place of the test set, in [0, 1);
             0 evaluates on the test set. Which samples are held out does not depend on `seed`.
         drop_last: Whether an uneven last training batch is dropped.
         num_workers: Worker processes per loader; 0 loads in the training process, which is fast enough here.
-        seed: Seed of the order of training, at least 0.
+        seed: Seed of the order of training and of the augmentation, at least 0.
 
     Returns:
         The loaders, with 10 classes.
@@ -81,9 +86,14 @@ def fashion_mnist(
     loading = _Loading(batch_size, eval_batch_size, validation_split, drop_last, num_workers, seed)
     if channels not in (1, 3):
         raise ValueError(f'channels must be 1 or 3, got {channels!r}. Pass 3 for models that expect colour images.')
+    _check_whole('shift', shift, 0, 'Pass 1 for a pixel in each direction, 0 for none.')
+    if shift >= 28:
+        raise ValueError(f'shift must lie below 28, the side of an image, got {shift}. Pass 1 or 2.')
+    if not isinstance(mirror, bool):
+        raise ValueError(f'mirror must be True or False, got {mirror!r}. Pass True to mirror half of the images.')
     _check_root(root)
     normalise = Normalise(mean=(0.2860,) * channels, std=(0.3530,) * channels)
-    return loading.from_tensors(fetch.load_fashion_mnist(root), normalise, num_classes=10)
+    return loading.from_tensors(fetch.load_fashion_mnist(root), normalise, num_classes=10, shift=shift, mirror=mirror)
 
 
 def cifar10(
@@ -123,7 +133,8 @@ def cifar10(
     loading = _Loading(batch_size, eval_batch_size, validation_split, drop_last, num_workers, seed)
     _check_root(root)
     normalise = Normalise(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
-    return loading.from_tensors(fetch.load_cifar10(root), normalise, num_classes=10, augment=augment)
+    shift = 4 if augment else 0
+    return loading.from_tensors(fetch.load_cifar10(root), normalise, num_classes=10, shift=shift, mirror=augment)
 
 
 def mnist1d(
@@ -373,7 +384,7 @@ class Normalise:
 
 
 class CropAndMirror:
-    """Crops each image at random from itself padded by 4 zeros a side, and mirrors it with probability 1/2.
+    """Crops each image at random from itself padded with zeros on each side, and mirrors it with probability 1/2.
 
     The draw for a sample is a function of seed, epoch and sample index. It does not touch the global generators, so it
     is the same in a resumed run, with other batch sizes and with other numbers of processes or workers.
@@ -381,13 +392,15 @@ class CropAndMirror:
     Args:
         num_samples: Samples in the data set.
         seed: Seed of all draws.
+        padding: Pixels of zeros on each side, and so the farthest that a crop moves the image.
+        mirror: Whether any image is mirrored.
     """
 
-    padding = 4
-
-    def __init__(self, num_samples: int, seed: int) -> None:
+    def __init__(self, num_samples: int, seed: int, *, padding: int = 4, mirror: bool = True) -> None:
         self.num_samples = num_samples
         self.seed = seed
+        self.padding = padding
+        self.mirror = mirror
         self._drawn: tuple[int, Array, Array] | None = None
 
     def __call__(self, images: Array, samples: Array, epoch: int) -> Array:
@@ -409,7 +422,8 @@ class CropAndMirror:
         if self._drawn is None or self._drawn[0] != epoch:
             generator = np.random.default_rng((self.seed, epoch))
             steps = generator.integers(2 * self.padding + 1, size=(self.num_samples, 2))
-            self._drawn = epoch, steps, generator.integers(2, size=self.num_samples).astype(bool)
+            is_mirrored = generator.integers(2, size=self.num_samples) if self.mirror else np.zeros(self.num_samples)
+            self._drawn = epoch, steps, is_mirrored.astype(bool)
         return self._drawn[1:]
 
 
@@ -454,7 +468,8 @@ class _Loading:
         transform: 'Normalise | None',
         *,
         num_classes: int,
-        augment: bool = False,
+        shift: int = 0,
+        mirror: bool = False,
     ) -> Data:
         train = tensors['train_inputs'].numpy(), tensors['train_labels'].long().numpy()
         held_out = tensors['test_inputs'].numpy(), tensors['test_labels'].long().numpy()
@@ -465,7 +480,9 @@ class _Loading:
             held_out = train[0][order[:count]], train[1][order[:count]]
             train = train[0][order[count:]], train[1][order[count:]]
         self.check_last_batch(len(train[1]))
-        augmentation = CropAndMirror(len(train[1]), self.seed) if augment else None
+        augmentation = None
+        if shift or mirror:
+            augmentation = CropAndMirror(len(train[1]), self.seed, padding=shift, mirror=mirror)
         train_set = ArrayBatches(*train, transform=transform, augment=augmentation)
         evaluation_set = ArrayBatches(*held_out, transform=transform)
         return Data(

@@ -48,17 +48,18 @@ class FashionCNN(torch.nn.Module):
     """Five convolutions of stride 2 that take an image of up to 32 x 32 pixels to one number per class.
 
     Each convolution halves the image (28, 14, 7, 4, 2, 1). The first four have BatchNorm in place of a bias and a leaky
-    ReLU; the fifth has a bias alone, since its output is the logits. Kernels are 5 x 5, then 3 x 3.
+    ReLU; the fifth has a bias alone, since its output is the logits. Kernels are 5 x 5, then 3 x 3, by default.
     Weights are drawn from a normal distribution of variance `2 / ((1 + negative_slope**2) * fan_in)` (He et al. 2015,
     arXiv:1502.01852, equation 15); biases start at 0.
 
-    With widths w0, ..., w3, c input channels and k classes it has
-    `25*c*w0 + 9*(w0*w1 + w1*w2 + w2*w3 + w3*k) + 2*(w0 + w1 + w2 + w3) + k` parameters: 30,402 by default.
+    With widths w0, ..., w3, a first kernel of side f, c input channels and k classes it has
+    `f*f*c*w0 + 9*(w0*w1 + w1*w2 + w2*w3 + w3*k) + 2*(w0 + w1 + w2 + w3) + k` parameters: 30,402 by default.
 
     Args:
         num_classes: Number of classes, at least 1.
         in_channels: Channels of the image, at least 1.
         widths: Channels after each of the first four convolutions.
+        first_kernel_size: Side of the first convolution's kernel in pixels, odd; the others' is 3.
         negative_slope: Slope of the leaky ReLU below zero, in [0, 1).
 
     Shapes:
@@ -75,6 +76,7 @@ class FashionCNN(torch.nn.Module):
         num_classes: int = 10,
         in_channels: int = 1,
         widths: Sequence[int] = (8, 16, 32, 64),
+        first_kernel_size: int = 5,
         negative_slope: float = 0.1,
     ) -> None:
         super().__init__()
@@ -84,11 +86,14 @@ class FashionCNN(torch.nn.Module):
             raise ValueError(f'widths must hold 4 numbers of channels, got {widths!r}. Pass [8, 16, 32, 64].')
         for width in widths:
             _check_positive('each of widths', width, 'Pass 4 numbers of channels, for example [8, 16, 32, 64].')
+        _check_positive('first_kernel_size', first_kernel_size, 'Pass 5 or 3.')
+        if first_kernel_size % 2 == 0:
+            raise ValueError(f'first_kernel_size must be odd, got {first_kernel_size}. Pass 5 or 3.')
         _check_share('negative_slope', negative_slope, 'Pass 0.1, or 0 for a plain ReLU.')
 
         layers: list[torch.nn.Module] = []
         channels = in_channels
-        for kernel_size, width in zip((5, 3, 3, 3), widths, strict=True):
+        for kernel_size, width in zip((first_kernel_size, 3, 3, 3), widths, strict=True):
             layers += [
                 torch.nn.Conv2d(channels, width, kernel_size, stride=2, padding=kernel_size // 2, bias=False),
                 torch.nn.BatchNorm2d(width),
