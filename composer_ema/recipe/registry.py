@@ -22,6 +22,7 @@ from composer.optim import ComposerScheduler
 from torch.optim.swa_utils import SWALR
 
 from composer_ema.algorithm import EMA
+from composer_ema.recipe.callbacks import GradientMomentum
 from composer_ema.swa import SWA
 
 _SUFFIXES = ('callback', 'logger', 'scheduler')
@@ -74,8 +75,8 @@ def algorithms() -> Registry:
 
 @functools.cache
 def callbacks() -> Registry:
-    """Composer's callbacks."""
-    return _registry('callback', _exported(composer.callbacks, Callback))
+    """Ours, then Composer's callbacks."""
+    return _registry('callback', [GradientMomentum, *_exported(composer.callbacks, Callback)])
 
 
 @functools.cache
