@@ -15,7 +15,7 @@ BENCH := $(BIN)/python -m benchmarks
 BENCH_CPU := --device cpu $(addprefix --threads ,$(BENCH_THREADS))
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow test-core lint types format docs table clean \
+.PHONY: help train test test-slow test-core lint types format docs table seeds clean \
 	bench bench-update bench-step bench-scaling bench-host bench-memory bench-gpu
 
 help: ## list the targets
@@ -67,7 +67,11 @@ docs: $(DOCS) ## build the documentation into site/; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --config-file docs/mkdocs.yml
 	@echo 'Open site/index.html.'
 
-table: $(READY) ## the three-seed table of method_cards/ema.md
+table: $(READY) ## the published Fashion-MNIST runs with an average, into method_cards/fashion_mnist.md; resumes
+	$(BIN)/composer-ema table yamls/fashion_mnist --published yamls/fashion_mnist/published.csv \
+		--into method_cards/fashion_mnist.md
+
+seeds: $(READY) ## the three-seed table of method_cards/ema.md
 	$(BIN)/composer-ema train yamls/fashion_mnist.yaml --seeds 1,2,3
 
 $(PEERS): $(READY) benchmarks/peers.txt

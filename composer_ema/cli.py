@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator
@@ -58,6 +59,29 @@ def train(
             run.train_seeds(loaded, numbers, _show)
         else:
             run.train(loaded, _show)
+
+
+@app.command()
+def table(
+    recipes: Annotated[
+        list[Path], typer.Argument(help='YAML recipes, or folders of them: yamls/fashion_mnist', show_default=False)
+    ],
+    seeds: Annotated[str, typer.Option(help='Train each recipe once per seed.')] = '1,2,3',
+    published: Annotated[
+        Path | None, typer.Option(help='A CSV file of published figures: recipe,accuracy,loss.')
+    ] = None,
+    into: Annotated[Path | None, typer.Option(help='The Markdown page that has markers for the table.')] = None,
+    runs_folder: Annotated[str, typer.Option(help='Where the runs go.')] = 'runs',
+) -> None:
+    """Train many recipes with several seeds and write down how each ended; goes on where it was stopped."""
+    numbers = _numbers(seeds)
+    with _usage_errors():
+        from composer_ema.recipe import comparison, schema
+
+        paths = [path for given in recipes for path in (sorted(given.glob('*.yaml')) if given.is_dir() else [given])]
+        loaded = [schema.load(path, [f'runs_folder={runs_folder}']) for path in paths]
+        command = shlex.join(['composer-ema', *sys.argv[1:]])
+        comparison.make(loaded, numbers, _show, published=published, into=into, command=command)
 
 
 @app.command()
@@ -168,6 +192,8 @@ def main() -> None:
     warnings.filterwarnings('ignore', message='Cannot split tensor of length')
     # torch's SequentialLR steps its parts in the way that it warns of itself, up to 2.7 at least.
     warnings.filterwarnings('ignore', message='The epoch parameter in `scheduler.step')
+    # Composer's word on smoothed labels whose float32 sum is 1 less a rounding error.
+    warnings.filterwarnings('ignore', message='Some targets have less than 1 total probability')
     app()
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from composer import Evaluator, Trainer
-from composer.core import Algorithm
+from composer.core import Algorithm, Callback
 from composer.utils import dist, format_name_with_dist, get_device, reproducibility
 from composer.utils.compression import is_compressed_pt
 from composer.utils.file_helpers import is_tar
@@ -53,7 +53,7 @@ class Run:
     remarks: list[Any]
 
 
-def build(recipe: Recipe, *, scratch: Path | None = None) -> Run:
+def build(recipe: Recipe, *, scratch: Path | None = None, callbacks: Sequence[Callback] = ()) -> Run:
     """Builds the Trainer of a recipe: checks, then model, optimizer and plug-ins, then data, then the Trainer.
 
     Args:
@@ -61,6 +61,7 @@ def build(recipe: Recipe, *, scratch: Path | None = None) -> Run:
         scratch: A folder for whatever building writes, for a run that is never fitted; the recipe's
             own loggers are then built and left out, because they open files and connections as soon as a Trainer
             starts. Default: None, the run folder.
+        callbacks: Further ones, which follow the recipe's own.
 
     Returns:
         Run: Ready for ``run.trainer.fit()``.
@@ -85,7 +86,7 @@ def build(recipe: Recipe, *, scratch: Path | None = None) -> Run:
     if optimizer is not None:
         schedules.rehearse(scheduled, optimizer)
     algorithms = [_algorithm(each, checked.evaluate) for each in checked.algorithms]
-    callbacks = [each.build() for each in checked.callbacks]
+    callbacks = [*(each.build() for each in checked.callbacks), *callbacks]
     loggers = [each.build() for each in checked.loggers]
 
     data = checked.data.build(**({} if 'seed' in checked.data.arguments else {'seed': seed}))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from composer.core import Callback
 from composer.utils import dist
 from omegaconf import OmegaConf
 from rich.table import Table
@@ -21,12 +22,13 @@ from composer_ema.recipe.report import Result
 from composer_ema.recipe.schema import Plan, Recipe
 
 
-def train(recipe: Recipe, show: Callable[[Any], None]) -> Result:
+def train(recipe: Recipe, show: Callable[[Any], None], *, callbacks: Sequence[Callback] = ()) -> Result:
     """Trains a recipe and shows its table; with autoresume, only what is left of it.
 
     Args:
         recipe: What ``schema.load`` returned.
         show: Takes what is to be printed, a string or a rich renderable.
+        callbacks: Further ones, which follow the recipe's own.
 
     Returns:
         Result: What came out, over the whole run, also over the part before it was resumed.
@@ -34,7 +36,7 @@ def train(recipe: Recipe, show: Callable[[Any], None]) -> Result:
     Raises:
         RecipeError: The recipe cannot be followed.
     """
-    run = build(recipe)
+    run = build(recipe, callbacks=callbacks)
     try:
         for remark in run.remarks:
             show(remark)
