@@ -19,7 +19,6 @@ from composer_ema.sharding import canonical_name
 
 TRAINING_WEIGHTS, AVERAGE, UNKNOWN, NOT_READ = 'training weights', 'average', 'weights', 'not read'
 Tensors = Mapping[str, Tensor]
-_AVERAGING = ('EMA',)
 #: What a tensor of the model is to an average.
 PARAMETER, BUFFER, COPY = 'averaged parameter', 'averaged buffer', 'copied buffer'
 ALIAS, UNTRACKED, OF_AVERAGE = 'tied to another', 'not averaged', 'of the average'
@@ -64,7 +63,7 @@ class AverageInfo:
     """One average in a checkpoint.
 
     Args:
-        algorithm: Whose state it is in: ``'EMA'``, or the library that kept it.
+        algorithm: Whose state it is in: ``'EMA'``, ``'SWA'``, or the library that kept it.
         written_as: The format of that state, in words.
         is_started: Whether there is an average yet.
         config: The algorithm's arguments, as far as the format keeps them.
@@ -121,9 +120,9 @@ class Description:
 def describe(checkpoint: str | os.PathLike[str]) -> Description:
     """Reads what a checkpoint holds, without a model and without executing anything in the file.
 
-    Understood are Composer's checkpoints with the state of :class:`composer_ema.EMA`, with either format of Composer's
-    built-in EMA, whichever weights their model slot holds, and without an average; and the averages of other libraries
-    that :func:`composer_ema.load_average` reads.
+    Understood are Composer's checkpoints with the state of :class:`composer_ema.EMA` or :class:`composer_ema.SWA`, with
+    that of Composer's built-in algorithms of these names, whichever weights their model slot holds, and without an
+    average; and the averages of other libraries that :func:`composer_ema.load_average` reads.
 
     Args:
         checkpoint: a file that one of them saved.
@@ -209,9 +208,9 @@ def _describe(path: Path, state: Mapping[str, Any]) -> Description:
     algorithms = dict(state.get('algorithms') or {})
     buffers = {name for name in model if name.rpartition('.')[2] in _NAMES_OF_BUFFERS}
     averages, has_stash = [], False
-    for name in _AVERAGING:
+    for average_name, name in formats.ALGORITHMS.items():
         if name in algorithms:
-            saved = formats.upgrade(algorithms[name], model_slot=model, buffers=buffers)
+            saved = formats.upgrade(algorithms[name], model_slot=model, buffers=buffers, name=average_name)
             has_stash |= 'training_weights' in saved
             averages += [
                 _average(name, algorithms[name], saved, average, model) for average in saved['averages'].values()
@@ -254,8 +253,9 @@ def _describe_foreign(path: Path, foreign: Foreign) -> Description:
 def _model_slot(state: Mapping[str, Any], algorithms: Mapping[str, Any], has_stash: bool) -> str:
     if has_stash:
         return AVERAGE
-    # Saved without the algorithms, as for inference; or with one that puts its average there without a word.
-    is_told = 'algorithms' in state and (any(name in algorithms for name in _AVERAGING) or 'SWA' not in algorithms)
+    # Saved without the algorithms, as for inference, it may be either; Composer's own SWA ends by putting its average
+    # there, and does not say in its state that it has.
+    is_told = 'algorithms' in state and 'version' in algorithms.get('SWA', {'version': None})
     return TRAINING_WEIGHTS if is_told else UNKNOWN
 
 
@@ -279,7 +279,7 @@ def _average(
         written_as=_written_as(written),
         is_started=saved['started'],
         config=dict(saved['config']),
-        num_updates=average['num_updates'] if 'version' in written else None,
+        num_updates=average['num_updates'] if 'version' in written or algorithm == 'SWA' else None,
         last_update=average['last_update'],
         relative_distance=_ratio(*(math.hypot(*each) for each in zip(*distances, strict=True))) if distances else None,
         tensors=tensors,

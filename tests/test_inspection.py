@@ -17,10 +17,11 @@ from torch import nn
 
 pytest.importorskip('composer', reason='needs Composer')
 
+from composer.algorithms import SWA as ComposerSWA
 from composer.loggers import InMemoryLogger
 from composer.models import ComposerClassifier
 
-from composer_ema import EMA, CheckpointError, inspection, load_average
+from composer_ema import EMA, SWA, CheckpointError, inspection, load_average
 from composer_ema.inspection import (
     ALIAS,
     AVERAGE,
@@ -169,6 +170,16 @@ class TestRuns:
         }  # fmt: skip
         assert [t.average_bytes for t in average.tensors if t.name == 'module.3.weight'] == [0], 'it is kept once'
 
+    def test_an_equal_average(self, trainer, tmp_path):
+        run = trainer([SWA(swa_start='1ba', update_interval='1ba', refresh_batchnorm=False)], max_duration='1ep')
+        run.fit()
+        run.save_checkpoint(str(tmp_path / 'a.pt'))
+        found = describe(tmp_path / 'a.pt')
+        [average] = found.averages
+        assert (average.algorithm, found.model_slot) == ('SWA', TRAINING_WEIGHTS)
+        assert average.num_updates == int(run.state.timestamp.batch)
+        assert average.config['swa_start'] == '1ba'
+
     def test_without_an_average(self, trainer, tmp_path):
         run = trainer([], max_duration='1ep')
         run.fit()
@@ -208,6 +219,18 @@ class TestBuiltin:
         distance = math.hypot(*((averaged[n] - training[n]).norm().item() for n in parameters))
         size = math.hypot(*(training[n].norm().item() for n in parameters))
         assert average.relative_distance == pytest.approx(distance / size, rel=1e-4)
+
+    def test_composers_own_swa(self, trainer, tmp_path):
+        own = ComposerSWA(swa_start='1ep', swa_end='2ep', update_interval='1ba', schedule_swa_lr=False)
+        run = trainer([own], max_duration='2ep')
+        run.fit()
+        run.save_checkpoint(str(tmp_path / 'a.pt'))
+        found = describe(tmp_path / 'a.pt')
+        [average] = found.averages
+        assert found.model_slot == UNKNOWN, 'its state does not say that the model holds the average'
+        assert (average.algorithm, average.written_as, average.config) == ('SWA', "Composer's own", {})
+        assert average.num_updates is not None
+        assert average.num_updates > 1
 
 
 class TestOtherLibraries:

@@ -107,6 +107,14 @@ class TestProfile:
         options = {'include': 'weight', 'shadow_dtype': 'bfloat16', 'rounding': 'stochastic', 'log_interval': '1ba'}
         assert profile(half_life='3ba', **options).share.tolist() == profile(half_life='3ba').share.tolist()
 
+    def test_equal_averages_are_equal(self):
+        [found] = look(algorithms={'swa': {'swa_start': '1ep', 'update_interval': '2ba'}}).profiles
+        assert found.name == 'swa'
+        assert found.batch.tolist() == [7, 8, 10, 12, 14]
+        assert found.share == pytest.approx([1 / 5] * 5)
+        assert found.effective_steps == pytest.approx(5)
+        assert found.half_life_share is None
+
     def test_effective_steps_by_hand(self):
         equal = Profile('swa', np.arange(1.0, 9), np.full(8, 1 / 8), 10, '')
         assert equal.effective_steps == pytest.approx(8)
@@ -184,6 +192,17 @@ class TestSchedule:
         [found] = foreseen.profiles
         assert found.batch.tolist() == [4, 6, 8, 10, 12, 14]
         assert found.share == pytest.approx([1 / 6] * 6)
+
+    def test_a_rate_that_an_algorithm_sets_is_seen_as_the_run_records_it(self, tmp_path):
+        swa = {'swa_start': '3ba', 'swa_lr': 0.01, 'anneal_length': '4ba', 'refresh_batchnorm': False}
+        sections = {'algorithms': {'swa': swa}, 'runs_folder': str(tmp_path)}
+        run = build(recipe(**sections))
+        run.trainer.fit()
+        run.trainer.close()
+        foreseen = preview(recipe(**sections)).rates['group 0'].value
+        assert foreseen.tolist() == read_run(run.folder).rates['group 0'].value.tolist()
+        assert foreseen[0] == 0.1
+        assert foreseen[-1] == pytest.approx(0.01)
 
     def test_a_schedule_that_watches_a_metric_is_remarked(self):
         scheduler = {'name': 'reduce_lr_on_plateau', 'metric': 'eval_ema/CrossEntropy'}

@@ -23,15 +23,13 @@ from composer_ema.recipe.curves import Array, Curve, curves_by_group
 from composer_ema.recipe.data import Extent, extent
 from composer_ema.recipe.outline import Outline
 from composer_ema.recipe.recorder import step_settings
-from composer_ema.recipe.schema import Plan, Recipe, plan
+from composer_ema.recipe.schema import AVERAGES, Plan, Recipe, plan
 from composer_ema.shadow import ShadowModel
 
-#: The algorithms that keep an average, by their name in a recipe, which their shadow's attribute begins with.
-AVERAGES = ('ema', 'swa')
 # What decides where an average is kept and of which weights, but not how much each step weighs.
 _OF_TENSORS = frozenset({
     'include', 'exclude', 'shadow_dtype', 'shadow_device', 'skip_nonfinite', 'rounding', 'seed', 'evaluate_with',
-    'buffers', 'log_interval', 'update_bn', 'refresh_batchnorm',
+    'buffers', 'log_interval', 'refresh_batchnorm',
 })  # fmt: skip
 
 
@@ -194,6 +192,7 @@ class _Probe:
 
     @property
     def shadow(self) -> ShadowModel | None:
+        """What the algorithm averages into: the attribute is called after it, ``ema_model``, ``swa_model``."""
         return getattr(self.algorithm, f'{self.named.name}_model')
 
     def start(self) -> None:
