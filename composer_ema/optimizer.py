@@ -12,13 +12,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import is_
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from composer_ema.averages import check_share
+from composer_ema.averages import check_share, equal_weight
+from composer_ema.custom import AvgFn, MultiAvgFn, name_of
 from composer_ema.naming import listed
 from composer_ema.shadow import BufferMode, Rounding, ShadowModel
 from composer_ema.sharding import is_sharded, unwrap
@@ -27,6 +28,9 @@ from composer_ema.sharding import is_sharded, unwrap
 EMA_STATE_VERSION = 1
 
 DEFAULT_DECAY = 0.9999
+
+# What a state that does not say it was saved with.
+_DEFAULT_SETTINGS = {'average': 'exponential', 'start': 0}
 
 _EMA = 'ema'
 _VERSION, _NUM_STEPS, _LAST_UPDATE, _LOG_KEPT, _SETTINGS, _AVERAGE = (
@@ -62,6 +66,14 @@ class EMAOptimizer(Optimizer):
             Default: by group and position, ``'0.3'`` being the fourth parameter of the first group.
         bias_correction: divides each weight by one minus the product of all decays so far: the average forgets where
             it started, and the first update copies.
+        average: ``'exponential'``, or ``'equal'`` for the mean of the weights after every ``every_n_steps`` steps:
+            ``average += (weights - average) / (n + 1)``, with n weights in it already. The first update copies. Then
+            neither ``decay``, ``half_life`` nor ``bias_correction`` is given.
+        start: the first update is that of step ``start``, or of the next one that ``every_n_steps`` asks for, and
+            copies. Before it the average is the weights. Default: 0, an average from the beginning.
+        avg_fn, multi_avg_fn: instead of ``average``, a function that makes it, such as
+            ``torch.optim.swa_utils.get_swa_multi_avg_fn()``; see :class:`~composer_ema.ShadowModel`. Not saved: pass it
+            again before loading a state.
         buffers, include, exclude, dtype, skip_nonfinite, rounding, seed, backend: see
             :class:`~composer_ema.ShadowModel`.
 
@@ -92,6 +104,10 @@ class EMAOptimizer(Optimizer):
         half_life: float | None = None,
         model: nn.Module | None = None,
         bias_correction: bool = False,
+        average: Literal['exponential', 'equal'] = 'exponential',
+        start: int = 0,
+        avg_fn: AvgFn | None = None,
+        multi_avg_fn: MultiAvgFn | None = None,
         buffers: BufferMode = 'average',
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
@@ -104,12 +120,24 @@ class EMAOptimizer(Optimizer):
         # The base class's __init__ would make groups and state of its own; the hooks are all that is needed of it.
         _check_optimizer(optimizer)
         self._optimizer = optimizer
+        function = avg_fn if avg_fn is not None else multi_avg_fn
+        _check_average(average, function, {
+            'decay': None if decay == DEFAULT_DECAY else decay,
+            'half_life': half_life,
+            'bias_correction': bias_correction or None,
+        })  # fmt: skip
+        is_exponential = function is None and average == 'exponential'
         self._log_decay = _log_decay(decay, half_life)
+        self._is_equal = function is None and average == 'equal'
+        self._start_step = _check_start(start)
+        self._copies_first = start > 0 or not is_exponential
         self._settings = {
-            'decay': decay if half_life is None else None,
+            'decay': decay if is_exponential and half_life is None else None,
             'half_life': half_life,
             'every_n_steps': _check_interval(every_n_steps),
             'bias_correction': bias_correction,
+            'average': average if function is None else name_of(function),
+            'start': start,
         }
         self._every_n_steps = every_n_steps
         self._bias_correction = bias_correction
@@ -131,6 +159,8 @@ class EMAOptimizer(Optimizer):
             'rounding': rounding,
             'seed': seed,
             'backend': backend,
+            'avg_fn': avg_fn,
+            'multi_avg_fn': multi_avg_fn,
         }
         self._shadow = ShadowModel(self._module, device=device, overlap=True, **self._options)
         self._num_steps = 0
@@ -277,9 +307,12 @@ class EMAOptimizer(Optimizer):
 
     @property
     def shadow(self) -> ShadowModel:
-        """The average. Before the first step it holds the weights; afterwards those of the last update."""
-        if self._num_steps == 0 and not self._shadow.is_swapped:
-            self._start()
+        """The average. Up to the first step, and before ``start``, it holds the weights; then those averaged last."""
+        if not self._shadow.is_swapped:
+            if self._num_steps == 0:
+                self._start()
+            elif self._copies_first and self._shadow.num_updates == 0:
+                self._copy_weights()
         return self._shadow
 
     @contextmanager
@@ -431,9 +464,14 @@ class EMAOptimizer(Optimizer):
             self._register_new()
             if self._shadow.num_updates > 0:
                 return  # an average was loaded into the shadow, from another library perhaps: it goes on
-            self._shadow.update(self._module, weight=1.0)
-            self._shadow.num_updates = 0
+            self._copy_weights()
             self._shadow.resolve(self._module)  # random rounding counts from num_updates when it is prepared
+
+    def _copy_weights(self) -> None:
+        self._register_new()
+        self._shadow.num_updates = 0  # a function copies then
+        self._shadow.update(self._module, weight=None if self._shadow.has_function else 1.0)
+        self._shadow.num_updates = 0
 
     def _register_new(self) -> None:
         if isinstance(self._module, _Groups):
@@ -461,13 +499,26 @@ class EMAOptimizer(Optimizer):
     def _follow(self) -> None:
         """Counts a step, and updates the average when it is due."""
         self._num_steps += 1
-        if self._num_steps % self._every_n_steps:
+        if self._num_steps % self._every_n_steps or self._num_steps < self._start_step:
             return
         self._register_new()
+        if self._shadow.has_function:
+            self._shadow.update(self._module)
+        elif self._is_equal:
+            self._shadow.update(self._module, weight=equal_weight(self._shadow.num_updates))
+        else:
+            self._follow_exponentially()
+        self._last_update = self._num_steps
+
+    def _follow_exponentially(self) -> None:
+        is_copy = self._copies_first and self._shadow.num_updates == 0
+        if is_copy:
+            self._last_update = self._num_steps - self._every_n_steps
         log_smoothing = self._log_decay * (self._num_steps - self._last_update)
         log_kept = self._log_kept + log_smoothing
-        self._shadow.update(self._module, weight=_weight(log_smoothing, log_kept if self._bias_correction else None))
-        self._last_update, self._log_kept = self._num_steps, log_kept
+        weight = 1.0 if is_copy else _weight(log_smoothing, log_kept if self._bias_correction else None)
+        self._shadow.update(self._module, weight=weight)
+        self._log_kept = log_kept
 
     def _check_ema_state(self, state: Mapping[str, Any]) -> None:
         """Raises unless ``state`` can be loaded."""
@@ -496,14 +547,14 @@ class EMAOptimizer(Optimizer):
         ShadowModel(self._module, device='meta', **self._options).load_state_dict(average)  # pyright: ignore[reportArgumentType]
 
     def _assign_ema_state(self, state: Mapping[str, Any]) -> None:
-        saved = {key: state[_SETTINGS].get(key) for key in self._settings}
+        saved = {key: state[_SETTINGS].get(key, _DEFAULT_SETTINGS.get(key)) for key in self._settings}
         if saved != self._settings:
             warnings.warn(
                 f'the saved average used {saved}, this one uses {self._settings}, and will from here on. '
                 'Pass the saved settings to continue as before.',
                 stacklevel=3,
             )
-        self._shadow.update(self._module, weight=1.0)  # lets in what has joined since the last update
+        self._copy_weights()  # lets in what has joined since the last update
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # said when the state was checked
             self._shadow.load_state_dict(state[_AVERAGE])
@@ -558,6 +609,30 @@ def _check_optimizer(optimizer: Optimizer) -> None:
             f'optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}. '
             'Pass for example torch.optim.Adam(model.parameters()).'
         )
+
+
+def _check_average(average: str, function: Any, without_effect: Mapping[str, Any]) -> None:
+    """Raises unless ``average`` is known, and stands alone if it is not exponential."""
+    if average not in ('exponential', 'equal'):
+        raise ValueError(
+            f"average must be 'exponential' or 'equal', got {average!r}. Any other one is an avg_fn or multi_avg_fn."
+        )
+    if function is None and average == 'exponential':
+        return
+    if function is not None and average != 'exponential':
+        raise ValueError(f'pass either average={average!r} or a function, got both.')
+    kind = 'an average by a function of yours' if function is not None else 'an equal average'
+    for name, value in without_effect.items():
+        if value is not None:
+            raise ValueError(f'{name}={value} has no effect on {kind}. Leave it out.')
+
+
+def _check_start(start: int) -> int:
+    if isinstance(start, bool) or not isinstance(start, int):
+        raise TypeError(f'start must be a whole number of steps, got {start!r}.')
+    if start < 0:
+        raise ValueError(f'start must be at least 0 steps, got {start}. 0 averages from the beginning.')
+    return start
 
 
 def _check_interval(every_n_steps: int) -> int:

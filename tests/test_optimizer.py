@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import lr_scheduler
+from torch.optim import lr_scheduler, swa_utils
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
@@ -1208,6 +1208,157 @@ def test_composers_trainer_takes_the_wrapped_optimizer_and_trains_the_same(tmp_p
             run(resumed, resumed_model, load_path=str(tmp_path / 'ep1.pt'))
         assert toy.bits(resumed_model) == toy.bits(bare)
         assert resumed.num_steps == toy.EPOCH
+
+
+class TestOtherAverages:
+    @pytest.mark.parametrize(
+        ('options', 'expected'),
+        [
+            ({'average': 'equal'}, [4, 3, 5]),
+            ({'average': 'equal', 'start': 2}, [4, 2, 5.5]),
+            ({'average': 'equal', 'start': 3}, [4, 2, 9]),
+            ({'average': 'equal', 'every_n_steps': 2}, [4, 2, 2]),
+            ({'decay': 0.5, 'start': 2}, [4, 2, 5.5]),
+            ({'decay': 0.5, 'start': 2, 'bias_correction': True}, [4, 2, 2 + 7 * 0.5 / 0.75]),
+            ({'avg_fn': lambda averaged, current, n: averaged + (current - averaged) / (n + 1)}, [4, 3, 5]),
+            ({'multi_avg_fn': swa_utils.get_swa_multi_avg_fn(), 'start': 2}, [4, 2, 5.5]),
+            ({'multi_avg_fn': swa_utils.get_ema_multi_avg_fn(0.75)}, [4, 3.5, 4.875]),
+        ],
+    )
+    def test_three_steps_by_hand(self, options, expected):
+        model = One(8.0)
+        optimizer = EMAOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), **options)
+        found = []
+        for value in (4, 2, 9):
+            step_to(optimizer, model, value)
+            found.append(averaged(optimizer)['0.0'].item())
+        assert found == pytest.approx(expected, rel=1e-6)
+
+    def test_before_the_start_the_average_is_the_weights_of_now(self):
+        model = One(8.0)
+        optimizer = EMAOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), average='equal', start=3)
+        for value in (5, 6):
+            step_to(optimizer, model, value)
+            with optimizer.swap_ema_weights():
+                assert model.weight.item() == value
+            assert optimizer.shadow.num_updates == 0
+
+    @given(
+        values=st.lists(st.floats(-8, 8, width=32), min_size=1, max_size=9),
+        interval=st.integers(1, 3),
+        start=st.integers(0, 5),
+    )
+    def test_an_equal_average_is_the_mean_of_the_weights_at_its_steps(self, values, interval, start):
+        model = One(1.0)
+        optimizer = EMAOptimizer(
+            torch.optim.SGD(model.parameters(), lr=1.0), every_n_steps=interval, average='equal', start=start
+        )
+        kept = []
+        for step, value in enumerate(values, 1):
+            step_to(optimizer, model, value)
+            if step % interval == 0 and step >= start:
+                kept.append(model.weight.item())
+        expected = sum(kept) / len(kept) if kept else None
+        assert optimizer.shadow.num_updates == len(kept)
+        if kept:
+            assert averaged(optimizer)['0.0'].item() == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+    @pytest.mark.parametrize('buffers', ['average', 'copy'])
+    def test_an_equal_average_is_torchs_averaged_model_to_the_bit(self, buffers):
+        model = Net()
+        optimizer = EMAOptimizer(sgd(model), model=model, average='equal', buffers=buffers)
+        by_lerp, whole = swa_utils.get_swa_multi_avg_fn(), []
+
+        def floating_only(mean: list[Tensor], current: list[Tensor], count: Tensor) -> None:
+            if mean[0].is_floating_point():
+                by_lerp(mean, current, count)
+            whole.append(count)
+
+        theirs = swa_utils.AveragedModel(model, multi_avg_fn=floating_only, use_buffers=buffers == 'average')
+        for index in range(20):
+            train(model, optimizer, range(index, index + 1))
+            theirs.update_parameters(model)
+        expected = {name: tensor for name, tensor in theirs.module.state_dict().items() if 'num_batches' not in name}
+        found = {name: tensor for name, tensor in averaged(optimizer).items() if 'num_batches' not in name}
+        assert found.keys() == expected.keys()
+        assert same_bits(found, {name: expected[name] for name in found})
+        assert whole
+
+    @pytest.mark.parametrize(
+        'options',
+        [
+            {'average': 'equal', 'every_n_steps': 2},
+            {'average': 'equal', 'start': 4},
+            {'decay': 0.9, 'start': 3},
+            {'decay': 0.9, 'start': 3, 'bias_correction': True},
+            {'multi_avg_fn': swa_utils.get_swa_multi_avg_fn(), 'start': 2},
+            {'avg_fn': lambda averaged, current, n: averaged.lerp(current, 1 / (n.item() + 1))},
+        ],
+        ids=['equal', 'equal, late', 'late', 'late and corrected', 'multi_avg_fn', 'avg_fn'],
+    )
+    def test_a_resumed_run_equals_an_uninterrupted_one(self, options):
+        def build() -> tuple[Net, EMAOptimizer]:
+            model = Net()
+            return model, EMAOptimizer(sgd(model), model=model, **options)
+
+        whole, optimizer = build()
+        train(whole, optimizer, range(8))
+        for end in range(1, 8):
+            first, first_optimizer = build()
+            train(first, first_optimizer, range(end))
+            state = saved({'model': first.state_dict(), 'optimizer': first_optimizer.state_dict()})
+            second, second_optimizer = build()
+            second.load_state_dict(state['model'])
+            second_optimizer.load_state_dict(state['optimizer'])
+            train(second, second_optimizer, range(end, 8))
+            assert same_bits(averaged(second_optimizer), averaged(optimizer)), f'resumed after step {end}'
+            assert same_bits(weights(second), weights(whole))
+            assert second_optimizer.ema_state_dict()['last_update'] == optimizer.ema_state_dict()['last_update']
+
+    def test_a_copy_keeps_the_function_and_goes_on(self):
+        model = Net()
+        optimizer = EMAOptimizer(sgd(model), model=model, avg_fn=lambda averaged, current, n: (averaged + current) / 2)
+        train(model, optimizer, range(3))
+        twin_model, twin = copy.deepcopy((model, optimizer))
+        train(model, optimizer, range(3, 6))
+        train(twin_model, twin, range(3, 6))
+        assert same_bits(averaged(twin), averaged(optimizer))
+
+    def test_a_group_added_in_the_middle_joins_at_its_value(self):
+        model, other = One(8.0), One(1.0)
+        optimizer = EMAOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), avg_fn=lambda a, c, n: (a + c) / 2)
+        step_to(optimizer, model, 4)
+        optimizer.add_param_group({'params': other.parameters()})
+        step_to(optimizer, model, 2)
+        assert [t.item() for t in averaged(optimizer).values()] == [3, 1]
+
+    def test_another_average_than_the_saved_one_is_warned_of(self):
+        model = Net()
+        optimizer = EMAOptimizer(sgd(model), average='equal')
+        train(model, optimizer, range(2))
+        other = EMAOptimizer(sgd(model), multi_avg_fn=swa_utils.get_swa_multi_avg_fn())
+        with pytest.warns(UserWarning, match=r"saved average used .*'average': 'equal'.*swa_update"):
+            other.load_state_dict(optimizer.state_dict())
+
+    @pytest.mark.parametrize(
+        ('options', 'error', 'message'),
+        [
+            ({'average': 'mean'}, ValueError, r"average must be 'exponential' or 'equal', got 'mean'\. Any other"),
+            ({'average': 'equal', 'decay': 0.9}, ValueError, r'decay=0\.9 has no effect on an equal average\. Leave'),
+            ({'average': 'equal', 'half_life': 10}, ValueError, r'half_life=10 has no effect on an equal average'),
+            ({'average': 'equal', 'bias_correction': True}, ValueError, r'bias_correction=True has no effect'),
+            ({'avg_fn': torch.lerp, 'decay': 0.9}, ValueError, r'decay=0\.9 has no effect on an average by a function'),
+            ({'avg_fn': torch.lerp, 'average': 'equal'}, ValueError, r"either average='equal' or a function, got both"),
+            ({'avg_fn': torch.lerp, 'multi_avg_fn': torch.lerp}, ValueError, r'either avg_fn or multi_avg_fn'),
+            ({'avg_fn': torch.lerp, 'skip_nonfinite': True}, ValueError, r'skip_nonfinite=True has no effect'),
+            ({'avg_fn': 0.9}, TypeError, r'avg_fn must be a function'),
+            ({'start': -1}, ValueError, r'start must be at least 0 steps, got -1'),
+            ({'start': 1.5}, TypeError, r'start must be a whole number of steps, got 1\.5'),
+        ],
+    )
+    def test_what_contradicts_is_refused(self, options, error, message):
+        with pytest.raises(error, match=message):
+            EMAOptimizer(sgd(Net()), **options)
 
 
 def test_the_card_names_every_argument():

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     'offload': {'kernels'},
     'shadow': {'kernels', 'custom', 'averages', 'counter', 'interchange', 'naming', 'offload', 'sharding', 'stream'},
     'functional': {'kernels', 'averages', 'naming', 'sharding', 'shadow'},
-    'optimizer': {'averages', 'naming', 'sharding', 'shadow'},
+    'optimizer': {'averages', 'custom', 'naming', 'sharding', 'shadow'},
     'batchnorm': {'naming', 'shadow', 'sharding'},
     'checkpoint': {'files', 'formats', 'interchange', 'naming', 'sharding', 'version'},
     'inspection': {'checkpoint', 'formats', 'interchange', 'sharding'},

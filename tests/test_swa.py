@@ -24,6 +24,7 @@ from torch.optim.swa_utils import SWALR, AveragedModel, get_swa_multi_avg_fn, up
 from toy import bits, make_data, make_evaluator, make_model, snapshot
 
 from composer_ema import EMA, SWA, export, load_average
+from composer_ema.inspection import TRAINING_WEIGHTS, describe
 
 pytestmark = pytest.mark.filterwarnings('error:::composer_ema')
 
@@ -411,6 +412,20 @@ def test_load_average_and_export_read_the_average(trainer, tmp_path):
     assert metadata['weights'] == 'equal average'
     assert (metadata['swa_start'], metadata['num_updates'], metadata['update_interval']) == ('1ep', '3', '1ep')
     make_model().load_state_dict(load_average(tmp_path / 'end.pt'))
+
+
+def test_inspect_tells_what_the_checkpoint_holds(trainer, tmp_path):
+    swa = SWA('1ep', log_interval=None)
+    run = trainer([swa], max_duration='3ep')
+    run.fit()
+    run.save_checkpoint(str(tmp_path / 'end.pt'))
+    found = describe(tmp_path / 'end.pt')
+    assert found.model_slot == TRAINING_WEIGHTS
+    (average,) = found.averages
+    assert (average.algorithm, average.num_updates, average.is_started) == ('SWA', 3, True)
+    assert average.config['swa_start'] == '1ep'
+    expected = swa.swa_model.relative_distance(run.state.model).item()
+    assert average.relative_distance == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_average_of_composers_own_swa_is_read_and_goes_on(trainer, tmp_path):
