@@ -62,6 +62,8 @@ class EMA(WeightAverage):
         avg_fn, multi_avg_fn: instead of ``half_life``, a function that makes the average, as for
             :class:`~composer_ema.ShadowModel`, such as ``torch.optim.swa_utils.get_ema_multi_avg_fn(0.999)``. Not
             saved: pass it again on resuming.
+        export_weights: ``'ema'`` or ``'training'``, what Composer's ``ExportForInferenceCallback`` writes at the end of
+            training. Default: ``'training'``.
 
     Attributes:
         ema_model: the :class:`~composer_ema.ShadowModel`, None before the Trainer is built.
@@ -111,6 +113,7 @@ class EMA(WeightAverage):
         log_interval: str | Time | None = '1ep',
         avg_fn: AvgFn | None = None,
         multi_avg_fn: MultiAvgFn | None = None,
+        export_weights: Literal['ema', 'training'] = 'training',
     ) -> None:
         self._fixed_weight: float | None = None
         self.half_life: Span | None = None
@@ -150,6 +153,7 @@ class EMA(WeightAverage):
             log_interval=log_interval,
             avg_fn=avg_fn,
             multi_avg_fn=multi_avg_fn,
+            export_weights=export_weights,
         )
         if update_interval is None:
             self._arguments['update_interval'] = None

@@ -5,6 +5,7 @@ Invariant: outside of evaluation and prediction the model holds the training wei
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import math
@@ -18,6 +19,7 @@ from typing import Any, ClassVar
 
 import torch
 from composer.algorithms.swa import SWA as ComposerSWA
+from composer.callbacks import ExportForInferenceCallback
 from composer.core import Algorithm, Event, State, Time
 from composer.loggers import Logger
 from torch import nn
@@ -104,6 +106,7 @@ class WeightAverage(Algorithm):
         log_interval: str | Time | None,
         avg_fn: AvgFn | None,
         multi_avg_fn: MultiAvgFn | None,
+        export_weights: str = 'training',
     ) -> None:
         self._start = Span.parse(start, name=f'{self.name}_start', units=('ba', 'ep', 'sp', 'tok', 'dur'))
         self.update_interval = update_interval
@@ -125,6 +128,9 @@ class WeightAverage(Algorithm):
             'multi_avg_fn': multi_avg_fn,
         }
         self.evaluate_with = _check_evaluate_with(evaluate_with, self.name)
+        if export_weights not in (self.name, 'training'):
+            raise ValueError(f"export_weights must be {self.name!r} or 'training', got {export_weights!r}.")
+        self.export_weights = export_weights
         self._arguments = {
             **arguments,
             f'{self.name}_start': str(self._start),
@@ -138,6 +144,7 @@ class WeightAverage(Algorithm):
             'rounding': rounding,
             'seed': seed,
             'evaluate_with': self.evaluate_with or None,
+            'export_weights': export_weights,
             'log_interval': None if self.log_interval is None else str(self.log_interval),
             'avg_fn': None if avg_fn is None else name_of(avg_fn),
             'multi_avg_fn': None if multi_avg_fn is None else name_of(multi_avg_fn),
@@ -309,6 +316,8 @@ class WeightAverage(Algorithm):
         self._check_run(state)
         self._warn_of_other_arguments()
         self._follow_surgery(state.model)
+        if self.export_weights != 'training':
+            self._lend_to_exporters(state)
         self._model = weakref.ref(unwrap(state.model))
         now = read_clock(state)
         if self._last_update is not None and any(self._last_update[unit] > now[unit] for unit in CLOCK_UNITS):
@@ -432,6 +441,27 @@ class WeightAverage(Algorithm):
         elif weights != 'training' and self._has_average and not shadow.is_swapped:
             self._share_buffers()
             shadow.swap_in(state.model)
+
+    def _lend_to_exporters(self, state: State) -> None:
+        exporters = [callback for callback in state.callbacks if isinstance(callback, ExportForInferenceCallback)]
+        if not exporters:
+            warn(
+                f'export_weights={self.export_weights!r} has no effect: no callback of this Trainer exports the model. '
+                'Add ExportForInferenceCallback, or leave export_weights out.'
+            )
+        for exporter in exporters:
+            # It exports at FIT_END, after the algorithms and with no event in between.
+            exporter.export_model = functools.partial(self._export, exporter)
+
+    def _export(self, exporter: ExportForInferenceCallback, state: State, logger: Logger) -> None:
+        is_lent = self._has_average and not self._require_shadow().is_swapped
+        if is_lent:
+            self._use(self.name, state)
+        try:
+            type(exporter).export_model(exporter, state, logger)
+        finally:
+            if is_lent:
+                self._use('training', state)
 
     def _return_to_training(self, state: State) -> None:
         self._open_passes = 0

@@ -32,6 +32,7 @@ ARGUMENTS = {
         seed: 3
         evaluate_with: {eval_training: training}
         log_interval: null
+        export_weights: ema
         """,
     SWA: """
         swa_start: 0.5ep
