@@ -218,6 +218,7 @@ EVERY_ARGUMENT = [
     {'skip_nonfinite': True},
     {'shadow_dtype': 'bfloat16', 'rounding': 'stochastic', 'seed': 7},
     {'evaluate_with': {'eval': 'ema', 'eval_training': 'training'}},
+    {'export_weights': 'ema'},
     {'log_interval': None},
     {'log_interval': '5ba'},
     {'half_life': '2ep', 'update_interval': '10ba', 'ema_start': '8sp', 'buffers': 'copy', 'log_interval': '2ep'},
@@ -237,7 +238,8 @@ def test_the_repr_evaluates_to_an_equal_configuration(arguments):
     assert twin.state_dict() == ema.state_dict()
     assert (twin.half_life, twin.smoothing, twin.ema_start) == (ema.half_life, ema.smoothing, ema.ema_start)
     assert (twin.update_interval, twin.log_interval) == (ema.update_interval, ema.log_interval)
-    assert (twin.evaluate_with, twin._options.keys()) == (ema.evaluate_with, ema._options.keys())
+    assert (twin.evaluate_with, twin.export_weights) == (ema.evaluate_with, ema.export_weights)
+    assert twin._options.keys() == ema._options.keys()
     for name, value in ema._options.items():
         other = twin._options[name]
         assert list(other) == list(value) if isinstance(value, (list, tuple)) else other == value
