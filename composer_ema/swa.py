@@ -72,6 +72,7 @@ class SWA(WeightAverage):
         buffers, include, exclude, shadow_dtype, shadow_device, skip_nonfinite, rounding, seed, log_interval: see
             :class:`~composer_ema.EMA`.
         evaluate_with: ``'swa'`` or ``'training'`` by evaluator label.
+        export_weights: ``'swa'`` or ``'training'``, what Composer's ``ExportForInferenceCallback`` writes.
 
     Attributes:
         swa_model: the :class:`~composer_ema.ShadowModel`, None before the Trainer is built.
@@ -124,6 +125,7 @@ class SWA(WeightAverage):
         log_interval: str | Time | None = '1ep',
         avg_fn: AvgFn | None = None,
         multi_avg_fn: MultiAvgFn | None = None,
+        export_weights: Literal['swa', 'training'] = 'training',
     ) -> None:
         interval = Span.parse(update_interval, name='update_interval', positive=True)
         _refuse_composers(swa_end, schedule_swa_lr, anneal_steps, swa_lr, interval)
@@ -152,6 +154,7 @@ class SWA(WeightAverage):
             log_interval=log_interval,
             avg_fn=avg_fn,
             multi_avg_fn=multi_avg_fn,
+            export_weights=export_weights,
         )
 
     @property

@@ -51,6 +51,7 @@ ARGUMENTS = {
         seed: 3
         evaluate_with: {eval_training: training}
         log_interval: null
+        export_weights: swa
         """,
 }
 #: Takes the place of another one of the arguments above.
@@ -111,12 +112,13 @@ def test_llm_foundry_builds_each_algorithm(installed):
         from llmfoundry import registry
         from llmfoundry.utils.builders import build_algorithm
 
-        assert 'ema' in registry.algorithms.get_entry_points()
+        assert {'ema', 'swa'} <= registry.algorithms.get_entry_points().keys()
+        print(build_algorithm('swa', {'swa_start': '2ep', 'swa_lr': 0.1}))
         print(build_algorithm('ema', {'half_life': '2ba', 'seed': 3}))
         """,
         installed,
     )
-    assert output.strip().endswith("EMA(half_life='2ba', seed=3)")
+    assert output.splitlines()[-2:] == ["SWA(swa_start='2ep', swa_lr=0.1)", "EMA(half_life='2ba', seed=3)"]
 
 
 @pytest.mark.parametrize('algorithm', ARGUMENTS)

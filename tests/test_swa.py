@@ -496,6 +496,7 @@ EVERY_ARGUMENT = [
     {'refresh_batchnorm': '100ba'},
     {'refresh_batchnorm': '0.5ep'},
     {'buffers': 'copy', 'include': 'weight', 'exclude': ['bias'], 'shadow_dtype': 'bfloat16', 'shadow_device': 'cpu'},
+    {'export_weights': 'swa'},
     {'skip_nonfinite': True, 'log_interval': None, 'evaluate_with': {'eval': 'swa', 'raw': 'training'}},
     {'shadow_dtype': 'bfloat16', 'rounding': 'stochastic', 'seed': 7},
 ]
