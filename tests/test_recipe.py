@@ -372,9 +372,10 @@ class TestBuild:
         assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.parametrize('path', YAMLS, ids=lambda path: str(path.relative_to(YAML_FOLDER)))
-    def test_every_recipe_of_the_package_trains_a_batch(self, path, tmp_path, monkeypatch, black_pictures):
+    def test_every_recipe_of_the_package_trains(self, path, tmp_path, monkeypatch, black_pictures):
+        # Composer's warm-ups have a rate of zero for two batches.
         known = registry.callbacks()
-        classes = {**known.classes, 'stop': functools.partial(Interrupt, batch=1)}
+        classes = {**known.classes, 'stop': functools.partial(Interrupt, batch=3)}
         patched = registry.Registry('callback', classes, {**known.aliases, 'stop': 'stop'})  # pyright: ignore
         monkeypatch.setattr(registry, 'callbacks', lambda: patched)
         overrides = ['progress_bar=false', 'device=cpu', f'runs_folder={tmp_path}', 'callbacks.stop={}']
