@@ -237,11 +237,15 @@ def test_killed_in_the_middle_it_keeps_what_is_finished_and_goes_on(folder, trai
     assert second['ending'] is None, 'killed in the middle of the second run'
     assert 'old' in (folder / 'card.md').read_text()
 
-    before = (folder / 'killed/table/fast-seed1/metrics.jsonl').stat().st_mtime_ns
+    kept = [
+        folder / 'killed/table/fast-seed1/metrics.jsonl',
+        min((folder / 'killed/table/slow-seed1/checkpoints').glob('ep*'), key=lambda path: path.stat().st_mtime_ns),
+    ]
+    before = [path.stat().st_mtime_ns for path in kept]
     monkeypatch.chdir(folder)
     resumed = comparison.make(recipes_of(folder, 'runs_folder=killed'), [1], [].append, into=folder / 'card.md')
     assert trained_names == ['slow-seed1']
-    assert (folder / 'killed/table/fast-seed1/metrics.jsonl').stat().st_mtime_ns == before
+    assert [path.stat().st_mtime_ns for path in kept] == before, 'neither run began anew'
     whole = comparison.make(recipes_of(folder), [1], [].append)
     assert [row.endings[0].loss for row in resumed] == [row.endings[0].loss for row in whole]
     for name in ('fast', 'slow'):
