@@ -284,6 +284,22 @@ def test_a_function_that_breaks_the_rule_is_told_it_and_the_average_stays(functi
         assert all(torch.equal(tensor, before[name]) for name, tensor in held(shadow).items())
 
 
+def test_a_function_that_fails_on_a_buffer_leaves_the_parameters_too():
+    def fails(averaged, current, count):
+        if averaged.shape == (7,):
+            raise ZeroDivisionError('seven')
+        return current
+
+    model = One(1.0)
+    model.register_buffer('statistic', torch.zeros(7))
+    shadow = ShadowModel(model, avg_fn=fails)
+    before = updated(shadow, model)
+    with pytest.raises(RuntimeError, match='seven'):
+        shadow.update(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in held(shadow).items())
+    assert not torch.equal(before['weight'], model.weight)
+
+
 @pytest.mark.parametrize(
     'functions',
     [

@@ -1332,6 +1332,22 @@ class TestOtherAverages:
         step_to(optimizer, model, 2)
         assert [t.item() for t in averaged(optimizer).values()] == [3, 1]
 
+    def test_loading_calls_no_function(self):
+        model, calls = One(8.0), []
+
+        def halfway(average: Tensor, current: Tensor, count: Tensor) -> Tensor:
+            calls.append(count.item())
+            return (average + current) / 2
+
+        optimizer = EMAOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), avg_fn=halfway)
+        for value in (4, 2):
+            step_to(optimizer, model, value)
+        optimizer.load_state_dict(saved(optimizer.state_dict()))
+        assert calls == [1]
+        step_to(optimizer, model, 9)
+        assert calls == [1, 2]
+        assert averaged(optimizer)['0.0'].item() == 6
+
     def test_another_average_than_the_saved_one_is_warned_of(self):
         model = Net()
         optimizer = EMAOptimizer(sgd(model), average='equal')
