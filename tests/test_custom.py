@@ -19,7 +19,10 @@ from torch.optim.swa_utils import (
 from composer_ema import ShadowModel
 from composer_ema.averages import equal_weight
 
-pytestmark = pytest.mark.filterwarnings('error')
+pytestmark = pytest.mark.filterwarnings(
+    'error',
+    'ignore:Implicitly cleaning up:ResourceWarning',  # a folder of a Composer Trainer that another test has left
+)
 
 
 class Net(nn.Module):

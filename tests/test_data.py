@@ -26,7 +26,10 @@ from composer_ema.recipe import fetch
 from composer_ema.recipe.data import DATASETS, CropAndMirror, Normalise, cifar10, fake, fashion_mnist, mnist1d
 from composer_ema.recipe.models import build_model
 
-pytestmark = pytest.mark.filterwarnings('error')
+pytestmark = pytest.mark.filterwarnings(
+    'error',
+    'ignore:Implicitly cleaning up:ResourceWarning',  # a folder of a Composer Trainer that another test has left
+)
 
 FILES = tuple(fetch.FASHION_MNIST_SHA256)
 

@@ -16,6 +16,7 @@ from composer_ema import ShadowModel, compute_ema
 pytestmark = pytest.mark.filterwarnings(
     'error',
     'ignore::DeprecationWarning:torch',  # torch.compile of newer releases calls what torch itself deprecates
+    'ignore:Implicitly cleaning up:ResourceWarning',  # a folder of a Composer Trainer that another test has left
 )
 
 

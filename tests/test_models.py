@@ -12,7 +12,10 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from composer_ema.recipe.models import MNIST1DCNN, MNIST1DMLP, MODELS, FashionCNN, build_model
 
-pytestmark = pytest.mark.filterwarnings('error')
+pytestmark = pytest.mark.filterwarnings(
+    'error',
+    'ignore:Implicitly cleaning up:ResourceWarning',  # a folder of a Composer Trainer that another test has left
+)
 
 
 def count(network):

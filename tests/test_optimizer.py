@@ -35,6 +35,7 @@ from composer_ema import EMAOptimizer, ShadowModel
 pytestmark = pytest.mark.filterwarnings(
     'error',
     'ignore::DeprecationWarning:torch',  # torch.compile of newer releases calls what torch itself deprecates
+    'ignore:Implicitly cleaning up:ResourceWarning',  # a folder of a Composer Trainer that another test has left
     'ignore:The epoch parameter in',  # so does SequentialLR of older ones
 )
 
