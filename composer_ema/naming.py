@@ -70,24 +70,32 @@ class Inventory:
 class Watch:
     """Tells at the cost of a few list comparisons whether a module still is what it was.
 
-    Compared are every parameter, buffer and sub-module by identity, in their order but not by name, every tensor's
-    storage, and ``requires_grad`` where it was False: unfrozen parameters join an average, while frozen ones stay.
-    Keeps the module's tensors alive, not the module: drop the watch when ``on_gone`` is called.
+    Compared are every parameter, buffer and sub-module by identity, in their order but not by name, the storage of
+    ``addressed``, and ``requires_grad`` where it was False: unfrozen parameters join an average, while frozen ones
+    stay. Keeps the module's tensors alive, not the module: drop the watch when ``on_gone`` is called.
 
     Args:
         module: what to watch.
         inventory: its tensors.
         on_gone: called when the module has been collected.
+        addressed: those of its tensors whose memory must stay where it is. Default: all.
     """
 
-    def __init__(self, module: nn.Module, inventory: Inventory, on_gone: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        inventory: Inventory,
+        on_gone: Callable[[], None],
+        *,
+        addressed: Iterable[Tensor] | None = None,
+    ) -> None:
         self._module = weakref.ref(module, lambda _: on_gone())
         registries = [r for child in module.modules() for r in (child._modules, child._parameters, child._buffers)]
         self._empty = [registry for registry in registries if not registry]
         self._views = [registry.values() for registry in registries if registry]
         self._entries = list(chain.from_iterable(self._views))
         self._frozen = [parameter for parameter in inventory.parameters.values() if not parameter.requires_grad]
-        self._tensors = list(inventory.tensors().values())
+        self._tensors = list(inventory.tensors().values() if addressed is None else addressed)
         self._pointers = list(map(_pointer, self._tensors))
 
     def is_current(self, module: nn.Module) -> bool:

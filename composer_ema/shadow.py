@@ -659,7 +659,8 @@ class ShadowModel:
             if tensor.device not in self._streams:
                 self._streams[tensor.device] = SideStream(tensor.device, overlap=self._overlap)
                 self._skipped[tensor.device] = DeviceCounter(tensor.device)
-        watch = Watch(module, inventory, on_gone=_weakly(self._forget_plan))
+        addressed = self._addressed(parameters.values(), buffers.values())
+        watch = Watch(module, inventory, on_gone=_weakly(self._forget_plan), addressed=addressed)
         smallest = (
             0.0 if self._rounding == 'stochastic' or self.has_function else smallest_weight(self._parameters.values())
         )
@@ -668,12 +669,31 @@ class ShadowModel:
             joining,
             parameters,
             buffers,
-            self._buffer_mode,
+            self._is_averaged,
             self._streams,
             self._prepare,
             self._is_left_to_a_thread,
             smallest,
         )
+
+    def _addressed(
+        self, parameters: Iterable[tuple[Tensor, Tensor]], buffers: Iterable[tuple[Tensor, Tensor]]
+    ) -> list[Tensor]:
+        """The sources whose memory an update reads where it was; at least one, since a model moves as a whole."""
+        rules = kernels.Rules(skip_nonfinite=self._skip_nonfinite, stochastic=self._rounding == 'stochastic')
+
+        def moves_freely(shadow: Tensor, source: Tensor) -> bool:
+            return not self.has_function and not kernels.keeps_address(
+                shadow, source, backend=self._backend, rules=rules
+            )
+
+        averaged = [*parameters, *(pair for pair in buffers if self._is_averaged(pair[0]))]
+        copied = [source for shadow, source in buffers if not self._is_averaged(shadow)]
+        addressed = [source for shadow, source in averaged if not moves_freely(shadow, source)]
+        return [*addressed, *copied] or [source for _, source in averaged[:1]]
+
+    def _is_averaged(self, buffer: Tensor) -> bool:
+        return self._buffer_mode == 'average' and is_inexact(buffer)
 
     def _is_left_to_a_thread(self, pair: tuple[Tensor, Tensor]) -> bool:
         has_rules = self._skip_nonfinite or self._rounding == 'stochastic' or self._backend != 'auto'
@@ -772,7 +792,7 @@ class _Plan:
         has_joined: bool,
         parameters: Mapping[str, tuple[Tensor, Tensor]],
         buffers: Mapping[str, tuple[Tensor, Tensor]],
-        buffer_mode: BufferMode,
+        is_averaged: Callable[[Tensor], bool],
         streams: Mapping[torch.device, SideStream],
         prepare: Callable[[Iterable[tuple[Tensor, Tensor]]], Callable[[Any], Any]],
         is_left_to_a_thread: Callable[[tuple[Tensor, Tensor]], bool],
@@ -784,7 +804,7 @@ class _Plan:
         self.sources = {name: source for name, (_, source) in (*parameters.items(), *buffers.items())}
         averaged, copied = [], []
         for pair in buffers.values():
-            (averaged if buffer_mode == 'average' and is_inexact(pair[0]) else copied).append(pair)
+            (averaged if is_averaged(pair[0]) else copied).append(pair)
         kinds = [list(parameters.values()), averaged, copied]
 
         left = [list(filter(is_left_to_a_thread, kind)) for kind in kinds]

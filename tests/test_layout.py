@@ -126,6 +126,26 @@ class TestInAShadow:
         assert averaged['1.weight'].unique().tolist() == [5.0]
         assert averaged['0.weight'].unique().tolist() == [7.0]
 
+    def test_a_model_of_small_vectors_alone_that_is_cast_is_followed(self):
+        model = nn.Sequential(nn.LayerNorm(4), nn.LayerNorm(4))
+        shadow = ShadowModel(model)
+        shadow.update(model, weight=1.0)
+        model.double()
+        nn.init.constant_(model[1].weight, 5.0)
+        shadow.update(model, weight=0.5)
+        averaged = dict(shadow.named_parameters())
+        assert averaged['0.weight'].tolist() == [1.0] * 4
+        assert averaged['1.weight'].tolist() == [3.0] * 4
+
+    @pytest.mark.filterwarnings('ignore:An output with one or more elements was resized')
+    def test_a_small_vector_that_changes_its_size_in_place_is_an_error_not_a_shift(self):
+        model = nn.Sequential(nn.LayerNorm(4), nn.LayerNorm(4))
+        shadow = ShadowModel(model)
+        shadow.update(model, weight=1.0)
+        model[1].weight.data = torch.ones(3)
+        with pytest.raises(RuntimeError, match='size'):
+            shadow.update(model, weight=0.5)
+
     def test_a_channels_last_model_is_averaged_to_the_same_values(self, model):
         plain, other = copy.deepcopy(model), copy.deepcopy(model).to(memory_format=torch.channels_last)
         shadows = [ShadowModel(plain), ShadowModel(other)]

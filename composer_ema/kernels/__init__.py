@@ -88,6 +88,12 @@ def prepare_many(
     return run
 
 
+def keeps_address(shadow: Tensor, source: Tensor, *, backend: str = 'auto', rules: Rules | None = None) -> bool:
+    """Whether a prepared step must be prepared anew when ``source`` moves to other memory without being replaced."""
+    is_foreach = choose([shadow], source, backend, rules or Rules())[0] == 'foreach'
+    return not is_foreach or foreach.keeps_address(shadow, source)
+
+
 def prepare_copy(shadows: Sequence[Tensor], sources: Sequence[Tensor]) -> Callable[[], None]:
     """Prepares a copy of ``sources`` into ``shadows``: tensors of equal shapes, any dtypes and devices.
 

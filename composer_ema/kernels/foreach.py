@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from composer_ema.kernels.layout import carve, packed, pieces, split_bundles, unzip
+from composer_ema.kernels.layout import can_be_bundled, carve, packed, pieces, split_bundles, unzip
 from composer_ema.kernels.rules import Rules, Steps
 
 # Elements of scratch: on CPU what stays in a core's cache, on an accelerator what fills the device.
@@ -31,13 +31,17 @@ def refusal(shadow: Tensor, source: Tensor, rules: Rules) -> str | None:
     return None
 
 
+def keeps_address(shadow: Tensor, source: Tensor) -> bool:
+    """Whether a step reads ``source`` where its memory was when it was prepared, and not wherever it is by then."""
+    return not (can_be_bundled(shadow, source) and source.dim() == 1)
+
+
 def prepare(shadow_sets: Sequence[Sequence[Tensor]], sources: Sequence[Tensor], rules: Rules) -> Steps:
     """Groups the pairs by dtype and device and returns a step that runs one fused call per group or chunk."""
     del rules  # those that matter were refused
-    # Detached, so that neither autograd nor a switch around every call is needed.
-    detached = _detached(sources)
-    calls = [_calls(_detached(shadows), detached) for shadows in shadow_sets]
+    calls = [_calls(_detached(shadows), sources) for shadows in shadow_sets]
 
+    @torch.no_grad()
     def step(weights: Sequence[float]) -> None:
         for calls_of_one, weight in zip(calls, weights, strict=True):
             for call in calls_of_one:
@@ -77,7 +81,7 @@ def _calls(shadows: Sequence[Tensor], sources: Sequence[Tensor]) -> list[Callabl
         if is_alike:
             calls.extend(_in_place(group_shadows, group_sources))
         else:
-            calls.extend(_through_scratch(group_shadows, group_sources, device, dtype))
+            calls.extend(_through_scratch(group_shadows, _detached(group_sources), device, dtype))
 
     return calls
 
@@ -113,11 +117,9 @@ def _lerp(shadows: list[Tensor], sources: list[Tensor], weight: float) -> None:
 
 
 def _gather_then_lerp(bundle: Tensor, parts: list[Tensor], scratch: Tensor, weight: float) -> None:
-    if weight == 1:
-        torch.cat(parts, out=bundle)
-    elif weight != 0:
+    if weight != 0:
         torch.cat(parts, out=scratch)
-        bundle.lerp_(scratch, weight)
+        _lerp([bundle], [scratch], weight)
 
 
 def _cast_then_lerp(shadows: list[Tensor], sources: list[Tensor], casts: list[Tensor], weight: float) -> None:

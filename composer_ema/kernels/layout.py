@@ -49,25 +49,31 @@ def side_by_side(tensors: Sequence[Tensor]) -> list[Tensor]:
     return placed
 
 
+def can_be_bundled(shadow: Tensor, source: Tensor) -> bool:
+    """Whether the two are small, on the CPU, and lie alike in one dtype."""
+    lie_alike = shadow.dtype == source.dtype and shadow.stride() == source.stride()
+    return lie_alike and _is_small(shadow) and _is_small(source)
+
+
 def split_bundles(
     shadows: Sequence[Tensor], sources: Sequence[Tensor]
 ) -> tuple[list[tuple[Tensor, list[Tensor]]], tuple[list[Tensor], list[Tensor]]]:
     """Finds the pairs whose shadows lie :func:`side_by_side`, and which lie as their sources do, in one dtype.
 
     Returns:
-        Bundles: one flat view of several shadows, and flat views of their sources, whose concatenation it follows.
-        And the shadows and sources that are left.
+        Bundles: one flat view of several shadows, and their sources, whose concatenation it follows: those of one
+        dimension themselves, of others flat views. And the shadows and sources that are left.
     """
     bundles: list[tuple[Tensor, list[Tensor]]] = []
     singles: list[tuple[Tensor, Tensor]] = []
     candidates: defaultdict[torch.dtype, list[tuple[Tensor, Tensor]]] = defaultdict(list)
     for shadow, source in zip(shadows, sources, strict=True):
-        is_candidate = _is_small(shadow) and _is_small(source) and _lie_alike(shadow, source)
-        (candidates[shadow.dtype] if is_candidate else singles).append((shadow, source))
+        (candidates[shadow.dtype] if can_be_bundled(shadow, source) else singles).append((shadow, source))
     for run in itertools.chain.from_iterable(map(_runs, candidates.values())):
         if len(run) > 1:
             size = sum(shadow.numel() for shadow, _ in run)
-            bundles.append((run[0][0].as_strided((size,), (1,)), [_flattened(source) for _, source in run]))
+            parts = [source if source.dim() == 1 else _flattened(source) for _, source in run]
+            bundles.append((run[0][0].as_strided((size,), (1,)), parts))
         else:
             singles.extend(run)
     return bundles, unzip(singles)
@@ -121,13 +127,9 @@ def _is_small(tensor: Tensor) -> bool:
 
 
 def _flattened(tensor: Tensor) -> Tensor:
-    view = flat(tensor)
+    view = flat(tensor.detach())
     assert view is not None
     return view
-
-
-def _lie_alike(shadow: Tensor, source: Tensor) -> bool:
-    return shadow.dtype == source.dtype and shadow.stride() == source.stride()
 
 
 def _runs(pairs: list[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
