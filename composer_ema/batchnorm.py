@@ -36,6 +36,7 @@ def update_bn(
     shadow: ShadowModel | None = None,
     forward: Forward | None = None,
     num_batches: int | None = None,
+    microbatch_size: float | None = None,
     synchronize: bool = True,
     progress_bar: bool = True,
 ) -> None:
@@ -59,7 +60,8 @@ def update_bn(
     Args:
         model: holds the weights; DDP and ``torch.compile`` are looked through. Its BatchNorm buffers are written,
             unless ``shadow`` is given.
-        dataloader: batches for ``model``, or a Composer ``DataSpec``, whose transforms are applied. It must not be in
+        dataloader: batches for ``model``, or a Composer ``DataSpec``, whose transforms are applied as its Trainer
+            does: ``batch_transforms`` before the batch is moved, ``microbatch_transforms`` after it. It must not be in
             the middle of another iteration with persistent workers.
         device: where batches go, however nested. Default: to the first parameter of ``model``.
         shadow: an average that follows ``model``. The statistics are computed for the average and kept in the
@@ -70,14 +72,16 @@ def update_bn(
             module the first item of a tuple or list, and a mapping as keyword arguments where its ``forward`` takes
             these, else whole.
         num_batches: stop after so many batches, on each process. Default: all.
+        microbatch_size: samples to run at once, for batches that do not fit the device's memory: each batch of a
+            ``DataSpec`` is split by its ``split_batch``, and each part counts as a batch above. Default: whole batches.
         synchronize: whether to combine the statistics of all processes, a collective call. False: this process's
             batches only, for a call on one rank; not for SyncBatchNorm.
         progress_bar: show one on rank 0 where standard error is a terminal and rich is installed.
 
     Raises:
-        TypeError: ``model`` is no module, as when the arguments are in the order of torch's function.
-        ValueError: no batch; the processes of a SyncBatchNorm model have different numbers of batches; ``shadow``
-            does not track the statistics, or is swapped into another model.
+        TypeError: an argument of another kind, as when they are in the order of torch's function.
+        ValueError: no batch; ``microbatch_size`` without a ``DataSpec``; the processes of a SyncBatchNorm model have
+            different numbers of batches; ``shadow`` does not track the statistics, or is swapped into another model.
         NotImplementedError: the model is sharded.
 
     Example:
@@ -90,6 +94,11 @@ def update_bn(
         raise TypeError(
             f'model must be a module, got {type(model).__name__}. The order is update_bn(model, dataloader), '
             "the other way round than torch's."
+        )
+    if shadow is not None and not isinstance(shadow, ShadowModel):
+        raise TypeError(
+            f'shadow must be a ShadowModel, got {type(shadow).__name__}. '
+            'Pass optimizer.shadow of an EMAOptimizer, ema.ema_model of EMA, or swa.swa_model of SWA.'
         )
     if num_batches is not None and (type(num_batches) is not int or num_batches < 1):
         raise ValueError(f'num_batches must be a whole number above 0, got {num_batches!r}. Leave it out for all.')
@@ -109,7 +118,8 @@ def update_bn(
         raise ValueError(
             'synchronize=False cannot take effect: SyncBatchNorm synchronizes all processes in its forward.'
         )
-    batches = _Batches(dataloader, _device_of(module) if device is None else torch.device(device), num_batches)
+    to = _device_of(module) if device is None else torch.device(device)
+    batches = _Batches(dataloader, to, num_batches, microbatch_size)
     with ExitStack() as stack:
         if shadow is not None:
             stack.enter_context(_holding_average(module, shadow, statistics))
@@ -180,13 +190,15 @@ class _Runs(nn.Module):
 class _Batches:
     """The batches of a loader, on a device, counted and shown."""
 
-    def __init__(self, dataloader: Any, device: torch.device, limit: int | None) -> None:
+    def __init__(self, dataloader: Any, device: torch.device, limit: int | None, microbatch_size: float | None) -> None:
         composer_core = sys.modules.get('composer.core')
-        self._transforms: Sequence[Callable[[Any], Any]] = ()
+        self._spec: Any = None
         if composer_core is not None and isinstance(dataloader, composer_core.DataSpec):
-            self._transforms = (dataloader.batch_transforms, dataloader.microbatch_transforms)
-            dataloader = dataloader.dataloader
+            self._spec, dataloader = dataloader, dataloader.dataloader
+        if microbatch_size is not None:
+            _check_microbatch_size(microbatch_size, self._spec)
         self._loader, self._device, self._limit = dataloader, device, limit
+        self._microbatch_size = microbatch_size
         self._on_batch: Callable[[], object] = lambda: None
         self.count = 0
 
@@ -198,12 +210,20 @@ class _Batches:
 
     def __iter__(self) -> Iterator[Any]:
         for batch in islice(self._loader, self._limit):
-            batch = _to_device(batch, self._device)
-            for transform in self._transforms:
-                batch = transform(batch)
-            self.count += 1
-            yield batch
+            for part in self._parts(batch):
+                self.count += 1
+                yield part
             self._on_batch()
+
+    def _parts(self, batch: Any) -> Iterator[Any]:
+        """What the model is run on for a batch, in the order in which Composer's Trainer transforms and moves it."""
+        spec = self._spec
+        if spec is None:
+            yield _to_device(batch, self._device)
+            return
+        batch = spec.batch_transforms(batch)
+        for part in [batch] if self._microbatch_size is None else spec.split_batch(batch, self._microbatch_size):
+            yield spec.microbatch_transforms(_to_device(part, self._device))
 
     @contextmanager
     def bar(self, *, shown: bool) -> Iterator[None]:
@@ -229,6 +249,17 @@ class _Batches:
         except TypeError:  # a DataLoader over an iterable data set
             length = None
         return min((n for n in (length, self._limit) if n is not None), default=None)
+
+
+def _check_microbatch_size(microbatch_size: float, spec: Any) -> None:
+    is_number = isinstance(microbatch_size, (int, float)) and not isinstance(microbatch_size, bool)
+    if not is_number or not microbatch_size > 0:
+        raise ValueError(f'microbatch_size must be a number of samples above 0, got {microbatch_size!r}.')
+    if spec is None:
+        raise ValueError(
+            f'microbatch_size={microbatch_size} needs a Composer DataSpec, which says how a batch is split. '
+            'Pass DataSpec(dataloader), or a loader of smaller batches.'
+        )
 
 
 def _to_device(batch: Any, device: torch.device) -> Any:

@@ -12,7 +12,7 @@ import torch
 from composer import Trainer
 from composer.algorithms import EMA as ComposerEMA
 from composer.algorithms import SWA as ComposerSWA
-from composer.core import Event, State, Time, get_precision_context
+from composer.core import DataSpec, Event, State, Time, get_precision_context
 from composer.loggers import Logger
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -33,7 +33,10 @@ log = logging.getLogger(__name__)
 # Schedulers step before the end of a batch or of an epoch; what comes last before the next step decides.
 _SETS_LEARNING_RATES = frozenset({Event.BATCH_START, Event.BATCH_END, Event.EPOCH_END})
 # Where an update may have been the last one, and evaluators, checkpoints or nothing follow.
-_MAY_END = frozenset({Event.BATCH_END, Event.EPOCH_END, Event.ITERATION_END, Event.FIT_END})
+_MAY_END = frozenset({
+    Event.BATCH_END, Event.EPOCH_END, Event.ITERATION_END, Event.FIT_END,
+    Event.BATCH_CHECKPOINT, Event.EPOCH_CHECKPOINT,  # an evaluation before these may have stopped the run
+})  # fmt: skip
 _ANNEALING, _REFRESHED_AT = 'annealing', 'refreshed_at'
 _STATISTICS = ('running_mean', 'running_var', 'num_batches_tracked')
 
@@ -66,7 +69,8 @@ class SWA(WeightAverage):
             ``'0.05dur'``.
         refresh_batchnorm: whether the statistics are computed anew at the end, by a pass over the training data: True
             for as many batches as an epoch has, or a number of batches, or a time string (ba, ep) of at most one epoch.
-            See :func:`composer_ema.update_bn`. Default: True.
+            Batches are transformed and split into microbatches as in training. See :func:`composer_ema.update_bn`.
+            Default: True.
         avg_fn, multi_avg_fn: instead of the equal average, a function that makes it, as for
             :class:`~composer_ema.ShadowModel`. Not saved: pass it again on resuming.
         buffers, include, exclude, shadow_dtype, shadow_device, skip_nonfinite, rounding, seed, log_interval: see
@@ -281,7 +285,7 @@ class SWA(WeightAverage):
                 f'refresh_batchnorm={self._arguments["refresh_batchnorm"]} needs statistics that include and exclude '
                 f'leave out: {listed(untracked)}. Let them pass, or set refresh_batchnorm=False.'
             )
-        self._batches_to_refresh(state)  # raises where that cannot be told
+        self._batches_to_refresh(state), _training_data(state)  # raise where these cannot be told
 
     def _batches_to_refresh(self, state: State) -> int:
         refresh = self._refresh
@@ -320,6 +324,7 @@ class SWA(WeightAverage):
                 _training_data(state),
                 shadow=self._shadow,
                 num_batches=batches,
+                microbatch_size=state.device_train_microbatch_size,
                 progress_bar=False,
             )
 
@@ -397,10 +402,11 @@ def _layers(module: nn.Module) -> dict[str, _BatchNorm]:
     return {canonical_name(name): layer for name, layer in layers.items() if layer.running_mean is not None}
 
 
-def _training_data(state: State) -> Any:
-    """The Trainer's DataSpec, which alone knows the transforms of its batches; no event hands it over.
+def _training_data(state: State) -> DataSpec:
+    """The data of the Trainer on whose behalf the event runs.
 
-    It is taken from the Trainer on whose behalf the event runs. Without one, the loader itself.
+    The Trainer alone knows how a batch is transformed and split, and in Composer 0.32.1 neither State nor an event
+    leads to it. Take it from there once one does.
     """
     frame = sys._getframe()
     while frame is not None:
@@ -408,7 +414,10 @@ def _training_data(state: State) -> Any:
         if isinstance(trainer, Trainer) and trainer.state is state and trainer._train_data_spec is not None:
             return trainer._train_data_spec
         frame = frame.f_back
-    return state.train_dataloader
+    raise RuntimeError(
+        'refresh_batchnorm needs the training data of a Trainer, but none runs this event. '
+        'Set refresh_batchnorm=False, and call update_bn(model, data, shadow=swa.swa_model) after training.'
+    )
 
 
 def _check_own(state: Mapping[str, Any]) -> tuple[Mapping[str, Any] | None, list[int] | None]:

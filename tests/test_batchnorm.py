@@ -191,6 +191,43 @@ def test_a_composer_model_takes_the_whole_batch_and_a_data_spec_its_transforms()
 
 
 @needs_composer
+def test_a_data_spec_is_transformed_moved_and_split_as_composers_trainer_does():
+    from composer import DataSpec
+
+    order = []
+
+    def note(what, batch):
+        order.append((what, batch.device.type, len(batch)))
+        return batch
+
+    spec = DataSpec(
+        images(1, size=6),
+        batch_transforms=lambda batch: note('batch', batch),
+        microbatch_transforms=lambda batch: note('microbatch', batch),
+    )
+    model = network()
+    update_bn(model, spec, 'meta', microbatch_size=4, forward=lambda model, batch: model(torch.ones(batch.shape)))
+    assert order == [('batch', 'cpu', 6), ('microbatch', 'meta', 4), ('microbatch', 'meta', 2)]
+    assert model[1].num_batches_tracked == 2
+
+    parts, together = network(), network()
+    update_bn(parts, DataSpec(images()), microbatch_size=2)
+    update_bn(together, [part for batch in images() for part in batch.split(2)])
+    assert_same_bits(statistics(parts), statistics(together))
+
+
+@pytest.mark.parametrize('size', [0, -1, True, '4'])
+def test_a_microbatch_of_no_samples_is_refused(size):
+    with pytest.raises(ValueError, match='microbatch_size must be a number of samples above 0'):
+        update_bn(network(), images(), microbatch_size=size)
+
+
+def test_a_microbatch_needs_a_data_spec_that_splits():
+    with pytest.raises(ValueError, match=r'microbatch_size=4 needs a Composer DataSpec.* Pass DataSpec\(dataloader\)'):
+        update_bn(network(), images(), microbatch_size=4)
+
+
+@needs_composer
 def test_a_composer_classifier_is_run_on_pairs():
     import toy
 
@@ -363,6 +400,12 @@ def test_statistics_of_an_average_in_float32_of_a_bfloat16_model_keep_their_dtyp
     assert dict(shadow.named_buffers())['1.running_mean'].dtype == torch.float32
     assert dict(shadow.named_buffers())['1.running_mean'].abs().sum() > 0
     assert model[1].running_mean.abs().sum() == 0
+
+
+@pytest.mark.parametrize('shadow', [network(), torch.optim.SGD(network().parameters(), lr=1.0)])
+def test_what_is_no_shadow_is_refused(shadow):
+    with pytest.raises(TypeError, match=r'shadow must be a ShadowModel, got .* Pass optimizer\.shadow'):
+        update_bn(network(), images(), shadow=shadow)
 
 
 def test_a_shadow_without_the_statistics_is_refused_by_name():

@@ -4,6 +4,7 @@ What every average has to hold in a Composer run is tested in test_contract.py, 
 """
 
 import copy
+import functools
 import inspect
 import itertools
 import logging
@@ -340,6 +341,29 @@ def test_the_transforms_of_the_trainers_data_are_applied(trainer):
         torch.testing.assert_close(held(swa)[name], value, rtol=1e-5, atol=1e-5)
 
 
+def test_batches_are_transformed_and_split_as_in_training(trainer):
+    seen: dict[bool, list] = {True: [], False: []}
+
+    def note(what: str, batch):
+        seen[torch.is_grad_enabled()].append((what, len(batch[0])))
+        return batch
+
+    data = DataSpec(
+        make_data().dataloader,
+        batch_transforms=functools.partial(note, 'batch'),
+        microbatch_transforms=functools.partial(note, 'microbatch'),
+        get_num_tokens_in_batch=lambda batch: 0,
+    )
+    counting = Counting()
+    trainer(
+        [SWA('1ep', update_interval='1ba')], callbacks=[counting], train_dataloader=data, max_duration='3ep',
+        device_train_microbatch_size=2,
+    ).fit()  # fmt: skip
+    assert counting.sizes == [2, 2, 2, 2, 2]
+    assert seen[False][:3] == [('batch', 4), ('microbatch', 2), ('microbatch', 2)]
+    assert seen[False] == seen[True][: len(seen[True]) // 3]
+
+
 def test_a_model_without_batchnorm_says_so_in_the_log(trainer, caplog):
     torch.manual_seed(0)
     model = ComposerClassifier(nn.Sequential(nn.Flatten(), nn.Linear(36, 3)), num_classes=3)
@@ -380,6 +404,22 @@ def test_stopped_early_the_statistics_are_refreshed_too(trainer):
     swa, counting = SWA('2ba', update_interval='1ba'), Counting()
     trainer([swa], callbacks=[Stop(), counting], max_duration='3ep').fit()
     assert counting.sizes == [4, 4, 2]
+
+
+@pytest.mark.parametrize('interval', ['1ba', '1ep'])
+def test_stopped_by_an_evaluation_the_last_checkpoint_has_the_refreshed_statistics(trainer, tmp_path, interval):
+    class Stop(Callback):
+        def eval_end(self, state, logger) -> None:
+            if state.timestamp.batch == 2 * toy.EPOCH:
+                state.stop_training()
+
+    swa, counting = SWA('1ep', update_interval='1ba'), Counting()
+    trainer(
+        [swa], callbacks=[Stop(), counting], max_duration='4ep', eval_dataloader=make_evaluator(interval=interval),
+        save_folder=str(tmp_path), save_interval=interval,
+    ).fit()  # fmt: skip
+    assert counting.sizes == [4, 4, 2]
+    assert bits(load_average(tmp_path / 'latest-rank0.pt')) == bits(held(swa))
 
 
 # Checkpoints
