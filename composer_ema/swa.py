@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import sys
@@ -68,9 +69,9 @@ class SWA(WeightAverage):
         anneal_length: time string (ba, ep, sp, tok, dur) of the way to ``swa_lr``, followed batch by batch. Default:
             ``'0.05dur'``.
         refresh_batchnorm: whether the statistics are computed anew at the end, by a pass over the training data: True
-            for as many batches as an epoch has, or a number of batches, or a time string (ba, ep) of at most one epoch.
-            Batches are transformed and split into microbatches as in training. See :func:`composer_ema.update_bn`.
-            Default: True.
+            for as many batches as an epoch has, or at most so many batches, or a time string (ba, ep) of at most one
+            epoch. Batches are transformed and split into microbatches as in training, see
+            :func:`composer_ema.update_bn`. Default: True.
         avg_fn, multi_avg_fn: instead of the equal average, a function that makes it, as for
             :class:`~composer_ema.ShadowModel`. Not saved: pass it again on resuming.
         buffers, include, exclude, shadow_dtype, shadow_device, skip_nonfinite, rounding, seed, log_interval: see
@@ -223,12 +224,22 @@ class SWA(WeightAverage):
 
     def _check_run(self, state: State) -> None:
         super()._check_run(state)
-        if self._annealing is not None:
+        if self._annealing is None:
+            self._warn_of_annealing_to_nothing()
+        else:
             self._annealing.check(state.optimizers)
             self._warn_if_not_reached(state, self._annealing.length)
         self._warn_of_a_single_update(state)
         if self._refresh is not False and (layers := _layers(unwrap(state.model))):
             self._check_refresh(layers, state)
+
+    def _warn_of_annealing_to_nothing(self) -> None:
+        for name in ('anneal_strategy', 'anneal_length'):
+            if self._arguments[name] != inspect.signature(SWA).parameters[name].default:
+                warn(
+                    f'{name}={self._arguments[name]!r} has no effect without swa_lr: the learning rate is left alone. '
+                    f'Pass swa_lr, or leave {name} out.'
+                )
 
     def _warn_if_not_reached(self, state: State, length: Span) -> None:
         span, start = resolve_share(length, state, 'anneal_length'), resolve_share(self._start, state, 'swa_start')
@@ -288,16 +299,16 @@ class SWA(WeightAverage):
         self._batches_to_refresh(state), _training_data(state)  # raise where these cannot be told
 
     def _batches_to_refresh(self, state: State) -> int:
-        refresh = self._refresh
+        refresh, epoch = self._refresh, state.dataloader_len
         if isinstance(refresh, int) and not isinstance(refresh, bool):
-            return refresh
-        if state.dataloader_len is None:
+            return refresh if epoch is None else min(refresh, epoch.value)
+        if epoch is None:
             raise ValueError(
                 f'refresh_batchnorm={self._arguments["refresh_batchnorm"]!r} is a share of an epoch, but the '
                 "dataloader has no length. Pass a number of batches, such as refresh_batchnorm='100ba'."
             )
         share = refresh.value if isinstance(refresh, Span) else 1.0
-        return max(1, math.ceil(share * state.dataloader_len.value - 1e-9))
+        return max(1, math.ceil(share * epoch.value - 1e-9))
 
     def _is_refresh_due(self, event: Event, state: State) -> bool:
         if self._refresh is False or event not in _MAY_END or not self._has_average:

@@ -321,9 +321,10 @@ def test_as_many_batches_as_asked_for_are_run_once(trainer, refresh, sizes):
     assert counting.sizes == sizes
 
 
-def test_a_subset_of_an_epoch_is_refreshed_with_a_subset(trainer):
-    counting = Counting()
-    trainer([SWA('1ep')], callbacks=[counting], max_duration='3ep', train_subset_num_batches=2).fit()
+@pytest.mark.parametrize('refresh', [True, 7])
+def test_a_subset_of_an_epoch_is_refreshed_with_a_subset(trainer, refresh):
+    swa, counting = SWA('1ep', refresh_batchnorm=refresh), Counting()
+    trainer([swa], callbacks=[counting], max_duration='3ep', train_subset_num_batches=2).fit()
     assert counting.sizes == [4, 4]
 
 
@@ -606,6 +607,8 @@ def test_positional_arguments_of_composers_swa_are_told_what_to_write(build):
         ({'swa_start': '9ba'}, '2ep', r"swa_start='9ba' is longer than the run of 6 batches: no average"),
         ({'swa_start': '1ep', 'update_interval': '4ep'}, '3ep', r"update_interval='4ep' is longer than the run"),
         ({'swa_start': '1ep', 'swa_lr': 0.1, 'anneal_length': '3ep'}, '3ep', r"anneal_length='3ep' is longer than"),
+        ({'swa_start': '1ep', 'anneal_length': '1ep'}, '3ep', r"anneal_length='1ep' has no effect without swa_lr"),
+        ({'swa_start': '1ep', 'anneal_strategy': 'cos'}, '3ep', r"anneal_strategy='cos' has no effect without swa_lr"),
     ],
 )  # fmt: skip
 @pytest.mark.filterwarnings('ignore:training ended before the first update:UserWarning')
