@@ -120,9 +120,10 @@ class EMA(WeightAverage):
         is_given = half_life is not None and half_life is not _DEFAULT_HALF_LIFE
         if avg_fn is not None or multi_avg_fn is not None:
             if is_given or smoothing is not None:
+                given = f'half_life={str(half_life)!r}' if is_given else f'smoothing={smoothing}'
                 raise ValueError(
-                    'avg_fn and multi_avg_fn decide how much of the average is kept, got also '
-                    f'half_life={str(half_life)!r} and smoothing={smoothing}. Pass one of them.'
+                    f'avg_fn and multi_avg_fn decide how much of the average is kept, so {given} has no effect. '
+                    'Leave it out.'
                 )
         elif smoothing is not None:
             if is_given:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack, contextmanager
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,12 +25,15 @@ from composer_ema.naming import Inventory, listed
 from composer_ema.shadow import ShadowModel
 from composer_ema.sharding import is_sharded, unwrap
 
+if TYPE_CHECKING:  # this module works without Composer
+    from composer.core import DataSpec
+
 Forward = Callable[[nn.Module, Any], Any]
 
 
 def update_bn(
     model: nn.Module,
-    dataloader: Iterable[Any],
+    dataloader: Iterable[Any] | DataSpec,
     device: torch.device | str | int | None = None,
     *,
     shadow: ShadowModel | None = None,

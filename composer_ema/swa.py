@@ -296,7 +296,9 @@ class SWA(WeightAverage):
                 f'refresh_batchnorm={self._arguments["refresh_batchnorm"]} needs statistics that include and exclude '
                 f'leave out: {listed(untracked)}. Let them pass, or set refresh_batchnorm=False.'
             )
-        self._batches_to_refresh(state), _training_data(state)  # raise where these cannot be told
+        # Both raise where they cannot tell.
+        self._batches_to_refresh(state)
+        _training_data(state)
 
     def _batches_to_refresh(self, state: State) -> int:
         refresh, epoch = self._refresh, state.dataloader_len
