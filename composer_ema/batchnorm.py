@@ -112,7 +112,7 @@ def update_bn(
     layers = _layers(module)
     if not layers:
         return
-    statistics = _names_of_statistics(module, layers)
+    statistics = statistics_of(module)
     if shadow is not None:
         _check_tracked(shadow, statistics)
     processes = _world_size()
@@ -140,6 +140,12 @@ def update_bn(
             )
 
 
+def statistics_of(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers of the BatchNorm layers that keep statistics, by canonical name, aliased."""
+    owned = {id(buffer) for layer in _layers(module) for buffer in layer._buffers.values()}
+    return {name: buffer for name, buffer in Inventory.of(module).buffers.items() if id(buffer) in owned}
+
+
 def default_forward(model: nn.Module, batch: Any) -> Any:
     """Runs a module on a batch the way its kind takes it, see :func:`update_bn`."""
     composer_models = sys.modules.get('composer.models')  # without it there is no ComposerModel
@@ -163,11 +169,6 @@ def _takes_keywords(model: nn.Module, batch: Mapping[str, Any]) -> bool:
 def _layers(module: nn.Module) -> list[_BatchNorm]:
     """The BatchNorm layers that keep statistics."""
     return [layer for layer in module.modules() if isinstance(layer, _BatchNorm) and layer.running_mean is not None]
-
-
-def _names_of_statistics(module: nn.Module, layers: Iterable[_BatchNorm]) -> dict[str, Tensor]:
-    owned = {id(buffer) for layer in layers for buffer in layer._buffers.values()}
-    return {name: buffer for name, buffer in Inventory.of(module).buffers.items() if id(buffer) in owned}
 
 
 def _check_tracked(shadow: ShadowModel, statistics: Mapping[str, Tensor]) -> None:

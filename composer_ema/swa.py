@@ -6,7 +6,7 @@ import inspect
 import logging
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,16 +16,15 @@ from composer.algorithms import SWA as ComposerSWA
 from composer.core import DataSpec, Event, State, Time, get_precision_context
 from composer.loggers import Logger
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from composer_ema.annealing import Annealing, check_state, check_strategy
 from composer_ema.averages import equal_weight
-from composer_ema.batchnorm import update_bn
+from composer_ema.batchnorm import statistics_of, update_bn
 from composer_ema.clock import Clock, read_clock, resolve_share, run_length
 from composer_ema.custom import AvgFn, MultiAvgFn
 from composer_ema.naming import listed
 from composer_ema.shadow import BufferMode, Rounding, ShadowModel
-from composer_ema.sharding import canonical_name, unwrap
+from composer_ema.sharding import unwrap
 from composer_ema.spans import Span
 from composer_ema.weight_average import WeightAverage, check_clock, warn
 
@@ -39,7 +38,6 @@ _MAY_END = frozenset({
     Event.BATCH_CHECKPOINT, Event.EPOCH_CHECKPOINT,  # an evaluation before these may have stopped the run
 })  # fmt: skip
 _ANNEALING, _REFRESHED_AT = 'annealing', 'refreshed_at'
-_STATISTICS = ('running_mean', 'running_var', 'num_batches_tracked')
 
 
 class SWA(WeightAverage):
@@ -230,8 +228,8 @@ class SWA(WeightAverage):
             self._annealing.check(state.optimizers)
             self._warn_if_not_reached(state, self._annealing.length)
         self._warn_of_a_single_update(state)
-        if self._refresh is not False and (layers := _layers(unwrap(state.model))):
-            self._check_refresh(layers, state)
+        if self._refresh is not False and (statistics := statistics_of(unwrap(state.model))):
+            self._check_refresh(statistics, state)
 
     def _warn_of_annealing_to_nothing(self) -> None:
         for name in ('anneal_strategy', 'anneal_length'):
@@ -287,10 +285,9 @@ class SWA(WeightAverage):
 
     # BatchNorm
 
-    def _check_refresh(self, layers: Mapping[str, _BatchNorm], state: State) -> None:
+    def _check_refresh(self, statistics: Iterable[str], state: State) -> None:
         tracked = {name for name, _ in self._require_shadow().named_buffers()}
-        wanted = [f'{name}.{statistic}'.removeprefix('.') for name in layers for statistic in _STATISTICS]
-        untracked = [name for name in wanted if name not in tracked]
+        untracked = [name for name in statistics if name not in tracked]
         if untracked:
             raise ValueError(
                 f'refresh_batchnorm={self._arguments["refresh_batchnorm"]} needs statistics that include and exclude '
@@ -326,7 +323,7 @@ class SWA(WeightAverage):
 
     def _refresh_batchnorm(self, state: State) -> None:
         self._refreshed_at = self._moment(state)
-        if not _layers(unwrap(state.model)):
+        if not statistics_of(unwrap(state.model)):
             log.info('refresh_batchnorm: the model has no BatchNorm layer with statistics, so none are computed')
             return
         batches = self._batches_to_refresh(state)
@@ -407,12 +404,6 @@ def _parse_refresh(refresh: bool | int | str | Time) -> bool | int | Span:
     if span.value > 1:
         raise ValueError(f"refresh_batchnorm takes at most one epoch, got '{span}'. Pass True for a whole one.")
     return span
-
-
-def _layers(module: nn.Module) -> dict[str, _BatchNorm]:
-    """The BatchNorm layers that keep statistics, by name."""
-    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, _BatchNorm)}
-    return {canonical_name(name): layer for name, layer in layers.items() if layer.running_mean is not None}
 
 
 def _training_data(state: State) -> DataSpec:
