@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     optimizer = EMAOptimizer(
         torch.optim.AdamW(model.parameters(), lr=options.lr), half_life=options.half_life, model=model
     )
-    epoch, done = load(options.checkpoint, model, optimizer)
+    epoch, done = load(options, model, optimizer)
 
     while epoch < options.epochs:
         order = shuffled(len(inputs), options.seed, epoch).to(device)
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 done += 1
                 bar.update()
                 if done % options.save_every == 0 and done < len(batches):
-                    save(options.checkpoint, model, optimizer, epoch, done)
+                    save(options, model, optimizer, epoch, done)
         training = accuracy(model, test_inputs, test_labels)
         with optimizer.swap_ema_weights():
             averaged = accuracy(model, test_inputs, test_labels)
@@ -55,21 +55,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f'epoch {epoch + 1}: accuracy {training:.4f} with the training weights, {averaged:.4f} with the average'
         )
         epoch, done = epoch + 1, 0
-        save(options.checkpoint, model, optimizer, epoch, done)
+        save(options, model, optimizer, epoch, done)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0] if __doc__ else None)
-    parser.add_argument('--epochs', type=int, default=5)
-    parser.add_argument('--batch-size', type=int, default=128)
+    parser.add_argument('--epochs', type=at_least_one, default=5)
+    parser.add_argument('--batch-size', type=at_least_one, default=128)
     parser.add_argument('--lr', type=float, default=3e-3)
     parser.add_argument('--half-life', type=float, default=300, help='of the average, in steps')
     parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--limit', type=int, help='train and test on the first so many images')
+    parser.add_argument('--limit', type=at_least_one, help='train and test on the first so many images')
     parser.add_argument('--root', type=Path, help='folder with Fashion-MNIST, looked into before the usual places')
     parser.add_argument('--checkpoint', type=Path, default=Path('plain_loop.pt'), help='file to go on from')
-    parser.add_argument('--save-every', type=int, default=100, help='batches between two checkpoints')
+    parser.add_argument('--save-every', type=at_least_one, default=100, help='batches between two checkpoints')
     return parser.parse_args(arguments)
+
+
+def at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f'must be at least 1, got {number}')
+    return number
 
 
 def build_model() -> nn.Module:
@@ -103,24 +110,36 @@ def accuracy(model: nn.Module, inputs: Tensor, labels: Tensor) -> float:
     return correct / len(labels)
 
 
-def save(path: Path, model: nn.Module, optimizer: EMAOptimizer, epoch: int, done: int) -> None:
+def save(options: argparse.Namespace, model: nn.Module, optimizer: EMAOptimizer, epoch: int, done: int) -> None:
     """Written beside and renamed, so that whenever the process is killed, a whole checkpoint is there."""
+    path = options.checkpoint
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f'.{path.name}.unfinished')
     state = {'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'epoch': epoch, 'done': done}
-    torch.save(state, beside)
+    torch.save({**state, 'data': what_orders_the_data(options)}, beside)
     beside.replace(path)
 
 
-def load(path: Path, model: nn.Module, optimizer: EMAOptimizer) -> tuple[int, int]:
+def load(options: argparse.Namespace, model: nn.Module, optimizer: EMAOptimizer) -> tuple[int, int]:
     """The epoch to go on with, and how many of its batches are done."""
+    path = options.checkpoint
     if not path.exists():
         return 0, 0
     state = torch.load(path, weights_only=True, map_location='cpu')
+    if state['data'] != what_orders_the_data(options):
+        raise SystemExit(
+            f'{path} belongs to a run with {state["data"]}, this one has {what_orders_the_data(options)}. '
+            'Pass the same, or another --checkpoint.'
+        )
     model.load_state_dict(state['model'])
     optimizer.load_state_dict(state['optimizer'])
-    print(f'going on from {path}: epoch {state["epoch"] + 1}, {state["done"]} batches done')
+    print(f'going on from {path}: {state["epoch"]} epochs and {state["done"]} batches done')
     return state['epoch'], state['done']
+
+
+def what_orders_the_data(options: argparse.Namespace) -> dict[str, int | None]:
+    """What a resumed run must have in common with the one that it goes on with."""
+    return {name: getattr(options, name) for name in ('seed', 'batch_size', 'limit')}
 
 
 if __name__ == '__main__':

@@ -43,8 +43,9 @@ PROGRAM = textwrap.dedent("""
 """)
 
 
-def start(checkpoint: Path, *, epochs: int) -> subprocess.Popen[str]:
-    options = ['--checkpoint', checkpoint, '--epochs', epochs, '--batch-size', 50, '--limit', 500, '--save-every', 3]
+def start(checkpoint: Path, *, epochs: int, batch_size: int = 50, save_every: int = 3) -> subprocess.Popen[str]:
+    options = ['--checkpoint', checkpoint, '--epochs', epochs, '--batch-size', batch_size]
+    options += ['--limit', 500, '--save-every', save_every]
     return subprocess.Popen(
         [sys.executable, '-c', PROGRAM, *map(str, options), '--half-life', '5'],
         cwd=ROOT,
@@ -92,12 +93,31 @@ def test_plain_loop_killed_twice_ends_with_the_bits_of_an_uninterrupted_run(tmp_
         assert (0, 0) < progress(killed) < (epochs, 0)
         reached = progress(killed)
     output, _ = finished(start(killed, epochs=epochs))
-    assert f'going on from {killed}: epoch {reached[0] + 1}, {reached[1]} batches done' in output
+    assert f'going on from {killed}: {reached[0]} epochs and {reached[1]} batches done' in output
 
     ends = [torch.load(path, weights_only=True) for path in (whole, killed)]
     assert_same(*ends)
     assert ends[0]['epoch'] == epochs
     assert ends[0]['optimizer']['ema']['num_steps'] == epochs * 10
+
+
+def test_plain_loop_refuses_the_checkpoint_of_a_run_with_data_in_another_order(tmp_path):
+    checkpoint = tmp_path / 'run.pt'
+    finished(start(checkpoint, epochs=1))
+    before = checkpoint.read_bytes()
+    other = start(checkpoint, epochs=2, batch_size=20)
+    _, errors = other.communicate(timeout=60)
+    assert other.returncode == 1
+    assert "belongs to a run with {'seed': 0, 'batch_size': 50, 'limit': 500}, this one has" in errors
+    assert 'Pass the same, or another --checkpoint.' in errors
+    assert checkpoint.read_bytes() == before
+
+
+def test_plain_loop_takes_no_number_below_one(tmp_path):
+    process = start(tmp_path / 'run.pt', epochs=1, save_every=0)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert '--save-every: must be at least 1, got 0' in errors
 
 
 def test_plain_loop_learns_fashion_mnist_and_the_average_is_evaluated(tmp_path):
