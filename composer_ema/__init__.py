@@ -2,15 +2,15 @@
 
 from typing import TYPE_CHECKING, Any
 
-from composer_ema.batchnorm import update_bn  # BatchNorm's statistics for the weights held now, or for an average
-from composer_ema.functional import compute_ema  # one functional update
-from composer_ema.optimizer import EMAOptimizer  # averages after each step of any optimizer, in any loop
-from composer_ema.shadow import ShadowModel  # the averaged copy: update, swap, state
 from composer_ema.version import __version__  # the package's version
 
 if TYPE_CHECKING:
     from composer_ema.algorithm import EMA  # the Composer algorithm
+    from composer_ema.batchnorm import update_bn  # BatchNorm's statistics for the weights held now, or for an average
     from composer_ema.checkpoint import CheckpointError, export, load_average  # the average of a checkpoint
+    from composer_ema.functional import compute_ema  # one functional update
+    from composer_ema.optimizer import EMAOptimizer  # averages after each step of any optimizer, in any loop
+    from composer_ema.shadow import ShadowModel  # the averaged copy: update, swap, state
     from composer_ema.swa import SWA  # the Composer algorithm for an equal average
 
 __all__ = [
@@ -26,13 +26,17 @@ __all__ = [
     'update_bn',
 ]
 
-#: Names that are imported on first use, since Composer is not needed for the others.
+#: Where each name comes from on first use: Composer is not needed for all, nor torch for the command line's help.
 _LAZY = {
     'EMA': 'composer_ema.algorithm',
     'SWA': 'composer_ema.swa',
     'CheckpointError': 'composer_ema.checkpoint',
+    'EMAOptimizer': 'composer_ema.optimizer',
+    'ShadowModel': 'composer_ema.shadow',
+    'compute_ema': 'composer_ema.functional',
     'export': 'composer_ema.checkpoint',
     'load_average': 'composer_ema.checkpoint',
+    'update_bn': 'composer_ema.batchnorm',
 }
 
 
@@ -42,7 +46,7 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     try:
-        return getattr(importlib.import_module(_LAZY[name]), name)
+        value = getattr(importlib.import_module(_LAZY[name]), name)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split('.')[0] != 'composer':
             raise
@@ -50,3 +54,9 @@ def __getattr__(name: str) -> Any:
             f'composer_ema.{name} needs MosaicML Composer, which is not installed. '
             "Install it with: pip install 'composer-ema[composer]'"
         ) from error
+    globals()[name] = value  # compute_ema is called after every step
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

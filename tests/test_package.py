@@ -193,6 +193,29 @@ def test_importing_the_package_does_not_import_composer():
     subprocess.run([sys.executable, '-c', program], cwd=ROOT.parent, check=True, timeout=120)
 
 
+@pytest.mark.skipif(not HAS_COMPOSER, reason='the commands come with Composer')
+def test_the_help_of_the_commands_costs_no_torch():
+    program = """
+        import sys
+        from composer_ema import cli
+        sys.argv = ['composer-ema', 'plot', '--help']
+        try:
+            cli.main()
+        except SystemExit as done:
+            assert done.code == 0
+        heavy = {'torch', 'numpy', 'composer', 'matplotlib', 'omegaconf'} & sys.modules.keys()
+        assert not heavy, heavy
+    """
+    subprocess.run([sys.executable, '-c', textwrap.dedent(program)], cwd=ROOT.parent, check=True, timeout=120)
+
+
+def test_every_public_name_is_listed_by_dir_and_imported_by_a_star():
+    assert set(composer_ema.__all__) <= set(dir(composer_ema))
+    names: dict = {}
+    exec('from composer_ema import *', names)
+    assert set(composer_ema.__all__) <= names.keys()
+
+
 PRESENT = {part_of(path) for path in sources()}
 CORE = [*(MAY_IMPORT.keys() & PRESENT) - MAY_NAME_COMPOSER, 'batchnorm', 'checkpoint']
 CORE += ['clock', 'weight_average', 'algorithm', 'swa'] if HAS_COMPOSER else []
