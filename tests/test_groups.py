@@ -140,7 +140,7 @@ def test_every_optimizer_resumes_exactly(recipe, name):
         (
             {'name': 'adam', 'param_groups': [{'match': 'a', 'lr': -1.0}]},
             {},
-            'optimizer.param_groups.0',
+            'optimizer.param_groups.0.lr',
             'Invalid learning rate: -1.0',
         ),
         (

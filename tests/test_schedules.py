@@ -20,6 +20,7 @@ from torch.optim.swa_utils import SWALR
 from composer_ema.recipe import registry, run, schema
 from composer_ema.recipe.arguments import RecipeError
 from composer_ema.recipe.build import build
+from composer_ema.recipe.data import DATASETS
 from composer_ema.recipe.outline import Outline
 from composer_ema.recipe.schedules import Length
 
@@ -335,6 +336,22 @@ REFUSED: list[tuple[Any, dict[str, Any], str, str]] = [
     ({'name': 'one_cycle_lr', 'max_lr': 1}, {'optimizer': {'name': 'adagrad'}}, 'scheduler', 'must support momentum'),
     ({'name': 'cosine_annealing_lr', 'T_max': 'long'}, {}, 'scheduler.T_max', 'must be an integer'),
     ({'name': 'step_lr'}, {}, 'scheduler', 'StepLR needs step_size'),
+    ({'name': 'step_lr', 'step_size': 0}, {}, 'scheduler.step_size', 'must be at least 1, got 0'),
+    ({'name': 'cosine_annealing_lr', 'T_max': 0}, {}, 'scheduler.T_max', 'must be at least 1, got 0'),
+    (
+        {'name': 'one_cycle_lr', 'max_lr': 1, 'steps_per_epoch': 0},
+        {},
+        'scheduler.steps_per_epoch',
+        'must be at least 1, got 0',
+    ),
+    (
+        {'name': 'cyclic_lr', 'base_lr': 0.1, 'max_lr': 1, 'step_size_up': 0},
+        {},
+        'scheduler.step_size_up',
+        'must be at least 1, got 0',
+    ),
+    ({'name': 'multi_step_lr', 'milestones': 5}, {}, 'scheduler.milestones', 'a list, each entry an integer, got 5'),
+    ({'name': 'multi_step_lr', 'milestones': ['a']}, {}, 'scheduler.milestones', 'a list, each entry an integer'),
     ({'name': 'step_lr', 'step_size': 2, 'last_epoch': 3}, {}, 'scheduler.last_epoch', 'no such argument'),
     ({'name': 'step_lr', 'step_size': 2, 'metric': 'a/b'}, {}, 'scheduler.metric', 'watches no metric'),
     ({'name': 'linear_lr', 'interval': 'iter'}, {}, 'scheduler.interval', 'must be batch or epoch'),
@@ -374,7 +391,7 @@ REFUSED: list[tuple[Any, dict[str, Any], str, str]] = [
     ({**PLATEAU, 'metric': 'eval_training/Accuracy'}, {}, 'scheduler.metric', 'eval_training/MulticlassAccuracy'),
     ({**ACCURACY, 'mode': 'min'}, {}, 'scheduler.mode', 'Write max, or leave it out'),
     ({**PLATEAU, 'mode': 'most'}, {}, 'scheduler.mode', 'one of min, max'),
-    ({**PLATEAU, 'factor': 2.0}, {}, 'scheduler', 'Factor should be < 1.0'),
+    ({**PLATEAU, 'factor': 2.0}, {}, 'scheduler.factor', 'Factor should be < 1.0, got 2.0.'),
     ({**PLATEAU, 'interval': 'epoch'}, {}, 'scheduler.interval', 'which eval_interval times'),
     (PLATEAU, {'step_schedulers_every_batch': True}, 'step_schedulers_every_batch', 'Leave it out'),
     (PLATEAU, {'evaluate': []}, 'scheduler.metric', 'the run evaluates nothing'),
@@ -411,13 +428,50 @@ def test_refused_before_data_is_touched(tmp_path, monkeypatch, scheduler, values
         ({'name': 'cosine_with_warmup', 't_warmup': '1ba', 't_max': '9ba'}, {}, 'scheduler.t_max', 't_max'),
     ],
 )
-def test_what_does_not_fit_the_length_of_the_run_is_refused_before_it_trains(tmp_path, scheduler, values, key, said):
+def test_what_does_not_fit_the_length_of_the_run_is_refused_before_data_is_touched(
+    tmp_path, monkeypatch, scheduler, values, key, said
+):
+    def touched(**_: Any) -> None:
+        raise AssertionError('data was touched')
+
+    monkeypatch.setitem(DATASETS, 'fake', functools.wraps(DATASETS['fake'])(touched))
     values = {**RECIPE, 'runs_folder': str(tmp_path / 'runs'), **values, 'scheduler': scheduler}
     with pytest.raises(RecipeError) as refused:
         build(schema.Recipe('a.yaml', 'a', values))
     assert refused.value.key == key
     assert said in str(refused.value)
     assert list(tmp_path.iterdir()) == []
+
+
+PLAIN = {'name': 'linear_lr'}
+
+
+@pytest.mark.parametrize(
+    ('scheduler', 'said'),
+    [
+        ({'name': 'multi_step_lr', 'milestones': [1, 2]}, []),
+        ({'name': 'multi_step_lr', 'milestones': [2, 3]}, ['milestones=[2, 3] goes beyond the 3 steps']),
+        ({'name': 'multi_step_lr', 'milestones': [2, 3], 'interval': 'batch'}, []),
+        ({'name': 'step_lr', 'step_size': 3}, ['write interval: batch']),
+        ({'name': 'step_lr', 'step_size': 2}, []),
+        ({'name': 'cosine_annealing_lr', 'T_max': 15}, ['T_max=15 goes beyond the 3 steps']),
+        ({'name': 'cosine_annealing_lr', 'T_max': 3}, []),
+        ({'name': 'cosine_annealing_lr'}, []),
+        (
+            {**SEQUENCE, 'milestones': [2], 'schedulers': [{'name': 'linear_lr', 'total_iters': 3}, PLAIN]},
+            ['LinearLR: total_iters=3 goes beyond the 2 steps that it has in this run, counted by epoch.'],
+        ),
+        ({'name': 'cosine_with_warmup', 't_warmup': '4ep'}, ['t_warmup=4ep goes beyond the 15 batches of the run']),
+        ({'name': 'cosine_with_warmup', 't_warmup': '2ep'}, []),
+        ({'name': 'cosine_with_warmup', 't_warmup': '0.5dur'}, []),
+    ],
+)  # fmt: skip
+def test_what_of_a_schedule_the_run_does_not_reach_is_shown_before_it_trains(tmp_path, scheduler, said):
+    values = {**RECIPE, 'runs_folder': str(tmp_path / 'runs'), 'scheduler': scheduler}
+    remarks = build(schema.Recipe('a.yaml', 'a', values), scratch=tmp_path / 'scratch').remarks
+    shown = [remark for remark in remarks if 'goes beyond' in remark]
+    assert len(shown) == len(said)
+    assert all(part in remark for part, remark in zip(said, shown, strict=True))
 
 
 class TestFilledIn:

@@ -72,13 +72,24 @@ class Named:
         try:
             return self.factory(*positional, **self.arguments, **further)
         except (ValueError, TypeError, ImportError, FileNotFoundError) as error:
-            raise self.blame(error).error(said(error)) from error
+            message, blamed = said(error), self._spoken_of(error)
+            if blamed is not None and repr(self.arguments[blamed]) not in message:
+                message = f'{message.rstrip(".")}, got {self.arguments[blamed]!r}.'
+            raise self.blame(error).error(message) from error
 
     def blame(self, error: Exception) -> Place:
         """The one argument that the message speaks of, or else the whole entry."""
-        words = set(re.findall(r'\w+', str(error)))
-        spoken_of = [name for name in self.arguments if name in words]
-        return self.place / spoken_of[0] if len(spoken_of) == 1 else self.place
+        name = self._spoken_of(error)
+        return self.place if name is None else self.place / name
+
+    def _spoken_of(self, error: Exception) -> str | None:
+        """The argument that the message names, or whose value it ends with, as in ``Invalid learning rate: -1``."""
+        words = set(re.findall(r'\w+', str(error).lower()))
+        end = str(error).rstrip('. ').rpartition(': ')[2]
+        named = [name for name in self.arguments if name.lower() in words]
+        ending = [name for name, value in self.arguments.items() if end in map(repr, _listed(value))]
+        found = named or ending
+        return found[0] if len(found) == 1 else None
 
 
 def check_arguments(
@@ -124,8 +135,9 @@ def find(name: str, place: Place, known: Registry) -> type:
 def named(section: Any, place: Place, example: str) -> tuple[str, dict[str, Any]]:
     """The name in a mapping, and the rest of the mapping."""
     if not isinstance(section, dict) or not isinstance(section.get('name'), str):
-        found = 'is missing' if section is None else f'got {section!r}'
-        raise place.error(f'must be a mapping with a name, as in {{name: {example}}}; {found}.')
+        if section is None:
+            raise place.error(f'is missing. Write a mapping with a name, as in {{name: {example}}}.')
+        raise place.error(f'must be a mapping with a name, as in {{name: {example}}}; got {section!r}.')
     return section['name'], {key: value for key, value in section.items() if key != 'name'}
 
 
@@ -162,7 +174,8 @@ def _yaml_form(annotation: Any) -> Any:
         return _yaml_form(inner[0])
     if origin in (Union, types.UnionType):
         return _yaml_union(inner)
-    if origin in (list, tuple, dict) or (isinstance(origin, type) and issubclass(origin, collections.abc.Collection)):
+    is_collection = isinstance(origin, type) and issubclass(origin, collections.abc.Collection)
+    if origin in (list, tuple, dict, collections.abc.Iterable) or is_collection:
         return _yaml_collection(origin, inner)
     if isinstance(annotation, type):
         return _yaml_class(annotation)
@@ -281,6 +294,10 @@ def unknown(place: Place, complaint: str, legal: Collection[str]) -> RecipeError
         name = complaint.rpartition(' ')[2].strip("'")
     near = nearest(name, legal)
     return place.error(f'{complaint}. ' + (f'The nearest legal one is {near}.' if near else 'It takes none.'))
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _name(owner: Callable[..., Any]) -> str:

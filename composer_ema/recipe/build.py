@@ -89,9 +89,12 @@ def build(recipe: Recipe, *, scratch: Path | None = None, callbacks: Sequence[Ca
     callbacks = [*(each.build() for each in checked.callbacks), *callbacks]
     loggers = [each.build() for each in checked.loggers]
 
+    if dist.get_world_size() == 1:  # several processes may round the length of an epoch up
+        schedules.fill(scheduled, _length(checked, checked.extent().batches), checked.trainer)
     data = checked.data.build(**({} if 'seed' in checked.data.arguments else {'seed': seed}))
     _check_fit(model, data, checked.model.place)
-    scheduled = schedules.fill(scheduled, _length(checked, data), checked.trainer)
+    length = _length(checked, len(data.train))
+    scheduled = schedules.fill(scheduled, length, checked.trainer)
     stepped = schedules.for_trainer(scheduled, optimizer)
     recorder = Recorder(folder / METRICS_FILE if scratch is None else None)
     arguments = {
@@ -118,7 +121,7 @@ def build(recipe: Recipe, *, scratch: Path | None = None, callbacks: Sequence[Ca
             trainer.close()
             raise
     resolved = recipe.replace(seed=seed, run_name=run_name, **_schedule_values(recipe, scheduled))
-    return Run(resolved, checked, folder, trainer, recorder, _remarks(checked, scheduled, optimizer))
+    return Run(resolved, checked, folder, trainer, recorder, _remarks(checked, scheduled, length, optimizer))
 
 
 def _start_processes(checked: Plan) -> None:
@@ -249,9 +252,10 @@ def _refuse_to_overwrite(checked: Plan, folder: Path, place: Place) -> None:
         )
 
 
-def _length(checked: Plan, data: Data) -> Length | None:
-    batches, subset = len(data.train), checked.trainer.get('train_subset_num_batches', -1)
-    return Length.of(checked.trainer['max_duration'], batches if subset < 0 else min(subset, batches))
+def _length(checked: Plan, batches_per_epoch: int) -> Length | None:
+    subset = checked.trainer.get('train_subset_num_batches', -1)
+    batches = batches_per_epoch if subset < 0 else min(subset, batches_per_epoch)
+    return Length.of(checked.trainer['max_duration'], batches)
 
 
 def _schedule_values(recipe: Recipe, scheduled: Sequence[Scheduled]) -> dict[str, Any]:
@@ -262,8 +266,12 @@ def _schedule_values(recipe: Recipe, scheduled: Sequence[Scheduled]) -> dict[str
     return {'scheduler': values if isinstance(recipe.values['scheduler'], list) else values[0]}
 
 
-def _remarks(checked: Plan, scheduled: Sequence[Scheduled], optimizer: torch.optim.Optimizer | None) -> list[Any]:
-    remarks: list[Any] = [f'scheduler: {each.in_words()}' for each in scheduled]
+def _remarks(
+    checked: Plan, scheduled: Sequence[Scheduled], length: Length | None, optimizer: torch.optim.Optimizer | None
+) -> list[Any]:
+    remarks: list[Any] = []
+    for each in scheduled:
+        remarks += [f'scheduler: {each.in_words()}', *(each.beyond(length) if length else ())]
     if checked.param_groups and optimizer is not None:
         remarks.insert(0, groups.table(optimizer, checked.param_groups))
     return remarks

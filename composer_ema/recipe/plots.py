@@ -321,7 +321,7 @@ def _draw_profiles(axes: Axes, previews: Sequence[Preview], axis: Axis) -> None:
         if len(previews) == 1 and len(previews[0].profiles) == 1:
             is_new = profile.batch > profile.batches - profile.newest_half
             axes.fill_between(x, 0, 100 * profile.share, where=is_new.tolist(), color=_BLUE, alpha=0.2, linewidth=0)
-            batches = f'{profile.newest_half} batch{"es" * (profile.newest_half > 1)}'
+            batches = 'batch' if profile.newest_half == 1 else f'{profile.newest_half:,} batches'
             _note(axes, f'shaded: half of the average, made in the last {batches}', _WIDE_PANEL_CHARACTERS)
     if max(heights) > _LARGE_RATIO / 4 * min(heights):
         axes.set_yscale('log')
@@ -365,11 +365,13 @@ _PREVIEW_PANELS = (
 
 def describe(profile: Profile) -> str:
     """A profile in words: its horizon, as a share of the run where it has a half-life, and its effective steps."""
-    share = '' if profile.half_life_share is None else f' ({100 * profile.half_life_share:.3g} % of the run)'
-    effective = profile.effective_steps
-    steps = f'{effective:,.0f}' if effective >= 100 else f'{effective:.3g}'
-    steps = f'effective number of steps 1/Σw² = {steps} of {len(profile.batch):,}'
+    share = '' if profile.half_life_share is None else f' ({_three_digits(100 * profile.half_life_share)} % of the run)'
+    steps = f'effective number of steps 1/Σw² = {_three_digits(profile.effective_steps)} of {len(profile.batch):,}'
     return f'{profile.name}: {profile.settings}{share}, {steps}'
+
+
+def _three_digits(value: float) -> str:
+    return f'{value:,.0f}' if value >= 100 else f'{value:.3g}'
 
 
 def _legend_of_previews(previews: Sequence[Preview]) -> list[tuple[Line2D, str]]:

@@ -20,7 +20,7 @@ from torch import nn
 from composer_ema.clock import resolve_share, run_length
 from composer_ema.recipe.arguments import Named
 from composer_ema.recipe.curves import Array, Curve, curves_by_group
-from composer_ema.recipe.data import Extent, extent
+from composer_ema.recipe.data import Extent
 from composer_ema.recipe.outline import Outline
 from composer_ema.recipe.recorder import step_settings
 from composer_ema.recipe.schema import AVERAGES, Plan, Recipe, plan
@@ -139,7 +139,8 @@ def preview(
         momenta=curves_by_group(lines, 'momentum'),
         profiles=[found for probe in probes if (found := probe.profile(outline.length.batches)) is not None],
         remarks=[
-            f'{each.name} is drawn as if {each.metric} always improved' for each in outline.scheduled if each.metric
+            *(f'{each.name} is drawn as if {each.metric} always improved' for each in outline.scheduled if each.metric),
+            *(remark for each in outline.scheduled for remark in each.beyond(outline.length)),
         ],
     )
 
@@ -269,18 +270,10 @@ class _Loader:
 def _extent(checked: Plan, batches_per_epoch: int | None) -> Extent:
     if batches_per_epoch is not None and batches_per_epoch < 1:
         raise checked.place.error(f'--batches-per-epoch must be at least 1, got {batches_per_epoch}.')
-    try:
-        found = extent(checked.data.name, checked.data.arguments)
-    except ValueError as error:
-        raise checked.data.blame(error).error(str(error)) from error
+    found = checked.extent()
     if batches_per_epoch is None:
         return found
     return Extent(batches_per_epoch * found.batch_size, found.batch_size, drop_last=False)
-
-
-def _remarks(outline: Outline) -> list[str]:
-    watching = [each for each in outline.scheduled if each.metric is not None]
-    return [f'{each.name} is drawn as if {each.metric} always improved' for each in watching]
 
 
 def _state(checked: Plan, outline: Outline, size: Extent) -> State:

@@ -43,6 +43,8 @@ _SPAN: dict[type, str] = {
     LinearLR: 'total_iters',
     ConstantLR: 'total_iters',
 }
+#: Arguments by which torch divides.
+_COUNTS = ('total_steps', 'epochs', 'steps_per_epoch', 'T_max', 'step_size', 'step_size_up', 'step_size_down')
 #: Documented by torch as schedules of batches.
 _OF_BATCHES = (OneCycleLR, CyclicLR)
 #: Ours in place of torch's.
@@ -164,6 +166,12 @@ class Scheduled:
                     'Leave out total_steps, epochs and steps_per_epoch: the length of the run gives them.'
                 )
 
+    def beyond(self, length: Length) -> list[str]:
+        """In words, what of the schedule lies behind the end of the run; empty for one that fits."""
+        if not self.is_torchs:
+            return self._warmup_beyond(length)
+        return [] if self.interval == 'evaluation' else self._beyond(length.steps(self.interval))
+
     def as_values(self) -> dict[str, Any]:
         """What a recipe would say to get exactly this."""
         return {**self._as_inner_values(), **self._when()}
@@ -186,6 +194,32 @@ class Scheduled:
 
     def _when(self) -> dict[str, Any]:
         return {_METRIC: self.metric} if self.interval == 'evaluation' else {_INTERVAL: self.interval}
+
+    def _beyond(self, steps: int) -> list[str]:
+        given = self.named.arguments
+        late = [
+            f'{key}={given[key]}'
+            for key in ('milestones', 'step_size', 'T_0', 'anneal_epochs', _SPAN.get(self.factory))
+            if key is not None and given.get(key) is not None and _last(key, given[key]) > steps
+        ]
+        other = 'epoch' if self.interval == 'batch' else 'batch'
+        own = (
+            f'{self.name}: {", ".join(late)} goes beyond the {steps:,} steps that it has in this run, counted by '
+            f'{self.interval}. Should it count by {other}, write interval: {other}.'
+        )
+        inner = [
+            part for each, share in zip(self.inner, self._shares(steps), strict=True) for part in each._beyond(share)
+        ]
+        return [*([own] if late else []), *inner]
+
+    def _warmup_beyond(self, length: Length) -> list[str]:
+        warmup = self.named.arguments.get('t_warmup')
+        time = None if warmup is None else ensure_time(warmup, TimeUnit.EPOCH)
+        if time is None or time.unit not in (TimeUnit.EPOCH, TimeUnit.BATCH):
+            return []
+        batches = time.value * (length.batches_per_epoch if time.unit == TimeUnit.EPOCH else 1)
+        beyond = f'{self.name}: t_warmup={warmup} goes beyond the {length.batches:,} batches of the run.'
+        return [beyond] if batches > length.batches else []
 
     def _open_span(self) -> str | None:
         """The argument that says how long the schedule is, where it is left out."""
@@ -403,7 +437,9 @@ def _read_tree(section: Any, place: Place, *, is_inner: bool = False) -> Schedul
     check_arguments(factory, probe, place, given=supplied)
     if inner and issubclass(factory, SequentialLR):
         _check_milestones(arguments['milestones'], len(inner), place / 'milestones')
-    if not issubclass(factory, LRScheduler):
+    if issubclass(factory, LRScheduler):
+        _check_counts(arguments, place)
+    else:
         _check_time_strings(arguments, place)
     found = Named(place, known.canonical(name) or name, factory, arguments)
     return Scheduled(found, 'epoch', inner)
@@ -425,6 +461,12 @@ def _check_milestones(milestones: Any, num_inner: int, place: Place) -> None:
         )
     if len(milestones) != num_inner - 1:
         raise place.error(f'must be one fewer than the {num_inner} schedulers, got {len(milestones)}: {milestones}.')
+
+
+def _check_counts(arguments: Mapping[str, Any], place: Place) -> None:
+    for key in _COUNTS:
+        if arguments.get(key) is not None and arguments[key] < 1:
+            raise (place / key).error(f'must be at least 1, got {arguments[key]}.')
 
 
 def _check_time_strings(arguments: Mapping[str, Any], place: Place) -> None:
@@ -511,6 +553,11 @@ def _check_times(scheduled: Scheduled, max_duration: int | str, length: Length) 
         scheduled.named.build()(state)
     except (ValueError, ZeroDivisionError) as error:
         raise scheduled.named.blame(error).error(said(error)) from error
+
+
+def _last(key: str, value: Any) -> int:
+    """The last step that an argument speaks of; a change after so many steps is seen by the next one."""
+    return max(value, default=0) + 1 if key == 'milestones' else value + 1 if key == 'step_size' else value
 
 
 def _settings(scheduled: Scheduled, built: Any) -> Iterator[tuple[Place, Any]]:

@@ -32,7 +32,7 @@ from composer_ema.recipe.arguments import (
     signature,
     unknown,
 )
-from composer_ema.recipe.data import DATASETS
+from composer_ema.recipe.data import DATASETS, Extent, extent
 from composer_ema.recipe.models import MODELS, build_model
 from composer_ema.recipe.registry import Registry, nearest
 
@@ -123,6 +123,17 @@ class Plan:
     @property
     def place(self) -> Place:
         return Place(self.recipe.source)
+
+    def extent(self) -> Extent:
+        """The size of the data set and of its batches, without touching it.
+
+        Raises:
+            RecipeError: What the data set would say about its arguments.
+        """
+        try:
+            return extent(self.data.name, self.data.arguments)
+        except ValueError as error:
+            raise self.data.blame(error).error(str(error)) from error
 
 
 def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
