@@ -78,7 +78,7 @@ def table(
     with _usage_errors():
         from composer_ema.recipe import comparison, schema
 
-        paths = [path for given in recipes for path in (sorted(given.glob('*.yaml')) if given.is_dir() else [given])]
+        paths = [path for given in recipes for path in _recipes_in(given)]
         loaded = [schema.load(path, [f'runs_folder={runs_folder}']) for path in paths]
         command = shlex.join(['composer-ema', *sys.argv[1:]])
         comparison.make(loaded, numbers, _show, published=published, into=into, command=command)
@@ -139,6 +139,11 @@ def plot(
         axis, asked = curves.check_axis(over), curves.sort_arguments(things)
         plots.check_out(out := out or asked.default_out)
         if asked.folders:
+            if batches_per_epoch is not None:
+                raise curves.PlotError(
+                    f'--batches-per-epoch={batches_per_epoch} is for recipes, and {asked.folders[0]} is the folder of '
+                    'a run, which knows its own. Leave it out.'
+                )
             figure = plots.draw_runs(curves.read_runs(asked.folders), axis=axis)
         else:
             figure = _draw_recipes(asked.recipes, axis, batches_per_epoch)
@@ -210,12 +215,27 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def _numbers(seeds: str | None) -> list[int]:
-    try:
-        return [] if seeds is None else [int(seed) for seed in seeds.split(',')]
-    except ValueError:
-        raise typer.BadParameter(
-            f'seeds must be whole numbers with commas between, got {seeds!r}, as in 1,2,3'
-        ) from None
+    if seeds is None:
+        return []
+    given = [seed.strip() for seed in seeds.split(',')]
+    if not all(seed.isdecimal() for seed in given):
+        raise typer.BadParameter(f'seeds must be whole numbers of at least 0 with commas between, got {seeds!r}: 1,2,3')
+    numbers = [int(seed) for seed in given]
+    if len(set(numbers)) < len(numbers):
+        raise typer.BadParameter(f'seeds must differ, or one run counts twice, got {seeds!r}')
+    return numbers
+
+
+def _recipes_in(given: Path) -> list[Path]:
+    """The recipes that an argument of ``table`` stands for."""
+    if '=' in given.name and not given.exists():
+        raise typer.BadParameter(f'a table takes recipes as they are, got the override {str(given)!r}. Write it there.')
+    if not given.is_dir():
+        return [given]
+    found = sorted(given.glob('*.yaml'))
+    if not found:
+        raise typer.BadParameter(f'the folder {str(given)!r} holds no recipe, no file that ends in .yaml')
+    return found
 
 
 @contextlib.contextmanager

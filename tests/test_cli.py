@@ -102,7 +102,9 @@ def test_seeds_end_in_markdown(call, recipe, tmp_path):
         (['algorithms.ema.half_lif=3ba'], 'tiny.yaml: algorithms.ema.half_lif: EMA has no such argument. '),
         (['optimizer.lr=fast'], "tiny.yaml: optimizer.lr: must be a number, got 'fast' (a string)."),
         (['max_duration'], "the override 'max_duration' must have the form key=value"),
-        (['--seeds', '1,x'], "seeds must be whole numbers with commas between, got '1,x'"),
+        (['--seeds', '1,x'], "seeds must be whole numbers of at least 0 with commas between, got '1,x': 1,2,3"),
+        (['--seeds', '1,-1'], "seeds must be whole numbers of at least 0 with commas between, got '1,-1'"),
+        (['--seeds', '1,2,1'], "seeds must differ, or one run counts twice, got '1,2,1'"),
         (['--sed', '1'], '--seeds'),
     ],
 )
@@ -113,9 +115,27 @@ def test_usage_errors_are_one_message_and_exit_code_2(call, recipe, arguments, s
     assert 'Traceback' not in out + err
 
 
+@pytest.mark.parametrize(
+    ('arguments', 'said'),
+    [
+        (['.'], "the folder '.' holds no recipe, no file that ends in .yaml"),
+        (['a.yaml', 'max_duration=2ep'], "a table takes recipes as they are, got the override 'max_duration=2ep'."),
+        (['a.yaml', '--seeds', '1,1'], 'seeds must differ'),
+    ],
+)
+def test_a_table_of_nothing_or_with_overrides_is_refused(call, tmp_path, monkeypatch, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call('table', *arguments)
+    assert (code, out) == (2, '')
+    assert said in ' '.join(err.replace('│', ' ').split())
+    assert 'Traceback' not in err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_missing_recipe_and_broken_yaml(call, tmp_path):
     (tmp_path / 'broken.yaml').write_text('a: [1')
-    for name, said in (('brken.yaml', 'The nearest is'), ('broken.yaml', 'is not legal YAML')):
+    faults = (('brken.yaml', 'The nearest is'), ('broken.yaml', 'is not legal YAML'), ('.', 'is a folder. Give one of'))
+    for name, said in faults:
         code, _, err = call('train', tmp_path / name)
         assert code == 2
         assert said in err
@@ -292,6 +312,9 @@ class TestPlot:
         [
             (['runs/frist'], 'runs/frist is no run folder: there is no such folder. The nearest run is runs/first.'),
             (['runs'], 'it has no metrics.jsonl. Runs in it: runs/first, runs/second.'),
+            (['.'], 'it has no metrics.jsonl. Recipes in it: tiny.yaml.'),
+            (['runs/first/a.pt'], 'runs/first/a.pt is a file, neither the folder of a run nor a recipe'),
+            (['runs/first', '--batches-per-epoch', '5'], '--batches-per-epoch=5 is for recipes, and runs/first is'),
             (['runs/first', '--out', 'a.jpeg'], 'a.jpeg has the ending .jpeg, a picture is written as png, svg, pdf.'),
             (['runs/first', '--over', 'steps'], "a picture is drawn over epoch, batch, sample, got 'steps'."),
             (['runs/first', 'runs/first'], 'runs/first was given twice.'),
@@ -304,6 +327,7 @@ class TestPlot:
     )
     def test_what_cannot_be_drawn_is_one_line_and_exit_code_2(self, call, runs, recipe, monkeypatch, arguments, said):
         monkeypatch.chdir(runs[0].parents[1])
+        Path('runs/first/a.pt').touch()
         code, out, err = call('plot', *arguments)
         assert (code, out) == (2, '')
         assert said in err

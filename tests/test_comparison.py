@@ -21,6 +21,8 @@ from composer_ema import cli
 from composer_ema.recipe import comparison, run, schema
 from composer_ema.recipe.arguments import RecipeError
 from composer_ema.recipe.comparison import Ending, Published, Row
+from composer_ema.recipe.curves import Point
+from composer_ema.recipe.report import Result
 
 TINY: dict[str, Any] = {
     'max_duration': '2ep',
@@ -109,6 +111,14 @@ class TestText:
         for cell in [*accuracies, '87.1', '+1.90']:
             assert cell.replace(' ', '') in captured.get()
 
+    def test_the_average_of_swa_stands_in_the_column_of_averages(self):
+        last = Point(1.0, 0.75, 0.5)
+        swa = Ending.of(Result('swa', 1, 0.9, {'training': [last], 'swa': [Point(1.0, 0.875, 0.25)]}))
+        row = Row('swa', '3ep', Published(0.75, 1.0), [swa])
+        assert (row.values('accuracy', 'training'), row.values('accuracy', 'ema')) == ([0.75], [0.875])
+        assert row.values('loss', 'ema') == [0.25]
+        assert row.gain == 0.125
+
     def test_the_picture_is_a_png(self):
         assert comparison.draw(self.ROWS).startswith(b'\x89PNG')
 
@@ -186,6 +196,7 @@ class TestMake:
     @pytest.mark.parametrize(
         ('figures', 'said'),
         [
+            ('hello', r'published\.csv: holds no figures\. It needs the line recipe,accuracy,loss'),
             ('recipe,accuracy\nslow,0.5\n', r'line 2: has no loss\. Every line needs'),
             ('recipe,accuracy,loss\nslow,good,1\n', r"line 2: accuracy and loss must be numbers, got 'good', '1'"),
             ('recipe,accuracy,loss\nslow,90,1\n', r'line 2: accuracy must lie in \[0, 1\], got 90.0\. For 90 %'),
@@ -209,9 +220,11 @@ class TestMake:
             comparison.make([recipes_of(folder)[0], *recipes_of(folder, 'optimizer.leraning=1')[1:]], [1], [].append)
         assert trained_names == []
 
-    def test_a_recipe_that_evaluates_nothing_is_refused(self, folder):
+    @pytest.mark.parametrize(('override', 'num_trained'), [('evaluate=[]', 0), ('eval_interval=0', 1)])
+    def test_a_recipe_that_evaluates_nothing_is_refused(self, folder, trained_names, override, num_trained):
         with pytest.raises(RecipeError, match='evaluates nothing'):
-            comparison.make(recipes_of(folder, 'evaluate=[]'), [1], [].append)
+            comparison.make(recipes_of(folder, override), [1], [].append)
+        assert len(trained_names) == num_trained
 
 
 def test_killed_in_the_middle_it_keeps_what_is_finished_and_goes_on(folder, trained_names, monkeypatch):

@@ -33,14 +33,16 @@ from rich.table import Table
 
 from composer_ema.files import write_beside
 from composer_ema.recipe import run
-from composer_ema.recipe.arguments import Place
+from composer_ema.recipe.arguments import Place, RecipeError
 from composer_ema.recipe.curves import LABELS
 from composer_ema.recipe.report import Result
 from composer_ema.recipe.schema import Recipe, plan
 
 TABLE_FILE = 'table.json'
 BEGIN, END = '<!-- table: begin -->', '<!-- table: end -->'
+# A recipe keeps one average, of either kind, and both stand in one column.
 _WEIGHTS = {weights: LABELS[weights] for weights in ('training', 'ema')}
+_AVERAGES = ('ema', 'swa')
 _COLOURS = {'training': '#D55E00', 'ema': '#0072B2'}
 _GAIN = 'average − published'
 _COLUMNS = ('recipe', 'accuracy', 'loss')
@@ -64,7 +66,8 @@ class Ending:
     """How one run ended.
 
     Args:
-        accuracy: ``'training'`` and ``'ema'`` to the share of right answers of the last evaluation, in [0, 1].
+        accuracy: ``'training'`` and ``'ema'`` or ``'swa'`` to the share of right answers of the last evaluation, in
+            [0, 1].
         loss: Likewise, cross entropy in nats.
         made_on: What it ran with: date, versions, number of threads.
     """
@@ -76,7 +79,7 @@ class Ending:
     @classmethod
     def of(cls, result: Result) -> Ending:
         """The last evaluation of a run."""
-        finals = {weights: result.final(weights) for weights in _WEIGHTS}
+        finals = {weights: result.final(weights) for weights in ('training', *_AVERAGES)}
         return cls(
             {weights: final.accuracy for weights, final in finals.items() if final.accuracy is not None},
             {weights: final.loss for weights, final in finals.items() if final.loss is not None},
@@ -106,8 +109,18 @@ class Row:
     endings: list[Ending]
 
     def values(self, quantity: str, weights: str) -> list[float]:
-        """``'accuracy'`` or ``'loss'`` of each seed; empty when these weights were not evaluated."""
-        return [values[weights] for each in self.endings if weights in (values := getattr(each, quantity))]
+        """``'accuracy'`` or ``'loss'`` of each seed; ``'ema'`` is whichever average the recipe keeps.
+
+        Empty when these weights were not evaluated.
+        """
+        names = _AVERAGES if weights == 'ema' else (weights,)
+        return [
+            values[name]
+            for each in self.endings
+            for values in [getattr(each, quantity)]
+            for name in names
+            if name in values
+        ]
 
     @property
     def gain(self) -> float | None:
@@ -152,7 +165,8 @@ def make(
     if into is not None:
         _split(into)
     for recipe in recipes:
-        plan(recipe)
+        if not plan(recipe).evaluate:
+            raise _nothing_evaluated(recipe)
     runs = [(recipe, _for_table(recipe, seed)) for recipe in recipes for seed in seeds]
     for _, each in runs:
         _recorded(each)
@@ -232,6 +246,8 @@ def _read_published(path: Path) -> dict[str, Published]:
         lines = list(csv.DictReader(io.StringIO(path.read_text())))
     except (OSError, UnicodeDecodeError) as error:
         raise place.error(f'cannot be read: {error}.') from error
+    if not lines:
+        raise place.error(f'holds no figures. It needs the line {",".join(_COLUMNS)} and one below it for each recipe.')
     figures: dict[str, Published] = {}
     for number, line in enumerate(lines, start=2):
         there = place / f'line {number}'
@@ -304,9 +320,15 @@ def _ending(recipe: Recipe, advance: Callable[[float], None]) -> Ending:
     _record(path, recipe, None)
     ending = Ending.of(run.train(recipe, _show_nothing, callbacks=[_Advance(advance)]))
     if not ending.accuracy:
-        raise Place(recipe.source).error('evaluates nothing, so there is nothing to put in a table. Set evaluate.')
+        raise _nothing_evaluated(recipe)
     _record(path, recipe, ending)
     return ending
+
+
+def _nothing_evaluated(recipe: Recipe) -> RecipeError:
+    return Place(recipe.source).error(
+        'evaluates nothing, so there is nothing to put in a table. Set evaluate and eval_interval.'
+    )
 
 
 def _record(path: Path, recipe: Recipe, ending: Ending | None) -> None:

@@ -195,10 +195,12 @@ def read_lines(folder: Path) -> list[dict[str, Any]]:
         PlotError: as :func:`read_run`.
     """
     path = folder / METRICS_FILE
+    if folder.is_file():
+        raise PlotError(f'{folder} is a file, neither the folder of a run nor a recipe, whose name ends in .yaml.')
     if not folder.is_dir():
         raise PlotError(f'{folder} is no run folder: there is no such folder. {_folders_beside(folder)}'.rstrip())
     if not path.is_file():
-        raise PlotError(f'{folder} is no run folder: it has no {METRICS_FILE}. {_runs_below(folder)}'.rstrip())
+        raise PlotError(f'{folder} is no run folder: it has no {METRICS_FILE}. {_what_lies_below(folder)}'.rstrip())
     try:
         texts = path.read_text(encoding='utf-8').splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -355,6 +357,9 @@ def _folders_beside(folder: Path) -> str:
     return f'The nearest run is {folder.parent / near[0]}.' if near else ''
 
 
-def _runs_below(folder: Path) -> str:
-    below = sorted(str(each.parent) for each in folder.glob(f'*/{METRICS_FILE}'))
-    return f'Runs in it: {", ".join(below[:5])}{", ..." if len(below) > 5 else ""}.' if below else ''
+def _what_lies_below(folder: Path) -> str:
+    for kind, found in (('Runs', folder.glob(f'*/{METRICS_FILE}')), ('Recipes', folder.glob('*.yaml'))):
+        below = sorted(str(each.parent if each.name == METRICS_FILE else each) for each in found)
+        if below:
+            return f'{kind} in it: {", ".join(below[:5])}{", ..." if len(below) > 5 else ""}.'
+    return ''

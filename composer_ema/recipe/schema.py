@@ -210,6 +210,8 @@ def _read(place: Place) -> DictConfig:
         others = sorted(path.name for path in folder.glob('*.yaml')) if folder.is_dir() else []
         near = nearest(Path(place.source).name, others)
         raise place.error('there is no such file.' + (f' The nearest is {folder / near}.' if near else '')) from None
+    except IsADirectoryError:
+        raise place.error('is a folder. Give one of its recipes, a file that ends in .yaml.') from None
     except (OSError, UnicodeDecodeError, RecursionError) as error:
         raise place.error(f'cannot be read as a recipe: {said(error)}.') from error
     except YAMLError as error:
