@@ -123,13 +123,26 @@ def read_file(path: Path) -> Any:
         raise CheckpointError(f'{path} does not exist.')
     try:
         check_sums(path)
-        with torch.serialization.safe_globals(_SAFE_TYPES):
-            return torch.load(path, map_location='cpu', weights_only=True)
+        return load_safely(path)
     except CheckpointError:
         raise
     # A damaged file fails in as many ways as there are bytes in it; all of them mean the same to the user.
     except Exception as error:
         raise CheckpointError(f'{path} cannot be read: {_reason(path, error)}') from error
+
+
+def load_safely(path: Path, *, mmap: bool = False) -> Any:
+    """``torch.load`` that executes nothing and lets through what checkpoints hold besides tensors and plain types.
+
+    Args:
+        path: The file.
+        mmap: Whether tensors stay on the disk until they are used.
+
+    Raises:
+        Exception: Whatever torch raises about a file that it cannot read, or whose types it does not know.
+    """
+    with torch.serialization.safe_globals(_SAFE_TYPES):
+        return torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
 
 
 def is_of_composer(checkpoint: Any) -> bool:

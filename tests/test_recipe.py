@@ -137,6 +137,12 @@ REFUSED = [
     ('max_duration=null', 'max_duration', 'is missing'),
     ('eval_interval=-1ep', 'eval_interval', 'at least 0'),
     ('save_interval=often', 'save_interval', 'no time'),
+    ('max_duration=100tok', 'max_duration', "'100tok' counts tokens"),
+    ('eval_interval=100tok', 'eval_interval', 'Write samples'),
+    ('algorithms.ema.half_life=1e3tok', 'algorithms.ema.half_life', "'1e3tok' counts tokens"),
+    ('scheduler={name: cosine, t_max: 9tok}', 'scheduler.t_max', 'counts tokens'),
+    ('callbacks.checkpoint_saver.save_interval=9tok', 'callbacks.checkpoint_saver.save_interval', 'counts tokens'),
+    ('algorithms.ema.update_interval=1tok', 'algorithms.ema.update_interval', 'counts tokens'),
     ('precision=fp33', 'precision', 'fp32'),
     ('device=gpux', 'device', 'cpu, gpu'),
     ('seed=one', 'seed', "must be an integer or null, got 'one'"),
@@ -231,6 +237,23 @@ class TestRefused:
         for name, said in (('data.zip', 'archive of another kind'), ('.', r'is a folder\. Give one file of it')):
             with pytest.raises(RecipeError, match=rf'load_path: .*{said}'):
                 build(schema.load(write(load_path=str(tmp_path / name))))
+
+    def test_checkpoint_to_load_of_another_program(self, write, data_untouched, tmp_path):
+        for content in ({'weight': torch.zeros(2)}, [torch.zeros(2)], {'state': torch.zeros(2)}):
+            torch.save(content, tmp_path / 'other.pt')
+            with pytest.raises(RecipeError, match=r'load_path: .*other\.pt was not saved by Composer'):
+                build(schema.load(write(load_path=str(tmp_path / 'other.pt'))))
+
+    def test_file_where_the_run_folder_is_to_be(self, write, data_untouched, tmp_path):
+        (tmp_path / 'taken').touch()
+        with pytest.raises(RecipeError, match=r'runs_folder: .*taken is a file') as refused:
+            build(schema.load(write(), [f'runs_folder={tmp_path}/taken/runs']))
+        assert refused.value.key == 'runs_folder'
+
+    def test_pattern_of_the_average_that_matches_nothing_is_blamed_itself(self, write):
+        with pytest.raises(RecipeError, match="'nothing' matches none") as refused:
+            build(schema.load(write(), ['algorithms.ema.include=nothing']))
+        assert refused.value.key == 'algorithms.ema.include'
 
     def test_checkpoint_with_types_of_the_users_own_loads(self, write, tmp_path):
         run.train(schema.load(write(), ['run_name=first', 'max_duration=1ep']), quiet)

@@ -18,9 +18,9 @@ from composer.utils import dist, format_name_with_dist, get_device, reproducibil
 from composer.utils.compression import is_compressed_pt
 from composer.utils.file_helpers import is_tar
 
-from composer_ema.checkpoint import CheckpointError, check_sums
+from composer_ema.checkpoint import CheckpointError, check_sums, is_of_composer, load_safely
 from composer_ema.recipe import groups, schedules
-from composer_ema.recipe.arguments import Named, Place, RecipeError
+from composer_ema.recipe.arguments import Named, Place, RecipeError, said
 from composer_ema.recipe.curves import METRICS_FILE
 from composer_ema.recipe.data import Data
 from composer_ema.recipe.recorder import Recorder
@@ -114,7 +114,10 @@ def build(recipe: Recipe, *, scratch: Path | None = None, callbacks: Sequence[Ca
         arguments['step_schedulers_every_batch'] = stepped.every_batch
     settings = stepped.settings()
     with _no_empty_folders_left(folder / CHECKPOINT_FOLDER, folder, folder.parent):
-        trainer = Named(place, 'Trainer', Trainer, arguments).build()
+        try:
+            trainer = Trainer(**arguments)
+        except (ValueError, TypeError, ImportError, FileNotFoundError) as error:
+            raise blame(checked, error, Named(place, 'Trainer', Trainer, arguments)).error(said(error)) from error
         try:
             stepped.check_unchanged(settings)
         except RecipeError:
@@ -122,6 +125,13 @@ def build(recipe: Recipe, *, scratch: Path | None = None, callbacks: Sequence[Ca
             raise
     resolved = recipe.replace(seed=seed, run_name=run_name, **_schedule_values(recipe, scheduled))
     return Run(resolved, checked, folder, trainer, recorder, _remarks(checked, scheduled, length, optimizer))
+
+
+def blame(checked: Plan, error: Exception, otherwise: Named | None = None) -> Place:
+    """The one argument of an algorithm that the message speaks of, or else of ``otherwise``, or else the recipe."""
+    blamed = ((each.blame(error), each.place) for each in checked.algorithms)
+    of_algorithms = next((place for place, whole in blamed if place != whole), None)
+    return of_algorithms or (otherwise.blame(error) if otherwise else checked.place)
 
 
 def _start_processes(checked: Plan) -> None:
@@ -222,7 +232,15 @@ def _damage(path: Path) -> str | None:
         return str(error)
     with zipfile.ZipFile(path) as archive:
         is_from_torch = any(name.endswith('data.pkl') for name in archive.namelist())
-    return None if is_from_torch else f'{path} is an archive of another kind, no checkpoint.'
+    if not is_from_torch:
+        return f'{path} is an archive of another kind, no checkpoint.'
+    try:
+        content = load_safely(path, mmap=True)
+    except Exception:  # it holds types of the user's own, which only Composer's loading takes
+        return None
+    if not is_of_composer(content):
+        return f'{path} was not saved by Composer: it has no state of a run. load_average() reads averages of others.'
+    return None
 
 
 @contextlib.contextmanager
@@ -242,6 +260,8 @@ def _refuse_to_overwrite(checked: Plan, folder: Path, place: Place) -> None:
     trainer = checked.trainer
     continues = trainer.get('autoresume') or trainer.get('load_path') or trainer.get('save_overwrite')
     metrics, checkpoints = folder / METRICS_FILE, folder / CHECKPOINT_FOLDER
+    if in_the_way := next((path for path in (folder, *folder.parents) if path.is_file()), None):
+        raise (place / 'runs_folder').error(f'{in_the_way} is a file, and the run is to lie in {folder}. Give another.')
     is_taken = (metrics.exists() and metrics.stat().st_size > 0) or any(checkpoints.glob('*'))
     # Every process must have looked before the first one writes.
     dist.barrier()

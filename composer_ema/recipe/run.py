@@ -15,11 +15,10 @@ from rich.table import Table
 
 from composer_ema.files import write_beside
 from composer_ema.recipe import curves, plots, report
-from composer_ema.recipe.arguments import Place
-from composer_ema.recipe.build import Run, build
+from composer_ema.recipe.build import Run, blame, build
 from composer_ema.recipe.curves import RECIPE_FILE
 from composer_ema.recipe.report import Result
-from composer_ema.recipe.schema import Plan, Recipe
+from composer_ema.recipe.schema import Recipe
 
 
 def train(recipe: Recipe, show: Callable[[Any], None], *, callbacks: Sequence[Callback] = ()) -> Result:
@@ -123,7 +122,7 @@ def _fit(run: Run, show: Callable[[Any], None]) -> None:
         if state.timestamp.batch > start:
             raise
         # Refused before the first batch: a setting that cannot work in this run, such as a half-life of 2ep in 10ba.
-        raise _blame(run.plan, error).error(str(error)) from error
+        raise blame(run.plan, error).error(str(error)) from error
 
 
 def _draw(run: Run, show: Callable[[Any], None]) -> None:
@@ -132,12 +131,6 @@ def _draw(run: Run, show: Callable[[Any], None]) -> None:
         plots.write(plots.draw_runs([curves.read_run(run.folder)]), run.folder / curves.CURVES)
     except curves.PlotError as error:  # the run itself is done and saved
         show(f'no picture of the run: {error}')
-
-
-def _blame(plan: Plan, error: Exception) -> Place:
-    """The one argument of an algorithm that the message speaks of, or else the recipe as a whole."""
-    blamed = [each.blame(error) for each in plan.algorithms]
-    return next((place for place, each in zip(blamed, plan.algorithms, strict=True) if place != each.place), plan.place)
 
 
 def _outcome(run: Run) -> Result:

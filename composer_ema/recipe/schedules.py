@@ -105,6 +105,10 @@ class Scheduled:
         return self.named.place
 
     @property
+    def arguments(self) -> dict[str, Any]:
+        return self.named.arguments
+
+    @property
     def name(self) -> str:
         return self.factory.__name__
 

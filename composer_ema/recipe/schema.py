@@ -185,6 +185,10 @@ def plan(recipe: Recipe) -> Plan:
         raise schedulers[0].place.error(
             f'{schedulers[0].name} needs an optimizer. Add one, as in optimizer: {{name: adamw}}.'
         )
+    callbacks = _section(values, 'callbacks', registry.callbacks(), place)
+    _refuse_tokens(trainer, place)
+    for each in (*algorithms, *callbacks, *schedulers):
+        _refuse_tokens(each.arguments, each.place)
     return Plan(
         recipe=recipe,
         model=model,
@@ -193,7 +197,7 @@ def plan(recipe: Recipe) -> Plan:
         param_groups=param_groups,
         schedulers=schedulers,
         algorithms=algorithms,
-        callbacks=_section(values, 'callbacks', registry.callbacks(), place),
+        callbacks=callbacks,
         loggers=_section(values, 'loggers', registry.loggers(), place),
         evaluate=evaluate,
         report=_called(Report, values.get('report'), place / 'report'),
@@ -347,6 +351,16 @@ def _trainer_arguments(values: Mapping[str, Any], names: Collection[str], place:
     if seed is not None and not 0 <= seed < 2**31:
         raise (place / 'seed').error(f'must be a whole number from 0 to {2**31 - 1}, got {seed}.')
     return arguments
+
+
+def _refuse_tokens(arguments: Mapping[str, Any], place: Place) -> None:
+    """No data set of a recipe counts tokens: an interval of them would never pass, and a run of them never end."""
+    for key, value in arguments.items():
+        if isinstance(value, str) and re.fullmatch(r'[\d.eE+-]+tok', value):
+            raise (place / key).error(
+                f'{value!r} counts tokens, and the data sets of a recipe report none. Write samples, batches or epochs, '
+                'as in 1000sp.'
+            )
 
 
 def _check_time(value: int | str, place: Place, *, least: int) -> None:
