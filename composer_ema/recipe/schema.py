@@ -358,8 +358,8 @@ def _refuse_tokens(arguments: Mapping[str, Any], place: Place) -> None:
     for key, value in arguments.items():
         if isinstance(value, str) and re.fullmatch(r'[\d.eE+-]+tok', value):
             raise (place / key).error(
-                f'{value!r} counts tokens, and the data sets of a recipe report none. Write samples, batches or epochs, '
-                'as in 1000sp.'
+                f'{value!r} counts tokens, and the data sets of a recipe report none. Write samples, batches or '
+                'epochs, as in 1000sp.'
             )
 
 
