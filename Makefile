@@ -67,6 +67,8 @@ docs: $(DOCS) ## build the documentation into site/; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --config-file docs/mkdocs.yml
 	@echo 'Open site/index.html.'
 
+# One thread: so small a network gains little from two, which lose much where something else wants the cores.
+table: export OMP_NUM_THREADS ?= 1
 table: $(READY) ## the published Fashion-MNIST runs with an average, into method_cards/fashion_mnist.md; resumes
 	$(BIN)/composer-ema table yamls/fashion_mnist --published yamls/fashion_mnist/published.csv \
 		--into method_cards/fashion_mnist.md
