@@ -21,7 +21,8 @@ from torch.optim import Optimizer
 from composer_ema.averages import check_share, equal_weight
 from composer_ema.custom import AvgFn, MultiAvgFn, name_of
 from composer_ema.naming import listed
-from composer_ema.shadow import BufferMode, Rounding, ShadowModel
+from composer_ema.options import BufferMode, Rounding
+from composer_ema.shadow import ShadowModel
 from composer_ema.sharding import is_sharded, unwrap
 
 #: Version of what :meth:`EMAOptimizer.ema_state_dict` returns.

@@ -9,11 +9,9 @@ from __future__ import annotations
 import logging
 import warnings
 import weakref
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import filterfalse
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +24,18 @@ from composer_ema.kernels.layout import side_by_side, unzip
 from composer_ema.kernels.rules import is_inexact, smallest_weight
 from composer_ema.naming import Inventory, Selection, Watch, check_same
 from composer_ema.offload import HostAverage
+from composer_ema.options import (
+    BufferMode,
+    Rounding,
+    check_buffer_mode,
+    check_custom,
+    check_flag,
+    check_rounding,
+    check_seed,
+    parse_device,
+    parse_dtype,
+)
+from composer_ema.plan import Plan
 from composer_ema.sharding import broadcast_, unwrap
 from composer_ema.stream import SideStream
 
@@ -33,9 +43,6 @@ log = logging.getLogger(__name__)
 
 #: Version of the state that :meth:`ShadowModel.state_dict` writes.
 STATE_VERSION = 1
-
-BufferMode = Literal['average', 'copy']
-Rounding = Literal['nearest', 'stochastic']
 
 _RESUME_REMEDY = (
     'Nothing was loaded. Build the same model with the same include, exclude and frozen parameters, '
@@ -134,7 +141,7 @@ class ShadowModel:
         self._swapped_model: weakref.ref[nn.Module] | None = None
         self._streams: dict[torch.device, SideStream] = {}
         self._skipped: dict[torch.device, DeviceCounter] = {}
-        self._plan: _Plan | None = None
+        self._plan: Plan | None = None
 
         inventory = Inventory.of(unwrap(model))
         self._selection.check([*inventory.parameters, *inventory.buffers])
@@ -634,7 +641,7 @@ class ShadowModel:
     def _volatile(self) -> set[str]:
         return self._buffers.keys() - self._persistent
 
-    def _plan_for(self, model: nn.Module, *, joining: bool = False) -> _Plan:
+    def _plan_for(self, model: nn.Module, *, joining: bool = False) -> Plan:
         """The plan for ``model``, made anew where that has changed. Only an update lets new tensors join."""
         module = unwrap(model)
         plan = self._plan
@@ -643,7 +650,7 @@ class ShadowModel:
             plan = self._plan = self._new_plan(module, joining)
         return plan
 
-    def _new_plan(self, module: nn.Module, joining: bool) -> _Plan:
+    def _new_plan(self, module: nn.Module, joining: bool) -> Plan:
         inventory = Inventory.of(module)
         check_same(
             'what the average follows',
@@ -664,7 +671,7 @@ class ShadowModel:
         smallest = (
             0.0 if self._rounding == 'stochastic' or self.has_function else smallest_weight(self._parameters.values())
         )
-        return _Plan(
+        return Plan(
             watch,
             joining,
             parameters,
@@ -783,52 +790,6 @@ class ShadowModel:
         return dict(state['parameters']), dict(state['buffers']), None if stash is None else dict(stash)
 
 
-class _Plan:
-    """The tensors of one model paired with their shadows, and prepared steps; valid while the model stays as it is."""
-
-    def __init__(
-        self,
-        watch: Watch,
-        has_joined: bool,
-        parameters: Mapping[str, tuple[Tensor, Tensor]],
-        buffers: Mapping[str, tuple[Tensor, Tensor]],
-        is_averaged: Callable[[Tensor], bool],
-        streams: Mapping[torch.device, SideStream],
-        prepare: Callable[[Iterable[tuple[Tensor, Tensor]]], Callable[[Any], Any]],
-        is_left_to_a_thread: Callable[[tuple[Tensor, Tensor]], bool],
-        smallest_weight: float,
-    ) -> None:
-        self.smallest_weight = smallest_weight
-        self.watch = watch
-        self.has_joined = has_joined
-        self.sources = {name: source for name, (_, source) in (*parameters.items(), *buffers.items())}
-        averaged, copied = [], []
-        for pair in buffers.values():
-            (averaged if is_averaged(pair[0]) else copied).append(pair)
-        kinds = [list(parameters.values()), averaged, copied]
-
-        left = [list(filter(is_left_to_a_thread, kind)) for kind in kinds]
-        self.host_averages = [
-            HostAverage(*([pair for pair in kind if pair[1].device == device] for kind in left))
-            for device in {source.device for kind in left for _, source in kind}
-        ]
-        here = [list(filterfalse(is_left_to_a_thread, kind)) for kind in kinds]
-        self.parameter_steps: list[tuple[SideStream, Callable[[Any], Any]]] = []
-        for device, pairs in _by_device(here[0]).items():
-            shadows, sources = unzip(pairs)
-            streams[device].keep_alive(shadows + [source for source in sources if source.device == device])
-            self.parameter_steps.append((streams[device], prepare(pairs)))
-        self.buffer_steps = [prepare(pairs) for pairs in _by_device(here[1]).values()]
-        self.copy_other_buffers = kernels.prepare_copy(*unzip(here[2]))
-
-
-def _by_device(pairs: Iterable[tuple[Tensor, Tensor]]) -> dict[torch.device, list[tuple[Tensor, Tensor]]]:
-    grouped: defaultdict[torch.device, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-    for pair in pairs:
-        grouped[pair[0].device].append(pair)
-    return grouped
-
-
 def _weakly(method: Callable[[], None]) -> Callable[[], None]:
     """Calls a bound method as long as its object lives, without keeping it alive."""
     reference = weakref.WeakMethod(method)
@@ -861,89 +822,3 @@ def _gather(norms: list[Tensor]) -> Tensor:
 
 def _loses_digits(saved: Tensor, shadow: Tensor) -> bool:
     return torch.promote_types(saved.dtype, shadow.dtype) != shadow.dtype
-
-
-def check_buffer_mode(buffers: str) -> BufferMode:
-    """Returns ``buffers`` or raises a ValueError."""
-    if buffers == 'average' or buffers == 'copy':
-        return buffers
-    raise ValueError(f"buffers must be 'average' or 'copy', got {buffers!r}.")
-
-
-def check_rounding(rounding: str, dtype: torch.dtype | None) -> Rounding:
-    """Returns ``rounding`` or raises a ValueError; at random, only bfloat16 can be rounded."""
-    if rounding not in ('nearest', 'stochastic'):
-        raise ValueError(f"rounding must be 'nearest' or 'stochastic', got {rounding!r}.")
-    if rounding == 'stochastic' and dtype is not torch.bfloat16:
-        raise ValueError(
-            f"rounding='stochastic' rounds a bfloat16 average, but its dtype is {dtype or 'that of the weights'}. "
-            "Set the shadow's dtype to 'bfloat16', or leave rounding out."
-        )
-    return 'stochastic' if rounding == 'stochastic' else 'nearest'
-
-
-def check_custom(
-    avg_fn: custom.AvgFn | None,
-    multi_avg_fn: custom.MultiAvgFn | None,
-    *,
-    skip_nonfinite: bool = False,
-    rounding: str = 'nearest',
-    backend: str = 'auto',
-) -> None:
-    """Raises unless at most one function is given, and then nothing that only the formula knows."""
-    custom.check_functions(avg_fn, multi_avg_fn)
-    if avg_fn is None and multi_avg_fn is None:
-        return
-    without_effect = {
-        f'skip_nonfinite={skip_nonfinite}': skip_nonfinite is not False,
-        f'rounding={rounding!r}': rounding != 'nearest',
-        f'backend={backend!r}': backend != 'auto',
-    }
-    for argument, is_given in without_effect.items():
-        if is_given:
-            raise ValueError(
-                f'{argument} has no effect on an average by a function of yours. '
-                'Leave it out, or do it in the function.'
-            )
-
-
-def check_flag(name: str, value: bool) -> bool:
-    """Returns ``value`` or raises a TypeError: it is True or False."""
-    if not isinstance(value, bool):
-        raise TypeError(f'{name} must be True or False, got {value!r}.')
-    return value
-
-
-def check_seed(seed: int) -> int:
-    """Returns ``seed`` or raises: it is a whole number in [0, 2**63)."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise ValueError(f'seed must be a whole number in [0, 2**63), got {seed!r}.')
-    return seed
-
-
-def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """A floating dtype from itself or its name, or None.
-
-    Raises:
-        ValueError: no floating dtype.
-    """
-    parsed = getattr(torch, dtype.removeprefix('torch.'), None) if isinstance(dtype, str) else dtype
-    if parsed is None and dtype is None:
-        return None
-    if parsed not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"the shadow's dtype must be float64, float32, bfloat16 or float16, got {dtype!r}.")
-    return parsed
-
-
-def parse_device(device: torch.device | str | None) -> torch.device | None:
-    """A device from itself or its name, or None.
-
-    Raises:
-        ValueError: torch does not know the device.
-    """
-    if device is None:
-        return None
-    try:
-        return torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"the shadow's device must be one such as 'cpu' or 'cuda:0', got {device!r}.") from error

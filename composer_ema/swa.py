@@ -23,7 +23,8 @@ from composer_ema.batchnorm import statistics_of, update_bn
 from composer_ema.clock import Clock, read_clock, resolve_share, run_length
 from composer_ema.custom import AvgFn, MultiAvgFn
 from composer_ema.naming import listed
-from composer_ema.shadow import BufferMode, Rounding, ShadowModel
+from composer_ema.options import BufferMode, Rounding
+from composer_ema.shadow import ShadowModel
 from composer_ema.sharding import unwrap
 from composer_ema.spans import Span
 from composer_ema.weight_average import WeightAverage, check_clock, warn

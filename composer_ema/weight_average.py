@@ -37,10 +37,9 @@ from composer_ema.clock import (
 )
 from composer_ema.custom import AvgFn, MultiAvgFn, name_of
 from composer_ema.naming import Inventory, Selection, check_same
-from composer_ema.shadow import (
+from composer_ema.options import (
     BufferMode,
     Rounding,
-    ShadowModel,
     check_buffer_mode,
     check_custom,
     check_flag,
@@ -49,6 +48,7 @@ from composer_ema.shadow import (
     parse_device,
     parse_dtype,
 )
+from composer_ema.shadow import ShadowModel
 from composer_ema.sharding import is_sharded, unwrap
 from composer_ema.spans import Span
 
