@@ -538,14 +538,17 @@ def whole(batches):
     return statistics(model)
 
 
+def assert_close(found, expected):
+    # A process with another number of threads may add a matrix product up in another order.
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ('key', 'batches'), [('uneven', images(5)), ('shadow', images(5)), ('one_empty', images(5)[3:])]
 )
 def test_two_processes_have_the_statistics_of_one_that_saw_all_batches(both_ranks, key, batches):
     assert_same_bits(both_ranks[0][key], both_ranks[1][key])
-    expected = whole(batches)
-    for name, buffer in both_ranks[0][key].items():
-        torch.testing.assert_close(buffer, expected[name], rtol=1e-6, atol=1e-6)
+    assert_close(both_ranks[0][key], whole(batches))
     assert both_ranks[0][key]['1.num_batches_tracked'] == len(batches)
 
 
@@ -555,8 +558,8 @@ def test_on_two_processes_an_average_leaves_the_models_statistics_alone(both_ran
 
 
 def test_without_synchronizing_each_process_has_its_own(both_ranks):
-    assert_same_bits(both_ranks[0]['own'], whole(images(5)[:3]))
-    assert_same_bits(both_ranks[1]['own'], whole(images(5)[3:]))
+    assert_close(both_ranks[0]['own'], whole(images(5)[:3]))
+    assert_close(both_ranks[1]['own'], whole(images(5)[3:]))
 
 
 def test_a_layer_that_no_process_reaches_keeps_its_statistics(both_ranks):
