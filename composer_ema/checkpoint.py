@@ -293,6 +293,8 @@ def check_sums(path: Path) -> None:
 def _reason(path: Path, error: Exception) -> str:
     if isinstance(error, PermissionError):
         return str(error)
+    if path.suffix == '.safetensors':
+        return 'it is a safetensors file, which holds tensors and no state. Read it with safetensors.torch.load_file.'
     try:
         known = {f'{t.__module__}.{t.__qualname__}' for t in _SAFE_TYPES if not isinstance(t, tuple)}
         known |= {t[1] for t in _SAFE_TYPES if isinstance(t, tuple)}

@@ -169,7 +169,9 @@ def _draw_recipes(recipes: list[tuple[Path, list[str]]], axis: Any, batches_per_
 
 @app.command()
 def inspect(
-    checkpoint: Annotated[Path, typer.Argument(help='A Composer checkpoint.', show_default=False)],
+    checkpoint: Annotated[
+        Path, typer.Argument(help='A checkpoint, of Composer or another library.', show_default=False)
+    ],
     all_tensors: Annotated[bool, typer.Option('--all', help='List every tensor.')] = False,
     as_json: Annotated[bool, typer.Option('--json', help='Print all of it as JSON.')] = False,
 ) -> None:

@@ -214,6 +214,9 @@ def test_export_writes_the_average_of_a_checkpoint(call, recipe, tmp_path):
     assert all(written[name].equal(expected[name]) for name in expected)
     with safe_open(exported, 'pt') as file:
         assert file.metadata()['run_name'] == 'tiny'
+    code, _, err = call('inspect', exported)
+    assert code == 2
+    assert 'is a safetensors file' in err
 
 
 def test_export_of_what_is_no_checkpoint(call, tmp_path):

@@ -111,6 +111,17 @@ class TestText:
         for cell in [*accuracies, '87.1', '+1.90']:
             assert cell.replace(' ', '') in captured.get()
 
+    def test_without_published_figures_there_are_no_columns_of_them(self):
+        alone = [dataclasses.replace(self.ROWS[0], published=None)]
+        header = comparison.as_markdown(alone).splitlines()[0]
+        assert 'published' not in header
+        assert header.startswith('| recipe | length | training weights | average |')
+        assert [str(column.header) for column in comparison.as_table(alone).columns] == [
+            'recipe',
+            'training\nweights',
+            'average',
+        ]
+
     def test_the_average_of_swa_stands_in_the_column_of_averages(self):
         last = Point(1.0, 0.75, 0.5)
         swa = Ending.of(Result('swa', 1, 0.9, {'training': [last], 'swa': [Point(1.0, 0.875, 0.25)]}))

@@ -191,7 +191,7 @@ def as_table(rows: Sequence[Row]) -> Table:
     """The accuracies for the terminal; the page has the losses too."""
     header, *lines = _cells(rows)
     table = Table(title=_over_seeds(rows), title_justify='left', box=SIMPLE_HEAD, pad_edge=False)
-    shown = [header.index(name) for name in ('recipe', 'published', *_WEIGHTS.values(), _GAIN)]
+    shown = [header.index(name) for name in ('recipe', 'published', *_WEIGHTS.values(), _GAIN) if name in header]
     for column in shown:
         above, space, below = header[column].rpartition(' ')
         heading = f'{above}\n{below}' if space else below
@@ -306,7 +306,7 @@ def _recorded(recipe: Recipe) -> Ending | None:
     if changed := _changes(record['recipe'], _comparable(recipe)):
         raise Place(recipe.source).error(
             f'{path.parent} holds a run of another recipe ({"; ".join(changed)}). '
-            'Remove that folder to train anew, or give another runs_folder.'
+            'Remove that folder to train anew, or give another runs folder.'
         )
     return Ending(**record['ending']) if record['ending'] else None
 
@@ -409,9 +409,12 @@ def _show_nothing(_: Any) -> None:
 
 
 def _cells(rows: Sequence[Row]) -> list[list[str]]:
+    """Header and lines, without the columns of published figures where there are none."""
     header = ['recipe', 'length', 'published', *_WEIGHTS.values(), _GAIN]
     header += ['published loss', *(f'loss of {words}' for words in _WEIGHTS.values())]
-    return [header, *(_line(row) for row in rows)]
+    table = [header, *(_line(row) for row in rows)]
+    is_said = [column < 2 or any(line[column] for line in table[1:]) for column in range(len(header))]
+    return [[cell for cell, said in zip(line, is_said, strict=True) if said] for line in table]
 
 
 def _line(row: Row) -> list[str]:

@@ -78,6 +78,8 @@ class Outline:
         )
         self._stepped = schedules.for_trainer(self.scheduled, self.optimizer)
         self._schedulers = [self._compiled(each) for each in self._stepped.schedulers]
+        # Composer's time takes longer than all else, and torch's schedulers count by themselves.
+        self._reads_time = not all(isinstance(each, LRScheduler) for each in self._stepped.schedulers)
 
     def steps(self) -> Iterator[list[dict[str, Any]]]:
         """For each batch of the run, what its step uses: a dictionary of learning rate and momentum per group."""
@@ -92,13 +94,15 @@ class Outline:
         if self._stepped.every_batch:
             self._step()
         # Composer steps its schedulers before it moves the clock on.
-        self._state.timestamp = self._state.timestamp.to_next_batch()
+        if self._reads_time:
+            self._state.timestamp = self._state.timestamp.to_next_batch()
 
     def end_epoch(self) -> None:
         """What the Trainer does to the schedule after the last batch of an epoch, before it evaluates."""
         if self._stepped.every_batch is False:
             self._step()
-        self._state.timestamp = self._state.timestamp.to_next_epoch()
+        if self._reads_time:
+            self._state.timestamp = self._state.timestamp.to_next_epoch()
         with _unwarned():
             for each in self._together:
                 each.end_epoch()
