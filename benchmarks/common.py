@@ -121,12 +121,18 @@ def _cpu_name() -> str:
 
 
 def _revision() -> str | None:
-    """The commit that was measured, marked where files differ from it; None outside a checkout."""
+    """The commit that was measured, marked where files other than results differ from it; None outside a checkout."""
     try:
-        command = ['git', '-C', str(FOLDER), 'describe', '--always', '--dirty', '--abbrev=10']
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+        commit = _git('rev-parse', '--short=10', 'HEAD')
+        changed = _git('status', '--porcelain', '--untracked-files=no', '--', ':/', ':(top,exclude)benchmarks/results')
     except (OSError, subprocess.CalledProcessError):
         return None
+    return f'{commit}-dirty' if changed else commit
+
+
+def _git(*arguments: str) -> str:
+    command = ['git', '-C', str(FOLDER), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def _today() -> str:
