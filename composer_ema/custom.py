@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from composer_ema.kernels.layout import detached
+
 #: ``avg_fn(averaged, current, num_averaged)`` returns the new average of one tensor.
 AvgFn = Callable[[Tensor, Tensor, Any], Tensor]
 #: ``multi_avg_fn(averaged, current, num_averaged)`` writes the new averages of many tensors into ``averaged``.
@@ -76,7 +78,7 @@ def prepare(
 
 
 def _prepare_one_by_one(shadows: Sequence[Tensor], sources: Sequence[Tensor], avg_fn: AvgFn) -> Step:
-    averaged, current = _detached(shadows), _detached(sources)
+    averaged, current = detached(shadows), detached(sources)
 
     @torch.no_grad()
     def step(num_averaged: int) -> Callable[[], object]:
@@ -109,7 +111,7 @@ class _Together:
     """A step for tensors of one dtype and device, by one call that writes in place."""
 
     def __init__(self, shadows: Sequence[Tensor], sources: Sequence[Tensor], multi_avg_fn: MultiAvgFn) -> None:
-        self._shadows, self._sources = list(shadows), _detached(sources)
+        self._shadows, self._sources = list(shadows), detached(sources)
         self._function = multi_avg_fn
         self._has_written = False
 
@@ -118,7 +120,7 @@ class _Together:
         if num_averaged == 0:
             return partial(_copy, self._shadows, self._sources)
         # Views and lists of their own: whatever the function puts in their place, the average stays where it is.
-        averaged = _detached(self._shadows)
+        averaged = detached(self._shadows)
         given = list(averaged)
         current = [source.to(s.device, s.dtype) for s, source in zip(averaged, self._sources, strict=True)]
         # Not every way of writing counts up a tensor's version, so the values of one tensor are looked at as well.
@@ -186,10 +188,6 @@ def _copy(averaged: list[Tensor], values: list[Tensor]) -> None:
 
 def _nothing() -> None:
     """Nothing is left to write."""
-
-
-def _detached(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [tensor.detach() for tensor in tensors]
 
 
 def _versions(tensors: Sequence[Tensor]) -> list[int]:

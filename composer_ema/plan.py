@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import filterfalse
 from typing import Any
 
@@ -18,15 +18,19 @@ from composer_ema.stream import SideStream
 
 
 class Plan:
-    """The tensors of one model paired with their shadows, and prepared steps; valid while the model stays as it is."""
+    """The tensors of one model paired with their shadows, and prepared steps; valid while the model stays as it is.
+
+    Args:
+        sources: the model's tensors by name.
+        kinds: pairs of shadow and source: parameters, buffers that are averaged, buffers that are copied.
+    """
 
     def __init__(
         self,
         watch: Watch,
         has_joined: bool,
-        parameters: Mapping[str, tuple[Tensor, Tensor]],
-        buffers: Mapping[str, tuple[Tensor, Tensor]],
-        is_averaged: Callable[[Tensor], bool],
+        sources: Mapping[str, Tensor],
+        kinds: Sequence[Sequence[tuple[Tensor, Tensor]]],
         streams: Mapping[torch.device, SideStream],
         prepare: Callable[[Iterable[tuple[Tensor, Tensor]]], Callable[[Any], Any]],
         is_left_to_a_thread: Callable[[tuple[Tensor, Tensor]], bool],
@@ -35,11 +39,7 @@ class Plan:
         self.smallest_weight = smallest_weight
         self.watch = watch
         self.has_joined = has_joined
-        self.sources = {name: source for name, (_, source) in (*parameters.items(), *buffers.items())}
-        averaged, copied = [], []
-        for pair in buffers.values():
-            (averaged if is_averaged(pair[0]) else copied).append(pair)
-        kinds = [list(parameters.values()), averaged, copied]
+        self.sources = sources
 
         left = [list(filter(is_left_to_a_thread, kind)) for kind in kinds]
         self.host_averages = [
@@ -49,8 +49,8 @@ class Plan:
         here = [list(filterfalse(is_left_to_a_thread, kind)) for kind in kinds]
         self.parameter_steps: list[tuple[SideStream, Callable[[Any], Any]]] = []
         for device, pairs in _by_device(here[0]).items():
-            shadows, sources = unzip(pairs)
-            streams[device].keep_alive(shadows + [source for source in sources if source.device == device])
+            shadows, read = unzip(pairs)
+            streams[device].keep_alive(shadows + [source for source in read if source.device == device])
             self.parameter_steps.append((streams[device], prepare(pairs)))
         self.buffer_steps = [prepare(pairs) for pairs in _by_device(here[1]).values()]
         self.copy_other_buffers = kernels.prepare_copy(*unzip(here[2]))

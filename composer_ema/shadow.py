@@ -666,7 +666,9 @@ class ShadowModel:
             if tensor.device not in self._streams:
                 self._streams[tensor.device] = SideStream(tensor.device, overlap=self._overlap)
                 self._skipped[tensor.device] = DeviceCounter(tensor.device)
-        addressed = self._addressed(parameters.values(), buffers.values())
+        averaged = [pair for pair in buffers.values() if self._is_averaged(pair[0])]
+        copied = [pair for pair in buffers.values() if not self._is_averaged(pair[0])]
+        addressed = self._addressed([*parameters.values(), *averaged], copied)
         watch = Watch(module, inventory, on_gone=_weakly(self._forget_plan), addressed=addressed)
         smallest = (
             0.0 if self._rounding == 'stochastic' or self.has_function else smallest_weight(self._parameters.values())
@@ -674,9 +676,8 @@ class ShadowModel:
         return Plan(
             watch,
             joining,
-            parameters,
-            buffers,
-            self._is_averaged,
+            {name: source for name, (_, source) in (*parameters.items(), *buffers.items())},
+            [list(parameters.values()), averaged, copied],
             self._streams,
             self._prepare,
             self._is_left_to_a_thread,
@@ -684,20 +685,16 @@ class ShadowModel:
         )
 
     def _addressed(
-        self, parameters: Iterable[tuple[Tensor, Tensor]], buffers: Iterable[tuple[Tensor, Tensor]]
+        self, averaged: Sequence[tuple[Tensor, Tensor]], copied: Sequence[tuple[Tensor, Tensor]]
     ) -> list[Tensor]:
         """The sources whose memory an update reads where it was; at least one, since a model moves as a whole."""
         rules = kernels.Rules(skip_nonfinite=self._skip_nonfinite, stochastic=self._rounding == 'stochastic')
-
-        def moves_freely(shadow: Tensor, source: Tensor) -> bool:
-            return not self.has_function and not kernels.keeps_address(
-                shadow, source, backend=self._backend, rules=rules
-            )
-
-        averaged = [*parameters, *(pair for pair in buffers if self._is_averaged(pair[0]))]
-        copied = [source for shadow, source in buffers if not self._is_averaged(shadow)]
-        addressed = [source for shadow, source in averaged if not moves_freely(shadow, source)]
-        return [*addressed, *copied] or [source for _, source in averaged[:1]]
+        addressed = [
+            source
+            for shadow, source in averaged
+            if self.has_function or kernels.keeps_address(shadow, source, backend=self._backend, rules=rules)
+        ]
+        return [*addressed, *(source for _, source in copied)] or [source for _, source in averaged[:1]]
 
     def _is_averaged(self, buffer: Tensor) -> bool:
         return self._buffer_mode == 'average' and is_inexact(buffer)

@@ -27,7 +27,7 @@ MAY_IMPORT = {
     'files': set(),
     'sharding': set(),
     'kernels': set(),
-    'custom': set(),
+    'custom': {'kernels'},
     'naming': {'sharding'},
     'formats': {'naming', 'sharding'},
     'interchange': {'naming', 'sharding'},

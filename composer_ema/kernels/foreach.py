@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from composer_ema.kernels.layout import can_be_bundled, carve, packed, pieces, split_bundles, unzip
+from composer_ema.kernels.layout import can_be_bundled, carve, detached, packed, pieces, split_bundles, unzip
 from composer_ema.kernels.rules import Rules, Steps
 
 # Elements of scratch: on CPU what stays in a core's cache, on an accelerator what fills the device.
@@ -39,7 +39,7 @@ def keeps_address(shadow: Tensor, source: Tensor) -> bool:
 def prepare(shadow_sets: Sequence[Sequence[Tensor]], sources: Sequence[Tensor], rules: Rules) -> Steps:
     """Groups the pairs by dtype and device and returns a step that runs one fused call per group or chunk."""
     del rules  # those that matter were refused
-    calls = [_calls(_detached(shadows), sources) for shadows in shadow_sets]
+    calls = [_calls(detached(shadows), sources) for shadows in shadow_sets]
 
     @torch.no_grad()
     def step(weights: Sequence[float]) -> None:
@@ -52,7 +52,7 @@ def prepare(shadow_sets: Sequence[Sequence[Tensor]], sources: Sequence[Tensor], 
 
 def prepare_copy(shadows: Sequence[Tensor], sources: Sequence[Tensor]) -> Callable[[], None]:
     """Returns a step that copies ``sources``, of any dtype, into ``shadows``."""
-    bundles, singles = split_bundles(_detached(shadows), _detached(sources))
+    bundles, singles = split_bundles(detached(shadows), detached(sources))
 
     def copy() -> None:
         for bundle, parts in bundles:
@@ -61,10 +61,6 @@ def prepare_copy(shadows: Sequence[Tensor], sources: Sequence[Tensor]) -> Callab
             torch._foreach_copy_(*singles)
 
     return copy
-
-
-def _detached(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [tensor.detach() for tensor in tensors]
 
 
 def _calls(shadows: Sequence[Tensor], sources: Sequence[Tensor]) -> list[Callable[[float], None]]:
@@ -81,7 +77,7 @@ def _calls(shadows: Sequence[Tensor], sources: Sequence[Tensor]) -> list[Callabl
         if is_alike:
             calls.extend(_in_place(group_shadows, group_sources))
         else:
-            calls.extend(_through_scratch(group_shadows, _detached(group_sources), device, dtype))
+            calls.extend(_through_scratch(group_shadows, detached(group_sources), device, dtype))
 
     return calls
 

@@ -98,6 +98,11 @@ def carve(scratch: Tensor, shadows: list[Tensor]) -> list[Tensor]:
     return views
 
 
+def detached(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Aliases of the same memory that autograd does not follow."""
+    return [tensor.detach() for tensor in tensors]
+
+
 def unzip(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
     """The first tensors and the second ones; two empty lists for no pairs."""
     pairs = list(pairs)

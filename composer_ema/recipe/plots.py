@@ -84,18 +84,8 @@ def draw_runs(runs: Sequence[RunCurves], *, axis: Axis | None = None) -> Figure:
         runs: At least one; their names label them.
         axis: What to draw over. Default: epochs where every run has trained at least one, else batches.
     """
-    from matplotlib import rc_context
-
     axis = _natural_axis(runs) if axis is None else axis
-    rows = [[panel for panel in row if panel.is_needed(runs)] for row in _RUN_PANELS]
-    with rc_context(_STYLE):
-        figure, cells = _new_figure([row for row in rows if row])
-        for axes, panel in zip(cells, (panel for row in rows for panel in row), strict=True):
-            panel.draw(axes, runs, axis)
-            axes.set_xlabel(_AXES[axis])
-            _finish_axes(axes, end=_end(runs, axis), whole=axis != 'epoch')
-        _add_legend(figure, _legend_of_runs(runs), title=runs[0].name if len(runs) == 1 else None)
-    return figure
+    return _draw(_RUN_PANELS, runs, axis, _end(runs, axis), _legend_of_runs)
 
 
 def draw_previews(previews: Sequence[Preview], *, axis: Axis | None = None) -> Figure:
@@ -105,19 +95,24 @@ def draw_previews(previews: Sequence[Preview], *, axis: Axis | None = None) -> F
         previews: At least one; their names label them.
         axis: ``'epoch'`` or ``'batch'``. Default: epochs where every recipe trains for at least one, else batches.
     """
-    from matplotlib import rc_context
-
     if axis is None:
         axis = 'epoch' if all(each.batches >= each.batches_per_epoch for each in previews) else 'batch'
-    rows = [[panel for panel in row if panel.is_needed(previews)] for row in _PREVIEW_PANELS]
+    end = max(each.batches / (each.batches_per_epoch if axis == 'epoch' else 1) for each in previews)
+    return _draw(_PREVIEW_PANELS, previews, axis, end, _legend_of_previews)
+
+
+def _draw(panels: Any, shown: Sequence[Any], axis: Axis, end: float, legend_of: Callable[[Any], Any]) -> Figure:
+    """The panels that one of ``shown`` needs, row by row, over an axis that ends at ``end``, and a legend."""
+    from matplotlib import rc_context
+
+    rows = [[panel for panel in row if panel.is_needed(shown)] for row in panels]
     with rc_context(_STYLE):
         figure, cells = _new_figure([row for row in rows if row])
         for axes, panel in zip(cells, (panel for row in rows for panel in row), strict=True):
-            panel.draw(axes, previews, axis)
+            panel.draw(axes, shown, axis)
             axes.set_xlabel(_AXES[axis])
-            end = max(each.batches / (each.batches_per_epoch if axis == 'epoch' else 1) for each in previews)
             _finish_axes(axes, end=end, whole=axis != 'epoch')
-        _add_legend(figure, _legend_of_previews(previews), title=previews[0].name if len(previews) == 1 else None)
+        _add_legend(figure, legend_of(shown), title=shown[0].name if len(shown) == 1 else None)
     return figure
 
 
