@@ -24,7 +24,7 @@ from composer.models import ComposerClassifier
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from composer_ema import EMA, ShadowModel, compute_ema
+from composer_ema import EMA, ShadowModel, compute_ema, offload
 
 # Models
 
@@ -1031,6 +1031,21 @@ def test_what_comes_after_the_end_of_the_run_is_warned_of(trainer, argument, val
     arguments = {'half_life': '2ba', argument: value}
     with pytest.warns(UserWarning, match=f"{argument}='{value}' is longer than the run"):
         trainer([EMA(**arguments)]).fit()
+
+
+def test_an_update_beside_training_has_read_the_weights_before_the_optimizer_writes(trainer, monkeypatch):
+    monkeypatch.setattr(offload, 'can_take', lambda shadow, source: True)
+    ema, seen = EMA('2ba', log_interval=None), []
+
+    class Looks(Callback):
+        def batch_end(self, state, logger):
+            seen.append(ema.ema_model.is_pending)
+
+        def after_train_batch(self, state, logger):
+            seen.append(ema.ema_model.is_pending)
+
+    trainer(algorithms=[ema], callbacks=[Looks()], max_duration='3ba').fit()
+    assert seen == [False, True] * 3
 
 
 @pytest.mark.gpu

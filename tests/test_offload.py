@@ -150,6 +150,18 @@ def test_a_second_update_waits_for_the_first():
     assert shadows[0].tolist() == [10.5] * 5  # 2, 5, 10.5
 
 
+def test_a_second_update_leaves_what_the_first_has_not_averaged_yet():
+    shadow, source = torch.zeros(2), torch.ones(2)
+    average = HostAverage([], [(shadow, source)], [])
+    gate = Gate(average, '_run')
+    average.update(1.0)
+    source.fill_(100)
+    threading.Timer(0.05, gate.open).start()
+    average.update(0.0)
+    average.wait()
+    assert shadow.tolist() == [1, 1]
+
+
 def test_an_error_in_the_thread_is_raised_by_the_next_wait_and_only_there(monkeypatch):
     shadows, _, average = _average([torch.ones(3)])
 
