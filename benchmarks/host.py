@@ -17,6 +17,7 @@ from torch import nn
 
 from benchmarks import common, peers
 from composer_ema import ShadowModel, kernels
+from composer_ema.kernels.layout import unzip
 
 MATCH_TARGET_US, BEYOND_KERNEL_TARGET_US = 10.0, 60.0
 _WEIGHT = 1 - common.SMOOTHING
@@ -99,23 +100,14 @@ def measure(model: nn.Module, size: str, parsed: Any, result: common.Result) -> 
 
 
 def kernel_calls(model: nn.Module) -> Callable[[], None]:
-    """What an update cannot do without: a prepared step for parameters, one for buffers, a copy of the counters."""
+    """What an update cannot do without: a prepared step for parameters and buffers that copies the counters too."""
     shadow = ShadowModel(model)  # for tensors that lie in memory as those of an update do
-    parameters = [(average, model.get_parameter(name)) for name, average in shadow.named_parameters()]
-    buffers = [(average, model.get_buffer(name)) for name, average in shadow.named_buffers()]
-    steps = [
-        kernels.prepare([average for average, _ in pairs], [source for _, source in pairs])
-        for pairs in (parameters, [pair for pair in buffers if pair[0].is_floating_point()])
-    ]
-    counters = [pair for pair in buffers if not pair[0].is_floating_point()]
-    copy_counters = kernels.prepare_copy([copy for copy, _ in counters], [counter for _, counter in counters])
-
-    def call() -> None:
-        for step in steps:
-            step(_WEIGHT)
-        copy_counters()
-
-    return call
+    pairs = [(average, model.get_parameter(name)) for name, average in shadow.named_parameters()]
+    pairs += [(average, model.get_buffer(name)) for name, average in shadow.named_buffers()]
+    averaged = [pair for pair in pairs if pair[0].is_floating_point()]
+    counters = [pair for pair in pairs if not pair[0].is_floating_point()]
+    step = kernels.prepare(*unzip(averaged), copied=counters)
+    return lambda: step(_WEIGHT)
 
 
 class Batch:

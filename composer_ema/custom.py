@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from composer_ema.kernels.layout import detached
+from composer_ema import kernels
+from composer_ema.kernels.layout import Pair, detached
 
 #: ``avg_fn(averaged, current, num_averaged)`` returns the new average of one tensor.
 AvgFn = Callable[[Tensor, Tensor, Any], Tensor]
@@ -43,6 +44,7 @@ def name_of(function: Callable[..., Any]) -> str:
 def prepare(
     shadows: Sequence[Tensor],
     sources: Sequence[Tensor],
+    copied: Sequence[Pair] = (),
     *,
     avg_fn: AvgFn | None = None,
     multi_avg_fn: MultiAvgFn | None = None,
@@ -52,6 +54,7 @@ def prepare(
     Args:
         shadows: written in place.
         sources: as many, of equal shapes; one of another dtype or device is cast to its shadow's at each update.
+        copied: pairs of a tensor and what it becomes a copy of, whatever the function.
         avg_fn: called for each pair.
         multi_avg_fn: called for each dtype and device.
 
@@ -59,22 +62,34 @@ def prepare(
         A step that takes the number of updates so far, 0 for one that copies. What it returns writes the averages;
         ``multi_avg_fn`` has written them by then.
     """
-    if avg_fn is not None:
-        return _prepare_one_by_one(shadows, sources, avg_fn)
-    assert multi_avg_fn is not None
+    steps: list[Step] = []
+    if avg_fn is not None and shadows:
+        steps.append(_prepare_one_by_one(shadows, sources, avg_fn))
+    if multi_avg_fn is not None:
+        steps.extend(_prepare_together(shadows, sources, multi_avg_fn))
+    copy = kernels.prepare([], [], copied=copied)
+
+    def step(num_averaged: int) -> Callable[[], object]:
+        writes = [each(num_averaged) for each in steps]
+
+        def write_all() -> None:
+            for write in writes:
+                write()
+            copy(1.0)
+
+        return write_all
+
+    return step
+
+
+def _prepare_together(shadows: Sequence[Tensor], sources: Sequence[Tensor], multi_avg_fn: MultiAvgFn) -> list[Step]:
     groups: defaultdict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]]
     groups = defaultdict(lambda: ([], []))
     for shadow, source in zip(shadows, sources, strict=True):
         group = groups[shadow.device, shadow.dtype]
         group[0].append(shadow)
         group[1].append(source)
-    steps = [_Together(*group, multi_avg_fn) for group in groups.values()]
-
-    def step(num_averaged: int) -> Callable[[], object]:
-        writes = [each(num_averaged) for each in steps]
-        return lambda: [write() for write in writes]
-
-    return step
+    return [_Together(*group, multi_avg_fn) for group in groups.values()]
 
 
 def _prepare_one_by_one(shadows: Sequence[Tensor], sources: Sequence[Tensor], avg_fn: AvgFn) -> Step:

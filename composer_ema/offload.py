@@ -19,9 +19,7 @@ import torch
 from torch import Tensor
 
 from composer_ema import kernels
-from composer_ema.kernels.layout import carve, packed, pieces, unzip
-
-Pair = tuple[Tensor, Tensor]
+from composer_ema.kernels.layout import Pair, carve, packed, pieces, unzip
 
 #: Elements that are copied at once: 16 MiB of float32, some 0.7 ms of a PCI Express link.
 CHUNK = 2**22
@@ -189,5 +187,4 @@ class HostAverage:
 
 
 def _copying(shadows: list[Tensor], copies: list[Tensor]) -> Callable[[float], None]:
-    copy = kernels.prepare_copy(shadows, copies)
-    return lambda _weight: copy()
+    return kernels.prepare([], [], copied=list(zip(shadows, copies, strict=True)))

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from composer_ema import kernels
-from composer_ema.kernels.layout import unzip
+from composer_ema.kernels.layout import Pair, unzip
 from composer_ema.naming import Watch
 from composer_ema.offload import HostAverage
 from composer_ema.stream import SideStream
@@ -20,9 +19,14 @@ from composer_ema.stream import SideStream
 class Plan:
     """The tensors of one model paired with their shadows, and prepared steps; valid while the model stays as it is.
 
+    Parameters and buffers of a device share a step, and so a launch, unless parameters run beside training: the next
+    forward writes buffers, so these never leave the current stream.
+
     Args:
         sources: the model's tensors by name.
         kinds: pairs of shadow and source: parameters, buffers that are averaged, buffers that are copied.
+        prepare: makes a step of pairs to average and pairs to copy, all of one device.
+        may_share: whether one step may average parameters and buffers.
     """
 
     def __init__(
@@ -30,11 +34,13 @@ class Plan:
         watch: Watch,
         has_joined: bool,
         sources: Mapping[str, Tensor],
-        kinds: Sequence[Sequence[tuple[Tensor, Tensor]]],
+        kinds: Sequence[Sequence[Pair]],
         streams: Mapping[torch.device, SideStream],
-        prepare: Callable[[Iterable[tuple[Tensor, Tensor]]], Callable[[Any], Any]],
-        is_left_to_a_thread: Callable[[tuple[Tensor, Tensor]], bool],
+        prepare: Callable[[Sequence[Pair], Sequence[Pair]], Callable[[Any], Any]],
+        is_left_to_a_thread: Callable[[Pair], bool],
         smallest_weight: float,
+        *,
+        may_share: bool,
     ) -> None:
         self.smallest_weight = smallest_weight
         self.watch = watch
@@ -46,18 +52,23 @@ class Plan:
             HostAverage(*([pair for pair in kind if pair[1].device == device] for kind in left))
             for device in {source.device for kind in left for _, source in kind}
         ]
-        here = [list(filterfalse(is_left_to_a_thread, kind)) for kind in kinds]
-        self.parameter_steps: list[tuple[SideStream, Callable[[Any], Any]]] = []
-        for device, pairs in _by_device(here[0]).items():
-            shadows, read = unzip(pairs)
-            streams[device].keep_alive(shadows + [source for source in read if source.device == device])
-            self.parameter_steps.append((streams[device], prepare(pairs)))
-        self.buffer_steps = [prepare(pairs) for pairs in _by_device(here[1]).values()]
-        self.copy_other_buffers = kernels.prepare_copy(*unzip(here[2]))
+        parameters, averaged, copied = (_by_device(filterfalse(is_left_to_a_thread, kind)) for kind in kinds)
+        self.forked_steps: list[tuple[SideStream, Callable[[Any], Any]]] = []
+        self.steps: list[Callable[[Any], Any]] = []
+        for device in {**parameters, **averaged, **copied}:
+            together, stream = [*averaged[device]], streams[device]
+            if may_share and not stream.is_beside:
+                together[:0] = parameters[device]
+            elif parameters[device]:
+                shadows, read = unzip(parameters[device])
+                stream.keep_alive(shadows + [source for source in read if source.device == device])
+                self.forked_steps.append((stream, prepare(parameters[device], [])))
+            if together or copied[device]:
+                self.steps.append(prepare(together, copied[device]))
 
 
-def _by_device(pairs: Iterable[tuple[Tensor, Tensor]]) -> dict[torch.device, list[tuple[Tensor, Tensor]]]:
-    grouped: defaultdict[torch.device, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+def _by_device(pairs: Iterable[Pair]) -> defaultdict[torch.device, list[Pair]]:
+    grouped: defaultdict[torch.device, list[Pair]] = defaultdict(list)
     for pair in pairs:
         grouped[pair[0].device].append(pair)
     return grouped

@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 from composer_ema import custom, interchange, kernels, offload
 from composer_ema.averages import check_share, weight_from_smoothing
 from composer_ema.counter import DeviceCounter
-from composer_ema.kernels.layout import side_by_side, unzip
+from composer_ema.kernels.layout import Pair, side_by_side, unzip
 from composer_ema.kernels.rules import is_inexact, smallest_weight
 from composer_ema.naming import Inventory, Selection, Watch, check_same
 from composer_ema.offload import HostAverage
@@ -238,13 +238,11 @@ class ShadowModel:
             self._warn_of_rounding(weight)
         for host_average in plan.host_averages:
             host_average.update(weight)  # waited for as the forks are
-        for stream, average in plan.parameter_steps:
+        for stream, average in plan.forked_steps:
             with stream.fork():  # joined by wait_for_reads(), and by wait(), which every read below calls
                 average(weight)
-        # The next forward writes buffers, so they never leave the current stream.
-        for average in plan.buffer_steps:
+        for average in plan.steps:
             average(weight)
-        plan.copy_other_buffers()
         self.num_updates += 1
 
     @property
@@ -255,17 +253,16 @@ class ShadowModel:
     def _update_by_function(self, model: nn.Module) -> None:
         self._refuse_while_swapped()
         plan = self._plan_for(model, joining=True)
-        writes = []
-        for stream, compute in plan.parameter_steps:
+        forked_writes = []
+        for stream, compute in plan.forked_steps:
             with stream.fork():  # joined by wait(), as in update()
-                writes.append(compute(self.num_updates))
-        buffer_writes = [compute(self.num_updates) for compute in plan.buffer_steps]
-        for (stream, _), write in zip(plan.parameter_steps, writes, strict=True):
+                forked_writes.append(compute(self.num_updates))
+        writes = [compute(self.num_updates) for compute in plan.steps]
+        for (stream, _), write in zip(plan.forked_steps, forked_writes, strict=True):
             with stream.fork():
                 write()
-        for write in buffer_writes:
+        for write in writes:
             write()
-        plan.copy_other_buffers()
         self.num_updates += 1
 
     def _refuse_while_swapped(self) -> None:
@@ -682,11 +679,10 @@ class ShadowModel:
             self._prepare,
             self._is_left_to_a_thread,
             smallest,
+            may_share=not self.has_function,  # which is called for parameters and for buffers
         )
 
-    def _addressed(
-        self, averaged: Sequence[tuple[Tensor, Tensor]], copied: Sequence[tuple[Tensor, Tensor]]
-    ) -> list[Tensor]:
+    def _addressed(self, averaged: Sequence[Pair], copied: Sequence[Pair]) -> list[Tensor]:
         """The sources whose memory an update reads where it was; at least one, since a model moves as a whole."""
         rules = kernels.Rules(skip_nonfinite=self._skip_nonfinite, stochastic=self._rounding == 'stochastic')
         addressed = [
@@ -699,27 +695,28 @@ class ShadowModel:
     def _is_averaged(self, buffer: Tensor) -> bool:
         return self._buffer_mode == 'average' and is_inexact(buffer)
 
-    def _is_left_to_a_thread(self, pair: tuple[Tensor, Tensor]) -> bool:
+    def _is_left_to_a_thread(self, pair: Pair) -> bool:
         has_rules = self._skip_nonfinite or self._rounding == 'stochastic' or self._backend != 'auto'
         return self._overlap and not has_rules and not self.has_function and offload.can_take(*pair)
 
-    def _prepare(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> Callable[[Any], Any]:
+    def _prepare(self, averaged: Sequence[Pair], copied: Sequence[Pair]) -> Callable[[Any], Any]:
         """Prepares an update of pairs on one device: a step by weight, or with a function by ``num_updates``."""
-        shadows, sources = unzip(pairs)
+        shadows, sources = unzip(averaged)
         if self.has_function:
-            return custom.prepare(shadows, sources, avg_fn=self._avg_fn, multi_avg_fn=self._multi_avg_fn)
+            return custom.prepare(shadows, sources, copied, avg_fn=self._avg_fn, multi_avg_fn=self._multi_avg_fn)
+        device = (*averaged, *copied)[0][0].device
         rules = kernels.Rules(
             skip_nonfinite=self._skip_nonfinite,
             stochastic=self._rounding == 'stochastic',
             seed=self._seed,
             first_step=self.num_updates,
-            skipped=self._skipped[shadows[0].device].value,
+            skipped=self._skipped[device].value,
         )
-        if log.isEnabledFor(logging.INFO):
+        if averaged and log.isEnabledFor(logging.INFO):
             log.info('averaging %s', kernels.describe([shadows], sources, backend=self._backend, rules=rules))
-        return kernels.prepare(shadows, sources, backend=self._backend, rules=rules)
+        return kernels.prepare(shadows, sources, copied=copied, backend=self._backend, rules=rules)
 
-    def _paired(self, shadows: dict[str, Tensor], sources: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    def _paired(self, shadows: dict[str, Tensor], sources: Mapping[str, Tensor]) -> dict[str, Pair]:
         """Shadows, moved to where they belong, beside their sources of the same shape."""
         pairs = {}
         for name, shadow in shadows.items():

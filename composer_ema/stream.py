@@ -38,6 +38,11 @@ class SideStream:
         self._is_pending = False
 
     @property
+    def is_beside(self) -> bool:
+        """Whether forked work runs beside the current stream, not in line on it."""
+        return self._stream is not None
+
+    @property
     def is_pending(self) -> bool:
         """Whether forked work has not been joined yet."""
         return self._is_pending

@@ -9,6 +9,7 @@ import math
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from torch import nn
 from composer_ema import ShadowModel, kernels
 from composer_ema.kernels import reference
 from composer_ema.kernels.rules import PIECE, Rules
+from composer_ema.stream import SideStream
 
 pytest.importorskip('triton')
 # The interpreter computes with numpy, which warns of the infinities that the tests put in.
@@ -233,6 +235,112 @@ def test_a_bfloat16_shadow_resumes_to_the_bit():
         assert torch.equal(tensor, dict(whole.named_parameters())[name]), name
 
 
+def batch_norm_net():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4))
+    net.register_buffer('mask', torch.tensor([True, False, True]))
+    return net.to(DEVICE)
+
+
+class TestCopies:
+    @pytest.mark.parametrize('dtype', [torch.int64, torch.int32, torch.int16, torch.uint8, torch.bool, torch.float64])
+    @pytest.mark.parametrize('size', [1, 3, PIECE, 2 * PIECE + 1])
+    def test_every_dtype_and_size_is_copied_to_its_end_and_no_further(self, dtype, size):
+        source = torch.arange(size, device=DEVICE).remainder(101).to(dtype)
+        around = torch.zeros(size + 2, dtype=dtype, device=DEVICE)
+        kernels.prepare([], [], copied=[(around[1:-1], source)], backend='fused')(0.5)
+        assert torch.equal(around[1:-1], source)
+        assert around[0] == around[-1] == 0
+
+    @pytest.mark.parametrize('weight', [0.0, 0.5, 1.0])
+    @pytest.mark.parametrize('count', [1, 3])
+    def test_they_ride_with_averages_whatever_the_weight(self, count, weight):
+        sources, counter = tensors((PIECE + 1,), (5,)), torch.tensor(2**40 + 3, device=DEVICE)
+        copy = torch.zeros_like(counter)
+        averages = [[torch.zeros_like(source) for source in sources] for _ in range(count)]
+        step = kernels.prepare_many(averages, sources, copied=[(copy, counter)], backend='fused')
+        step([weight] * count)
+        counter.add_(1)
+        step([weight] * count)
+        assert copy == 2**40 + 4
+        for shadow, source in zip(itertools.chain(*averages), sources * count, strict=True):
+            torch.testing.assert_close(shadow, source * (1 - (1 - weight) ** 2))
+
+    def test_they_leave_random_bits_as_they_are(self):
+        def rounded(copied):
+            (source,) = tensors((2 * PIECE,))
+            shadow = torch.zeros_like(source, dtype=torch.bfloat16)
+            rules = Rules(stochastic=True, seed=1)
+            step = kernels.prepare([shadow], [source], copied=copied, backend='fused', rules=rules)
+            step(0.3)
+            step(0.3)
+            return shadow
+
+        counter = torch.ones(9, dtype=torch.int64, device=DEVICE)
+        assert torch.equal(rounded([]), rounded([(torch.zeros_like(counter), counter)]))
+
+    def test_one_that_the_kernel_cannot_take_is_copied_all_the_same(self):
+        wide, gaps = torch.tensor([1.5, 2.5], device=DEVICE), torch.arange(6, device=DEVICE)[::2]
+        narrow, dense = torch.zeros(2, dtype=torch.float16, device=DEVICE), torch.zeros(3, device=DEVICE).long()
+        kernels.prepare([], [], copied=[(narrow, wide), (dense, gaps)], backend='fused')(0.0)
+        assert (narrow.tolist(), dense.tolist()) == ([1.5, 2.5], [0, 2, 4])
+
+    def test_parameters_buffers_and_counters_are_one_launch(self, launches):
+        net = batch_norm_net()
+        shadow = ShadowModel(net, backend='fused')
+        shadow.update(net, smoothing=0.5)
+        launches.clear()
+        with torch.no_grad():
+            for tensor in itertools.chain(net.parameters(), net.buffers()):
+                tensor.copy_(~tensor) if tensor.dtype is torch.bool else tensor.add_(2)
+        shadow.update(net, smoothing=0.5)
+        assert len(launches) == 1
+        for name, average in itertools.chain(shadow.named_parameters(), shadow.named_buffers()):
+            live = net.state_dict()[name]
+            assert torch.equal(average, live - 1 if live.is_floating_point() else live), name
+
+    def test_where_parameters_run_beside_training_buffers_and_counters_are_one_more_launch_in_line(
+        self, launches, monkeypatch
+    ):
+        net, forked = batch_norm_net(), []
+
+        @contextmanager
+        def fork(stream):
+            before = len(launches)
+            yield
+            forked.append(len(launches) - before)
+
+        monkeypatch.setattr(SideStream, 'is_beside', True)
+        monkeypatch.setattr(SideStream, 'fork', fork)
+        shadow = ShadowModel(net, backend='fused')
+        shadow.update(net, smoothing=0.5)
+        assert (forked, len(launches)) == ([1], 2)
+
+    @pytest.fixture
+    def launches(self, monkeypatch):
+        """Grows by one entry a launch."""
+        from composer_ema.kernels import fused
+
+        launched, call = [], fused._Launch.__call__
+        monkeypatch.setattr(fused._Launch, '__call__', lambda *given: [launched.append(given), call(*given)])
+        return launched
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(('overlap', 'kernels_expected'), [(False, 1), (True, 2)])
+def test_a_profiler_sees_one_kernel_an_update_and_one_more_for_buffers_beside_training(overlap, kernels_expected):
+    net = batch_norm_net()
+    shadow = ShadowModel(net, overlap=overlap)
+    for _ in range(2):
+        shadow.update(net, smoothing=0.5)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        shadow.update(net, smoothing=0.5)
+        torch.cuda.synchronize()
+    on_device = [event.name for event in profile.events() if event.device_type is torch.autograd.DeviceType.CUDA]
+    assert len(on_device) == kernels_expected, on_device
+
+
 @pytest.mark.gpu
 def test_a_captured_graph_replays_with_the_weights_that_stand_in_device_memory():
     (shadow, source) = tensors((1000,), (1000,))
@@ -266,4 +374,4 @@ def test_the_kernel_compiles_for_devices_that_are_not_here(architecture, tmp_pat
     environment = {**os.environ, 'TRITON_INTERPRET': '0', 'TRITON_CACHE_DIR': str(tmp_path)}
     done = subprocess.run([sys.executable, script, str(architecture)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert f'88 variants compiled for sm_{architecture}' in done.stdout
+    assert f'108 variants compiled for sm_{architecture}' in done.stdout

@@ -88,9 +88,9 @@ def test_neighbours_in_another_order_are_no_bundle():
 def test_counters_are_copied_as_one_tensor_and_follow_the_model():
     counters = [torch.tensor(value) for value in range(5)]
     shadows = side_by_side([torch.zeros((), dtype=torch.int64) for _ in counters])
-    copy_all = kernels.prepare_copy(shadows, counters)
+    step = kernels.prepare([], [], copied=list(zip(shadows, counters, strict=True)))
     counters[3].fill_(-7)
-    copy_all()
+    step(0.0)
     assert [shadow.item() for shadow in shadows] == [0, 1, 2, -7, 4]
 
 

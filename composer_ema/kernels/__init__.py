@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from composer_ema.kernels import foreach, reference
+from composer_ema.kernels.layout import Pair, unzip
 from composer_ema.kernels.rules import Rules, Steps, is_inexact
 
 #: Performs one update of one average in place; takes the weight of the current parameters: 0 keeps, 1 copies.
@@ -24,13 +25,20 @@ _NAMES = ('fused', 'foreach', 'reference')
 
 
 def prepare(
-    shadows: Sequence[Tensor], sources: Sequence[Tensor], *, backend: str = 'auto', rules: Rules | None = None
+    shadows: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    *,
+    copied: Sequence[Pair] = (),
+    backend: str = 'auto',
+    rules: Rules | None = None,
 ) -> Step:
     """Prepares ``shadow += weight * (source - shadow)`` over pairs of tensors.
 
     Args:
         shadows: floating or complex tensors, written in place.
         sources: as many, of equal shapes, any floating dtype and device; only read.
+        copied: further pairs, of equal shapes and any dtypes and devices, whose first becomes a copy of the second
+            whatever the weight; the fused backend does that in the same launch.
         backend: ``'fused'``, ``'foreach'``, ``'reference'``, or ``'auto'``: for each pair the first of them that can.
         rules: how elements are guarded and rounded. Default: not at all, and to the nearest.
 
@@ -41,7 +49,7 @@ def prepare(
     Raises:
         ValueError: an unknown backend, lists that do not pair up, or a pair that the backend cannot take.
     """
-    steps = prepare_many([shadows], sources, backend=backend, rules=rules)
+    steps = prepare_many([shadows], sources, copied=copied, backend=backend, rules=rules)
     return lambda weight: steps((weight,))
 
 
@@ -49,6 +57,7 @@ def prepare_many(
     averages: Sequence[Sequence[Tensor]],
     sources: Sequence[Tensor],
     *,
+    copied: Sequence[Pair] = (),
     backend: str = 'auto',
     rules: Rules | None = None,
 ) -> Steps:
@@ -57,6 +66,7 @@ def prepare_many(
     Args:
         averages: k lists of shadows, each as :func:`prepare` takes them.
         sources: as for :func:`prepare`.
+        copied: as for :func:`prepare`.
         backend: as for :func:`prepare`.
         rules: as for :func:`prepare`.
 
@@ -74,10 +84,17 @@ def prepare_many(
         if source.numel():
             shadows = [average[index] for average in averages]
             groups[choose(shadows, source, backend, rules)[0], shadows[0].device].append(index)
-    steps = [
-        _module(name).prepare([[a[i] for i in indices] for a in averages], [sources[i] for i in indices], rules)
-        for (name, _), indices in groups.items()
-    ]
+    fused_copies, other_copies = _split_copies(copied, backend)
+    for device in fused_copies:
+        groups['fused', device]  # one without averages is a launch of copies alone
+    steps: list[Steps] = []
+    for (name, device), indices in groups.items():
+        extra = (fused_copies.get(device, []),) if name == 'fused' else ()
+        of_group = [[average[i] for i in indices] for average in averages], [sources[i] for i in indices]
+        steps.append(_module(name).prepare(*of_group, rules, *extra))
+    if other_copies:
+        copy = foreach.prepare_copy(*unzip(other_copies))
+        steps.append(lambda weights: copy())
     if len(steps) == 1:
         return steps[0]
 
@@ -92,15 +109,6 @@ def keeps_address(shadow: Tensor, source: Tensor, *, backend: str = 'auto', rule
     """Whether a prepared step must be prepared anew when ``source`` moves to other memory without being replaced."""
     is_foreach = choose([shadow], source, backend, rules or Rules())[0] == 'foreach'
     return not is_foreach or foreach.keeps_address(shadow, source)
-
-
-def prepare_copy(shadows: Sequence[Tensor], sources: Sequence[Tensor]) -> Callable[[], None]:
-    """Prepares a copy of ``sources`` into ``shadows``: tensors of equal shapes, any dtypes and devices.
-
-    Returns:
-        A step without arguments. It runs on the current stream and allocates nothing.
-    """
-    return foreach.prepare_copy(shadows, sources)
 
 
 def lerp_(shadows: Sequence[Tensor], sources: Sequence[Tensor], weight: float, *, backend: str = 'auto') -> None:
@@ -157,15 +165,39 @@ def describe(
     )
 
 
+def _split_copies(copied: Sequence[Pair], backend: str) -> tuple[dict[torch.device, list[Pair]], list[Pair]]:
+    """Pairs that the fused backend copies, by device, and the others."""
+    fused: defaultdict[torch.device, list[Pair]] = defaultdict(list)
+    others = []
+    for copy, source in copied:
+        if source.numel() and _can_fuse_copy(copy, source, backend):
+            fused[source.device].append((copy, source))
+        else:
+            others.append((copy, source))
+    return fused, others
+
+
+def _can_fuse_copy(copy: Tensor, source: Tensor, backend: str) -> bool:
+    if backend not in ('auto', 'fused') or _refusal_of_triton(source.device, is_asked=backend == 'fused'):
+        return False
+    return _module('fused').refusal_to_copy(copy, source) is None
+
+
 def _refusal(name: str, shadows: Sequence[Tensor], source: Tensor, rules: Rules, *, is_asked: bool) -> str | None:
-    if name == 'fused' and source.device.type != 'cuda' and not is_asked:
-        return f'Triton runs on CUDA devices, not on {source.device}'
+    if name == 'fused' and (reason := _refusal_of_triton(source.device, is_asked=is_asked)):
+        return reason
+    reasons = (_module(name).refusal(shadow, source, rules) for shadow in shadows)
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _refusal_of_triton(device: torch.device, *, is_asked: bool) -> str | None:
+    if device.type != 'cuda' and not is_asked:
+        return f'Triton runs on CUDA devices, not on {device}'
     try:
-        module = _module(name)
+        _module('fused')
     except ModuleNotFoundError as error:
         return f'{error.name} is not installed'
-    reasons = (module.refusal(shadow, source, rules) for shadow in shadows)
-    return next((reason for reason in reasons if reason is not None), None)
+    return None
 
 
 def _module(name: str) -> ModuleType:

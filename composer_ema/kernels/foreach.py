@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from composer_ema.kernels.layout import can_be_bundled, carve, detached, packed, pieces, split_bundles, unzip
+from composer_ema.kernels.layout import Pair, can_be_bundled, carve, detached, packed, pieces, split_bundles, unzip
 from composer_ema.kernels.rules import Rules, Steps
 
 # Elements of scratch: on CPU what stays in a core's cache, on an accelerator what fills the device.
@@ -53,12 +53,17 @@ def prepare(shadow_sets: Sequence[Sequence[Tensor]], sources: Sequence[Tensor], 
 def prepare_copy(shadows: Sequence[Tensor], sources: Sequence[Tensor]) -> Callable[[], None]:
     """Returns a step that copies ``sources``, of any dtype, into ``shadows``."""
     bundles, singles = split_bundles(detached(shadows), detached(sources))
+    # In lists of one dtype, for which alone CUDA has one kernel for many tensors.
+    groups: defaultdict[tuple[object, ...], list[Pair]] = defaultdict(list)
+    for shadow, source in zip(*singles, strict=True):
+        groups[shadow.device, shadow.dtype, source.device, source.dtype].append((shadow, source))
+    copies = list(map(unzip, groups.values()))
 
     def copy() -> None:
         for bundle, parts in bundles:
             torch.cat(parts, out=bundle)
-        if singles[0]:
-            torch._foreach_copy_(*singles)
+        for to, come_from in copies:
+            torch._foreach_copy_(to, come_from)
 
     return copy
 
@@ -123,5 +128,5 @@ def _cast_then_lerp(shadows: list[Tensor], sources: list[Tensor], casts: list[Te
     _lerp(shadows, casts, weight)
 
 
-def _total(chunk: list[tuple[Tensor, Tensor]]) -> int:
+def _total(chunk: list[Pair]) -> int:
     return sum(shadow.numel() for shadow, _ in chunk)

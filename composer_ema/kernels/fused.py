@@ -2,8 +2,9 @@
 
 A table on the device, built once, gives each program a piece of one tensor: where it starts, how long it is, and where
 the same piece starts in each of k averages. The program reads its piece of the source once and updates all k, so k
-float32 averages move 4 + 8k bytes per parameter. Weights, seed and step are read from device memory, so a captured CUDA
-graph replays with whatever stands there.
+float32 averages move 4 + 8k bytes per parameter. Tensors that are copied, such as BatchNorm's counters, are rows of the
+same table. Weights, seed and step are read from device memory, so a captured CUDA graph replays with whatever stands
+there.
 """
 
 from __future__ import annotations
@@ -17,14 +18,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from composer_ema.kernels.layout import flat
+from composer_ema.kernels.layout import Pair, flat
 from composer_ema.kernels.rules import PHILOX_ROUNDS, PIECE, Rules, Steps
 
 _SOURCE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SHADOW_CODES = {torch.float32: 0, torch.bfloat16: 1}
 # One code for all rows of the table, or this: the table says it row by row.
 _MIXED = -1
-# Columns: address and length of the source's piece and its code; then k addresses and k codes of averages.
+# Codes of rows that are copied as they are, whatever their dtype: in units of four bytes, or of one.
+_WORDS, _BYTES = 3, 4
+# Columns: address and length of the source's piece and its code; then k addresses and k codes of averages. A row that
+# is copied uses the first address of them.
 _HEAD = 3
 _NUM_WARPS = 8
 
@@ -32,29 +36,54 @@ _NUM_WARPS = 8
 def refusal(shadow: Tensor, source: Tensor, rules: Rules) -> str | None:
     """Why this pair cannot be fused, in words; None if it can."""
     del rules  # all of them are kept
+    if source.dtype not in _SOURCE_CODES:
+        return f'weights of {source.dtype} are not fused'
+    if shadow.dtype not in _SHADOW_CODES:
+        return f'averages of {shadow.dtype} are not fused'
+    return _refusal_of_memory(shadow, source)
+
+
+def refusal_to_copy(copy: Tensor, source: Tensor) -> str | None:
+    """Why ``copy`` cannot become a copy of ``source`` in the launch that averages others; None if it can."""
+    if copy.dtype != source.dtype:
+        return f'the copy is {copy.dtype}, the source is {source.dtype}'
+    return _refusal_of_memory(copy, source)
+
+
+def _refusal_of_memory(shadow: Tensor, source: Tensor) -> str | None:
     # Triton's interpreter runs the same kernel on a CPU: for tests, and only when it is asked for by name.
     is_interpreted = os.environ.get('TRITON_INTERPRET') == '1'
     if shadow.device != source.device:
         return f'the average is on {shadow.device}, the weights are on {source.device}'
     if shadow.device.type != 'cuda' and not is_interpreted:
         return f'Triton runs on CUDA devices, not on {shadow.device}'
-    if source.dtype not in _SOURCE_CODES:
-        return f'weights of {source.dtype} are not fused'
-    if shadow.dtype not in _SHADOW_CODES:
-        return f'averages of {shadow.dtype} are not fused'
     if shadow.stride() != source.stride() or flat(shadow) is None:
         return 'average and weights do not lie densely in the same order'
     return None
 
 
-def prepare(shadow_sets: Sequence[Sequence[Tensor]], sources: Sequence[Tensor], rules: Rules) -> Steps:
-    """Builds the table and returns a step of one launch. All tensors are on one device; ``refusal`` let each pass.
+def prepare(
+    shadow_sets: Sequence[Sequence[Tensor]],
+    sources: Sequence[Tensor],
+    rules: Rules,
+    copied: Sequence[Pair] = (),
+) -> Steps:
+    """Builds the table and returns a step of one launch. All tensors are on one device.
 
     The step has two attributes for who captures it in a CUDA graph: ``weights``, k float32 on the device, which a step
     fills when they change and a replay only reads; ``control``, int64: seed, next step, and two of its own.
+
+    Args:
+        shadow_sets: k lists of averages; ``refusal`` let each pass.
+        sources: as many as each of these.
+        rules: see there.
+        copied: pairs of a copy and its source, of any dtype, copied whatever the weights; ``refusal_to_copy`` let
+            each pass.
     """
-    device, num_averages = sources[0].device, len(shadow_sets)
+    num_averages = len(shadow_sets)
+    device = (*sources, *(source for _, source in copied))[0].device
     rows = _rows(shadow_sets, sources)
+    copied_rows = _rows_of_copies(copied, num_averages)
     shadow_codes = rows[:, _HEAD + num_averages :]
     addresses = torch.cat([rows[:, :1], rows[:, _HEAD : _HEAD + num_averages]], dim=1)
     meta: dict[str, Any] = {
@@ -63,12 +92,14 @@ def prepare(shadow_sets: Sequence[Sequence[Tensor]], sources: Sequence[Tensor], 
         'SHADOW': _common(shadow_codes),
         'GUARD': rules.skip_nonfinite,
         'STOCHASTIC': rules.stochastic and bool((shadow_codes == _SHADOW_CODES[torch.bfloat16]).any()),
+        'COPIES': len(copied_rows) > 0,
         'ALIGNED': bool((addresses % 16 == 0).all()),
         'PIECE': PIECE,
         'ROUNDS': PHILOX_ROUNDS,
         'num_warps': _NUM_WARPS,
     }
-    return _Launch(rows.to(device), num_averages, rules, meta)
+    # Random bits are counted by row, so copies come last.
+    return _Launch(torch.cat([rows, copied_rows]).to(device), num_averages, rules, meta)
 
 
 class _Launch:
@@ -92,7 +123,7 @@ class _Launch:
 
 def _rows(shadow_sets: Sequence[Sequence[Tensor]], sources: Sequence[Tensor]) -> Tensor:
     """The table on the host, int64: a row for each piece of each source."""
-    parts = []
+    parts = [_no_rows(len(shadow_sets))]
     for source, *shadows in zip(sources, *shadow_sets, strict=True):
         starts = torch.arange(0, source.numel(), PIECE)
         part = torch.empty(len(starts), _HEAD + 2 * len(shadows), dtype=torch.int64)
@@ -106,6 +137,24 @@ def _rows(shadow_sets: Sequence[Sequence[Tensor]], sources: Sequence[Tensor]) ->
     return torch.cat(parts)
 
 
+def _rows_of_copies(copied: Sequence[Pair], num_averages: int) -> Tensor:
+    parts = [_no_rows(num_averages)]
+    for copy, source in copied:
+        size, addresses = source.numel() * source.element_size(), (source.data_ptr(), copy.data_ptr())
+        unit = 1 if any(number % 4 for number in (size, *addresses)) else 4
+        starts = torch.arange(0, size, PIECE * unit)
+        part = torch.zeros(len(starts), _HEAD + 2 * num_averages, dtype=torch.int64)
+        part[:, 0], part[:, _HEAD] = addresses[0] + starts, addresses[1] + starts
+        part[:, 1] = ((size - starts) // unit).clamp(max=PIECE)
+        part[:, 2] = _WORDS if unit == 4 else _BYTES
+        parts.append(part)
+    return torch.cat(parts)
+
+
+def _no_rows(num_averages: int) -> Tensor:
+    return torch.empty(0, _HEAD + 2 * num_averages, dtype=torch.int64)
+
+
 def _common(codes: Tensor) -> int:
     distinct = codes.unique()
     return int(distinct) if distinct.numel() == 1 else _MIXED
@@ -115,15 +164,18 @@ def _common(codes: Tensor) -> int:
 def _update(
     table, weights, control, skipped,
     K: tl.constexpr, SOURCE: tl.constexpr, SHADOW: tl.constexpr, GUARD: tl.constexpr, STOCHASTIC: tl.constexpr,
-    ALIGNED: tl.constexpr, PIECE: tl.constexpr, ROUNDS: tl.constexpr,
+    COPIES: tl.constexpr, ALIGNED: tl.constexpr, PIECE: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
     number = tl.program_id(0)
     row = table + number.to(tl.int64) * (3 + 2 * K)
     count = tl.load(row + 1).to(tl.int32)
     seed, step = tl.load(control), tl.load(control + 1).to(tl.uint32)
     number = number.to(tl.uint32)
+    code = tl.load(row + 2) if COPIES else 0
     # Whole pieces need no mask, and without one the loads are vectors.
-    if count == PIECE:
+    if code >= 3:
+        _copy_piece(row, count, code, PIECE)
+    elif count == PIECE:
         _average_piece(
             row, count, weights, skipped, seed, number, step, K, SOURCE, SHADOW, GUARD, STOCHASTIC, False, ALIGNED,
             PIECE, ROUNDS,
@@ -139,6 +191,18 @@ def _update(
         if arrived == tl.num_programs(0) - 1:
             tl.atomic_add(control + 1, 1)
             tl.atomic_xchg(control + 2, 0)
+
+
+@triton.jit
+def _copy_piece(row, count, code, PIECE: tl.constexpr):
+    offsets = tl.arange(0, PIECE)
+    source, copy = tl.load(row), tl.load(row + 3)
+    if code == 3:
+        words = tl.load(source.to(tl.pointer_type(tl.int32)) + offsets, mask=offsets < count)
+        tl.store(copy.to(tl.pointer_type(tl.int32)) + offsets, words, mask=offsets < count)
+    else:
+        single = tl.load(source.to(tl.pointer_type(tl.int8)) + offsets, mask=offsets < count)
+        tl.store(copy.to(tl.pointer_type(tl.int8)) + offsets, single, mask=offsets < count)
 
 
 @triton.jit

@@ -16,6 +16,9 @@ from torch import Tensor
 
 _T = TypeVar('_T')
 
+#: What is averaged or copied into, and where that comes from.
+Pair = tuple[Tensor, Tensor]
+
 #: Elements up to which gathering a tensor on a CPU costs less than a call of its own.
 SMALL = 2**10
 #: Elements of tensors that lie side by side: from here on torch splits a call over threads, which so little work loses.
@@ -65,8 +68,8 @@ def split_bundles(
         dimension themselves, of others flat views. And the shadows and sources that are left.
     """
     bundles: list[tuple[Tensor, list[Tensor]]] = []
-    singles: list[tuple[Tensor, Tensor]] = []
-    candidates: defaultdict[torch.dtype, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    singles: list[Pair] = []
+    candidates: defaultdict[torch.dtype, list[Pair]] = defaultdict(list)
     for shadow, source in zip(shadows, sources, strict=True):
         (candidates[shadow.dtype] if can_be_bundled(shadow, source) else singles).append((shadow, source))
     for run in itertools.chain.from_iterable(map(_runs, candidates.values())):
@@ -79,7 +82,7 @@ def split_bundles(
     return bundles, unzip(singles)
 
 
-def pieces(shadow: Tensor, source: Tensor, limit: int) -> Iterator[tuple[Tensor, Tensor]]:
+def pieces(shadow: Tensor, source: Tensor, limit: int) -> Iterator[Pair]:
     """Flat views of at most ``limit`` elements where both tensors lie densely in the same order, else the pair."""
     if shadow.stride() == source.stride() and (flat_shadow := flat(shadow)) is not None:
         flat_source = flat(source)
@@ -103,7 +106,7 @@ def detached(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [tensor.detach() for tensor in tensors]
 
 
-def unzip(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+def unzip(pairs: Iterable[Pair]) -> tuple[list[Tensor], list[Tensor]]:
     """The first tensors and the second ones; two empty lists for no pairs."""
     pairs = list(pairs)
     return [first for first, _ in pairs], [second for _, second in pairs]
@@ -137,7 +140,7 @@ def _flattened(tensor: Tensor) -> Tensor:
     return view
 
 
-def _runs(pairs: list[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+def _runs(pairs: list[Pair]) -> Iterator[list[Pair]]:
     """Splits pairs where the next shadow does not lie right behind the one before, or a bundle is full."""
     run, size = [], 0
     for pair in pairs:
