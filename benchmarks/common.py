@@ -6,6 +6,7 @@ Runs with torch and torchvision alone; rich makes the tables prettier where it i
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import multiprocessing
@@ -30,7 +31,10 @@ FOLDER = Path(__file__).parent
 RESULTS = FOLDER / 'results'
 #: Smoothing of every average that is timed; no cost depends on it.
 SMOOTHING = 0.999
-Cache = Literal['left', 'cold', 'warm']
+#: What runs before a timed call, and so decides what is in the caches, see :class:`Timer`.
+After = Literal['others', 'itself', 'flush', 'training']
+#: What the C library does with memory that is freed, see :func:`set_heap`.
+Heap = Literal['as is', 'kept', 'returned']
 PRECISIONS = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 
 _DISTRIBUTIONS = (
@@ -38,6 +42,11 @@ _DISTRIBUTIONS = (
 )  # fmt: skip
 # More than the last-level cache of any processor or accelerator that this is likely to run on.
 _FLUSH_BYTES = {'cpu': 2**27, 'cuda': 2**28}
+# Parameters of mallopt in glibc, and its values: what a process begins with, and the most that it adapts itself to.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_HEAPS = {'returned': (2**17, 2**17), 'kept': (2**31 - 1, 2**25)}
+# For as long a short call is repeated, untimed and then timed; it is steady after some ten repetitions.
+_LOOP_MS = 10.0
 # Longest time for which a device is kept busy so that the host can get ahead of it.
 _MAX_SLEEP_MS = 40.0
 
@@ -267,23 +276,24 @@ class Timer:
 
     Args:
         device: on which they run.
-        cache: what a call finds in the caches: ``'left'`` what the call before left there, ``'cold'`` nothing of its
-            own, ``'warm'`` what it left itself in an untimed call right before.
+        after: what runs untimed right before a call: ``'others'``, whatever was timed last; ``'itself'``, on a CPU in a
+            loop whose mean is taken, as ``timeit`` does; ``'flush'``, which leaves nothing of the call's in the caches;
+            ``'training'``.
+        train: runs one training iteration, for the last of them.
     """
 
-    def __init__(self, device: torch.device, cache: Cache = 'left') -> None:
-        self._device, self._cache = device, cache
-        size = _FLUSH_BYTES[device.type] if cache == 'cold' else 0
+    def __init__(
+        self, device: torch.device, after: After = 'others', train: Callable[[], object] | None = None
+    ) -> None:
+        self._device, self._after, self._train = device, after, train
+        size = _FLUSH_BYTES[device.type] if after == 'flush' else 0
         self._flush = torch.empty(size, dtype=torch.uint8, device=device)
         self._cycles_per_ms = _cycles_per_ms() if device.type == 'cuda' else 0.0
 
     def __call__(self, call: Callable[[], object]) -> Sample:
-        self._prepare(call)
         if self._device.type != 'cuda':
-            began = time.perf_counter()
-            call()
-            ms = (time.perf_counter() - began) * 1e3
-            return Sample(ms, ms)
+            return self._on_the_host(call)
+        self._prepare(call)
         torch.cuda.synchronize()
         began = time.perf_counter()
         call()
@@ -292,11 +302,31 @@ class Timer:
         ms, host_ms = (time.perf_counter() - began) * 1e3, (returned - began) * 1e3
         return Sample(ms, host_ms, self._device_ms(call, host_ms))
 
-    def _prepare(self, call: Callable[[], object]) -> None:
-        if self._cache == 'cold':
-            self._flush.fill_(1)
-        elif self._cache == 'warm':
+    def _on_the_host(self, call: Callable[[], object]) -> Sample:
+        times = self._prepare(call)
+        began = time.perf_counter()
+        for _ in range(times):
             call()
+        ms = (time.perf_counter() - began) * 1e3 / times
+        return Sample(ms, ms)
+
+    def _prepare(self, call: Callable[[], object]) -> int:
+        """Returns how many calls the time is to be measured of."""
+        if self._after == 'flush':
+            self._flush.fill_(1)
+        elif self._after == 'training':
+            assert self._train is not None
+            self._train()
+        elif self._after == 'itself':
+            return self._repeat(call)
+        return 1
+
+    def _repeat(self, call: Callable[[], object]) -> int:
+        times, began = 0, time.perf_counter()
+        while times == 0 or (time.perf_counter() - began) * 1e3 < _LOOP_MS:
+            call()
+            times += 1
+        return times
 
     def _device_ms(self, call: Callable[[], object], host_ms: float) -> float:
         first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -307,6 +337,39 @@ class Timer:
         last.record()
         torch.cuda.synchronize()
         return first.elapsed_time(last)
+
+
+def count_launches(call: Callable[[], object]) -> int | None:
+    """Kernels, copies and fills that a CUDA device runs for a call; None where torch's profiler sees nothing."""
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        call()
+        torch.cuda.synchronize()
+    on_device = [event for event in profiled.events() or () if event.device_type is torch.autograd.DeviceType.CUDA]
+    return sum(not getattr(event, 'is_user_annotation', False) for event in on_device) or None
+
+
+def heaps(device: torch.device) -> tuple[Heap, ...]:
+    """The states of the heap that decide about a call on ``device``, and can be set; ``('as is',)`` where none can."""
+    has_mallopt = platform.libc_ver()[0] == 'glibc' and hasattr(ctypes.CDLL(None), 'mallopt')
+    return ('kept', 'returned') if device.type == 'cpu' and has_mallopt else ('as is',)
+
+
+def set_heap(heap: Heap) -> None:
+    """Says what the C library does with freed memory, for good: it no longer adapts to what it is asked for.
+
+    ``'returned'`` gives back to the system what is free at the end of the heap, and blocks of 128 KiB and more, as a
+    process begins with; the next large tensor then costs the system a clean page every 4 KiB. ``'kept'`` gives nothing
+    back but blocks of 32 MiB and more, which is where a process ends that has freed one so large.
+    """
+    if heap == 'as is':
+        return
+    mallopt = ctypes.CDLL(None).mallopt
+    for parameter, value in zip((_TRIM_THRESHOLD, _MMAP_THRESHOLD), _HEAPS[heap], strict=True):
+        if not mallopt(parameter, value):
+            raise OSError(f'the C library refused mallopt({parameter}, {value}), so the heap cannot be {heap!r}.')
 
 
 def interleave(

@@ -1,13 +1,14 @@
 """Milliseconds per update of the average: ours, every peer, and the limit, which is one flat ``lerp_``.
 
-All contestants follow one model in one process and are timed in turns; each number is a median over the rounds. On the
-CPU each model has a process of its own, since how long a temporary tensor takes depends on the heap that is left by
-what ran before.
+All contestants follow one model in one process and are timed in turns; each number is a median over the rounds. How
+long a temporary tensor takes on a CPU depends on what the C library does with freed memory, so there each model has a
+process of its own and is measured twice: with memory kept, which favours those who need it, and with memory returned.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +18,10 @@ from benchmarks import common, peers
 
 MODELS = ('shufflenet_v2_x0_5', 'resnet18', 'resnet50', 'vit_b_16', 'efficientnet_b0', 'swin_t', 'regnet_y_16gf')
 LIMIT, COPY = 'limit: one flat lerp_', 'one flat copy_'
+_DESCRIBED = {'kept': 'freed memory kept', 'returned': 'freed memory returned', 'as is': 'the heap as it is'}
 _READ_AND_WRITTEN = {LIMIT: 12, COPY: 8, peers.OURS: 12}  # bytes per float32
 _ALIGNMENT = 64  # floats: 256 bytes, more than any vector or transaction
+_BATCH = 2  # images of a training iteration
 
 
 def main(arguments: Sequence[str] | None = None) -> common.Result:
@@ -29,19 +32,32 @@ def main(arguments: Sequence[str] | None = None) -> common.Result:
     options.add_argument('--seconds', type=float, default=60.0, help='no round is begun after these, for each model')
     options.add_argument('--precision', choices=common.PRECISIONS, default='fp32', help='of the training weights')
     options.add_argument(
-        '--cache', choices=('left', 'cold', 'warm'), default='left', help='what a call finds there; see common.Timer'
+        '--after',
+        choices=('others', 'itself', 'flush', 'training'),
+        default=None,
+        help='what runs before a timed call, see common.Timer; itself on the CPU, others on a GPU',
+    )
+    options.add_argument(
+        '--heap',
+        choices=('both', 'kept', 'returned', 'as is'),
+        default=None,
+        help='see common.set_heap; both on the CPU, but after training as it is',
     )
     parsed = options.parse_args(arguments)
+    parsed.after = parsed.after or ('others' if torch.device(parsed.device).type == 'cuda' else 'itself')
     result = common.start('update', parsed)
+    heaps = _heaps(parsed, result.device)
+    parsed.heap = result.settings['heap'] = ' and '.join(heaps)
+    result.measures = ['ms', 'ms_returned'] if len(heaps) == 2 else ['ms']
     if result.device.type == 'cuda':
-        result.measures = ['ms', 'host_ms', 'device_ms']
+        result.measures += ['host_ms', 'device_ms']
 
     names = parsed.models.split(',')
     for name in names:
-        if result.device.type == 'cpu' and len(names) > 1:
-            part = common.in_own_process(measure, name, parsed, result.without_rows())
+        if heaps != ('as is',) or (result.device.type == 'cpu' and len(names) > 1):
+            part = common.in_own_process(measure, name, parsed, heaps, result.without_rows())
         else:
-            part = measure(name, parsed, result)
+            part = measure(name, parsed, heaps, result)
         result.rows.extend(part.rows)
         for missing in part.missing:
             if missing not in result.missing:
@@ -54,7 +70,17 @@ def main(arguments: Sequence[str] | None = None) -> common.Result:
     return result
 
 
-def measure(name: str, parsed: Any, settings: common.Result) -> common.Result:
+def _heaps(parsed: Any, device: torch.device) -> tuple[common.Heap, ...]:
+    known = common.heaps(device)
+    if parsed.heap is None:
+        return ('as is',) if parsed.after == 'training' else known
+    wanted = ('kept', 'returned') if parsed.heap == 'both' else (parsed.heap,)
+    if wanted != ('as is',) and not set(wanted) <= set(known):
+        raise SystemExit(f'--heap {parsed.heap} needs a CPU and the GNU C library. Leave it out.')
+    return wanted
+
+
+def measure(name: str, parsed: Any, heaps: Sequence[common.Heap], settings: common.Result) -> common.Result:
     """The rows of one model, fastest first."""
     if parsed.threads is not None:
         torch.set_num_threads(parsed.threads)
@@ -73,10 +99,15 @@ def measure(name: str, parsed: Any, settings: common.Result) -> common.Result:
     for contestant, average in averages.items():
         calls[contestant.name] = average.update
         buffers[contestant.name] = contestant.buffers
-    timer = common.Timer(device, parsed.cache)
-    for call in calls.values():
-        timer(call)
-    samples = common.interleave(calls, timer, rounds=parsed.rounds, seconds=parsed.seconds)
+    timer = common.Timer(device, parsed.after, partial(_train, model))
+    by_heap = []
+    for heap in heaps:
+        common.set_heap(heap)
+        for call in calls.values():
+            timer(call)
+        seconds = parsed.seconds / len(heaps)
+        by_heap.append(common.interleave(calls, timer, rounds=parsed.rounds, seconds=seconds))
+    samples = by_heap[0]
 
     tensors = common.floating(model.parameters()) + common.floating(model.buffers())
     floats = sum(tensor.numel() for tensor in tensors)
@@ -90,16 +121,38 @@ def measure(name: str, parsed: Any, settings: common.Result) -> common.Result:
             'floats': floats,
             'rounds': len(taken),
             **common.medians(taken),
-            'ratio': common.ratio(taken, samples[LIMIT]),
-            'over_ours': common.ratio(taken, samples[peers.OURS]),
+            **_ratios(contestant_name, samples),
         }
+        for others in by_heap[1:]:
+            again = {'ms': common.medians(others[contestant_name])['ms'], **_ratios(contestant_name, others)}
+            row.update({f'{key}_returned': value for key, value in again.items()})
         if device.type == 'cuda':
+            row['launches'] = common.count_launches(calls[contestant_name])
             row['device_ratio'] = common.ratio(taken, samples[LIMIT], 'device_ms')
             if contestant_name in _READ_AND_WRITTEN and parsed.precision == 'fp32':
                 row['device_gb_per_s'] = _READ_AND_WRITTEN[contestant_name] * floats / row['device_ms'] / 1e6
         result.rows.append(row)
     result.rows.sort(key=lambda row: row['ms'])
     return result
+
+
+def _ratios(name: str, samples: Mapping[str, Sequence[common.Sample]]) -> dict[str, float]:
+    return {
+        'ratio': common.ratio(samples[name], samples[LIMIT]),
+        'over_ours': common.ratio(samples[name], samples[peers.OURS]),
+    }
+
+
+def _train(model: nn.Module) -> None:
+    """One iteration of plain SGD on a batch of noise, at a rate that leaves the weights finite."""
+    device = next(model.parameters()).device
+    images, labels = torch.randn(_BATCH, 3, 224, 224, device=device), torch.randint(1000, (_BATCH,), device=device)
+    model.zero_grad()
+    nn.functional.cross_entropy(model(images), labels).backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.sub_(parameter.grad, alpha=1e-6)
 
 
 def flatten_(model: nn.Module) -> Tensor:
@@ -137,7 +190,8 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         'ratio_to_limit': ours['ratio'],
         'fastest_peer': fastest['contestant'],
         'fastest_peer_over_ours': fastest['over_ours'],
-        'built_in_over_ours': by_name['Composer EMA']['over_ours'] if 'Composer EMA' in by_name else None,
+        'built_in_over_ours': by_name.get('Composer EMA', {}).get('over_ours'),
+        'built_in_over_ours_returned': by_name.get('Composer EMA', {}).get('over_ours_returned'),
     }
     if 'device_ms' in ours:
         found['device_ratio_to_limit'] = ours['device_ratio']
@@ -152,7 +206,9 @@ def _is_ours(row: dict[str, Any]) -> bool:
 
 
 def _show(name: str, rows: Sequence[dict[str, Any]], result: common.Result) -> None:
-    extra = ['host_ms', 'device_ms', 'device_ratio'] if result.device.type == 'cuda' else []
+    extra = ['host_ms', 'device_ms', 'device_ratio', 'launches'] if result.device.type == 'cuda' else []
+    if 'ms_returned' in rows[0]:
+        extra += ['ms_returned', 'ratio_returned']
     title = f'{name}: {rows[0]["floats"]:,} floats in {rows[0]["tensors"]} tensors, {rows[0]["rounds"]} rounds'
     columns = ['contestant', 'buffers', 'ms', 'ratio', *(key.replace('_', ' ') for key in extra)]
     keys = ['contestant', 'buffers', 'ms', 'ratio', *extra]
@@ -160,20 +216,32 @@ def _show(name: str, rows: Sequence[dict[str, Any]], result: common.Result) -> N
 
 
 def _show_summary(result: common.Result) -> None:
-    device, models = result.device.type, list(result.summary)
-    key = 'device_ratio' if device == 'cuda' else 'ratio'
-    ratios = {(row['contestant'], row['model']): row[key] for row in result.rows}
-    names = [name for name in (LIMIT, *(each.name for each in peers.CONTESTANTS)) if (name, models[0]) in ratios]
-    rows = [[name, *(ratios.get((name, model)) for model in models)] for name in names]
-    common.show(f'{device}: ratios to the limit', ['contestant', *models], rows)
+    device = result.device.type
+    if device == 'cuda':
+        _show_ratios('cuda: ratios to the limit', 'device_ratio', result)
+        _show_ratios('cuda: kernels, copies and fills of one update', 'launches', result)
+    else:
+        heaps = result.settings['heap'].split(' and ')
+        for heap, key in zip(heaps, ('ratio', 'ratio_returned'), strict=False):
+            _show_ratios(f'{device}: ratios to the limit, {_DESCRIBED[heap]}', key, result)
 
-    keys = ['floats', 'ratio_to_limit', 'built_in_over_ours', 'fastest_peer_over_ours', 'fastest_peer']
-    columns = ['model', 'floats', 'ours to the limit', 'built-in to ours', 'fastest peer to ours', 'fastest peer']
+    keys = ['floats', 'ratio_to_limit', 'fastest_peer_over_ours', 'fastest_peer', 'built_in_over_ours']
+    columns = ['model', 'floats', 'ours to the limit', 'fastest peer to ours', 'fastest peer', 'built-in to ours']
+    if 'ms_returned' in result.measures:
+        keys.append('built_in_over_ours_returned')
+        columns.append('the same, memory returned')
     if device == 'cuda':
         keys += ['device_ratio_to_limit', 'share_of_copy_bandwidth']
         columns += ['on the device', 'of copy bandwidth']
     rows = [[model, *(summary[key] for key in keys)] for model, summary in result.summary.items()]
     common.show(f'{device}: ours in short', columns, rows)
+
+
+def _show_ratios(title: str, key: str, result: common.Result) -> None:
+    models = list(result.summary)
+    ratios = {(row['contestant'], row['model']): row[key] for row in result.rows}
+    names = [name for name in (LIMIT, *(each.name for each in peers.CONTESTANTS)) if (name, models[0]) in ratios]
+    common.show(title, ['contestant', *models], [[name, *(ratios.get((name, m)) for m in models)] for name in names])
 
 
 if __name__ == '__main__':

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,7 +41,8 @@ def check_head(result, name) -> None:
 def test_update_writes_ours_the_limit_and_each_peer_or_why_it_is_missing(tmp_path, capsys) -> None:
     from benchmarks import peers, update
 
-    result = run('update', tmp_path / 'update.json', '--models', MODEL, '--rounds', '2', '--seconds', '1')
+    small = ['--models', MODEL, '--rounds', '2', '--seconds', '1', '--heap', 'as is']  # in this process
+    result = run('update', tmp_path / 'update.json', *small)
     check_head(result, 'update')
     measured = {row['contestant'] for row in result['rows']}
     missing = {entry['name'] for entry in result['missing']}
@@ -167,6 +171,54 @@ def test_rounds_interleave_and_medians_are_those_of_the_rounds() -> None:
     assert medians([Sample(3, 1), Sample(1, 1), Sample(2, 1)])['ms'] == 2
     assert ratio([Sample(2, 0), Sample(9, 0), Sample(4, 0)], [Sample(1, 0), Sample(3, 0), Sample(1, 0)]) == 3
     assert all(len(taken) == 3 for taken in samples.values())
+
+
+def test_a_timer_repeats_a_short_call_untimed_and_then_as_often_timed(monkeypatch) -> None:
+    from benchmarks import common
+
+    clock, calls = [0.0], []
+
+    def call() -> None:
+        calls.append(clock[0])
+        clock[0] += 0.004 if len(calls) <= 3 else 0.002  # steady after three calls
+
+    monkeypatch.setattr(common.time, 'perf_counter', lambda: clock[0])
+    sample = common.Timer(torch.device('cpu'), 'itself')(call)
+    assert len(calls) == 6
+    assert sample.ms == pytest.approx(2)
+
+
+def test_training_comes_before_every_call_that_is_timed_after_it() -> None:
+    from benchmarks.common import Timer
+
+    done = []
+    timer = Timer(torch.device('cpu'), 'training', lambda: done.append('train'))
+    for _ in range(2):
+        timer(lambda: done.append('call'))
+    assert done == ['train', 'call'] * 2
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='says what the GNU C library does')
+def test_memory_costs_clean_pages_at_every_call_where_it_is_returned_and_none_where_it_is_kept() -> None:
+    script = (
+        'import ctypes, resource, statistics, torch\n'
+        'from benchmarks import common\n'
+        'c = ctypes.CDLL(None)\n'
+        'c.malloc.restype = ctypes.c_void_p\n'
+        'def pages(size=2**23):\n'
+        '    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n'
+        '    memory = ctypes.c_void_p(c.malloc(ctypes.c_size_t(size)))\n'
+        '    c.memset(memory, 1, ctypes.c_size_t(size))\n'
+        '    c.free(memory)\n'
+        '    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n'
+        'for heap in common.heaps(torch.device("cpu")):\n'
+        '    common.set_heap(heap)\n'
+        '    print(heap, statistics.median_low(pages() for _ in range(9)))\n'
+    )
+    done = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True, check=True)
+    usual = {heap: int(count) for heap, count in (line.split() for line in done.stdout.splitlines())}
+    assert usual['kept'] == 0
+    assert usual['returned'] > 0
 
 
 def test_tables_are_rich_on_a_terminal_and_markdown_elsewhere(monkeypatch, capsys) -> None:
