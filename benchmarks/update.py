@@ -1,13 +1,13 @@
 """Milliseconds per update of the average: ours, every peer, and the limit, which is one flat ``lerp_``.
 
 All contestants follow one model in one process and are timed in turns; each number is a median over the rounds. How
-long a temporary tensor takes on a CPU depends on what the C library does with freed memory, so there each model has a
-process of its own and is measured twice: with memory kept, which favours those who need it, and with memory returned.
+long a temporary tensor takes on a CPU depends on what the C library does with freed memory, so there each model is
+measured twice, in processes of their own: with memory kept, which favours those who need it, and with memory returned.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -29,7 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> common.Result:
     options = common.parser(__doc__ or '')
     options.add_argument('--models', default=','.join(MODELS), help='names of torchvision models')
     options.add_argument('--rounds', type=int, default=25, help='at most, for each model')
-    options.add_argument('--seconds', type=float, default=60.0, help='no round is begun after these, for each model')
+    options.add_argument(
+        '--seconds', type=float, default=60.0, help='no round is begun after these, for each model and heap'
+    )
     options.add_argument('--precision', choices=common.PRECISIONS, default='fp32', help='of the training weights')
     options.add_argument(
         '--after',
@@ -54,16 +56,17 @@ def main(arguments: Sequence[str] | None = None) -> common.Result:
 
     names = parsed.models.split(',')
     for name in names:
-        if heaps != ('as is',) or (result.device.type == 'cpu' and len(names) > 1):
-            part = common.in_own_process(measure, name, parsed, heaps, result.without_rows())
+        if heaps == ('as is',) and (result.device.type == 'cuda' or len(names) == 1):
+            parts = [measure(name, parsed, heaps[0], result)]
         else:
-            part = measure(name, parsed, heaps, result)
-        result.rows.extend(part.rows)
-        for missing in part.missing:
+            parts = [common.in_own_process(measure, name, parsed, heap, result.without_rows()) for heap in heaps]
+        rows = _side_by_side(*(part.rows for part in parts))
+        result.rows.extend(rows)
+        for missing in parts[0].missing:
             if missing not in result.missing:
                 result.missing.append(missing)
-        result.summary[name] = summarise(part.rows)
-        _show(name, part.rows, result)
+        result.summary[name] = summarise(rows)
+        _show(name, rows, result)
         result.save()
         common.free(result.device)
     _show_summary(result)
@@ -80,8 +83,18 @@ def _heaps(parsed: Any, device: torch.device) -> tuple[common.Heap, ...]:
     return wanted
 
 
-def measure(name: str, parsed: Any, heaps: Sequence[common.Heap], settings: common.Result) -> common.Result:
+def _side_by_side(rows: Sequence[dict[str, Any]], *others: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+    """``rows`` with the times of a second measurement, with freed memory returned, beside their own."""
+    for again in others:
+        by_key = {row['key']: row for row in again}
+        for row in rows:
+            row.update({f'{key}_returned': by_key[row['key']][key] for key in ('ms', 'ratio', 'over_ours')})
+    return rows
+
+
+def measure(name: str, parsed: Any, heap: common.Heap, settings: common.Result) -> common.Result:
     """The rows of one model, fastest first."""
+    common.set_heap(heap)
     if parsed.threads is not None:
         torch.set_num_threads(parsed.threads)
     result = settings.without_rows()
@@ -100,14 +113,9 @@ def measure(name: str, parsed: Any, heaps: Sequence[common.Heap], settings: comm
         calls[contestant.name] = average.update
         buffers[contestant.name] = contestant.buffers
     timer = common.Timer(device, parsed.after, partial(_train, model))
-    by_heap = []
-    for heap in heaps:
-        common.set_heap(heap)
-        for call in calls.values():
-            timer(call)
-        seconds = parsed.seconds / len(heaps)
-        by_heap.append(common.interleave(calls, timer, rounds=parsed.rounds, seconds=seconds))
-    samples = by_heap[0]
+    for call in calls.values():
+        timer(call)
+    samples = common.interleave(calls, timer, rounds=parsed.rounds, seconds=parsed.seconds)
 
     tensors = common.floating(model.parameters()) + common.floating(model.buffers())
     floats = sum(tensor.numel() for tensor in tensors)
@@ -121,11 +129,9 @@ def measure(name: str, parsed: Any, heaps: Sequence[common.Heap], settings: comm
             'floats': floats,
             'rounds': len(taken),
             **common.medians(taken),
-            **_ratios(contestant_name, samples),
+            'ratio': common.ratio(taken, samples[LIMIT]),
+            'over_ours': common.ratio(taken, samples[peers.OURS]),
         }
-        for others in by_heap[1:]:
-            again = {'ms': common.medians(others[contestant_name])['ms'], **_ratios(contestant_name, others)}
-            row.update({f'{key}_returned': value for key, value in again.items()})
         if device.type == 'cuda':
             row['launches'] = common.count_launches(calls[contestant_name])
             row['device_ratio'] = common.ratio(taken, samples[LIMIT], 'device_ms')
@@ -134,13 +140,6 @@ def measure(name: str, parsed: Any, heaps: Sequence[common.Heap], settings: comm
         result.rows.append(row)
     result.rows.sort(key=lambda row: row['ms'])
     return result
-
-
-def _ratios(name: str, samples: Mapping[str, Sequence[common.Sample]]) -> dict[str, float]:
-    return {
-        'ratio': common.ratio(samples[name], samples[LIMIT]),
-        'over_ours': common.ratio(samples[name], samples[peers.OURS]),
-    }
 
 
 def _train(model: nn.Module) -> None:

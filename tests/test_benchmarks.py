@@ -57,6 +57,16 @@ def test_update_writes_ours_the_limit_and_each_peer_or_why_it_is_missing(tmp_pat
     assert all(name in printed for name in measured | missing)
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='asks the GNU C library')
+def test_update_puts_freed_memory_returned_beside_freed_memory_kept(tmp_path, capsys) -> None:
+    small = ['--models', MODEL, '--rounds', '1', '--seconds', '0']
+    result = run('update', tmp_path / 'update.json', *small, '--heap', 'both')
+    assert result['settings']['heap'] == 'kept and returned'
+    assert result['measures'] == ['ms', 'ms_returned']
+    assert all(row['ms_returned'] > 0 and row['over_ours_returned'] > 0 for row in result['rows'])
+    assert 'freed memory returned' in capsys.readouterr().out
+
+
 def test_the_limit_reads_the_parameters_themselves() -> None:
     from benchmarks.update import flatten_
 
