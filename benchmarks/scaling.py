@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -149,7 +150,12 @@ class Sweep:
 def _free_memory(device: torch.device) -> int:
     if device.type == 'cuda':
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+    try:
+        lines = Path('/proc/meminfo').read_text(encoding='utf-8').splitlines()
+        facts = dict(line.split(':', 1) for line in lines)
+        return int(facts['MemAvailable'].split()[0]) * 2**10  # unlike free pages, with those of caches
+    except (OSError, KeyError):
+        return os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
 
 
 def _numbers(text: str) -> list[int]:

@@ -20,7 +20,7 @@ _T = TypeVar('_T')
 Pair = tuple[Tensor, Tensor]
 
 #: Elements up to which gathering a tensor on a CPU costs less than a call of its own.
-SMALL = 2**10
+SMALL = 2**11
 #: Elements of tensors that lie side by side: from here on torch splits a call over threads, which so little work loses.
 BUNDLE = 2**15
 
