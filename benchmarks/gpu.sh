@@ -34,8 +34,8 @@ run_tests() {
 
 run_tests
 run host 30 --rounds 300 --seconds 5
-run update 150 --seconds 6
-run memory 40
+run update 120 --seconds 4
+run memory 30
 run scaling 45 --seconds 2
-run step 250 --budget-seconds 210
+run step 310 --budget-seconds 270
 exit "$failed"
