@@ -42,7 +42,7 @@ _DISTRIBUTIONS = (
 )  # fmt: skip
 # More than the last-level cache of any processor or accelerator that this is likely to run on.
 _FLUSH_BYTES = {'cpu': 2**27, 'cuda': 2**28}
-# Parameters of mallopt in glibc, and its values: what a process begins with, and the most that it adapts itself to.
+# Parameters of mallopt in glibc, and their values: what a process begins with, and more than it adapts itself to.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _HEAPS = {'returned': (2**17, 2**17), 'kept': (2**31 - 1, 2**25)}
 # For as long a short call is repeated, untimed and then timed; it is steady after some ten repetitions.
@@ -330,8 +330,8 @@ class Timer:
 
     def _device_ms(self, call: Callable[[], object], host_ms: float) -> float:
         first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda._sleep(int(min(2 * host_ms + 0.3, _MAX_SLEEP_MS) * self._cycles_per_ms))
         self._prepare(call)
+        torch.cuda._sleep(int(min(2 * host_ms + 0.3, _MAX_SLEEP_MS) * self._cycles_per_ms))
         first.record()
         call()
         last.record()
@@ -347,8 +347,13 @@ def count_launches(call: Callable[[], object]) -> int | None:
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         call()
         torch.cuda.synchronize()
-    on_device = [event for event in profiled.events() or () if event.device_type is torch.autograd.DeviceType.CUDA]
-    return sum(not getattr(event, 'is_user_annotation', False) for event in on_device) or None
+    return sum(is_launch(event) for event in profiled.events() or ()) or None
+
+
+def is_launch(event: Any) -> bool:
+    """Whether a profiler's event is work of a CUDA device, and not a range that somebody named."""
+    # Compared with ==: each event makes an enumeration's value of its own.
+    return event.device_type == torch.autograd.DeviceType.CUDA and not getattr(event, 'is_user_annotation', False)
 
 
 def heaps(device: torch.device) -> tuple[Heap, ...]:
@@ -358,11 +363,12 @@ def heaps(device: torch.device) -> tuple[Heap, ...]:
 
 
 def set_heap(heap: Heap) -> None:
-    """Says what the C library does with freed memory, for good: it no longer adapts to what it is asked for.
+    """Says what the C library does with freed memory, for good: it no longer adapts to what is freed.
 
-    ``'returned'`` gives back to the system what is free at the end of the heap, and blocks of 128 KiB and more, as a
-    process begins with; the next large tensor then costs the system a clean page every 4 KiB. ``'kept'`` gives nothing
-    back but blocks of 32 MiB and more, which is where a process ends that has freed one so large.
+    Both are bounds, between which a process of its own accord lies. ``'returned'`` gives back to the system what is
+    free at the end of the heap, and blocks of 128 KiB and more, as every process does at first; each large tensor then
+    costs the system a clean page every 4 KiB. ``'kept'`` gives back nothing but blocks of 32 MiB and more; a process
+    comes close to it that has freed one nearly as large, as training does.
     """
     if heap == 'as is':
         return

@@ -2,7 +2,7 @@
 
 All contestants follow one model in one process and are timed in turns; each number is a median over the rounds. How
 long a temporary tensor takes on a CPU depends on what the C library does with freed memory, so there each model is
-measured twice, in processes of their own: with memory kept, which favours those who need it, and with memory returned.
+measured at both bounds, in processes of their own: with memory kept, as it mostly is in training, and returned.
 """
 
 from __future__ import annotations
@@ -144,8 +144,9 @@ def measure(name: str, parsed: Any, heap: common.Heap, settings: common.Result) 
 
 def _train(model: nn.Module) -> None:
     """One iteration of plain SGD on a batch of noise, at a rate that leaves the weights finite."""
-    device = next(model.parameters()).device
-    images, labels = torch.randn(_BATCH, 3, 224, 224, device=device), torch.randint(1000, (_BATCH,), device=device)
+    like = next(model.parameters())
+    images = torch.randn(_BATCH, 3, 224, 224, device=like.device, dtype=like.dtype)
+    labels = torch.randint(1000, (_BATCH,), device=like.device)
     model.zero_grad()
     nn.functional.cross_entropy(model(images), labels).backward()
     with torch.no_grad():

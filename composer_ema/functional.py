@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from composer_ema import kernels
 from composer_ema.averages import weight_from_smoothing
+from composer_ema.kernels.layout import unzip
 from composer_ema.kernels.rules import is_inexact, smallest_weight
 from composer_ema.naming import Inventory, Watch, check_same
 from composer_ema.shadow import ShadowModel
@@ -110,7 +111,7 @@ def _prepare(shadows: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> ke
         if shadow.numel() and (key := (shadow.data_ptr(), shadow.shape, shadow.stride())) not in seen:
             seen.add(key)
             (averaged if is_inexact(shadow) else copied).append((shadow, sources[name].detach()))
-    average = kernels.prepare([shadow for shadow, _ in averaged], [source for _, source in averaged])
+    average = kernels.prepare(*unzip(averaged), copied=copied)
     smallest = smallest_weight(shadow for shadow, _ in averaged if shadow.dtype in (torch.bfloat16, torch.float16))
 
     @torch.no_grad()
@@ -122,7 +123,5 @@ def _prepare(shadows: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> ke
                 stacklevel=3,
             )
         average(weight)
-        for shadow, source in copied:
-            shadow.copy_(source)
 
     return step

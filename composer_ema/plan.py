@@ -62,7 +62,8 @@ class Plan:
             elif parameters[device]:
                 shadows, read = unzip(parameters[device])
                 stream.keep_alive(shadows + [source for source in read if source.device == device])
-                self.forked_steps.append((stream, prepare(parameters[device], [])))
+                with stream.fork():  # joined before anything reads; what the step allocates is that stream's own
+                    self.forked_steps.append((stream, prepare(parameters[device], [])))
             if together or copied[device]:
                 self.steps.append(prepare(together, copied[device]))
 

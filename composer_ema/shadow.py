@@ -84,8 +84,8 @@ class ShadowModel:
             ``num_averaged`` counts the updates so far, as an int64 scalar tensor on the CPU. ``current`` is cast to the
             dtype and device of ``averaged``. Results are written when all have been computed, so an update takes memory
             for one more copy. Never saved: pass it again to a shadow that loads a state.
-        multi_avg_fn: likewise for all tensors of a dtype and device at once: ``multi_avg_fn(averaged, current,
-            num_averaged)`` takes lists and writes into the tensors of the first.
+        multi_avg_fn: likewise for all parameters of a dtype and device at once, and then for its averaged buffers:
+            ``multi_avg_fn(averaged, current, num_averaged)`` takes lists and writes into the tensors of the first.
 
     Raises:
         TypeError, ValueError: an argument out of range, one that has no effect, or a pattern that matches nothing.
@@ -679,7 +679,8 @@ class ShadowModel:
             self._prepare,
             self._is_left_to_a_thread,
             smallest,
-            may_share=not self.has_function,  # which is called for parameters and for buffers
+            # A function is called for parameters and for buffers, and random bits are counted for each.
+            may_share=not self.has_function and self._rounding == 'nearest',
         )
 
     def _addressed(self, averaged: Sequence[Pair], copied: Sequence[Pair]) -> list[Tensor]:

@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,13 +59,44 @@ def test_update_writes_ours_the_limit_and_each_peer_or_why_it_is_missing(tmp_pat
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='asks the GNU C library')
-def test_update_puts_freed_memory_returned_beside_freed_memory_kept(tmp_path, capsys) -> None:
-    small = ['--models', MODEL, '--rounds', '1', '--seconds', '0']
-    result = run('update', tmp_path / 'update.json', *small, '--heap', 'both')
-    assert result['settings']['heap'] == 'kept and returned'
+def test_each_heap_is_set_before_its_part_is_measured_and_the_first_is_memory_kept(
+    tmp_path, monkeypatch, capsys
+) -> None:
+    from benchmarks import common, peers, update
+
+    done, interleave = [], common.interleave
+    monkeypatch.setattr(common, 'in_own_process', lambda call, *given: call(*given))
+    monkeypatch.setattr(common, 'set_heap', done.append)
+
+    def interleave_noted(*given, **options):
+        done.append('timed')
+        return interleave(*given, **options)
+
+    monkeypatch.setattr(common, 'interleave', interleave_noted)
+    result = run('update', tmp_path / 'update.json', '--models', MODEL, '--rounds', '1', '--seconds', '0')
+    assert done == ['kept', 'timed', 'returned', 'timed']
+    ours = next(row for row in result['rows'] if row['contestant'] == peers.OURS)
+    limit = next(row for row in result['rows'] if row['contestant'] == update.LIMIT)
+    assert ours['over_ours'] == ours['over_ours_returned'] == 1
+    assert limit['ratio'] == limit['ratio_returned'] == 1
+    assert result['settings'].items() >= {'after': 'itself', 'heap': 'kept and returned'}.items()
     assert result['measures'] == ['ms', 'ms_returned']
-    assert all(row['ms_returned'] > 0 and row['over_ours_returned'] > 0 for row in result['rows'])
     assert 'freed memory returned' in capsys.readouterr().out
+
+
+def test_a_launch_is_what_a_profiler_saw_on_the_device_and_nobody_named() -> None:
+    from torch.profiler import ProfilerActivity, profile
+
+    from benchmarks.common import is_launch
+
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        torch.zeros(3).add_(1)
+    events = list(profiled.events())
+    assert any(event.device_type == torch.autograd.DeviceType.CPU for event in events)
+    assert not any(map(is_launch, events))
+    on_cuda = SimpleNamespace(device_type=type(events[0].device_type)(torch.autograd.DeviceType.CUDA.value))
+    assert is_launch(on_cuda)
+    assert not is_launch(SimpleNamespace(device_type=on_cuda.device_type, is_user_annotation=True))
 
 
 def test_the_limit_reads_the_parameters_themselves() -> None:

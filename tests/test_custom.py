@@ -362,6 +362,21 @@ def test_a_small_weight_of_a_function_warns_of_nothing():
         shadow.update(model)
 
 
+def test_a_function_that_fails_on_a_buffer_leaves_counters_as_they_were():
+    def fails_on_buffers(averaged, current, num_averaged):
+        if averaged.shape == (5,):
+            raise FloatingPointError('no')
+        return current
+
+    net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.BatchNorm1d(5, affine=False))
+    shadow = ShadowModel(net, avg_fn=fails_on_buffers)
+    shadow.update(net)
+    net[1].num_batches_tracked.add_(4)
+    with pytest.raises(RuntimeError, match='failed on an average'):
+        shadow.update(net)
+    assert dict(shadow.named_buffers())['1.num_batches_tracked'] == 0
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
 def test_on_the_side_stream_a_function_does_what_it_does_in_line():

@@ -314,7 +314,71 @@ class TestCopies:
         monkeypatch.setattr(SideStream, 'fork', fork)
         shadow = ShadowModel(net, backend='fused')
         shadow.update(net, smoothing=0.5)
-        assert (forked, len(launches)) == ([1], 2)
+        assert (forked, len(launches)) == ([0, 1], 2)  # prepared and launched on the side stream
+        for name, buffer in shadow.named_buffers():
+            assert torch.equal(buffer, net.get_buffer(name)), name
+        net[1].num_batches_tracked.add_(3)
+        shadow.update(net, smoothing=0.5)
+        assert dict(shadow.named_buffers())['1.num_batches_tracked'] == net[1].num_batches_tracked
+
+    def test_a_counter_that_moves_to_other_memory_is_still_followed(self):
+        net = batch_norm_net()
+        shadow = ShadowModel(net, backend='fused')
+        shadow.update(net, smoothing=0.5)
+        net[1].num_batches_tracked.data = torch.tensor(7, device=DEVICE)
+        shadow.update(net, smoothing=0.5)
+        assert dict(shadow.named_buffers())['1.num_batches_tracked'] == 7
+
+    def test_random_bits_do_not_depend_on_what_runs_beside(self, monkeypatch):
+        def rounded():
+            net = batch_norm_net()
+            shadow = ShadowModel(net, backend='fused', dtype='bfloat16', rounding='stochastic', seed=3)
+            for smoothing in (0.0, 0.7, 0.7):
+                shadow.update(net, smoothing=smoothing)
+                with torch.no_grad():
+                    for tensor in itertools.chain(net.parameters(), net.buffers()):
+                        tensor.copy_(~tensor) if tensor.dtype is torch.bool else tensor.mul_(3)
+            return [*shadow.parameters(), *shadow.buffers()]
+
+        in_line = rounded()
+        monkeypatch.setattr(SideStream, 'is_beside', True)
+        assert all(map(torch.equal, in_line, rounded()))
+
+    @pytest.mark.parametrize('lazy', [torch.Tensor.conj, lambda tensor: torch.imag(tensor.conj())], ids=['conj', 'neg'])
+    def test_what_memory_holds_otherwise_than_it_reads_is_copied_as_it_reads(self, lazy):
+        source = lazy(torch.tensor([1 + 2j, 3 - 4j], device=DEVICE))
+        assert source.is_conj() or source.is_neg()
+        copy = torch.zeros_like(source.clone())
+        kernels.prepare([], [], copied=[(copy, source)], backend='fused')(0.0)
+        assert torch.equal(copy, source)
+
+    def test_one_of_another_shape_is_refused_before_anything_is_written(self):
+        copy, source = torch.zeros(2, device=DEVICE), torch.ones(6, device=DEVICE)
+        with pytest.raises(ValueError, match=r'copy 0 has shape \(2,\), its source \(6,\)'):
+            kernels.prepare([], [], copied=[(copy, source)], backend='fused')
+        assert not copy.any()
+
+    def test_bytes_that_no_word_begins_with_are_copied_one_by_one(self):
+        from composer_ema.kernels import fused
+
+        memory = torch.zeros(16, dtype=torch.bool, device=DEVICE)
+        whole, shifted = memory[:8], memory[1:9]
+        codes = fused._rows_of_copies([(whole, whole), (shifted, whole), (whole, shifted)], 1)[:, 2]
+        assert codes.tolist() == [fused._WORDS, fused._BYTES, fused._BYTES]
+
+    def test_another_backend_that_was_asked_for_copies_without_the_kernel(self, launches, monkeypatch):
+        monkeypatch.setattr(kernels, '_refusal_of_triton', lambda device, is_asked: None)
+        counter = torch.tensor(5, device=DEVICE)
+        for backend in ('foreach', 'reference'):
+            copy = torch.zeros_like(counter)
+            kernels.prepare([], [], copied=[(copy, counter)], backend=backend)(0.5)
+            assert copy == 5
+        assert launches == []
+
+    def test_empty_ones_launch_nothing(self, launches):
+        empty = [(torch.zeros(0, device=DEVICE), torch.zeros(0, device=DEVICE))]
+        kernels.prepare([], [], copied=empty, backend='fused')(0.5)
+        assert launches == []
 
     @pytest.fixture
     def launches(self, monkeypatch):
@@ -324,6 +388,18 @@ class TestCopies:
         launched, call = [], fused._Launch.__call__
         monkeypatch.setattr(fused._Launch, '__call__', lambda *given: [launched.append(given), call(*given)])
         return launched
+
+
+@pytest.mark.parametrize('kind', [list, tuple])
+def test_weights_that_stay_are_filled_in_once(kind):
+    (shadow, source) = tensors((3,), (3,))
+    step = kernels.prepare_many([[shadow]], [source], backend='fused')
+    step(kind([0.5]))
+    before = step.weights._version
+    step(kind([0.5]))
+    assert step.weights._version == before
+    step(kind([0.25]))
+    assert step.weights._version > before
 
 
 @pytest.mark.gpu
@@ -337,7 +413,7 @@ def test_a_profiler_sees_one_kernel_an_update_and_one_more_for_buffers_beside_tr
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         shadow.update(net, smoothing=0.5)
         torch.cuda.synchronize()
-    on_device = [event.name for event in profile.events() if event.device_type is torch.autograd.DeviceType.CUDA]
+    on_device = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     assert len(on_device) == kernels_expected, on_device
 
 

@@ -79,6 +79,7 @@ def prepare_many(
     rules = rules or Rules()
     _check_backend(backend)
     _check(averages, sources)
+    _check_copied(copied)
     groups: defaultdict[tuple[str, torch.device], list[int]] = defaultdict(list)
     for index, source in enumerate(sources):
         if source.numel():
@@ -211,6 +212,12 @@ def _module(name: str) -> ModuleType:
 def _check_backend(backend: str) -> None:
     if backend != 'auto' and backend not in _NAMES:
         raise ValueError(f'backend must be one of auto, {", ".join(_NAMES)}, got {backend!r}.')
+
+
+def _check_copied(copied: Sequence[Pair]) -> None:
+    for index, (copy, source) in enumerate(copied):
+        if copy.shape != source.shape:
+            raise ValueError(f'copy {index} has shape {tuple(copy.shape)}, its source {tuple(source.shape)}.')
 
 
 def _check(averages: Sequence[Sequence[Tensor]], sources: Sequence[Tensor]) -> None:

@@ -57,6 +57,8 @@ def _refusal_of_memory(shadow: Tensor, source: Tensor) -> str | None:
         return f'the average is on {shadow.device}, the weights are on {source.device}'
     if shadow.device.type != 'cuda' and not is_interpreted:
         return f'Triton runs on CUDA devices, not on {shadow.device}'
+    if any(tensor.is_conj() or tensor.is_neg() for tensor in (shadow, source)):
+        return 'memory holds the conjugate or the negative of what the tensor is'
     if shadow.stride() != source.stride() or flat(shadow) is None:
         return 'average and weights do not lie densely in the same order'
     return None
@@ -71,7 +73,7 @@ def prepare(
     """Builds the table and returns a step of one launch. All tensors are on one device.
 
     The step has two attributes for who captures it in a CUDA graph: ``weights``, k float32 on the device, which a step
-    fills when they change and a replay only reads; ``control``, int64: seed, next step, and two of its own.
+    fills when they change and a replay only reads; ``control``, int64: seed, next step, and one of its own.
 
     Args:
         shadow_sets: k lists of averages; ``refusal`` let each pass.
@@ -112,10 +114,11 @@ class _Launch:
         self._table, self._meta, self._last = table, meta, None
 
     def __call__(self, weights: Sequence[float]) -> None:
+        weights = tuple(weights)
         if weights != self._last:
             for slot, weight in zip(self.weights, weights, strict=True):
                 slot.fill_(weight)
-            self._last = tuple(weights)
+            self._last = weights
         # The launch goes to the current device, whichever it is; one that is current already costs nothing.
         with torch.cuda.device(self._table.device if self._table.is_cuda else -1):
             _update[(len(self._table),)](self._table, self.weights, self.control, self._skipped, **self._meta)
