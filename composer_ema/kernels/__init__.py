@@ -87,7 +87,7 @@ def prepare_many(
             groups[choose(shadows, source, backend, rules)[0], shadows[0].device].append(index)
     fused_copies, other_copies = _split_copies(copied, backend)
     for device in fused_copies:
-        groups['fused', device]  # one without averages is a launch of copies alone
+        groups.setdefault(('fused', device), [])  # without averages it is a launch of copies alone
     steps: list[Steps] = []
     for (name, device), indices in groups.items():
         extra = (fused_copies.get(device, []),) if name == 'fused' else ()
