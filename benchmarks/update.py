@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> common.Result:
     parsed.after = parsed.after or ('others' if torch.device(parsed.device).type == 'cuda' else 'itself')
     result = common.start('update', parsed)
     heaps = _heaps(parsed, result.device)
-    parsed.heap = result.settings['heap'] = ' and '.join(heaps)
+    result.settings['heap'] = ' and '.join(heaps)
     result.measures = ['ms', 'ms_returned'] if len(heaps) == 2 else ['ms']
     if result.device.type == 'cuda':
         result.measures += ['host_ms', 'device_ms']
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> common.Result:
         _show(name, rows, result)
         result.save()
         common.free(result.device)
-    _show_summary(result)
+    _show_summary(result, heaps)
     return result
 
 
@@ -215,13 +215,12 @@ def _show(name: str, rows: Sequence[dict[str, Any]], result: common.Result) -> N
     common.show(title, columns, [[row[key] for key in keys] for row in rows])
 
 
-def _show_summary(result: common.Result) -> None:
+def _show_summary(result: common.Result, heaps: Sequence[common.Heap]) -> None:
     device = result.device.type
     if device == 'cuda':
         _show_ratios('cuda: ratios to the limit', 'device_ratio', result)
         _show_ratios('cuda: kernels, copies and fills of one update', 'launches', result)
     else:
-        heaps = result.settings['heap'].split(' and ')
         for heap, key in zip(heaps, ('ratio', 'ratio_returned'), strict=False):
             _show_ratios(f'{device}: ratios to the limit, {_DESCRIBED[heap]}', key, result)
 

@@ -5,7 +5,6 @@ Invariant: nothing is written into an average before every function that returns
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from composer_ema import kernels
-from composer_ema.kernels.layout import Pair, detached
+from composer_ema.kernels.layout import Pair, detached, grouped, unzip
 
 #: ``avg_fn(averaged, current, num_averaged)`` returns the new average of one tensor.
 AvgFn = Callable[[Tensor, Tensor, Any], Tensor]
@@ -83,13 +82,8 @@ def prepare(
 
 
 def _prepare_together(shadows: Sequence[Tensor], sources: Sequence[Tensor], multi_avg_fn: MultiAvgFn) -> list[Step]:
-    groups: defaultdict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]]
-    groups = defaultdict(lambda: ([], []))
-    for shadow, source in zip(shadows, sources, strict=True):
-        group = groups[shadow.device, shadow.dtype]
-        group[0].append(shadow)
-        group[1].append(source)
-    return [_Together(*group, multi_avg_fn) for group in groups.values()]
+    groups = grouped(zip(shadows, sources, strict=True), lambda pair: (pair[0].device, pair[0].dtype))
+    return [_Together(*unzip(group), multi_avg_fn) for group in groups.values()]
 
 
 def _prepare_one_by_one(shadows: Sequence[Tensor], sources: Sequence[Tensor], avg_fn: AvgFn) -> Step:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import filterfalse
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from composer_ema.kernels.layout import Pair, unzip
+from composer_ema.kernels.layout import Pair, grouped, unzip
 from composer_ema.naming import Watch
 from composer_ema.offload import HostAverage
 from composer_ema.stream import SideStream
@@ -52,7 +51,9 @@ class Plan:
             HostAverage(*([pair for pair in kind if pair[1].device == device] for kind in left))
             for device in {source.device for kind in left for _, source in kind}
         ]
-        parameters, averaged, copied = (_by_device(filterfalse(is_left_to_a_thread, kind)) for kind in kinds)
+        parameters, averaged, copied = (
+            grouped(filterfalse(is_left_to_a_thread, kind), lambda pair: pair[0].device) for kind in kinds
+        )
         self.forked_steps: list[tuple[SideStream, Callable[[Any], Any]]] = []
         self.steps: list[Callable[[Any], Any]] = []
         for device in {**parameters, **averaged, **copied}:
@@ -66,10 +67,3 @@ class Plan:
                     self.forked_steps.append((stream, prepare(parameters[device], [])))
             if together or copied[device]:
                 self.steps.append(prepare(together, copied[device]))
-
-
-def _by_device(pairs: Iterable[Pair]) -> defaultdict[torch.device, list[Pair]]:
-    grouped: defaultdict[torch.device, list[Pair]] = defaultdict(list)
-    for pair in pairs:
-        grouped[pair[0].device].append(pair)
-    return grouped

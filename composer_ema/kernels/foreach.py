@@ -6,14 +6,23 @@ Small shadows that lie side by side on the CPU are moved as one tensor, which gi
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from composer_ema.kernels.layout import Pair, can_be_bundled, carve, detached, packed, pieces, split_bundles, unzip
+from composer_ema.kernels.layout import (
+    Pair,
+    can_be_bundled,
+    carve,
+    detached,
+    grouped,
+    packed,
+    pieces,
+    split_bundles,
+    unzip,
+)
 from composer_ema.kernels.rules import Rules, Steps
 
 # Elements of scratch: on CPU what stays in a core's cache, on an accelerator what fills the device.
@@ -54,9 +63,7 @@ def prepare_copy(shadows: Sequence[Tensor], sources: Sequence[Tensor]) -> Callab
     """Returns a step that copies ``sources``, of any dtype, into ``shadows``."""
     bundles, singles = split_bundles(detached(shadows), detached(sources))
     # In lists of one dtype, for which alone CUDA has one kernel for many tensors.
-    groups: defaultdict[tuple[object, ...], list[Pair]] = defaultdict(list)
-    for shadow, source in zip(*singles, strict=True):
-        groups[shadow.device, shadow.dtype, source.device, source.dtype].append((shadow, source))
+    groups = grouped(zip(*singles, strict=True), _target_and_likeness)
     copies = list(map(unzip, groups.values()))
 
     def copy() -> None:
@@ -69,22 +76,20 @@ def prepare_copy(shadows: Sequence[Tensor], sources: Sequence[Tensor]) -> Callab
 
 
 def _calls(shadows: Sequence[Tensor], sources: Sequence[Tensor]) -> list[Callable[[float], None]]:
-    groups: defaultdict[tuple[torch.device, torch.dtype, bool], tuple[list[Tensor], list[Tensor]]]
-    groups = defaultdict(lambda: ([], []))
-    for shadow, source in zip(shadows, sources, strict=True):
-        is_alike = shadow.dtype == source.dtype and shadow.device == source.device
-        group = groups[shadow.device, shadow.dtype, is_alike]
-        group[0].append(shadow)
-        group[1].append(source)
-
     calls: list[Callable[[float], None]] = []
-    for (device, dtype, is_alike), (group_shadows, group_sources) in groups.items():
+    for (device, dtype, is_alike), group in grouped(zip(shadows, sources, strict=True), _target_and_likeness).items():
+        group_shadows, group_sources = unzip(group)
         if is_alike:
             calls.extend(_in_place(group_shadows, group_sources))
         else:
             calls.extend(_through_scratch(group_shadows, detached(group_sources), device, dtype))
 
     return calls
+
+
+def _target_and_likeness(pair: Pair) -> tuple[torch.device, torch.dtype, bool]:
+    shadow, source = pair
+    return shadow.device, shadow.dtype, shadow.dtype == source.dtype and shadow.device == source.device
 
 
 def _in_place(shadows: list[Tensor], sources: list[Tensor]) -> Iterator[Callable[[float], None]]:

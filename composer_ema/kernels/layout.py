@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 _T = TypeVar('_T')
+_K = TypeVar('_K', bound=Hashable)
 
 #: What is averaged or copied into, and where that comes from.
 Pair = tuple[Tensor, Tensor]
@@ -38,11 +39,8 @@ def side_by_side(tensors: Sequence[Tensor]) -> list[Tensor]:
     Shapes and strides stay. Copies of one dtype share allocations of at most :data:`BUNDLE` elements each.
     """
     placed = list(tensors)
-    by_dtype: defaultdict[torch.dtype, list[int]] = defaultdict(list)
-    for index, tensor in enumerate(tensors):
-        if _is_small(tensor):
-            by_dtype[tensor.dtype].append(index)
-    for indices in by_dtype.values():
+    small = [index for index, tensor in enumerate(tensors) if _is_small(tensor)]
+    for indices in grouped(small, lambda index: tensors[index].dtype).values():
         for bundle in packed(indices, lambda index: tensors[index].numel(), BUNDLE):
             memory = torch.cat([_flattened(tensors[index]) for index in bundle])
             start = 0
@@ -110,6 +108,14 @@ def unzip(pairs: Iterable[Pair]) -> tuple[list[Tensor], list[Tensor]]:
     """The first tensors and the second ones; two empty lists for no pairs."""
     pairs = list(pairs)
     return [first for first, _ in pairs], [second for _, second in pairs]
+
+
+def grouped(items: Iterable[_T], key: Callable[[_T], _K]) -> defaultdict[_K, list[_T]]:
+    """``items`` by their key, in order; a key that none has stands for an empty list."""
+    groups: defaultdict[_K, list[_T]] = defaultdict(list)
+    for item in items:
+        groups[key(item)].append(item)
+    return groups
 
 
 def packed(items: Iterable[_T], size_of: Callable[[_T], int], limit: int) -> Iterator[list[_T]]:

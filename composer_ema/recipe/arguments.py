@@ -27,6 +27,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from composer_ema.recipe.registry import Registry, nearest
 
+#: What classes raise about arguments that they cannot take.
+REFUSALS = (ValueError, TypeError, ImportError, FileNotFoundError)
 _FOREIGN: Any = object()  # what no YAML value can be, such as a callable
 
 
@@ -71,7 +73,7 @@ class Named:
         """Calls the factory; what it raises about its arguments becomes a :class:`RecipeError`."""
         try:
             return self.factory(*positional, **self.arguments, **further)
-        except (ValueError, TypeError, ImportError, FileNotFoundError) as error:
+        except REFUSALS as error:
             message, blamed = said(error), self._spoken_of(error)
             if blamed is not None and repr(self.arguments[blamed]) not in message:
                 message = f'{message.rstrip(".")}, got {self.arguments[blamed]!r}.'

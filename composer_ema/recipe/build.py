@@ -20,7 +20,7 @@ from composer.utils.file_helpers import is_tar
 
 from composer_ema.checkpoint import CheckpointError, check_sums, is_of_composer, load_safely
 from composer_ema.recipe import groups, schedules
-from composer_ema.recipe.arguments import Named, Place, RecipeError, said
+from composer_ema.recipe.arguments import REFUSALS, Named, Place, RecipeError, said
 from composer_ema.recipe.curves import METRICS_FILE
 from composer_ema.recipe.data import Data
 from composer_ema.recipe.recorder import Recorder
@@ -116,7 +116,7 @@ def build(recipe: Recipe, *, scratch: Path | None = None, callbacks: Sequence[Ca
     with _no_empty_folders_left(folder / CHECKPOINT_FOLDER, folder, folder.parent):
         try:
             trainer = Trainer(**arguments)
-        except (ValueError, TypeError, ImportError, FileNotFoundError) as error:
+        except REFUSALS as error:
             raise blame(checked, error, Named(place, 'Trainer', Trainer, arguments)).error(said(error)) from error
         try:
             stepped.check_unchanged(settings)
