@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Any
 from composer_ema.version import __version__  # the package's version
 
 if TYPE_CHECKING:
-    from composer_ema.algorithm import EMA  # the Composer algorithm
     from composer_ema.batchnorm import update_bn  # BatchNorm's statistics for the weights held now, or for an average
-    from composer_ema.checkpoint import CheckpointError, export, load_average  # the average of a checkpoint
+    from composer_ema.checkpoints.reading import CheckpointError, export, load_average  # the average of a checkpoint
     from composer_ema.functional import compute_ema  # one functional update
     from composer_ema.optimizer import EMAOptimizer  # averages after each step of any optimizer, in any loop
-    from composer_ema.shadow import ShadowModel  # the averaged copy: update, swap, state
-    from composer_ema.swa import SWA  # the Composer algorithm for an equal average
+    from composer_ema.shadow.shadow_model import ShadowModel  # the averaged copy: update, swap, state
+    from composer_ema.trainer.ema import EMA  # the Composer algorithm
+    from composer_ema.trainer.swa import SWA  # the Composer algorithm for an equal average
 
 __all__ = [
     'EMA',
@@ -28,14 +28,14 @@ __all__ = [
 
 #: Where each name comes from on first use: Composer is not needed for all, nor torch for the command line's help.
 _LAZY = {
-    'EMA': 'composer_ema.algorithm',
-    'SWA': 'composer_ema.swa',
-    'CheckpointError': 'composer_ema.checkpoint',
+    'EMA': 'composer_ema.trainer.ema',
+    'SWA': 'composer_ema.trainer.swa',
+    'CheckpointError': 'composer_ema.checkpoints.reading',
     'EMAOptimizer': 'composer_ema.optimizer',
-    'ShadowModel': 'composer_ema.shadow',
+    'ShadowModel': 'composer_ema.shadow.shadow_model',
     'compute_ema': 'composer_ema.functional',
-    'export': 'composer_ema.checkpoint',
-    'load_average': 'composer_ema.checkpoint',
+    'export': 'composer_ema.checkpoints.reading',
+    'load_average': 'composer_ema.checkpoints.reading',
     'update_bn': 'composer_ema.batchnorm',
 }
 

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import swa_utils
 
-from composer_ema.naming import Inventory, listed
-from composer_ema.shadow import ShadowModel
-from composer_ema.sharding import is_sharded, unwrap
+from composer_ema.model.inventory import Inventory
+from composer_ema.model.names import listed
+from composer_ema.model.sharding import is_sharded, unwrap
+from composer_ema.shadow.shadow_model import ShadowModel
 
 if TYPE_CHECKING:  # this module works without Composer
     from composer.core import DataSpec

@@ -95,7 +95,7 @@ def export(
     with _usage_errors():
         from rich.table import Table
 
-        from composer_ema import checkpoint as checkpoints
+        from composer_ema.checkpoints import reading as checkpoints
 
         table = Table(title=str(out), title_justify='left', show_header=False)
         for key, value in checkpoints.export(checkpoint, out).items():
@@ -134,7 +134,7 @@ def plot(
     Recipes: learning rate, momentum, and how much each step weighs in the average at the end.
     """
     with _usage_errors():
-        from composer_ema.recipe import curves, plots
+        from composer_ema.pictures import curves, plots
 
         axis, asked = curves.check_axis(over), curves.sort_arguments(things)
         plots.check_out(out := out or asked.default_out)
@@ -153,8 +153,10 @@ def plot(
 def _draw_recipes(recipes: list[tuple[Path, list[str]]], axis: Any, batches_per_epoch: int | None) -> Any:
     from rich.progress import track
 
+    from composer_ema.pictures import plots
+
     # Composer and torch's optimizers take seconds to import, which runs that are only drawn should not cost.
-    from composer_ema.recipe import plots, schema
+    from composer_ema.recipe import schema
     from composer_ema.recipe.preview import distinct_names, preview
 
     loaded = [schema.load(path, overrides) for path, overrides in recipes]
@@ -180,15 +182,15 @@ def inspect(
         import dataclasses
         import json
 
-        from composer_ema.inspection import describe
+        from composer_ema.checkpoints.inspection import describe
 
         found = describe(checkpoint)
         if as_json:
             _show(json.dumps(dataclasses.asdict(found), indent=2))
             return
-        from composer_ema.recipe import tables
+        from composer_ema.pictures import checkpoints
 
-        for table in tables.of_checkpoint(found, all_tensors=all_tensors):
+        for table in checkpoints.of_checkpoint(found, all_tensors=all_tensors):
             _show(table)
 
 

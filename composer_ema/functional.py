@@ -13,9 +13,11 @@ from composer_ema import kernels
 from composer_ema.averages import weight_from_smoothing
 from composer_ema.kernels.layout import unzip
 from composer_ema.kernels.rules import is_inexact, smallest_weight
-from composer_ema.naming import Inventory, Watch, check_same
-from composer_ema.shadow import ShadowModel
-from composer_ema.sharding import canonical_name, unwrap
+from composer_ema.model.inventory import Inventory
+from composer_ema.model.names import check_same
+from composer_ema.model.sharding import canonical_name, unwrap
+from composer_ema.model.watch import Watch
+from composer_ema.shadow.shadow_model import ShadowModel
 
 _REMEDY = 'Nothing was changed. Pass an average of the same architecture, for example copy.deepcopy(model).'
 

@@ -19,11 +19,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from composer_ema.averages import check_share, equal_weight
-from composer_ema.custom import AvgFn, MultiAvgFn, name_of
-from composer_ema.naming import listed
-from composer_ema.options import BufferMode, Rounding
-from composer_ema.shadow import ShadowModel
-from composer_ema.sharding import is_sharded, unwrap
+from composer_ema.model.names import listed
+from composer_ema.model.sharding import is_sharded, unwrap
+from composer_ema.settings import AvgFn, BufferMode, MultiAvgFn, Rounding, name_of
+from composer_ema.shadow.shadow_model import ShadowModel
 
 #: Version of what :meth:`EMAOptimizer.ema_state_dict` returns.
 EMA_STATE_VERSION = 1

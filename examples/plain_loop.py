@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from composer_ema import EMAOptimizer
-from composer_ema.recipe.fetch import load_fashion_mnist
+from composer_ema.zoo.fetch import load_fashion_mnist
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -24,7 +24,8 @@ from composer.models import ComposerClassifier
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from composer_ema import EMA, ShadowModel, compute_ema, offload
+from composer_ema import EMA, ShadowModel, compute_ema
+from composer_ema.shadow import offload
 
 # Models
 

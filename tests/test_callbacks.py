@@ -9,9 +9,9 @@ from composer.algorithms import SAM, GradientClipping
 from composer.core import Precision
 from torch.optim import SGD
 
-from composer_ema.algorithm import EMA
 from composer_ema.recipe import registry
-from composer_ema.recipe.callbacks import GradientMomentum
+from composer_ema.trainer.ema import EMA
+from composer_ema.zoo.callbacks import GradientMomentum
 
 LEARNING_RATE = 0.2
 

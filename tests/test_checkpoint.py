@@ -13,8 +13,9 @@ import toy
 from composer.models import ComposerClassifier
 from torch import nn
 
-from composer_ema import EMA, CheckpointError, checkpoint, export, load_average
-from composer_ema.naming import Inventory
+from composer_ema import EMA, CheckpointError, export, load_average
+from composer_ema.checkpoints import reading
+from composer_ema.model.inventory import Inventory
 
 
 def average_of(ema: EMA) -> dict[str, torch.Tensor]:
@@ -384,5 +385,5 @@ def test_numpy_scalars_and_times_of_composers_checkpoints_are_read(saved):
     content = torch.load(path, weights_only=False)
     content['state']['numpy'] = [np.float64(1.5), np.bool_(True), np.arange(3), np.int64(3)]
     torch.save(content, path)
-    assert checkpoint.read_file(path)['state']['numpy'][0] == 1.5
+    assert reading.read_file(path)['state']['numpy'][0] == 1.5
     load_average(path)

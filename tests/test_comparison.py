@@ -18,11 +18,11 @@ import yaml
 from rich.console import Console
 
 from composer_ema import cli
+from composer_ema.pictures.curves import Point
+from composer_ema.pictures.report import Result
 from composer_ema.recipe import comparison, run, schema
 from composer_ema.recipe.arguments import RecipeError
 from composer_ema.recipe.comparison import Ending, Published, Row
-from composer_ema.recipe.curves import Point
-from composer_ema.recipe.report import Result
 
 TINY: dict[str, Any] = {
     'max_duration': '2ep',

@@ -41,7 +41,7 @@ from toy import bits, make_data, make_evaluator, make_model, make_trainer, shado
 
 from composer_ema import EMA, CheckpointError, export, load_average
 from composer_ema import SWA as OurSWA
-from composer_ema.weight_average import WeightAverage
+from composer_ema.trainer.weight_average import WeightAverage
 
 SCRIPTS = Path(__file__).parent / 'scripts'
 

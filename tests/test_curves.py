@@ -14,9 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from composer_ema.recipe import schema
-from composer_ema.recipe.build import build
-from composer_ema.recipe.curves import (
+from composer_ema.pictures.curves import (
     PlotError,
     Point,
     check_axis,
@@ -28,6 +26,8 @@ from composer_ema.recipe.curves import (
     smoothed,
     sort_arguments,
 )
+from composer_ema.recipe import schema
+from composer_ema.recipe.build import build
 from composer_ema.recipe.recorder import momentum_of, step_settings
 
 TINY = {

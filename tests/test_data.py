@@ -22,9 +22,9 @@ from composer import Callback, Trainer
 from composer.utils import dist
 from torch.utils.data import DistributedSampler
 
-from composer_ema.recipe import fetch
-from composer_ema.recipe.data import DATASETS, CropAndMirror, Normalise, cifar10, fake, fashion_mnist, mnist1d
-from composer_ema.recipe.models import build_model
+from composer_ema.zoo import fetch
+from composer_ema.zoo.data import DATASETS, CropAndMirror, Normalise, cifar10, fake, fashion_mnist, mnist1d
+from composer_ema.zoo.models import build_model
 
 pytestmark = pytest.mark.filterwarnings(
     'error',

@@ -100,8 +100,8 @@ def test_catalogue_finds_each_algorithm(installed):
         installed,
     )
     assert output.splitlines()[:2] == [
-        "composer_ema.algorithm EMA EMA(half_life='2ba', seed=3)",
-        "composer_ema.swa SWA SWA(swa_start='2ep', swa_lr=0.1)",
+        "composer_ema.trainer.ema EMA EMA(half_life='2ba', seed=3)",
+        "composer_ema.trainer.swa SWA SWA(swa_start='2ep', swa_lr=0.1)",
     ]
 
 

@@ -121,7 +121,7 @@ def test_plain_loop_takes_no_number_below_one(tmp_path):
 
 
 def test_plain_loop_learns_fashion_mnist_and_the_average_is_evaluated(tmp_path):
-    from composer_ema.recipe import fetch
+    from composer_ema.zoo import fetch
 
     kept = [fetch.DEBIAN_FOLDER, fetch.cache_folder()]
     if not any(list(folder.rglob('train-images-idx3-ubyte*')) for folder in kept):

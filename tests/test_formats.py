@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from composer_ema import formats
+from composer_ema.checkpoints import formats
 
 pytest.importorskip('composer', reason='needs Composer')
 

@@ -19,7 +19,7 @@ from torch import nn
 from composer_ema import ShadowModel, kernels
 from composer_ema.kernels import reference
 from composer_ema.kernels.rules import PIECE, Rules
-from composer_ema.stream import SideStream
+from composer_ema.shadow.stream import SideStream
 
 pytest.importorskip('triton')
 # The interpreter computes with numpy, which warns of the infinities that the tests put in.

@@ -15,7 +15,7 @@ from torch import nn
 from composer_ema.recipe import groups, registry, run, schema
 from composer_ema.recipe.arguments import RecipeError
 from composer_ema.recipe.build import build
-from composer_ema.recipe.models import MODELS
+from composer_ema.zoo.models import MODELS
 
 RECIPE: dict[str, Any] = {
     'max_duration': '2ba',
@@ -163,7 +163,7 @@ def test_what_cannot_work_is_refused_before_data_is_touched(
     def touched(self: Any) -> None:
         raise AssertionError('data was touched')
 
-    monkeypatch.setattr('composer_ema.recipe.data._Loading.__post_init__', touched)
+    monkeypatch.setattr('composer_ema.zoo.data._Loading.__post_init__', touched)
     with pytest.raises(RecipeError, match=said) as refused:
         build(recipe(optimizer, **values))
     assert refused.value.key == key

@@ -21,8 +21,9 @@ from composer.algorithms import SWA as ComposerSWA
 from composer.loggers import InMemoryLogger
 from composer.models import ComposerClassifier
 
-from composer_ema import EMA, SWA, CheckpointError, inspection, load_average
-from composer_ema.inspection import (
+from composer_ema import EMA, SWA, CheckpointError, load_average
+from composer_ema.checkpoints import inspection
+from composer_ema.checkpoints.inspection import (
     ALIAS,
     AVERAGE,
     BUFFER,

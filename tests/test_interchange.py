@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
-from composer_ema import CheckpointError, EMAOptimizer, ShadowModel, export, interchange, load_average
+from composer_ema import CheckpointError, EMAOptimizer, ShadowModel, export, load_average
 from composer_ema.averages import equal_weight
+from composer_ema.shadow import foreign
 
 FIXTURES = Path(__file__).parent / 'fixtures'
 FOREIGN = FIXTURES / 'foreign'
@@ -434,13 +435,13 @@ def test_an_average_before_its_first_update_is_none_to_export_but_one_to_go_on_f
 
 
 def test_ema_pytorch_counts_no_update_before_it_has_begun():
-    assert interchange.read(
+    assert foreign.read(
         {'initted': torch.tensor(False), 'step': torch.tensor(7), 'ema_model.weight': torch.zeros(1)}
     ).num_updates == 0  # fmt: skip
 
 
 def test_torch_ema_need_not_count():
-    assert interchange.read({**ORDERED, 'num_updates': None}).num_updates is None
+    assert foreign.read({**ORDERED, 'num_updates': None}).num_updates is None
 
 
 def test_nothing_is_loaded_while_a_model_holds_the_average():

@@ -10,7 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from composer_ema.naming import Inventory, Selection, Watch, check_same, listed
+from composer_ema.model.inventory import Inventory
+from composer_ema.model.names import check_same, listed
+from composer_ema.model.selection import Selection
+from composer_ema.model.watch import Watch
 
 
 class Tied(nn.Module):

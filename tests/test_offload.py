@@ -16,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from composer_ema import EMAOptimizer, ShadowModel, kernels, offload
-from composer_ema.offload import HostAverage
+from composer_ema import EMAOptimizer, ShadowModel, kernels
+from composer_ema.shadow import offload
+from composer_ema.shadow.offload import HostAverage
 
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')]
 #: Some 0.2 s at 2 GHz.

@@ -1110,7 +1110,7 @@ class TestOrder:
         model = Net()
         optimizer = EMAOptimizer(sgd(model), model=model)
         train(model, optimizer, range(3))
-        from composer_ema.naming import Inventory
+        from composer_ema.model.inventory import Inventory
 
         monkeypatch.setattr(Inventory, 'of', lambda *_: pytest.fail('walked the module'))
         optimizer.step()

@@ -15,9 +15,10 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from composer_ema.recipe import curves, plots, preview, recorder
-from composer_ema.recipe.curves import Curve, PlotError, Point, RunCurves
-from composer_ema.recipe.plots import check_out, draw_previews, draw_runs, write
+from composer_ema.pictures import curves, plots
+from composer_ema.pictures.curves import Curve, PlotError, Point, RunCurves
+from composer_ema.pictures.plots import check_out, draw_previews, draw_runs, write
+from composer_ema.recipe import preview, recorder
 from composer_ema.recipe.preview import Preview, Profile, shares
 
 LONG = [f'resnet_on_cifar10_sgd_momentum_cosine_with_warmup_learning_rate_{rate}_seed_1' for rate in range(4)]

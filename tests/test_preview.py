@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from composer_ema.averages import exponential_weight
+from composer_ema.pictures.curves import read_run
 from composer_ema.recipe import schema
 from composer_ema.recipe.arguments import RecipeError
 from composer_ema.recipe.build import build
-from composer_ema.recipe.curves import read_run
-from composer_ema.recipe.data import DATASETS, extent
 from composer_ema.recipe.preview import Preview, Profile, distinct_names, preview, shares
+from composer_ema.zoo.data import DATASETS, extent
 
 # 80 samples in 7 batches, 8 of them in the last.
 TINY: dict[str, Any] = {
@@ -232,7 +232,7 @@ class TestSchedule:
 
     def test_no_data_is_read(self, monkeypatch):
         monkeypatch.setitem(DATASETS, 'fashion_mnist', DATASETS['fashion_mnist'])
-        monkeypatch.setattr('composer_ema.recipe.fetch.load_fashion_mnist', lambda root: pytest.fail('it was read'))
+        monkeypatch.setattr('composer_ema.zoo.fetch.load_fashion_mnist', lambda root: pytest.fail('it was read'))
         found = look(data={'name': 'fashion_mnist', 'batch_size': 512}, model={'name': 'fashion_cnn'})
         assert (found.batches, found.batches_per_epoch) == (236, 118)
 

@@ -18,16 +18,18 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from composer_ema import load_average
-from composer_ema.algorithm import EMA
 from composer_ema.files import write_beside
-from composer_ema.recipe import fetch, registry, report, run, schema
+from composer_ema.pictures import report
+from composer_ema.pictures.report import Point, Result
+from composer_ema.recipe import registry, run, schema
 from composer_ema.recipe.arguments import Place, RecipeError, check_arguments
 from composer_ema.recipe.build import build
-from composer_ema.recipe.data import DATASETS
 from composer_ema.recipe.recorder import Recorder
-from composer_ema.recipe.report import Point, Result
 from composer_ema.recipe.schema import Plan
-from composer_ema.swa import SWA
+from composer_ema.trainer.ema import EMA
+from composer_ema.trainer.swa import SWA
+from composer_ema.zoo import fetch
+from composer_ema.zoo.data import DATASETS
 
 YAML_FOLDER = Path(__file__).parent.parent / 'yamls'
 YAMLS = sorted(YAML_FOLDER.rglob('*.yaml'))
@@ -221,7 +223,7 @@ class TestRefused:
     def test_checkpoint_to_load_that_is_missing_or_damaged(
         self, write, data_untouched, tmp_path, monkeypatch, name, damage, said
     ):
-        monkeypatch.setattr('composer_ema.recipe.models.MODELS', {})  # no model is built either
+        monkeypatch.setattr('composer_ema.zoo.models.MODELS', {})  # no model is built either
         checkpoint = tmp_path / name
         torch.save({'state': torch.full((64,), 0x81, dtype=torch.uint8)}, checkpoint)
         content = damage(checkpoint.read_bytes())

@@ -20,9 +20,9 @@ from torch.optim.swa_utils import SWALR
 from composer_ema.recipe import registry, run, schema
 from composer_ema.recipe.arguments import RecipeError
 from composer_ema.recipe.build import build
-from composer_ema.recipe.data import DATASETS
 from composer_ema.recipe.outline import Outline
 from composer_ema.recipe.schedules import Length
+from composer_ema.zoo.data import DATASETS
 
 PER_EPOCH, EPOCHS = 5, 3
 # torch's own word on what SequentialLR does at a milestone, and on a step without gradients.
@@ -404,7 +404,7 @@ def test_refused_before_data_is_touched(tmp_path, monkeypatch, scheduler, values
     def touched(self: Any) -> None:
         raise AssertionError('data was touched')
 
-    monkeypatch.setattr('composer_ema.recipe.data._Loading.__post_init__', touched)
+    monkeypatch.setattr('composer_ema.zoo.data._Loading.__post_init__', touched)
     values = {**RECIPE, 'evaluate': ['training'], 'runs_folder': str(tmp_path / 'runs'), **values}
     with pytest.raises(RecipeError) as refused:
         build(schema.Recipe('a.yaml', 'a', {**values, 'scheduler': scheduler}))

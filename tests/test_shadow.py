@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from composer_ema import ShadowModel
-from composer_ema.naming import Inventory
+from composer_ema.model.inventory import Inventory
 
 pytestmark = pytest.mark.filterwarnings(
     'error',

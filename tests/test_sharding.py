@@ -15,8 +15,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from composer_ema.naming import Inventory
-from composer_ema.sharding import broadcast_, canonical_name, is_sharded, unwrap
+from composer_ema.model.inventory import Inventory
+from composer_ema.model.sharding import broadcast_, canonical_name, is_sharded, unwrap
 
 
 class Classifier(nn.Module):

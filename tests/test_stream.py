@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from composer_ema import EMAOptimizer, ShadowModel
-from composer_ema.stream import SideStream
+from composer_ema.shadow.stream import SideStream
 
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')]
 

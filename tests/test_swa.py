@@ -25,7 +25,7 @@ from torch.optim.swa_utils import SWALR, AveragedModel, get_swa_multi_avg_fn, up
 from toy import bits, make_data, make_evaluator, make_model, snapshot
 
 from composer_ema import EMA, SWA, export, load_average
-from composer_ema.inspection import TRAINING_WEIGHTS, describe
+from composer_ema.checkpoints.inspection import TRAINING_WEIGHTS, describe
 
 pytestmark = pytest.mark.filterwarnings('error:::composer_ema')
 

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 from composer_ema import ShadowModel
-from composer_ema.weight_average import WeightAverage
+from composer_ema.trainer.weight_average import WeightAverage
 
 CLASSES = 3
 EPOCH = 3  # batches in an epoch of the default training data

@@ -32,10 +32,10 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from rich.table import Table
 
 from composer_ema.files import write_beside
+from composer_ema.pictures.curves import LABELS
+from composer_ema.pictures.report import Result
 from composer_ema.recipe import run
 from composer_ema.recipe.arguments import Place, RecipeError
-from composer_ema.recipe.curves import LABELS
-from composer_ema.recipe.report import Result
 from composer_ema.recipe.schema import Recipe, plan
 
 TABLE_FILE = 'table.json'

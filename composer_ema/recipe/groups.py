@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from composer_ema.naming import listed
+from composer_ema.model.names import listed
 from composer_ema.recipe.arguments import Named, Place, check_arguments
 
 _MATCH = 'match'

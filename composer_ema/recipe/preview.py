@@ -17,14 +17,14 @@ from composer.core import Algorithm, Event, State, TimeUnit, ensure_time
 from composer.devices import DeviceCPU
 from torch import nn
 
-from composer_ema.clock import resolve_share, run_length
+from composer_ema.pictures.curves import Array, Curve, curves_by_group
 from composer_ema.recipe.arguments import Named
-from composer_ema.recipe.curves import Array, Curve, curves_by_group
-from composer_ema.recipe.data import Extent
 from composer_ema.recipe.outline import Outline
 from composer_ema.recipe.recorder import step_settings
 from composer_ema.recipe.schema import AVERAGES, Plan, Recipe, plan
-from composer_ema.shadow import ShadowModel
+from composer_ema.shadow.shadow_model import ShadowModel
+from composer_ema.trainer.clock import resolve_share, run_length
+from composer_ema.zoo.data import Extent
 
 # What decides where an average is kept and of which weights, but not how much each step weighs.
 _OF_TENSORS = frozenset({

@@ -21,9 +21,9 @@ from composer.loggers import LoggerDestination
 from composer.optim import ComposerScheduler
 from torch.optim.swa_utils import SWALR
 
-from composer_ema.algorithm import EMA
-from composer_ema.recipe.callbacks import GradientMomentum
-from composer_ema.swa import SWA
+from composer_ema.trainer.ema import EMA
+from composer_ema.trainer.swa import SWA
+from composer_ema.zoo.callbacks import GradientMomentum
 
 _SUFFIXES = ('callback', 'logger', 'scheduler')
 

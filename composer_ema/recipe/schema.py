@@ -32,9 +32,9 @@ from composer_ema.recipe.arguments import (
     signature,
     unknown,
 )
-from composer_ema.recipe.data import DATASETS, Extent, extent
-from composer_ema.recipe.models import MODELS, build_model
 from composer_ema.recipe.registry import Registry, nearest
+from composer_ema.zoo.data import DATASETS, Extent, extent
+from composer_ema.zoo.models import MODELS, build_model
 
 #: The algorithms that keep an average, and what they call it.
 AVERAGES = ('ema', 'swa')

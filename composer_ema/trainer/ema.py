@@ -10,13 +10,12 @@ from composer.core import State, Time
 from torch import nn
 
 from composer_ema.averages import exponential_weight, weight_from_smoothing
-from composer_ema.clock import Clock, resolve_share
-from composer_ema.custom import AvgFn, MultiAvgFn
-from composer_ema.options import BufferMode, Rounding
-from composer_ema.shadow import ShadowModel
-from composer_ema.sharding import canonical_name
+from composer_ema.model.sharding import canonical_name
+from composer_ema.settings import AvgFn, BufferMode, MultiAvgFn, Rounding
+from composer_ema.shadow.shadow_model import ShadowModel
 from composer_ema.spans import Span
-from composer_ema.weight_average import WeightAverage, clock_before, read
+from composer_ema.trainer.clock import Clock, resolve_share
+from composer_ema.trainer.weight_average import WeightAverage, clock_before, read
 
 
 class _Default(str):

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from composer_ema.naming import Inventory, check_same, listed
-from composer_ema.sharding import canonical_name
+from composer_ema.model.inventory import Inventory
+from composer_ema.model.names import check_same, listed
+from composer_ema.model.sharding import canonical_name
 
 #: What is read, in the words of an error.
 KNOWN = "torch's AveragedModel, timm, diffusers' EMAModel, ema-pytorch, torch-ema and Lightning's WeightAveraging"

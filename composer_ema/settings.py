@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
-
-from composer_ema import custom
+from torch import Tensor
 
 BufferMode = Literal['average', 'copy']
 Rounding = Literal['nearest', 'stochastic']
+#: ``avg_fn(averaged, current, num_averaged)`` returns the new average of one tensor.
+AvgFn = Callable[[Tensor, Tensor, Any], Tensor]
+#: ``multi_avg_fn(averaged, current, num_averaged)`` writes the new averages of many tensors into ``averaged``.
+MultiAvgFn = Callable[[list[Tensor], list[Tensor], Any], Any]
 
 
 def check_buffer_mode(buffers: str) -> BufferMode:
@@ -32,15 +36,15 @@ def check_rounding(rounding: str, dtype: torch.dtype | None) -> Rounding:
 
 
 def check_custom(
-    avg_fn: custom.AvgFn | None,
-    multi_avg_fn: custom.MultiAvgFn | None,
+    avg_fn: AvgFn | None,
+    multi_avg_fn: MultiAvgFn | None,
     *,
     skip_nonfinite: bool = False,
     rounding: str = 'nearest',
     backend: str = 'auto',
 ) -> None:
     """Raises unless at most one function is given, and then nothing that only the formula knows."""
-    custom.check_functions(avg_fn, multi_avg_fn)
+    check_functions(avg_fn, multi_avg_fn)
     if avg_fn is None and multi_avg_fn is None:
         return
     without_effect = {
@@ -96,3 +100,20 @@ def parse_device(device: torch.device | str | None) -> torch.device | None:
         return torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"the shadow's device must be one such as 'cpu' or 'cuda:0', got {device!r}.") from error
+
+
+def check_functions(avg_fn: AvgFn | None, multi_avg_fn: MultiAvgFn | None) -> None:
+    """Raises unless at most one of the two is given, and is callable."""
+    for name, function in (('avg_fn', avg_fn), ('multi_avg_fn', multi_avg_fn)):
+        if function is not None and not callable(function):
+            raise TypeError(
+                f'{name} must be a function of averaged, current and num_averaged, got {function!r}. '
+                'Pass for example torch.optim.swa_utils.get_ema_multi_avg_fn(0.999) as multi_avg_fn.'
+            )
+    if avg_fn is not None and multi_avg_fn is not None:
+        raise ValueError('pass either avg_fn or multi_avg_fn, got both. multi_avg_fn is the faster one.')
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """A function's own name, for messages and for the record of a run."""
+    return getattr(function, '__qualname__', None) or type(function).__qualname__

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from composer_ema.recipe.curves import LABELS, Point, evaluations, first_reaching
+from composer_ema.pictures.curves import LABELS, Point, evaluations, first_reaching
 from composer_ema.recipe.recorder import Recorder
 
 

@@ -19,10 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
-from composer_ema import formats, interchange
+from composer_ema.checkpoints import formats
 from composer_ema.files import beside
-from composer_ema.naming import Inventory, check_same, listed
-from composer_ema.sharding import canonical_name, unwrap
+from composer_ema.model.inventory import Inventory
+from composer_ema.model.names import check_same, listed
+from composer_ema.model.sharding import canonical_name, unwrap
+from composer_ema.shadow import foreign
 from composer_ema.version import __version__
 
 # The two functions that pickled arrays and scalars name, under numpy 1's name and under numpy 2's.
@@ -169,19 +171,19 @@ def _average_and_metadata(path: Path, model: nn.Module | None = None) -> tuple[d
 def _foreign_average_in(
     checkpoint: Any, path: Path, model: nn.Module | None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    foreign = interchange.read(checkpoint)
-    if foreign.num_updates == 0:
-        raise CheckpointError(f'{path} holds no average yet: {foreign.source} counts no update.')
+    found = foreign.read(checkpoint)
+    if found.num_updates == 0:
+        raise CheckpointError(f'{path} holds no average yet: {found.source} counts no update.')
     if model is not None:
-        weights = _for_model(interchange.fit(foreign, Inventory.of(unwrap(model))), model)
-    elif isinstance(foreign.weights, Mapping):
-        weights = dict(foreign.weights)
+        weights = _for_model(foreign.fit(found, Inventory.of(unwrap(model))), model)
+    elif isinstance(found.weights, Mapping):
+        weights = dict(found.weights)
     else:
         raise CheckpointError(
-            f'{path} holds an average of {foreign.source}, which keeps the order of the parameters and no names. '
+            f'{path} holds an average of {found.source}, which keeps the order of the parameters and no names. '
             'Pass the model that was averaged: load_average(file, model=model).'
         )
-    described = {'source': foreign.source, 'num_updates': foreign.num_updates, 'smoothing': foreign.smoothing}
+    described = {'source': found.source, 'num_updates': found.num_updates, 'smoothing': found.smoothing}
     return weights, _described(path, 'average', described)
 
 
@@ -201,7 +203,7 @@ def _check_fits(average: Mapping[str, Any], model: nn.Module) -> None:
     check_same(
         'the average',
         expected,
-        {name: value for name, value in average.items() if not interchange.is_extra_state(name)},
+        {name: value for name, value in average.items() if not foreign.is_extra_state(name)},
         remedy='Pass the model that was trained.',
     )
 

@@ -14,30 +14,10 @@ from torch import Tensor
 
 from composer_ema import kernels
 from composer_ema.kernels.layout import Pair, detached, grouped, unzip
+from composer_ema.settings import AvgFn, MultiAvgFn, name_of
 
-#: ``avg_fn(averaged, current, num_averaged)`` returns the new average of one tensor.
-AvgFn = Callable[[Tensor, Tensor, Any], Tensor]
-#: ``multi_avg_fn(averaged, current, num_averaged)`` writes the new averages of many tensors into ``averaged``.
-MultiAvgFn = Callable[[list[Tensor], list[Tensor], Any], Any]
 #: Takes the number of updates so far and returns what writes the next average.
 Step = Callable[[int], Callable[[], object]]
-
-
-def check_functions(avg_fn: AvgFn | None, multi_avg_fn: MultiAvgFn | None) -> None:
-    """Raises unless at most one of the two is given, and is callable."""
-    for name, function in (('avg_fn', avg_fn), ('multi_avg_fn', multi_avg_fn)):
-        if function is not None and not callable(function):
-            raise TypeError(
-                f'{name} must be a function of averaged, current and num_averaged, got {function!r}. '
-                'Pass for example torch.optim.swa_utils.get_ema_multi_avg_fn(0.999) as multi_avg_fn.'
-            )
-    if avg_fn is not None and multi_avg_fn is not None:
-        raise ValueError('pass either avg_fn or multi_avg_fn, got both. multi_avg_fn is the faster one.')
-
-
-def name_of(function: Callable[..., Any]) -> str:
-    """A function's own name, for messages and for the record of a run."""
-    return getattr(function, '__qualname__', None) or type(function).__qualname__
 
 
 def prepare(

@@ -17,15 +17,19 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from composer_ema import custom, interchange, kernels, offload
+from composer_ema import kernels
 from composer_ema.averages import check_share, weight_from_smoothing
-from composer_ema.counter import DeviceCounter
 from composer_ema.kernels.layout import Pair, side_by_side, unzip
 from composer_ema.kernels.rules import is_inexact, smallest_weight
-from composer_ema.naming import Inventory, Selection, Watch, check_same
-from composer_ema.offload import HostAverage
-from composer_ema.options import (
+from composer_ema.model.inventory import Inventory
+from composer_ema.model.names import check_same
+from composer_ema.model.selection import Selection
+from composer_ema.model.sharding import broadcast_, unwrap
+from composer_ema.model.watch import Watch
+from composer_ema.settings import (
+    AvgFn,
     BufferMode,
+    MultiAvgFn,
     Rounding,
     check_buffer_mode,
     check_custom,
@@ -35,9 +39,11 @@ from composer_ema.options import (
     parse_device,
     parse_dtype,
 )
-from composer_ema.plan import Plan
-from composer_ema.sharding import broadcast_, unwrap
-from composer_ema.stream import SideStream
+from composer_ema.shadow import foreign, function, offload
+from composer_ema.shadow.counter import DeviceCounter
+from composer_ema.shadow.offload import HostAverage
+from composer_ema.shadow.plan import Plan
+from composer_ema.shadow.stream import SideStream
 
 log = logging.getLogger(__name__)
 
@@ -118,8 +124,8 @@ class ShadowModel:
         seed: int = 0,
         backend: str = 'auto',
         overlap: bool = False,
-        avg_fn: custom.AvgFn | None = None,
-        multi_avg_fn: custom.MultiAvgFn | None = None,
+        avg_fn: AvgFn | None = None,
+        multi_avg_fn: MultiAvgFn | None = None,
     ) -> None:
         check_custom(avg_fn, multi_avg_fn, skip_nonfinite=skip_nonfinite, rounding=rounding, backend=backend)
         self._avg_fn, self._multi_avg_fn = avg_fn, multi_avg_fn
@@ -584,12 +590,12 @@ class ShadowModel:
         """
         if self.is_swapped:
             raise RuntimeError('the model holds the average. Call swap_out(model) before another average is loaded.')
-        foreign = interchange.read(state)
-        tensors = interchange.fit(foreign, Inventory.of(unwrap(model)))
+        found = foreign.read(state)
+        tensors = foreign.fit(found, Inventory.of(unwrap(model)))
         self.load_state_dict(
             {
                 'version': STATE_VERSION,
-                'num_updates': 1 if foreign.num_updates is None else foreign.num_updates,
+                'num_updates': 1 if found.num_updates is None else found.num_updates,
                 'parameters': {name: tensors[name] for name in self._parameters if name in tensors},
                 'buffers': {name: tensors.get(name, buffer) for name, buffer in self._buffers.items()},
             }
@@ -704,7 +710,7 @@ class ShadowModel:
         """Prepares an update of pairs on one device: a step by weight, or with a function by ``num_updates``."""
         shadows, sources = unzip(averaged)
         if self.has_function:
-            return custom.prepare(shadows, sources, copied, avg_fn=self._avg_fn, multi_avg_fn=self._multi_avg_fn)
+            return function.prepare(shadows, sources, copied, avg_fn=self._avg_fn, multi_avg_fn=self._multi_avg_fn)
         device = (*averaged, *copied)[0][0].device
         rules = kernels.Rules(
             skip_nonfinite=self._skip_nonfinite,

@@ -18,7 +18,7 @@ from composer.utils import dist
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.transforms.functional import pil_to_tensor
 
-from composer_ema.recipe import fetch
+from composer_ema.zoo import fetch
 
 __all__ = ['DATASETS', 'Data', 'Extent', 'cifar10', 'extent', 'fake', 'fashion_mnist', 'mnist1d']
 

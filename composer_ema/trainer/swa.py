@@ -17,17 +17,16 @@ from composer.core import DataSpec, Event, State, Time, get_precision_context
 from composer.loggers import Logger
 from torch import nn
 
-from composer_ema.annealing import Annealing, check_state, check_strategy
 from composer_ema.averages import equal_weight
 from composer_ema.batchnorm import statistics_of, update_bn
-from composer_ema.clock import Clock, read_clock, resolve_share, run_length
-from composer_ema.custom import AvgFn, MultiAvgFn
-from composer_ema.naming import listed
-from composer_ema.options import BufferMode, Rounding
-from composer_ema.shadow import ShadowModel
-from composer_ema.sharding import unwrap
+from composer_ema.model.names import listed
+from composer_ema.model.sharding import unwrap
+from composer_ema.settings import AvgFn, BufferMode, MultiAvgFn, Rounding
+from composer_ema.shadow.shadow_model import ShadowModel
 from composer_ema.spans import Span
-from composer_ema.weight_average import WeightAverage, check_clock, warn
+from composer_ema.trainer.annealing import Annealing, check_state, check_strategy
+from composer_ema.trainer.clock import Clock, read_clock, resolve_share, run_length
+from composer_ema.trainer.weight_average import WeightAverage, check_clock, warn
 
 log = logging.getLogger(__name__)
 

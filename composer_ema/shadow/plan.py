@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from composer_ema.kernels.layout import Pair, grouped, unzip
-from composer_ema.naming import Watch
-from composer_ema.offload import HostAverage
-from composer_ema.stream import SideStream
+from composer_ema.model.watch import Watch
+from composer_ema.shadow.offload import HostAverage
+from composer_ema.shadow.stream import SideStream
 
 
 class Plan:

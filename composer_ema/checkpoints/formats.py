@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from composer_ema.naming import listed
-from composer_ema.sharding import canonical_name
+from composer_ema.model.names import listed
+from composer_ema.model.sharding import canonical_name
 
 #: The format that this release writes, and reads without upgrading.
 VERSION = 1

@@ -15,7 +15,17 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import numpy as np
 
 from composer_ema.files import write_beside
-from composer_ema.recipe.curves import LABELS, Array, Axis, Curve, PlotError, Point, RunCurves, first_reaching, smoothed
+from composer_ema.pictures.curves import (
+    LABELS,
+    Array,
+    Axis,
+    Curve,
+    PlotError,
+    Point,
+    RunCurves,
+    first_reaching,
+    smoothed,
+)
 
 if TYPE_CHECKING:  # matplotlib takes a second to import, and most of what imports this module never draws
     from matplotlib.axes import Axes

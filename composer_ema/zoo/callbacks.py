@@ -8,7 +8,7 @@ import torch
 from composer.core import Callback, Precision, State
 from composer.loggers import Logger
 
-from composer_ema.sharding import canonical_name, unwrap
+from composer_ema.model.sharding import canonical_name, unwrap
 
 _VELOCITY = 'velocity'
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from rich.markup import escape
 from rich.table import Table
 
-from composer_ema import inspection
-from composer_ema.inspection import AverageInfo, Description, TensorInfo
+from composer_ema.checkpoints import inspection
+from composer_ema.checkpoints.inspection import AverageInfo, Description, TensorInfo
 
 # Arguments that say which tensors are averaged and how, in the order in which they are shown.
 _HORIZON = ('half_life', 'smoothing', 'ema_start', 'swa_start', 'update_interval', 'avg_fn', 'multi_avg_fn')

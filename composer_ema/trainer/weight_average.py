@@ -24,8 +24,28 @@ from composer.core import Algorithm, Event, State, Time
 from composer.loggers import Logger
 from torch import nn
 
-from composer_ema import formats
-from composer_ema.clock import (
+from composer_ema.checkpoints import formats
+from composer_ema.model.inventory import Inventory
+from composer_ema.model.names import check_same
+from composer_ema.model.selection import Selection
+from composer_ema.model.sharding import is_sharded, unwrap
+from composer_ema.settings import (
+    AvgFn,
+    BufferMode,
+    MultiAvgFn,
+    Rounding,
+    check_buffer_mode,
+    check_custom,
+    check_flag,
+    check_rounding,
+    check_seed,
+    name_of,
+    parse_device,
+    parse_dtype,
+)
+from composer_ema.shadow.shadow_model import ShadowModel
+from composer_ema.spans import Span
+from composer_ema.trainer.clock import (
     CLOCK_UNITS,
     Clock,
     has_crossed,
@@ -35,22 +55,6 @@ from composer_ema.clock import (
     run_length,
     words,
 )
-from composer_ema.custom import AvgFn, MultiAvgFn, name_of
-from composer_ema.naming import Inventory, Selection, check_same
-from composer_ema.options import (
-    BufferMode,
-    Rounding,
-    check_buffer_mode,
-    check_custom,
-    check_flag,
-    check_rounding,
-    check_seed,
-    parse_device,
-    parse_dtype,
-)
-from composer_ema.shadow import ShadowModel
-from composer_ema.sharding import is_sharded, unwrap
-from composer_ema.spans import Span
 
 log = logging.getLogger(__name__)
 
@@ -489,7 +493,7 @@ class WeightAverage(Algorithm):
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """The average, its counters and, while swapped, the training weights; see :mod:`composer_ema.formats`."""
+        """The average, its counters and, while swapped, the training weights; see ``checkpoints.formats``."""
         state = super().state_dict()
         config = {**self._arguments, 'update_interval': str(self.update_interval)}
         state.update(version=formats.VERSION, config=config, started=self._has_started, averages={})

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from composer_ema import formats, interchange
-from composer_ema.checkpoint import CheckpointError, is_of_composer, read_file
-from composer_ema.interchange import Foreign
-from composer_ema.sharding import canonical_name
+from composer_ema.checkpoints import formats
+from composer_ema.checkpoints.reading import CheckpointError, is_of_composer, read_file
+from composer_ema.model.sharding import canonical_name
+from composer_ema.shadow import foreign
+from composer_ema.shadow.foreign import Foreign
 
 TRAINING_WEIGHTS, AVERAGE, UNKNOWN, NOT_READ = 'training weights', 'average', 'weights', 'not read'
 Tensors = Mapping[str, Tensor]
@@ -139,9 +140,7 @@ def describe(checkpoint: str | os.PathLike[str]) -> Description:
     path = Path(checkpoint)
     held = read_file(path)
     try:
-        return (
-            _describe(path, held['state']) if is_of_composer(held) else _describe_foreign(path, interchange.read(held))
-        )
+        return _describe(path, held['state']) if is_of_composer(held) else _describe_foreign(path, foreign.read(held))
     # The file is sound, so what it holds was written by something that is not known.
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f'{path} holds a state that cannot be read: {error}') from error
@@ -232,16 +231,16 @@ def _describe(path: Path, state: Mapping[str, Any]) -> Description:
     )
 
 
-def _describe_foreign(path: Path, foreign: Foreign) -> Description:
+def _describe_foreign(path: Path, found: Foreign) -> Description:
     """An average of another library, of which nothing but the average is read."""
-    weights = foreign.weights
+    weights = found.weights
     named = weights if isinstance(weights, Mapping) else {str(i): tensor for i, tensor in enumerate(weights)}
     average = AverageInfo(
-        algorithm=foreign.source,
-        written_as=foreign.source if foreign.has_names else f'{foreign.source}, which numbers the parameters',
-        is_started=foreign.num_updates != 0,
-        config={} if foreign.smoothing is None else {'smoothing': foreign.smoothing},
-        num_updates=foreign.num_updates,
+        algorithm=found.source,
+        written_as=found.source if found.has_names else f'{found.source}, which numbers the parameters',
+        is_started=found.num_updates != 0,
+        config={} if found.smoothing is None else {'smoothing': found.smoothing},
+        num_updates=found.num_updates,
         last_update=None,
         relative_distance=None,
         tensors=[_info(name, None, OF_AVERAGE, tensor) for name, tensor in named.items()],

@@ -1,0 +1,1 @@
+"""Averages in files: reading them without executing anything, older formats, export, inspection."""

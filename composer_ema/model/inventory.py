@@ -1,0 +1,62 @@
+"""Which tensors a module has, by the names that the user gave them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from composer_ema.model.sharding import canonical_name
+
+
+@dataclass
+class Inventory:
+    """A module's tensors by canonical name, each once.
+
+    Attributes:
+        parameters: name to parameter; tied parameters under the first of their names.
+        buffers: name to buffer, likewise.
+        persistent: names of the buffers that the module's own ``state_dict`` holds.
+        aliases: further names of a tied tensor, each with the name it stands under.
+    """
+
+    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    persistent: set[str] = field(default_factory=set)
+    aliases: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Inventory:
+        """Walks ``module``, which :func:`~composer_ema.model.sharding.unwrap` has freed of outer wrappers.
+
+        Raises:
+            ValueError: a lazy parameter has no shape yet.
+        """
+        inventory, first_names = cls(), {}
+        for prefix, child in module.named_modules(remove_duplicate=False):
+            path = f'{prefix}.' if prefix else ''
+            for key, parameter in child._parameters.items():
+                if parameter is not None:
+                    name = canonical_name(path + key)
+                    if is_lazy(parameter):
+                        raise ValueError(f'{name} is a lazy parameter without a shape. Run one forward pass first.')
+                    inventory._add(inventory.parameters, first_names, name, parameter)
+            for key, buffer in child._buffers.items():
+                if buffer is not None:
+                    name = canonical_name(path + key)
+                    inventory._add(inventory.buffers, first_names, name, buffer)
+                    if key not in child._non_persistent_buffers_set:
+                        inventory.persistent.add(name)
+        return inventory
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers by name."""
+        return {**self.parameters, **self.buffers}
+
+    def _add(self, tensors: dict, first_names: dict[int, str], name: str, tensor: Tensor) -> None:
+        first_name = first_names.setdefault(id(tensor), name)
+        if first_name != name:
+            self.aliases[name] = first_name
+        else:
+            tensors[name] = tensor

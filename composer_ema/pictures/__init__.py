@@ -1,0 +1,1 @@
+"""What runs did and what recipes will do, as pictures and tables."""

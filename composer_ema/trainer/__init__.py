@@ -1,0 +1,1 @@
+"""A Composer run: its events become updates of averages and loans to evaluation."""

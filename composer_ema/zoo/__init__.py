@@ -1,0 +1,1 @@
+"""Data sets, models and callbacks that a recipe can name."""
