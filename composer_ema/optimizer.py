@@ -17,11 +17,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from typing_extensions import Unpack
 
-from composer_ema.averages import check_share, equal_weight
+from composer_ema.averages import Equal, check_share
 from composer_ema.model.names import listed
 from composer_ema.model.sharding import is_sharded, unwrap
-from composer_ema.settings import AvgFn, BufferMode, MultiAvgFn, Rounding, name_of
+from composer_ema.settings import OptimizerSettings, Settings, takes_settings
 from composer_ema.shadow.shadow_model import ShadowModel
 
 #: Version of what :meth:`EMAOptimizer.ema_state_dict` returns.
@@ -40,6 +41,7 @@ _VERSION, _NUM_STEPS, _LAST_UPDATE, _LOG_KEPT, _SETTINGS, _AVERAGE = (
 _CLOSURE_COMES_FIRST = ('torch.optim.', 'composer.optim.')
 
 
+@takes_settings
 class EMAOptimizer(Optimizer):
     """Wraps an optimizer and averages the weights after each of its steps::
 
@@ -71,11 +73,9 @@ class EMAOptimizer(Optimizer):
             neither ``decay``, ``half_life`` nor ``bias_correction`` is given.
         start: the first update is that of step ``start``, or of the next one that ``every_n_steps`` asks for, and
             copies. Before it the average is the weights. Default: 0, an average from the beginning.
-        avg_fn, multi_avg_fn: instead of ``average``, a function that makes it, such as
-            ``torch.optim.swa_utils.get_swa_multi_avg_fn()``; see :class:`~composer_ema.ShadowModel`. Not saved: pass it
-            again before loading a state.
-        buffers, include, exclude, dtype, skip_nonfinite, rounding, seed, backend: see
-            :class:`~composer_ema.ShadowModel`.
+        settings: which tensors are averaged and how: ``buffers``, ``include``, ``exclude``, ``dtype``,
+            ``skip_nonfinite``, ``rounding``, ``seed``, ``backend``, and ``avg_fn`` or ``multi_avg_fn`` in place of
+            ``average``; see :class:`composer_ema.settings.Settings`.
 
     Raises:
         TypeError, ValueError: an argument out of range, two that contradict each other, one that cannot take effect,
@@ -106,21 +106,13 @@ class EMAOptimizer(Optimizer):
         bias_correction: bool = False,
         average: Literal['exponential', 'equal'] = 'exponential',
         start: int = 0,
-        avg_fn: AvgFn | None = None,
-        multi_avg_fn: MultiAvgFn | None = None,
-        buffers: BufferMode = 'average',
-        include: str | Sequence[str] | None = None,
-        exclude: str | Sequence[str] | None = None,
-        dtype: torch.dtype | str | None = None,
-        skip_nonfinite: bool = False,
-        rounding: Rounding = 'nearest',
-        seed: int = 0,
-        backend: str = 'auto',
+        **settings: Unpack[OptimizerSettings],
     ) -> None:
         # The base class's __init__ would make groups and state of its own; the hooks are all that is needed of it.
         _check_optimizer(optimizer)
         self._optimizer = optimizer
-        function = avg_fn if avg_fn is not None else multi_avg_fn
+        kept = Settings.of({'device': device, **settings})
+        function = kept.function_name
         _check_average(average, function, {
             'decay': None if decay == DEFAULT_DECAY else decay,
             'half_life': half_life,
@@ -136,7 +128,7 @@ class EMAOptimizer(Optimizer):
             'half_life': half_life,
             'every_n_steps': _check_interval(every_n_steps),
             'bias_correction': bias_correction,
-            'average': average if function is None else name_of(function),
+            'average': average if function is None else function,
             'start': start,
         }
         self._every_n_steps = every_n_steps
@@ -145,24 +137,13 @@ class EMAOptimizer(Optimizer):
             raise ValueError(
                 'bias_correction needs a decay below 1, got 1: an average that never moves has nothing to correct.'
             )
-        if model is None and buffers != 'average':
-            raise ValueError(f'buffers={buffers!r} has no effect: without a model there are none. Pass model=.')
+        if model is None and kept.buffers != 'average':
+            raise ValueError(f'buffers={kept.buffers!r} has no effect: without a model there are none. Pass model=.')
 
         self._module = _Groups(optimizer) if model is None else unwrap(model)
         _check_covered(self._module, optimizer.param_groups)
-        self._options: dict[str, Any] = {
-            'buffers': buffers,
-            'include': include,
-            'exclude': exclude,
-            'dtype': dtype,
-            'skip_nonfinite': skip_nonfinite,
-            'rounding': rounding,
-            'seed': seed,
-            'backend': backend,
-            'avg_fn': avg_fn,
-            'multi_avg_fn': multi_avg_fn,
-        }
-        self._shadow = ShadowModel(self._module, device=device, overlap=True, **self._options)
+        self._kept = kept
+        self._shadow = ShadowModel(self._module, overlap=True, **kept.as_arguments())
         self._num_steps = 0
         self._last_update = 0
         self._log_kept = 0.0
@@ -505,7 +486,7 @@ class EMAOptimizer(Optimizer):
         if self._shadow.has_function:
             self._shadow.update(self._module)
         elif self._is_equal:
-            self._shadow.update(self._module, weight=equal_weight(self._shadow.num_updates))
+            self._shadow.update(self._module, weight=Equal().weight_at(self._shadow.num_updates))
         else:
             self._follow_exponentially()
         self._last_update = self._num_steps
@@ -544,7 +525,7 @@ class EMAOptimizer(Optimizer):
             )
         self._register_new()
         # A shadow without storage finds out what fits; only then does the real one take the values.
-        ShadowModel(self._module, device='meta', **self._options).load_state_dict(average)  # pyright: ignore[reportArgumentType]
+        ShadowModel(self._module, **self._kept.replace(device='meta').as_arguments()).load_state_dict(average)  # pyright: ignore[reportArgumentType]
 
     def _assign_ema_state(self, state: Mapping[str, Any]) -> None:
         saved = {key: state[_SETTINGS].get(key, _DEFAULT_SETTINGS.get(key)) for key in self._settings}

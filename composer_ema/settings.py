@@ -1,74 +1,248 @@
-"""What the arguments of an average may be; each function returns a sound value or raises an error with the remedy."""
+"""What is kept of a model and how: one frozen object, checked once, and written into the signatures of all who take it.
+
+The arguments are described here and nowhere else. :class:`ShadowModel`, :class:`EMAOptimizer`, :class:`EMA` and
+:class:`SWA` collect them as ``**settings``; :func:`takes_settings` lists them one by one in the signatures, which
+recipes and other registries read.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal
+import dataclasses
+import difflib
+import functools
+import inspect
+import re
+import typing
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
 
 BufferMode = Literal['average', 'copy']
 Rounding = Literal['nearest', 'stochastic']
+Backend = Literal['auto', 'fused', 'foreach', 'reference']
 #: ``avg_fn(averaged, current, num_averaged)`` returns the new average of one tensor.
 AvgFn = Callable[[Tensor, Tensor, Any], Tensor]
 #: ``multi_avg_fn(averaged, current, num_averaged)`` writes the new averages of many tensors into ``averaged``.
 MultiAvgFn = Callable[[list[Tensor], list[Tensor], Any], Any]
 
-
-def check_buffer_mode(buffers: str) -> BufferMode:
-    """Returns ``buffers`` or raises a ValueError."""
-    if buffers == 'average' or buffers == 'copy':
-        return buffers
-    raise ValueError(f"buffers must be 'average' or 'copy', got {buffers!r}.")
+_Class = TypeVar('_Class', bound=type)
+#: In a Trainer, ``dtype`` and ``device`` could be those of the model, so there the shadow's are called so.
+_PREFIX = 'shadow_'
 
 
-def check_rounding(rounding: str, dtype: torch.dtype | None) -> Rounding:
-    """Returns ``rounding`` or raises a ValueError; at random, only bfloat16 can be rounded."""
-    if rounding not in ('nearest', 'stochastic'):
-        raise ValueError(f"rounding must be 'nearest' or 'stochastic', got {rounding!r}.")
-    if rounding == 'stochastic' and dtype is not torch.bfloat16:
-        raise ValueError(
-            f"rounding='stochastic' rounds a bfloat16 average, but its dtype is {dtype or 'that of the weights'}. "
-            "Set the shadow's dtype to 'bfloat16', or leave rounding out."
+@dataclass(frozen=True)
+class Settings:
+    """Which tensors of a model an average keeps, and how it keeps them.
+
+    Args:
+        buffers: ``'average'`` averages floating buffers, such as BatchNorm's statistics; ``'copy'`` takes the latest.
+            Integer and boolean buffers are always copied.
+        include: regular expressions searched for in canonical names; only matching names are kept. Default: all.
+        exclude: regular expressions that take names out again.
+        dtype: floating dtype of the average, or its name. Default: float32 for 16-bit tensors, else each tensor's own.
+        device: where the average lives. Default: beside each tensor. On ``'cpu'``, the average of a model on CUDA
+            takes no memory of the device; with ``overlap``, as in EMA and EMAOptimizer, training does not wait for it.
+        skip_nonfinite: an element whose training weight is NaN or infinite leaves its average alone and is counted.
+        rounding: how a bfloat16 average is rounded: ``'nearest'``, which drops small updates, or ``'stochastic'``, up
+            or down at random in proportion, which keeps them on average.
+        seed: key of the random bits, at least 0; kept in the state, so that a resumed run draws the same.
+        backend: ``'fused'``, ``'foreach'``, ``'reference'``, or ``'auto'``: for each tensor the first of them that can
+            take it. Skipping and random rounding are fast on CUDA only, where they are fused; elsewhere the float64
+            reference does them.
+        avg_fn: a function that makes the average in place of the formula: ``avg_fn(averaged, current, num_averaged)``
+            returns the new average of a tensor, of the same shape and dtype, as for
+            ``torch.optim.swa_utils.AveragedModel``. The first update copies; ``num_averaged`` counts the updates so
+            far, as an int64 scalar tensor on the CPU. ``current`` is cast to the dtype and device of ``averaged``.
+            Results are written when all have been computed, so an update takes memory for one more copy. Never saved:
+            pass it again to an average that loads a state.
+        multi_avg_fn: the same for all parameters of a dtype and device at once, and then for its averaged buffers:
+            ``multi_avg_fn(averaged, current, num_averaged)`` takes lists and writes into the tensors of the first.
+
+    Raises:
+        TypeError, ValueError: an argument out of range, or two that cannot take effect together.
+
+    Example:
+        >>> Settings.of({'dtype': 'bfloat16', 'rounding': 'stochastic'}).dtype
+        torch.bfloat16
+    """
+
+    buffers: BufferMode = 'average'
+    include: str | Sequence[str] | None = None
+    exclude: str | Sequence[str] | None = None
+    dtype: torch.dtype | None = None
+    device: torch.device | None = None
+    skip_nonfinite: bool = False
+    rounding: Rounding = 'nearest'
+    seed: int = 0
+    backend: Backend = 'auto'
+    avg_fn: AvgFn | None = None
+    multi_avg_fn: MultiAvgFn | None = None
+
+    def __post_init__(self) -> None:
+        _check_choice('buffers', self.buffers, typing.get_args(BufferMode))
+        _check_choice('rounding', self.rounding, typing.get_args(Rounding))
+        _check_choice('backend', self.backend, typing.get_args(Backend))
+        if not isinstance(self.skip_nonfinite, bool):
+            raise TypeError(f'skip_nonfinite must be True or False, got {self.skip_nonfinite!r}.')
+        check_seed(self.seed)
+        object.__setattr__(self, 'dtype', parse_dtype(self.dtype))
+        object.__setattr__(self, 'device', parse_device(self.device))
+        _ = self.included, self.excluded
+        _check_rounding(self.rounding, self.dtype)
+        _check_functions(self.avg_fn, self.multi_avg_fn)
+        if self.has_function:
+            self._check_function_stands_alone()
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> Settings:
+        """Settings from what a constructor collected; ``shadow_dtype`` and ``shadow_device`` count as the short names.
+
+        Raises:
+            TypeError: an argument that is none of the settings.
+        """
+        return cls(**{name.removeprefix(_PREFIX): value for name, value in arguments.items()})
+
+    def as_arguments(self) -> dict[str, Any]:
+        """The arguments by their short names, for another object that takes settings."""
+        return {name: getattr(self, name) for name in _DEFAULTS}
+
+    def replace(self, **changed: Any) -> Settings:
+        """The same with some arguments changed, and checked again."""
+        return dataclasses.replace(self, **changed)
+
+    @property
+    def has_function(self) -> bool:
+        """Whether ``avg_fn`` or ``multi_avg_fn`` makes the average."""
+        return self.avg_fn is not None or self.multi_avg_fn is not None
+
+    @property
+    def function_name(self) -> str | None:
+        """What the user's function is called, for messages; None without one."""
+        function = self.avg_fn if self.avg_fn is not None else self.multi_avg_fn
+        return None if function is None else name_of(function)
+
+    @functools.cached_property
+    def included(self) -> tuple[re.Pattern[str], ...]:
+        """The patterns of ``include``; none where every name is included."""
+        return _compile('include', self.include)
+
+    @functools.cached_property
+    def excluded(self) -> tuple[re.Pattern[str], ...]:
+        """The patterns of ``exclude``."""
+        return _compile('exclude', self.exclude)
+
+    def as_plain(self, names: Collection[str]) -> dict[str, Any]:
+        """The settings called ``names``, as they are or behind ``shadow_``, as strings, numbers, lists and None."""
+        plain = {}
+        for name in names:
+            value = getattr(self, name.removeprefix(_PREFIX))
+            if isinstance(value, torch.dtype):
+                value = str(value).removeprefix('torch.')
+            elif isinstance(value, torch.device):
+                value = str(value)
+            elif callable(value):
+                value = name_of(value)
+            elif isinstance(value, Sequence) and not isinstance(value, str):
+                value = list(value)
+            plain[name] = value
+        return plain
+
+    def _check_function_stands_alone(self) -> None:
+        """Only the formula can skip, round and choose a backend."""
+        for name in ('skip_nonfinite', 'rounding', 'backend'):
+            value = getattr(self, name)
+            if value != _DEFAULTS[name]:
+                raise ValueError(
+                    f'{name}={value!r} has no effect on an average by a function of yours. '
+                    'Leave it out, or do it in the function.'
+                )
+
+
+class _Shared(TypedDict, total=False):
+    buffers: BufferMode
+    include: str | Sequence[str] | None
+    exclude: str | Sequence[str] | None
+    skip_nonfinite: bool
+    rounding: Rounding
+    seed: int
+    avg_fn: AvgFn | None
+    multi_avg_fn: MultiAvgFn | None
+
+
+class ShadowSettings(_Shared, total=False):
+    """The settings that :class:`composer_ema.ShadowModel` takes."""
+
+    dtype: str | torch.dtype | None
+    device: str | torch.device | None
+    backend: Backend
+
+
+class OptimizerSettings(_Shared, total=False):
+    """The settings that :class:`composer_ema.EMAOptimizer` takes; ``device`` stands among its own arguments."""
+
+    dtype: str | torch.dtype | None
+    backend: Backend
+
+
+class TrainerSettings(_Shared, total=False):
+    """The settings that the Composer algorithms take."""
+
+    shadow_dtype: str | torch.dtype | None
+    shadow_device: str | torch.device | None
+
+
+_DEFAULTS = {each.name: each.default for each in dataclasses.fields(Settings)}
+
+
+def takes_settings(cls: _Class) -> _Class:
+    """Lists the settings one by one in the signature of a class whose constructor collects ``**settings``.
+
+    The annotation ``Unpack[...]`` of ``settings`` says which. A call with an argument that is none of them fails as it
+    would for any other function, with the nearest legal name.
+    """
+    constructor = cls.__init__
+    hints = typing.get_type_hints(constructor)
+    (taken,) = typing.get_args(hints.pop('settings'))
+    kinds = typing.get_type_hints(taken)
+    own = [
+        parameter.replace(annotation=hints.get(parameter.name, parameter.annotation))
+        for parameter in inspect.signature(constructor).parameters.values()
+        if parameter.name != 'settings'
+    ]
+    listed = [
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=_DEFAULTS[name.removeprefix(_PREFIX)], annotation=kind
         )
-    return 'stochastic' if rounding == 'stochastic' else 'nearest'
+        for name, kind in kinds.items()
+    ]
+    signature = inspect.Signature([*own, *listed])
 
-
-def check_custom(
-    avg_fn: AvgFn | None,
-    multi_avg_fn: MultiAvgFn | None,
-    *,
-    skip_nonfinite: bool = False,
-    rounding: str = 'nearest',
-    backend: str = 'auto',
-) -> None:
-    """Raises unless at most one function is given, and then nothing that only the formula knows."""
-    check_functions(avg_fn, multi_avg_fn)
-    if avg_fn is None and multi_avg_fn is None:
-        return
-    without_effect = {
-        f'skip_nonfinite={skip_nonfinite}': skip_nonfinite is not False,
-        f'rounding={rounding!r}': rounding != 'nearest',
-        f'backend={backend!r}': backend != 'auto',
-    }
-    for argument, is_given in without_effect.items():
-        if is_given:
-            raise ValueError(
-                f'{argument} has no effect on an average by a function of yours. '
-                'Leave it out, or do it in the function.'
+    @functools.wraps(constructor)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        unknown = next((name for name in kwargs if name not in signature.parameters), None)
+        if unknown is not None:
+            near = difflib.get_close_matches(unknown, signature.parameters, n=1)
+            raise TypeError(
+                f'{cls.__name__} takes no argument {unknown!r}. '
+                + (f'Did you mean {near[0]!r}?' if near else f'It takes {", ".join(list(signature.parameters)[1:])}.')
             )
+        constructor(self, *args, **kwargs)
+
+    checked.__signature__ = signature  # pyright: ignore[reportAttributeAccessIssue]: inspect reads it
+    cls.__init__ = checked
+    return cls
 
 
-def check_flag(name: str, value: bool) -> bool:
-    """Returns ``value`` or raises a TypeError: it is True or False."""
-    if not isinstance(value, bool):
-        raise TypeError(f'{name} must be True or False, got {value!r}.')
-    return value
+def settings_of(cls: type) -> list[str]:
+    """The names of the settings that a class takes, as its signature spells them."""
+    return [name for name in inspect.signature(cls).parameters if name.removeprefix(_PREFIX) in _DEFAULTS]
 
 
 def check_seed(seed: int) -> int:
-    """Returns ``seed`` or raises: it is a whole number in [0, 2**63)."""
+    """Returns ``seed`` or raises a ValueError: it is a whole number in [0, 2**63)."""
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ValueError(f'seed must be a whole number in [0, 2**63), got {seed!r}.')
     return seed
@@ -102,7 +276,27 @@ def parse_device(device: torch.device | str | None) -> torch.device | None:
         raise ValueError(f"the shadow's device must be one such as 'cpu' or 'cuda:0', got {device!r}.") from error
 
 
-def check_functions(avg_fn: AvgFn | None, multi_avg_fn: MultiAvgFn | None) -> None:
+def name_of(function: Callable[..., Any]) -> str:
+    """A function's own name, for messages and for the record of a run."""
+    return getattr(function, '__qualname__', None) or type(function).__qualname__
+
+
+def _check_choice(name: str, value: object, legal: Sequence[str]) -> None:
+    if value not in legal:
+        *first, last = (repr(each) for each in legal)
+        raise ValueError(f'{name} must be {", ".join(first)} or {last}, got {value!r}.')
+
+
+def _check_rounding(rounding: Rounding, dtype: object) -> None:
+    """Only bfloat16 can be rounded at random."""
+    if rounding == 'stochastic' and dtype is not torch.bfloat16:
+        raise ValueError(
+            f"rounding='stochastic' rounds a bfloat16 average, but its dtype is {dtype or 'that of the weights'}. "
+            "Set the shadow's dtype to 'bfloat16', or leave rounding out."
+        )
+
+
+def _check_functions(avg_fn: AvgFn | None, multi_avg_fn: MultiAvgFn | None) -> None:
     """Raises unless at most one of the two is given, and is callable."""
     for name, function in (('avg_fn', avg_fn), ('multi_avg_fn', multi_avg_fn)):
         if function is not None and not callable(function):
@@ -114,6 +308,15 @@ def check_functions(avg_fn: AvgFn | None, multi_avg_fn: MultiAvgFn | None) -> No
         raise ValueError('pass either avg_fn or multi_avg_fn, got both. multi_avg_fn is the faster one.')
 
 
-def name_of(function: Callable[..., Any]) -> str:
-    """A function's own name, for messages and for the record of a run."""
-    return getattr(function, '__qualname__', None) or type(function).__qualname__
+def _compile(argument: str, patterns: str | Sequence[str] | None) -> tuple[re.Pattern[str], ...]:
+    if patterns is not None and not isinstance(patterns, (str, Sequence)):
+        raise TypeError(f'{argument} must be a regular expression or a list of them, got {patterns!r}.')
+    compiled = []
+    for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
+        if not isinstance(pattern, str):
+            raise TypeError(f'{argument} must hold strings, got {pattern!r} of type {type(pattern).__name__}.')
+        try:
+            compiled.append(re.compile(pattern))
+        except re.error as error:
+            raise ValueError(f'{argument} pattern {pattern!r} is not a regular expression: {error}.') from error
+    return tuple(compiled)

@@ -242,9 +242,8 @@ def test_the_repr_evaluates_to_an_equal_configuration(arguments):
     assert (twin.half_life, twin.smoothing, twin.ema_start) == (ema.half_life, ema.smoothing, ema.ema_start)
     assert (twin.update_interval, twin.log_interval) == (ema.update_interval, ema.log_interval)
     assert (twin.evaluate_with, twin.export_weights) == (ema.evaluate_with, ema.export_weights)
-    assert twin._options.keys() == ema._options.keys()
-    for name, value in ema._options.items():
-        other = twin._options[name]
+    for name, value in ema._settings.as_arguments().items():
+        other = twin._settings.as_arguments()[name]
         assert list(other) == list(value) if isinstance(value, (list, tuple)) else other == value
 
 

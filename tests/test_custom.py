@@ -17,7 +17,7 @@ from torch.optim.swa_utils import (
 )
 
 from composer_ema import ShadowModel
-from composer_ema.averages import equal_weight
+from composer_ema.averages import Equal
 
 pytestmark = pytest.mark.filterwarnings(
     'error',
@@ -136,7 +136,7 @@ def test_an_equal_average_of_n_values_is_their_mean(values):
         fill(model, value)
         for shadow in shadows:
             shadow.update(model)
-        plain.update(model, weight=equal_weight(count))
+        plain.update(model, weight=Equal().weight_at(count))
     mean = sum(values) / len(values)
     assert held(plain)['weight'].item() == pytest.approx(mean, rel=1e-12, abs=1e-10)
     for shadow in shadows:  # torch divides in float32 where the count is a tensor: 24 bits of the weight
@@ -150,7 +150,7 @@ def test_our_equal_weight_is_torchs_function_to_the_bit():
     ours, torchs = ShadowModel(model), ShadowModel(model, multi_avg_fn=get_swa_multi_avg_fn())
     for seed in range(40):
         move(model, seed)
-        ours.update(model, weight=equal_weight(ours.num_updates))
+        ours.update(model, weight=Equal().weight_at(ours.num_updates))
         torchs.update(model)
         assert all(torch.equal(tensor, held(torchs)[name]) for name, tensor in held(ours).items())
 

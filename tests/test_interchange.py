@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
 from composer_ema import CheckpointError, EMAOptimizer, ShadowModel, export, load_average
-from composer_ema.averages import equal_weight
+from composer_ema.averages import Equal
 from composer_ema.shadow import foreign
 
 FIXTURES = Path(__file__).parent / 'fixtures'
@@ -242,7 +242,7 @@ def test_without_a_function_the_equal_average_goes_on():
     for _ in range(3):
         moved(model)
         averaged.update_parameters(model)
-        shadow.update(model, weight=equal_weight(shadow.num_updates))
+        shadow.update(model, weight=Equal().weight_at(shadow.num_updates))
     back = shadow.to_averaged_model(model).state_dict()
     for name, tensor in averaged.state_dict().items():
         torch.testing.assert_close(back[name], tensor)

@@ -43,7 +43,7 @@ HOUSE = (
 #: Only these may name Composer; the rest works without it.
 MAY_NAME_COMPOSER = {'cli', 'pictures', 'recipe', 'zoo', 'trainer', '__init__'}
 #: What the package needs where Composer is missing. Triton comes with torch where there is CUDA, and only there.
-CORE_REQUIREMENTS = {'torch', 'safetensors', 'numpy', 'triton'}
+CORE_REQUIREMENTS = {'torch', 'safetensors', 'numpy', 'triton', 'typing_extensions'}
 
 
 def part_of(path: Path) -> str:

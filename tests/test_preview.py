@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from composer_ema.averages import exponential_weight
+from composer_ema.averages import HalfLife, Moment
 from composer_ema.pictures.curves import read_run
 from composer_ema.recipe import schema
 from composer_ema.recipe.arguments import RecipeError
@@ -94,7 +94,7 @@ class TestProfile:
     def test_units_starts_and_intervals(self, ema, batches, elapsed, half_life, share):
         found = profile(**ema)
         assert found.batch.tolist() == list(batches)
-        weights = [1.0, *(exponential_weight(each, half_life) for each in elapsed[1:])]
+        weights = [1.0, *(HalfLife(half_life).weight(Moment(each, each, 1)) for each in elapsed[1:])]
         assert found.share == pytest.approx(shares(weights), rel=1e-9)
         assert found.half_life_share == pytest.approx(share)
 
@@ -119,7 +119,7 @@ class TestProfile:
         equal = Profile('swa', np.arange(1.0, 9), np.full(8, 1 / 8), 10, '')
         assert equal.effective_steps == pytest.approx(8)
         assert Profile('ema', np.array([1.0, 2]), np.array([0.5, 0.5]), 2, '').effective_steps == 2
-        long = Profile('ema', np.arange(1.0, 4001), shares([1.0, *[exponential_weight(1, 50)] * 3999]), 4000, '')
+        long = Profile('ema', np.arange(1.0, 4001), shares([1.0, *[HalfLife(50).weight_at(1)] * 3999]), 4000, '')
         assert long.effective_steps == pytest.approx(2 * 50 / math.log(2), rel=0.01)
 
     def test_newest_half_by_hand(self):

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
+from typing_extensions import Unpack
 
 from composer_ema import kernels
 from composer_ema.averages import check_share, weight_from_smoothing
@@ -26,19 +27,7 @@ from composer_ema.model.names import check_same
 from composer_ema.model.selection import Selection
 from composer_ema.model.sharding import broadcast_, unwrap
 from composer_ema.model.watch import Watch
-from composer_ema.settings import (
-    AvgFn,
-    BufferMode,
-    MultiAvgFn,
-    Rounding,
-    check_buffer_mode,
-    check_custom,
-    check_flag,
-    check_rounding,
-    check_seed,
-    parse_device,
-    parse_dtype,
-)
+from composer_ema.settings import Settings, ShadowSettings, check_seed, parse_device, parse_dtype, takes_settings
 from composer_ema.shadow import foreign, function, offload
 from composer_ema.shadow.counter import DeviceCounter
 from composer_ema.shadow.offload import HostAverage
@@ -56,6 +45,7 @@ _RESUME_REMEDY = (
 )
 
 
+@takes_settings
 class ShadowModel:
     """Keeps a copy of a model's trainable parameters and buffers, and averages it towards the model.
 
@@ -70,28 +60,11 @@ class ShadowModel:
 
     Args:
         model: the model to follow; DDP, ``torch.compile`` and the like are looked through. Only read.
-        buffers: ``'average'`` or ``'copy'``.
-        include: regular expressions searched for in canonical names; only matching names are tracked. Default: all.
-        exclude: regular expressions that take names out again.
-        dtype: floating dtype of the shadow, or its name. Default: float32 for 16-bit tensors, else each tensor's own.
-        device: where the shadow lives. Default: beside each tensor. For a model on CUDA, one on ``'cpu'`` frees the
-            device's memory; with ``overlap`` training does not wait for it.
-        skip_nonfinite: an element whose training weight is NaN or infinite leaves its average alone and is counted, see
-            :meth:`poll_skipped`.
-        rounding: how a bfloat16 shadow is rounded: ``'nearest'``, which drops small updates, or ``'stochastic'``, up or
-            down at random in proportion, which keeps them on average.
-        seed: key of the random bits, at least 0; kept in the state, so that a resumed run draws the same.
-        backend: see :func:`composer_ema.kernels.prepare`. Skipping and random rounding are fast on CUDA only, where
-            they are fused; elsewhere the float64 reference does them.
         overlap: on CUDA, run the update of the parameters on a side stream, and the arithmetic of an average on the
             host in a thread. Whoever sets it calls :meth:`wait_for_reads` before the parameters are written again.
-        avg_fn: instead of the formula, ``avg_fn(averaged, current, num_averaged)`` returns the new average of a tensor,
-            of the same shape and dtype, as for ``torch.optim.swa_utils.AveragedModel``. The first update copies;
-            ``num_averaged`` counts the updates so far, as an int64 scalar tensor on the CPU. ``current`` is cast to the
-            dtype and device of ``averaged``. Results are written when all have been computed, so an update takes memory
-            for one more copy. Never saved: pass it again to a shadow that loads a state.
-        multi_avg_fn: likewise for all parameters of a dtype and device at once, and then for its averaged buffers:
-            ``multi_avg_fn(averaged, current, num_averaged)`` takes lists and writes into the tensors of the first.
+        settings: which tensors are kept and how: ``buffers``, ``include``, ``exclude``, ``dtype``, ``device``,
+            ``skip_nonfinite``, ``rounding``, ``seed``, ``backend``, ``avg_fn``, ``multi_avg_fn``; see
+            :class:`composer_ema.settings.Settings`.
 
     Raises:
         TypeError, ValueError: an argument out of range, one that has no effect, or a pattern that matches nothing.
@@ -114,29 +87,11 @@ class ShadowModel:
         self,
         model: nn.Module,
         *,
-        buffers: BufferMode = 'average',
-        include: str | Sequence[str] | None = None,
-        exclude: str | Sequence[str] | None = None,
-        dtype: torch.dtype | str | None = None,
-        device: torch.device | str | None = None,
-        skip_nonfinite: bool = False,
-        rounding: Rounding = 'nearest',
-        seed: int = 0,
-        backend: str = 'auto',
         overlap: bool = False,
-        avg_fn: AvgFn | None = None,
-        multi_avg_fn: MultiAvgFn | None = None,
+        **settings: Unpack[ShadowSettings],
     ) -> None:
-        check_custom(avg_fn, multi_avg_fn, skip_nonfinite=skip_nonfinite, rounding=rounding, backend=backend)
-        self._avg_fn, self._multi_avg_fn = avg_fn, multi_avg_fn
-        self._selection = Selection(include, exclude)
-        self._buffer_mode: BufferMode = check_buffer_mode(buffers)
-        self._dtype = parse_dtype(dtype)
-        self._device = parse_device(device)
-        self._skip_nonfinite = check_flag('skip_nonfinite', skip_nonfinite)
-        self._rounding: Rounding = check_rounding(rounding, self._dtype)
-        self._seed = check_seed(seed)
-        self._backend = backend
+        self._settings = Settings.of(settings)
+        self._selection = Selection(self._settings.included, self._settings.excluded)
         self._overlap = overlap
 
         self.num_updates = 0
@@ -175,7 +130,7 @@ class ShadowModel:
 
         All parameters are tracked, those that do not require a gradient too. ``n_averaged`` becomes ``num_updates``,
         an averaging function goes on, and buffers are averaged if ``use_buffers`` says so, else copied. Without a
-        function, torch's average is the equal one: ``update(model, weight=equal_weight(shadow.num_updates))``.
+        function, torch's average is the equal one: ``update(model, weight=Equal().weight_at(shadow.num_updates))``.
 
         Args:
             averaged: copied, not changed.
@@ -254,7 +209,7 @@ class ShadowModel:
     @property
     def has_function(self) -> bool:
         """Whether ``avg_fn`` or ``multi_avg_fn`` makes the average."""
-        return self._avg_fn is not None or self._multi_avg_fn is not None
+        return self._settings.has_function
 
     def _update_by_function(self, model: nn.Module) -> None:
         self._refuse_while_swapped()
@@ -424,9 +379,9 @@ class ShadowModel:
         Warns:
             ``model`` has a narrower dtype than the average, and digits are lost.
         """
-        kept: dict[str, Any] = {'use_buffers': self._buffer_mode == 'average'}
+        kept: dict[str, Any] = {'use_buffers': self._settings.buffers == 'average'}
         if not arguments.keys() & {'avg_fn', 'multi_avg_fn'}:
-            kept |= {'avg_fn': self._avg_fn, 'multi_avg_fn': self._multi_avg_fn}
+            kept |= {'avg_fn': self._settings.avg_fn, 'multi_avg_fn': self._settings.multi_avg_fn}
         averaged = AveragedModel(unwrap(model), **{**kept, **arguments})
         self.copy_to(averaged.module)
         averaged.n_averaged.fill_(self.num_updates)
@@ -505,12 +460,13 @@ class ShadowModel:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None) -> ShadowModel:
         """Moves the shadow to a device, casts its floating tensors to a dtype, and stays there. Returns itself."""
-        self._device = parse_device(device) or self._device
-        self._dtype = parse_dtype(dtype) or self._dtype
+        self._settings = self._settings.replace(
+            device=parse_device(device) or self._settings.device, dtype=parse_dtype(dtype) or self._settings.dtype
+        )
         self._forget_plan()
         for tensors in (self._parameters, self._buffers):
             for name, tensor in tensors.items():
-                tensors[name] = tensor.to(self._device or tensor.device, self._dtype_for(tensor))
+                tensors[name] = tensor.to(self._settings.device or tensor.device, self._dtype_for(tensor))
         return self
 
     def state_dict(self) -> dict[str, Any]:
@@ -522,7 +478,7 @@ class ShadowModel:
         state: dict[str, Any] = {
             'version': STATE_VERSION,
             'num_updates': self.num_updates,
-            'seed': self._seed,
+            'seed': self._settings.seed,
             'parameters': dict(self._parameters),
             'buffers': {name: self._buffers[name] for name in self._buffers if name in self._persistent},
             'aliases': dict(self._aliases),
@@ -543,7 +499,7 @@ class ShadowModel:
         """
         parameters, buffers, stash = self._checked(state)
         self.wait()
-        if self._dtype is None:
+        if self._settings.dtype is None:
             narrowed = [
                 n for n, t in parameters.items() if n in self._parameters and _loses_digits(t, self._parameters[n])
             ]
@@ -560,7 +516,8 @@ class ShadowModel:
                     shadows[name].copy_(tensor)
             # Frozen here, trainable in the saved run.
             shadows |= self._new_shadows({name: tensor for name, tensor in loaded.items() if name not in shadows})
-        self.num_updates, self._seed = state['num_updates'], state.get('seed', self._seed)
+        self.num_updates = state['num_updates']
+        self._settings = self._settings.replace(seed=state.get('seed', self._settings.seed))
         self._stash = None if stash is None else {name: tensor.clone() for name, tensor in stash.items()}
         self._swapped_model = None
 
@@ -628,7 +585,7 @@ class ShadowModel:
     def _new_shadows(self, sources: Mapping[str, Tensor]) -> dict[str, Tensor]:
         with torch.inference_mode(False):
             shadows = [
-                source.detach().to(self._device or source.device, self._dtype_for(source), copy=True)
+                source.detach().to(self._settings.device or source.device, self._dtype_for(source), copy=True)
                 for source in sources.values()
             ]
             return dict(zip(sources, side_by_side(shadows), strict=True))
@@ -636,7 +593,7 @@ class ShadowModel:
     def _dtype_for(self, source: Tensor) -> torch.dtype:
         if not source.is_floating_point():
             return source.dtype
-        return self._dtype or (torch.float32 if source.element_size() < 4 else source.dtype)
+        return self._settings.dtype or (torch.float32 if source.element_size() < 4 else source.dtype)
 
     def _tensor(self, name: str) -> Tensor:
         return self._parameters[name] if name in self._parameters else self._buffers[name]
@@ -674,7 +631,9 @@ class ShadowModel:
         addressed = self._addressed([*parameters.values(), *averaged], copied)
         watch = Watch(module, inventory, on_gone=_weakly(self._forget_plan), addressed=addressed)
         smallest = (
-            0.0 if self._rounding == 'stochastic' or self.has_function else smallest_weight(self._parameters.values())
+            0.0
+            if self._settings.rounding == 'stochastic' or self.has_function
+            else smallest_weight(self._parameters.values())
         )
         return Plan(
             watch,
@@ -686,42 +645,48 @@ class ShadowModel:
             self._is_left_to_a_thread,
             smallest,
             # A function is called for parameters and for buffers, and random bits are counted for each.
-            may_share=not self.has_function and self._rounding == 'nearest',
+            may_share=not self.has_function and self._settings.rounding == 'nearest',
         )
 
     def _addressed(self, averaged: Sequence[Pair], copied: Sequence[Pair]) -> list[Tensor]:
         """The sources whose memory an update reads where it was; at least one, since a model moves as a whole."""
-        rules = kernels.Rules(skip_nonfinite=self._skip_nonfinite, stochastic=self._rounding == 'stochastic')
+        rules = kernels.Rules(
+            skip_nonfinite=self._settings.skip_nonfinite, stochastic=self._settings.rounding == 'stochastic'
+        )
         addressed = [
             source
             for shadow, source in averaged
-            if self.has_function or kernels.keeps_address(shadow, source, backend=self._backend, rules=rules)
+            if self.has_function or kernels.keeps_address(shadow, source, backend=self._settings.backend, rules=rules)
         ]
         return [*addressed, *(source for _, source in copied)] or [source for _, source in averaged[:1]]
 
     def _is_averaged(self, buffer: Tensor) -> bool:
-        return self._buffer_mode == 'average' and is_inexact(buffer)
+        return self._settings.buffers == 'average' and is_inexact(buffer)
 
     def _is_left_to_a_thread(self, pair: Pair) -> bool:
-        has_rules = self._skip_nonfinite or self._rounding == 'stochastic' or self._backend != 'auto'
+        has_rules = (
+            self._settings.skip_nonfinite or self._settings.rounding == 'stochastic' or self._settings.backend != 'auto'
+        )
         return self._overlap and not has_rules and not self.has_function and offload.can_take(*pair)
 
     def _prepare(self, averaged: Sequence[Pair], copied: Sequence[Pair]) -> Callable[[Any], Any]:
         """Prepares an update of pairs on one device: a step by weight, or with a function by ``num_updates``."""
         shadows, sources = unzip(averaged)
         if self.has_function:
-            return function.prepare(shadows, sources, copied, avg_fn=self._avg_fn, multi_avg_fn=self._multi_avg_fn)
+            return function.prepare(
+                shadows, sources, copied, avg_fn=self._settings.avg_fn, multi_avg_fn=self._settings.multi_avg_fn
+            )
         device = (*averaged, *copied)[0][0].device
         rules = kernels.Rules(
-            skip_nonfinite=self._skip_nonfinite,
-            stochastic=self._rounding == 'stochastic',
-            seed=self._seed,
+            skip_nonfinite=self._settings.skip_nonfinite,
+            stochastic=self._settings.rounding == 'stochastic',
+            seed=self._settings.seed,
             first_step=self.num_updates,
             skipped=self._skipped[device].value,
         )
         if averaged and log.isEnabledFor(logging.INFO):
-            log.info('averaging %s', kernels.describe([shadows], sources, backend=self._backend, rules=rules))
-        return kernels.prepare(shadows, sources, copied=copied, backend=self._backend, rules=rules)
+            log.info('averaging %s', kernels.describe([shadows], sources, backend=self._settings.backend, rules=rules))
+        return kernels.prepare(shadows, sources, copied=copied, backend=self._settings.backend, rules=rules)
 
     def _paired(self, shadows: dict[str, Tensor], sources: Mapping[str, Tensor]) -> dict[str, Pair]:
         """Shadows, moved to where they belong, beside their sources of the same shape."""
@@ -729,7 +694,7 @@ class ShadowModel:
         for name, shadow in shadows.items():
             source = sources.get(name)
             if source is not None and source.shape == shadow.shape:
-                shadows[name] = shadow.to(self._device or source.device)
+                shadows[name] = shadow.to(self._settings.device or source.device)
                 pairs[name] = (shadows[name], source)
         return pairs
 
@@ -751,7 +716,7 @@ class ShadowModel:
                     f"the state's {key!r} is a {type(value).__name__}, not a {kind.__name__}. Nothing was loaded."
                 )
         try:
-            check_seed(state.get('seed', self._seed))
+            check_seed(state.get('seed', self._settings.seed))
         except ValueError as error:
             raise ValueError(f'{error} Nothing was loaded.') from error
         if state['num_updates'] < 0:

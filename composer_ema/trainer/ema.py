@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
-import torch
 from composer.core import State, Time
 from torch import nn
+from typing_extensions import Unpack
 
-from composer_ema.averages import exponential_weight, weight_from_smoothing
+from composer_ema.averages import HalfLife, Moment, weight_from_smoothing
 from composer_ema.model.sharding import canonical_name
-from composer_ema.settings import AvgFn, BufferMode, MultiAvgFn, Rounding
+from composer_ema.settings import TrainerSettings, takes_settings
 from composer_ema.shadow.shadow_model import ShadowModel
 from composer_ema.spans import Span
 from composer_ema.trainer.clock import Clock, resolve_share
@@ -25,6 +25,7 @@ class _Default(str):
 _DEFAULT_HALF_LIFE = _Default('1000ba')
 
 
+@takes_settings
 class EMA(WeightAverage):
     r"""Keeps an exponential moving average of the model's weights and evaluates with it.
 
@@ -46,24 +47,15 @@ class EMA(WeightAverage):
         ema_start: time string (ba, ep, sp, tok, dur) before which nothing is averaged. Default: ``'0.0dur'``.
         update_interval: time string between two updates; its unit may differ from the half-life's. Default: one batch,
             or one epoch or iteration for a half-life in those.
-        buffers: ``'average'`` averages floating buffers, such as BatchNorm's statistics; ``'copy'`` takes the latest.
-            Integer and boolean buffers are always copied.
-        include: regular expressions searched for in parameter and buffer names; only matches are averaged.
-        exclude: regular expressions that take names out again.
-        shadow_dtype: floating dtype of the average, or its name. Default: float32 for 16-bit weights, else their own.
-        shadow_device: where the average is kept. Default: beside the weights.
-        skip_nonfinite: a weight that is NaN or infinite leaves its average alone; logs ``ema/skipped_elements``.
-        rounding: ``'nearest'`` or ``'stochastic'``, for an average kept in bfloat16.
-        seed: key of the random bits of ``rounding='stochastic'``.
         evaluate_with: ``'ema'`` or ``'training'`` by evaluator label, for example ``{'eval_training': 'training'}``.
             Labels not named, and prediction (label ``'predict'``), see the average.
         log_interval: time string between two values of ``ema/relative_distance``; None logs none. Each value makes
             the host wait for the device once. Default: ``'1ep'``.
-        avg_fn, multi_avg_fn: instead of ``half_life``, a function that makes the average, as for
-            :class:`~composer_ema.ShadowModel`, such as ``torch.optim.swa_utils.get_ema_multi_avg_fn(0.999)``. Not
-            saved: pass it again on resuming.
         export_weights: ``'ema'`` or ``'training'``, what Composer's ``ExportForInferenceCallback`` writes at the end of
             training. Default: ``'training'``.
+        settings: which tensors are averaged and how: ``buffers``, ``include``, ``exclude``, ``shadow_dtype``,
+            ``shadow_device``, ``skip_nonfinite``, ``rounding``, ``seed``, and ``avg_fn`` or ``multi_avg_fn`` in place
+            of ``half_life``; see :class:`composer_ema.settings.Settings`.
 
     Attributes:
         ema_model: the :class:`~composer_ema.ShadowModel`, None before the Trainer is built.
@@ -101,24 +93,15 @@ class EMA(WeightAverage):
         ema_start: str | Time = '0.0dur',
         update_interval: str | Time | None = None,
         *,
-        buffers: BufferMode = 'average',
-        include: str | Sequence[str] | None = None,
-        exclude: str | Sequence[str] | None = None,
-        shadow_dtype: str | torch.dtype | None = None,
-        shadow_device: str | torch.device | None = None,
-        skip_nonfinite: bool = False,
-        rounding: Rounding = 'nearest',
-        seed: int = 0,
         evaluate_with: Mapping[str, Literal['ema', 'training']] | None = None,
         log_interval: str | Time | None = '1ep',
-        avg_fn: AvgFn | None = None,
-        multi_avg_fn: MultiAvgFn | None = None,
         export_weights: Literal['ema', 'training'] = 'training',
+        **settings: Unpack[TrainerSettings],
     ) -> None:
         self._fixed_weight: float | None = None
         self.half_life: Span | None = None
         is_given = half_life is not None and half_life is not _DEFAULT_HALF_LIFE
-        if avg_fn is not None or multi_avg_fn is not None:
+        if settings.get('avg_fn') is not None or settings.get('multi_avg_fn') is not None:
             if is_given or smoothing is not None:
                 given = f'half_life={str(half_life)!r}' if is_given else f'smoothing={smoothing}'
                 raise ValueError(
@@ -142,19 +125,10 @@ class EMA(WeightAverage):
             },
             start=ema_start,
             update_interval=self._parse_update_interval(update_interval),
-            buffers=buffers,
-            include=include,
-            exclude=exclude,
-            shadow_dtype=shadow_dtype,
-            shadow_device=shadow_device,
-            skip_nonfinite=skip_nonfinite,
-            rounding=rounding,
-            seed=seed,
             evaluate_with=evaluate_with,
             log_interval=log_interval,
-            avg_fn=avg_fn,
-            multi_avg_fn=multi_avg_fn,
             export_weights=export_weights,
+            settings=settings,
         )
         if update_interval is None:
             self._arguments['update_interval'] = None
@@ -188,7 +162,7 @@ class EMA(WeightAverage):
             average = ShadowModel.from_tensors(
                 {canonical_name(name): tensor for name, tensor in average.named_parameters()},
                 {canonical_name(name): tensor for name, tensor in average.named_buffers()},
-                **self._options,
+                **self._settings.as_arguments(),
             )
             average.num_updates = int(average.has_function)  # a function's first update would copy
         elif average is not None and self._is_by_function and not average.has_function:
@@ -250,7 +224,7 @@ class EMA(WeightAverage):
             elapsed = self.update_interval.value
         else:
             elapsed = now[unit] - clock_before(state)[unit]
-        return exponential_weight(max(elapsed, 0.0), half_life.value)
+        return HalfLife(half_life.value, unit).weight(Moment(max(elapsed, 0.0), max(elapsed, 0.0), 0))
 
     def _metrics(self, weight: float) -> dict[str, float]:
         return {'ema/smoothing': 1.0 - weight}

@@ -9,19 +9,19 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-import torch
 from composer import Trainer
 from composer.algorithms import EMA as ComposerEMA
 from composer.algorithms import SWA as ComposerSWA
 from composer.core import DataSpec, Event, State, Time, get_precision_context
 from composer.loggers import Logger
 from torch import nn
+from typing_extensions import Unpack
 
-from composer_ema.averages import equal_weight
+from composer_ema.averages import Equal
 from composer_ema.batchnorm import statistics_of, update_bn
 from composer_ema.model.names import listed
 from composer_ema.model.sharding import unwrap
-from composer_ema.settings import AvgFn, BufferMode, MultiAvgFn, Rounding
+from composer_ema.settings import TrainerSettings, takes_settings
 from composer_ema.shadow.shadow_model import ShadowModel
 from composer_ema.spans import Span
 from composer_ema.trainer.annealing import Annealing, check_state, check_strategy
@@ -40,6 +40,7 @@ _MAY_END = frozenset({
 _ANNEALING, _REFRESHED_AT = 'annealing', 'refreshed_at'
 
 
+@takes_settings
 class SWA(WeightAverage):
     r"""Keeps an equal average of the weights from ``swa_start`` on and evaluates with it.
 
@@ -70,12 +71,12 @@ class SWA(WeightAverage):
             for as many batches as an epoch has, or at most so many batches, or a time string (ba, ep) of at most one
             epoch. Batches are transformed and split into microbatches as in training, see
             :func:`composer_ema.update_bn`. Default: True.
-        avg_fn, multi_avg_fn: instead of the equal average, a function that makes it, as for
-            :class:`~composer_ema.ShadowModel`. Not saved: pass it again on resuming.
-        buffers, include, exclude, shadow_dtype, shadow_device, skip_nonfinite, rounding, seed, log_interval: see
-            :class:`~composer_ema.EMA`.
+        log_interval: see :class:`~composer_ema.EMA`.
         evaluate_with: ``'swa'`` or ``'training'`` by evaluator label.
         export_weights: ``'swa'`` or ``'training'``, what Composer's ``ExportForInferenceCallback`` writes.
+        settings: which tensors are averaged and how: ``buffers``, ``include``, ``exclude``, ``shadow_dtype``,
+            ``shadow_device``, ``skip_nonfinite``, ``rounding``, ``seed``, and ``avg_fn`` or ``multi_avg_fn`` in place
+            of the equal average; see :class:`composer_ema.settings.Settings`.
 
     Attributes:
         swa_model: the :class:`~composer_ema.ShadowModel`, None before the Trainer is built.
@@ -116,19 +117,10 @@ class SWA(WeightAverage):
         *,
         anneal_length: str | Time = '0.05dur',
         refresh_batchnorm: bool | int | str | Time = True,
-        buffers: BufferMode = 'average',
-        include: str | Sequence[str] | None = None,
-        exclude: str | Sequence[str] | None = None,
-        shadow_dtype: str | torch.dtype | None = None,
-        shadow_device: str | torch.device | None = None,
-        skip_nonfinite: bool = False,
-        rounding: Rounding = 'nearest',
-        seed: int = 0,
         evaluate_with: Mapping[str, Literal['swa', 'training']] | None = None,
         log_interval: str | Time | None = '1ep',
-        avg_fn: AvgFn | None = None,
-        multi_avg_fn: MultiAvgFn | None = None,
         export_weights: Literal['swa', 'training'] = 'training',
+        **settings: Unpack[TrainerSettings],
     ) -> None:
         interval = Span.parse(update_interval, name='update_interval', positive=True)
         _refuse_composers(swa_end, schedule_swa_lr, anneal_steps, swa_lr, interval)
@@ -145,19 +137,10 @@ class SWA(WeightAverage):
             },
             start=swa_start,
             update_interval=interval,
-            buffers=buffers,
-            include=include,
-            exclude=exclude,
-            shadow_dtype=shadow_dtype,
-            shadow_device=shadow_device,
-            skip_nonfinite=skip_nonfinite,
-            rounding=rounding,
-            seed=seed,
             evaluate_with=evaluate_with,
             log_interval=log_interval,
-            avg_fn=avg_fn,
-            multi_avg_fn=multi_avg_fn,
             export_weights=export_weights,
+            settings=settings,
         )
 
     @property
@@ -211,7 +194,7 @@ class SWA(WeightAverage):
 
     def _weight(self, now: Clock, state: State) -> float:
         del now, state
-        return equal_weight(self._require_shadow().num_updates)
+        return Equal().weight_at(self._require_shadow().num_updates)
 
     def _describe(self) -> str:
         return f'swa_start={self.swa_start}, update_interval={self.update_interval}'

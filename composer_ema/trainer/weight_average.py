@@ -13,7 +13,7 @@ import time
 import warnings
 import weakref
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any, ClassVar
 
@@ -27,22 +27,8 @@ from torch import nn
 from composer_ema.checkpoints import formats
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import check_same
-from composer_ema.model.selection import Selection
 from composer_ema.model.sharding import is_sharded, unwrap
-from composer_ema.settings import (
-    AvgFn,
-    BufferMode,
-    MultiAvgFn,
-    Rounding,
-    check_buffer_mode,
-    check_custom,
-    check_flag,
-    check_rounding,
-    check_seed,
-    name_of,
-    parse_device,
-    parse_dtype,
-)
+from composer_ema.settings import Settings, settings_of
 from composer_ema.shadow.shadow_model import ShadowModel
 from composer_ema.spans import Span
 from composer_ema.trainer.clock import (
@@ -98,39 +84,17 @@ class WeightAverage(Algorithm):
         *,
         start: str | Time,
         update_interval: Span,
-        buffers: BufferMode,
-        include: str | Sequence[str] | None,
-        exclude: str | Sequence[str] | None,
-        shadow_dtype: str | torch.dtype | None,
-        shadow_device: str | torch.device | None,
-        skip_nonfinite: bool,
-        rounding: Rounding,
-        seed: int,
         evaluate_with: Mapping[str, str] | None,
         log_interval: str | Time | None,
-        avg_fn: AvgFn | None,
-        multi_avg_fn: MultiAvgFn | None,
-        export_weights: str = 'training',
+        export_weights: str,
+        settings: Mapping[str, Any],
     ) -> None:
         self._start = Span.parse(start, name=f'{self.name}_start', units=('ba', 'ep', 'sp', 'tok', 'dur'))
         self.update_interval = update_interval
         self.log_interval = None
         if log_interval is not None:
             self.log_interval = Span.parse(log_interval, name='log_interval', positive=True)
-        Selection(include, exclude)
-        check_custom(avg_fn, multi_avg_fn, skip_nonfinite=skip_nonfinite, rounding=rounding)
-        self._options: dict[str, Any] = {
-            'buffers': check_buffer_mode(buffers),
-            'include': include,
-            'exclude': exclude,
-            'dtype': parse_dtype(shadow_dtype),
-            'device': parse_device(shadow_device),
-            'skip_nonfinite': check_flag('skip_nonfinite', skip_nonfinite),
-            'rounding': check_rounding(rounding, parse_dtype(shadow_dtype)),
-            'seed': check_seed(seed),
-            'avg_fn': avg_fn,
-            'multi_avg_fn': multi_avg_fn,
-        }
+        self._settings = Settings.of(settings)
         self.evaluate_with = _check_evaluate_with(evaluate_with, self.name)
         if export_weights not in (self.name, 'training'):
             raise ValueError(f"export_weights must be {self.name!r} or 'training', got {export_weights!r}.")
@@ -139,19 +103,10 @@ class WeightAverage(Algorithm):
             **arguments,
             f'{self.name}_start': str(self._start),
             'update_interval': str(self.update_interval),
-            'buffers': buffers,
-            'include': _plain(include),
-            'exclude': _plain(exclude),
-            'shadow_dtype': None if shadow_dtype is None else str(self._options['dtype']).removeprefix('torch.'),
-            'shadow_device': None if shadow_device is None else str(self._options['device']),
-            'skip_nonfinite': skip_nonfinite,
-            'rounding': rounding,
-            'seed': seed,
+            **self._settings.as_plain(settings_of(type(self))),
             'evaluate_with': self.evaluate_with or None,
             'export_weights': export_weights,
             'log_interval': None if self.log_interval is None else str(self.log_interval),
-            'avg_fn': None if avg_fn is None else name_of(avg_fn),
-            'multi_avg_fn': None if multi_avg_fn is None else name_of(multi_avg_fn),
         }
 
         self.update_seconds = 0.0
@@ -301,7 +256,7 @@ class WeightAverage(Algorithm):
             )
 
     def _build_shadow(self, model: nn.Module) -> None:
-        self._shadow = ShadowModel(model, overlap=self._overlap, **self._options)
+        self._shadow = ShadowModel(model, overlap=self._overlap, **self._settings.as_arguments())
         self._model = weakref.ref(unwrap(model))
 
     def _follow_surgery(self, model: nn.Module) -> None:
@@ -420,7 +375,7 @@ class WeightAverage(Algorithm):
             metrics = self._metrics(weight)
         self._has_started, self._last_update = True, now
         metrics[f'{self.name}/num_updates'] = shadow.num_updates
-        if self._options['skip_nonfinite']:
+        if self._settings.skip_nonfinite:
             metrics[f'{self.name}/skipped_elements'] = shadow.poll_skipped()
         logger.log_metrics(metrics)
 
@@ -483,7 +438,7 @@ class WeightAverage(Algorithm):
 
     @property
     def _is_by_function(self) -> bool:
-        return self._options['avg_fn'] is not None or self._options['multi_avg_fn'] is not None
+        return self._settings.has_function
 
     def _require_shadow(self) -> ShadowModel:
         if self._shadow is None:
@@ -622,7 +577,3 @@ def check_clock(clock: Any, what: str) -> Clock | None:
 
 def _is_time(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
-
-
-def _plain(patterns: str | Sequence[str] | None) -> str | list[str] | None:
-    return patterns if patterns is None or isinstance(patterns, str) else list(patterns)
