@@ -461,7 +461,7 @@ class TestWhatIsTracked:
             ShadowModel(net, **arguments)
 
     def test_an_unknown_backend_is_refused_when_built(self, net):
-        with pytest.raises(ValueError, match="backend must be 'auto', .* got 'abacus'"):
+        with pytest.raises(ValueError, match=r"backend must be 'auto', .* got 'abacus'"):
             ShadowModel(net, backend='abacus')
 
     def test_under_inference_mode_the_shadow_is_an_ordinary_tensor(self):
