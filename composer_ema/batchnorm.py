@@ -24,6 +24,7 @@ from torch.optim import swa_utils
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import listed
 from composer_ema.model.sharding import is_sharded, unwrap
+from composer_ema.shadow import loan
 from composer_ema.shadow.shadow_model import ShadowModel
 
 if TYPE_CHECKING:  # this module works without Composer
@@ -293,6 +294,8 @@ def _holding_average(module: nn.Module, shadow: ShadowModel, statistics: Mapping
         raise ValueError('the shadow is swapped into another model. Pass that one, or call swap_out first.')
     if not was_swapped:
         shadow.swap_in(module)
+    elif (shown := loan.of(module).shown) is not shadow and shown is not None:
+        raise ValueError(f'the model shows another average: {shown!r}. Call its swap_out first.')
     try:
         yield
         with torch.no_grad():

@@ -17,6 +17,7 @@ from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import check_same
 from composer_ema.model.sharding import canonical_name, unwrap
 from composer_ema.model.watch import Watch
+from composer_ema.shadow import loan
 from composer_ema.shadow.shadow_model import ShadowModel
 
 _REMEDY = 'Nothing was changed. Pass an average of the same architecture, for example copy.deepcopy(model).'
@@ -40,6 +41,7 @@ def compute_ema(
             A half-life of n updates is ``2 ** (-1 / n)``.
 
     Raises:
+        RuntimeError: a :class:`ShadowModel` has been swapped into one of the models.
         TypeError: ``ema_model`` or ``smoothing`` is of another kind.
         ValueError: ``smoothing`` out of range, or names and shapes that do not fit, all listed. Nothing is changed.
 
@@ -51,6 +53,9 @@ def compute_ema(
         0.1
     """
     weight = weight_from_smoothing(smoothing)
+    for module in (model, ema_model):
+        if isinstance(module, nn.Module):
+            loan.refuse(unwrap(module))
     if isinstance(ema_model, ShadowModel):
         ema_model.update(model, smoothing)
     elif isinstance(ema_model, nn.Module):

@@ -655,7 +655,7 @@ def test_the_average_can_be_set_and_taken_away():
     ema.ema_model = EMAParameters(model)
     assert ema.ema_started
     assert equal(all_tensors(ema.ema_model), all_tensors(model))
-    assert ema.ema_model._parameters['module.5.weight'].data_ptr() != model.module[5].weight.data_ptr()
+    assert ema.ema_model._storage.parameters['module.5.weight'].data_ptr() != model.module[5].weight.data_ptr()
     ema.ema_model = None
     assert not ema.ema_started
 

@@ -249,7 +249,7 @@ class TestAShadow:
         model = self._model()
         shadow = ShadowModel(model, overlap=True)
         shadow.resolve(model)
-        gate = Gate(shadow._plan.host_averages[0], '_run')
+        gate = Gate(shadow._follower.plan.host_averages[0][0], '_run')
         nn.init.constant_(model[0].weight, 5.0)
         shadow.update(model, smoothing=0.0)
         assert shadow.is_pending
@@ -262,7 +262,7 @@ class TestAShadow:
         shadow.update(model, smoothing=0.0)
         del model
         gc.collect()
-        assert shadow._plan is None
+        assert shadow._follower.plan is None
 
     @pytest.mark.parametrize(
         'options', [{'overlap': False}, {'skip_nonfinite': True}, {'avg_fn': lambda average, new, n: new}]
@@ -271,7 +271,7 @@ class TestAShadow:
         model = self._model()
         shadow = ShadowModel(model, **{'overlap': True, **options})
         shadow.resolve(model)
-        assert shadow._plan.host_averages == []
+        assert shadow._follower.plan.host_averages == []
 
     def test_the_optimizer_lets_the_sources_be_read_before_it_writes_them(self):
         model = nn.Linear(1, 1, bias=False)
@@ -345,5 +345,5 @@ class TestCuda:
     def test_copies_go_to_pinned_memory(self, model):
         shadow = ShadowModel(model, device='cpu', overlap=True)
         shadow.resolve(model)
-        (average,) = shadow._plan.host_averages
+        ((average,),) = shadow._follower.plan.host_averages
         assert all(view.is_pinned() for chunk in [*average._chunks, *average._buffers] for view in chunk.copies)

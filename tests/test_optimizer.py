@@ -1126,7 +1126,7 @@ class TestOrder:
         expected, value = 0.0, 0.0
         for _ in range(6):
             model.weight.grad = torch.full_like(model.weight, -1.0)
-            for stream in optimizer.shadow._streams.values():
+            for stream in optimizer.shadow._follower._streams.values():
                 with torch.cuda.stream(stream._stream):
                     torch.cuda._sleep(20_000_000)  # an update that is late: a missing join would read newer weights
             optimizer.step(*([lambda: 0.0] if with_closure else []))

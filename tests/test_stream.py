@@ -95,7 +95,7 @@ def _fill(model: nn.Module, value: float) -> None:
 
 def _sleep_on_side_stream(shadow: ShadowModel) -> None:
     """Delays the next update until long after the host has gone on."""
-    for stream in shadow._streams.values():
+    for stream in shadow._follower._streams.values():
         with stream.fork():
             torch.cuda._sleep(SLEEP_CYCLES)
 
@@ -204,8 +204,8 @@ class TestCuda:
             lambda shadow, model: _only(shadow).clone(),
             lambda shadow, model: next(shadow.parameters()).clone(),
             lambda shadow, model: shadow.state_dict()['parameters']['weight'].clone(),
-            lambda shadow, model: copy.deepcopy(shadow)._parameters['weight'],
-            lambda shadow, model: shadow.to(dtype=torch.float64)._parameters['weight'],
+            lambda shadow, model: copy.deepcopy(shadow)._storage.parameters['weight'],
+            lambda shadow, model: shadow.to(dtype=torch.float64)._storage.parameters['weight'],
             lambda shadow, model: (shadow.swap_in(model), model.weight.detach().clone())[1],
             lambda shadow, model: (shadow.copy_to(model), model.weight.detach().clone())[1],
         ],
@@ -348,7 +348,7 @@ class TestCuda:
         shadow.update(model, smoothing=0.5)
         model.mean.fill_(1000)  # the next forward, before any join
         torch.cuda.synchronize()
-        assert bool((shadow._buffers['mean'] == 6).all())
+        assert bool((shadow._storage.buffers['mean'] == 6).all())
 
     def test_a_shadow_on_the_cpu_follows_a_model_on_the_gpu(self, device):
         model = _weights(0.0)

@@ -7,66 +7,98 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from composer_ema import kernels
-from composer_ema.kernels.layout import Pair, detached, grouped, unzip
-from composer_ema.settings import AvgFn, MultiAvgFn, name_of
+from composer_ema.kernels.layout import detached, grouped, unzip
+from composer_ema.settings import AvgFn, MultiAvgFn, Settings, name_of
+from composer_ema.shadow.plan import Plan, Row, Step
 
 #: Takes the number of updates so far and returns what writes the next average.
-Step = Callable[[int], Callable[[], object]]
+Compute = Callable[[int], Callable[[], object]]
 
 
-def prepare(
-    shadows: Sequence[Tensor],
-    sources: Sequence[Tensor],
-    copied: Sequence[Pair] = (),
-    *,
-    avg_fn: AvgFn | None = None,
-    multi_avg_fn: MultiAvgFn | None = None,
-) -> Step:
-    """Prepares an update of ``shadows`` towards ``sources`` by one of the two functions.
+class ByFunction:
+    """Moves rows by a function of the user's, with the signature that torch's ``AveragedModel`` gives it.
+
+    The first update copies, and buffers that are not averaged are copied whatever the function. Parameters and buffers
+    go to it in separate calls.
 
     Args:
-        shadows: written in place.
-        sources: as many, of equal shapes; one of another dtype or device is cast to its shadow's at each update.
-        copied: pairs of a tensor and what it becomes a copy of, whatever the function.
-        avg_fn: called for each pair.
-        multi_avg_fn: called for each dtype and device.
-
-    Returns:
-        A step that takes the number of updates so far, 0 for one that copies. What it returns writes the averages;
-        ``multi_avg_fn`` has written them by then.
+        settings: hold ``avg_fn``, called for each tensor, or ``multi_avg_fn``, called for each dtype and device.
     """
-    steps: list[Step] = []
-    if avg_fn is not None and shadows:
-        steps.append(_prepare_one_by_one(shadows, sources, avg_fn))
-    if multi_avg_fn is not None:
-        steps.extend(_prepare_together(shadows, sources, multi_avg_fn))
-    copy = kernels.prepare([], [], copied=copied)
 
-    def step(num_averaged: int) -> Callable[[], object]:
-        writes = [each(num_averaged) for each in steps]
+    may_share = False
+    smallest_weight = 0.0
 
-        def write_all() -> None:
-            for write in writes:
-                write()
-            copy(1.0)
+    def __init__(self, settings: Settings) -> None:
+        self._avg_fn, self._multi_avg_fn = settings.avg_fn, settings.multi_avg_fn
 
-        return write_all
+    def prepare(self, averaged: Sequence[Row], copied: Sequence[Row]) -> Step:
+        """A step that takes the number of updates so far of each average and returns what writes the next values.
 
-    return step
+        A ``multi_avg_fn`` has written them by then.
+        """
+        count = len((*averaged, *copied)[0][0])
+        computes = [self._prepare_one(averaged, copied, which) for which in range(count)]
+        if len(computes) == 1:
+            return lambda counts: [computes[0](counts[0])]
+        return lambda counts: [compute(n) for compute, n in zip(computes, counts, strict=True)]
+
+    def is_left_to_a_thread(self, row: Row) -> bool:
+        del row
+        return False
+
+    def keeps_address(self, row: Row) -> bool:
+        del row
+        return True
+
+    def run(self, plan: Plan, numbers: Sequence[int]) -> None:
+        """Calls the function for all tensors before the first result is written."""
+        forked_writes = []
+        for stream, step in plan.forked_steps:
+            with stream.fork():  # joined by wait(), as in ByWeight.run
+                forked_writes.append(step(numbers))
+        writes = [step(numbers) for step in plan.steps]
+        for (stream, _), of_stream in zip(plan.forked_steps, forked_writes, strict=True):
+            with stream.fork():
+                for write in of_stream:
+                    write()
+        for write in chain.from_iterable(writes):
+            write()
+
+    def _prepare_one(self, averaged: Sequence[Row], copied: Sequence[Row], which: int) -> Compute:
+        shadows, sources = [row[which] for row, _ in averaged], [source for _, source in averaged]
+        computes: list[Compute] = []
+        if self._avg_fn is not None and shadows:
+            computes.append(_prepare_one_by_one(shadows, sources, self._avg_fn))
+        if self._multi_avg_fn is not None:
+            computes.extend(_prepare_together(shadows, sources, self._multi_avg_fn))
+        copy = kernels.prepare([], [], copied=[(row[which], source) for row, source in copied])
+
+        def compute(num_averaged: int) -> Callable[[], object]:
+            writes = [each(num_averaged) for each in computes]
+
+            def write_all() -> None:
+                for write in writes:
+                    write()
+                copy(1.0)
+
+            return write_all
+
+        return compute
 
 
-def _prepare_together(shadows: Sequence[Tensor], sources: Sequence[Tensor], multi_avg_fn: MultiAvgFn) -> list[Step]:
+def _prepare_together(shadows: Sequence[Tensor], sources: Sequence[Tensor], multi_avg_fn: MultiAvgFn) -> list[Compute]:
     groups = grouped(zip(shadows, sources, strict=True), lambda pair: (pair[0].device, pair[0].dtype))
     return [_Together(*unzip(group), multi_avg_fn) for group in groups.values()]
 
 
-def _prepare_one_by_one(shadows: Sequence[Tensor], sources: Sequence[Tensor], avg_fn: AvgFn) -> Step:
+def _prepare_one_by_one(shadows: Sequence[Tensor], sources: Sequence[Tensor], avg_fn: AvgFn) -> Compute:
     averaged, current = detached(shadows), detached(sources)
 
     @torch.no_grad()

@@ -1,31 +1,86 @@
-"""An update of one model's average, prepared: tensors paired with their shadows, grouped by what becomes of them."""
+"""One update of k averages of a model, prepared: tensors grouped by what becomes of them, and a step for each group."""
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import filterfalse
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from composer_ema.kernels.layout import Pair, grouped, unzip
+from composer_ema import kernels
+from composer_ema.kernels.layout import Pair, grouped
+from composer_ema.kernels.rules import smallest_weight
 from composer_ema.model.watch import Watch
+from composer_ema.settings import Settings
+from composer_ema.shadow import offload
 from composer_ema.shadow.offload import HostAverage
 from composer_ema.shadow.stream import SideStream
 
+log = logging.getLogger(__name__)
+
+#: The shadows of one tensor in each of k averages, and the tensor itself.
+Row = tuple[tuple[Tensor, ...], Tensor]
+#: Moves rows of one device: told one number for each average, a weight or a count.
+Step = Callable[[Sequence[Any]], Any]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a model by what becomes of them: averaged parameters, averaged buffers, copied buffers."""
+
+    parameters: Sequence[Row]
+    averaged: Sequence[Row]
+    copied: Sequence[Row]
+
+
+class Mover(Protocol):
+    """How rows move: by weights, or by a function of the user's."""
+
+    #: Whether one step may average parameters and buffers.
+    may_share: bool
+    #: A positive weight below this one is mostly rounded away.
+    smallest_weight: float
+
+    def prepare(self, averaged: Sequence[Row], copied: Sequence[Row]) -> Step:
+        """A step for rows of one device."""
+        ...
+
+    def is_left_to_a_thread(self, row: Row) -> bool:
+        """Whether a thread averages this row on the host."""
+        ...
+
+    def keeps_address(self, row: Row) -> bool:
+        """Whether the step of this row reads the source where its memory was when the step was prepared."""
+        ...
+
+    def run(self, plan: Plan, numbers: Sequence[Any]) -> None:
+        """Performs one update."""
+        ...
+
 
 class Plan:
-    """The tensors of one model paired with their shadows, and prepared steps; valid while the model stays as it is.
+    """The rows of one model and the prepared steps that move them; valid while the model stays as it is.
 
     Parameters and buffers of a device share a step, and so a launch, unless parameters run beside training: the next
     forward writes buffers, so these never leave the current stream.
 
     Args:
-        sources: the model's tensors by name.
-        kinds: pairs of shadow and source: parameters, buffers that are averaged, buffers that are copied.
-        prepare: makes a step of pairs to average and pairs to copy, all of one device.
-        may_share: whether one step may average parameters and buffers.
+        watch: tells whether the model is still what it was.
+        has_joined: whether tensors that were new have been taken in.
+        sources: the model's tracked tensors by name.
+        rows: what moves.
+        mover: how it moves.
+        streams: the side stream of each device.
+
+    Attributes:
+        host_averages: for each device, one per average: what a thread averages on the host.
+        forked_steps: steps that run on the side stream of their device.
+        steps: steps that run on the current stream.
     """
 
     def __init__(
@@ -33,37 +88,105 @@ class Plan:
         watch: Watch,
         has_joined: bool,
         sources: Mapping[str, Tensor],
-        kinds: Sequence[Sequence[Pair]],
+        rows: Rows,
+        mover: Mover,
         streams: Mapping[torch.device, SideStream],
-        prepare: Callable[[Sequence[Pair], Sequence[Pair]], Callable[[Any], Any]],
-        is_left_to_a_thread: Callable[[Pair], bool],
-        smallest_weight: float,
-        *,
-        may_share: bool,
     ) -> None:
-        self.smallest_weight = smallest_weight
-        self.watch = watch
-        self.has_joined = has_joined
-        self.sources = sources
-
-        left = [list(filter(is_left_to_a_thread, kind)) for kind in kinds]
-        self.host_averages = [
-            HostAverage(*([pair for pair in kind if pair[1].device == device] for kind in left))
-            for device in {source.device for kind in left for _, source in kind}
-        ]
+        self.watch, self.has_joined, self.sources = watch, has_joined, sources
+        self.smallest_weight = mover.smallest_weight
+        self.run = mover.run
+        kinds = (rows.parameters, rows.averaged, rows.copied)
+        left = [list(filter(mover.is_left_to_a_thread, kind)) for kind in kinds]
+        self.host_averages = _host_averages(left)
         parameters, averaged, copied = (
-            grouped(filterfalse(is_left_to_a_thread, kind), lambda pair: pair[0].device) for kind in kinds
+            grouped(filterfalse(mover.is_left_to_a_thread, kind), lambda row: row[0][0].device) for kind in kinds
         )
-        self.forked_steps: list[tuple[SideStream, Callable[[Any], Any]]] = []
-        self.steps: list[Callable[[Any], Any]] = []
+        self.forked_steps: list[tuple[SideStream, Step]] = []
+        self.steps: list[Step] = []
         for device in {**parameters, **averaged, **copied}:
             together, stream = [*averaged[device]], streams[device]
-            if may_share and not stream.is_beside:
+            if mover.may_share and not stream.is_beside:
                 together[:0] = parameters[device]
             elif parameters[device]:
-                shadows, read = unzip(parameters[device])
-                stream.keep_alive(shadows + [source for source in read if source.device == device])
+                stream.keep_alive(_tensors_on(device, parameters[device]))
                 with stream.fork():  # joined before anything reads; what the step allocates is that stream's own
-                    self.forked_steps.append((stream, prepare(parameters[device], [])))
+                    self.forked_steps.append((stream, mover.prepare(parameters[device], [])))
             if together or copied[device]:
-                self.steps.append(prepare(together, copied[device]))
+                self.steps.append(mover.prepare(together, copied[device]))
+
+
+class ByWeight:
+    """Moves rows by ``shadow += weight * (source - shadow)``, with one weight for each average.
+
+    Args:
+        settings: how elements are guarded and rounded, and by which backend.
+        overlap: whether averages on the host are left to a thread.
+        first_step: number of the next update, by which random bits are counted.
+        skipped: for each device the count of skipped elements.
+        parameters: the averages of parameters; the widest rounding among them decides which weight is too small.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        overlap: bool,
+        first_step: int,
+        skipped: Mapping[torch.device, Tensor],
+        parameters: Sequence[Tensor],
+    ) -> None:
+        is_stochastic = settings.rounding == 'stochastic'
+        self.may_share = not is_stochastic  # random bits are counted for parameters and for buffers
+        self.smallest_weight = 0.0 if is_stochastic else smallest_weight(parameters)
+        self._backend = settings.backend
+        self._has_thread = overlap and not settings.skip_nonfinite and not is_stochastic and self._backend == 'auto'
+        self._rules = kernels.Rules(
+            skip_nonfinite=settings.skip_nonfinite, stochastic=is_stochastic, seed=settings.seed, first_step=first_step
+        )
+        self._skipped = skipped
+
+    def prepare(self, averaged: Sequence[Row], copied: Sequence[Row]) -> Step:
+        device = (*averaged, *copied)[0][0][0].device
+        rules = dataclasses.replace(self._rules, skipped=self._skipped[device])
+        count = len((*averaged, *copied)[0][0])
+        shadows = [[row[which] for row, _ in averaged] for which in range(count)]
+        sources = [source for _, source in averaged]
+        if averaged and log.isEnabledFor(logging.INFO):
+            log.info('averaging %s', kernels.describe(shadows, sources, backend=self._backend, rules=rules))
+        pairs = [(shadow, source) for row, source in copied for shadow in row]
+        return kernels.prepare_many(shadows, sources, copied=pairs, backend=self._backend, rules=rules)
+
+    def is_left_to_a_thread(self, row: Row) -> bool:
+        return self._has_thread and offload.can_take(row[0][0], row[1])
+
+    def keeps_address(self, row: Row) -> bool:
+        return any(kernels.keeps_address(shadow, row[1], backend=self._backend, rules=self._rules) for shadow in row[0])
+
+    def run(self, plan: Plan, numbers: Sequence[float]) -> None:
+        for averages in plan.host_averages:
+            for average, weight in zip(averages, numbers, strict=True):
+                average.update(weight)  # waited for as the forks are
+        for stream, step in plan.forked_steps:
+            with stream.fork():  # joined by wait_for_reads(), and by wait(), which every read of the average calls
+                step(numbers)
+        for step in plan.steps:
+            step(numbers)
+
+
+def _pairs(rows: Sequence[Row], which: int) -> list[Pair]:
+    return [(shadows[which], source) for shadows, source in rows]
+
+
+def _host_averages(kinds: Sequence[Sequence[Row]]) -> list[list[HostAverage]]:
+    averages = []
+    for device in dict.fromkeys(source.device for kind in kinds for _, source in kind):
+        here = [[row for row in kind if row[1].device == device] for kind in kinds]
+        count = len(next(row for kind in here for row in kind)[0])
+        averages.append([HostAverage(*(_pairs(kind, which) for kind in here)) for which in range(count)])
+    return averages
+
+
+def _tensors_on(device: torch.device, rows: Sequence[Row]) -> list[Tensor]:
+    """Shadows, and those sources that lie on their device."""
+    tensors = [tensor for shadows, source in rows for tensor in (*shadows, source)]
+    return [tensor for tensor in tensors if tensor.device == device]

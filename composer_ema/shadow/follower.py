@@ -1,0 +1,195 @@
+"""Moves k averages towards the model that they follow: prepares once, watches for changes, forks and joins.
+
+Invariant: after the first update of an unchanged model, an update walks no module, allocates nothing and never makes
+the host wait.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from composer_ema.kernels.layout import Pair
+from composer_ema.model.inventory import Inventory
+from composer_ema.model.names import check_same
+from composer_ema.model.watch import Watch
+from composer_ema.shadow import loan
+from composer_ema.shadow.counter import DeviceCounter
+from composer_ema.shadow.function import ByFunction
+from composer_ema.shadow.offload import HostAverage
+from composer_ema.shadow.plan import ByWeight, Mover, Plan, Row, Rows
+from composer_ema.shadow.storage import Storage
+from composer_ema.shadow.stream import SideStream
+
+
+class Follower:
+    """Updates averages of one model, which share a watch, a plan and, where kernels can, one read of the weights.
+
+    Args:
+        storages: the averages; they have the same settings.
+        overlap: on CUDA, run the update of the parameters on a side stream, and the arithmetic of an average on the
+            host in a thread. Then :meth:`wait_for_reads` must come before the parameters are written again.
+    """
+
+    def __init__(self, storages: Sequence[Storage], *, overlap: bool = False) -> None:
+        self._storages = storages
+        self._overlap = overlap
+        self._streams: dict[torch.device, SideStream] = {}
+        self._skipped: dict[torch.device, DeviceCounter] = {}
+        self._has_warned = False
+        self.plan: Plan | None = None
+
+    def update(self, module: nn.Module, numbers: Sequence[Any]) -> None:
+        """Moves every average towards ``module``, and counts the update.
+
+        Args:
+            module: the model, unwrapped. Only read.
+            numbers: for each average its weight, or where a function makes it, the number of updates so far.
+
+        Raises:
+            RuntimeError: an average stands in the model, or the function raised.
+            ValueError: the model lacks a tracked parameter or has it in another shape.
+        """
+        loan.refuse(module)
+        plan = self.plan_for(module, joining=True)
+        if plan.smallest_weight and not self._has_warned:
+            self._warn_of_rounding(plan, numbers)
+        plan.run(plan, numbers)
+        for storage in self._storages:
+            storage.num_updates += 1
+
+    def plan_for(self, module: nn.Module, *, joining: bool = False) -> Plan:
+        """The plan for ``module``, made anew where that has changed. Only an update lets new tensors join."""
+        plan = self.plan
+        if plan is None or (joining and not plan.has_joined) or not plan.watch.is_current(module):
+            self.forget_plan()
+            plan = self.plan = self._new_plan(module, joining)
+        return plan
+
+    def forget_plan(self) -> None:
+        """Drops the plan, as before tensors are replaced, once the last update is finished."""
+        self.wait()
+        self.plan = None
+
+    def wait(self) -> None:
+        """Orders the current stream after the last update; waits for a thread that averages on the host."""
+        for stream in self._streams.values():
+            stream.join()
+        for average in self._host_averages():
+            average.wait()
+
+    def wait_for_reads(self) -> None:
+        """Orders the current stream after the last update has read the parameters, which may be written then."""
+        for stream in self._streams.values():
+            stream.join()
+        for average in self._host_averages():
+            average.wait_for_reads()
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether an update runs beside the current stream, and neither of the two waits has been called since."""
+        return any(stream.is_pending for stream in self._streams.values()) or any(
+            average.is_reading for average in self._host_averages()
+        )
+
+    def poll_skipped(self) -> int:
+        """How many elements ``skip_nonfinite`` has left alone so far. Never waits, so on CUDA a few updates old."""
+        return sum(counter.poll() for counter in self._skipped.values())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and deepcopy: without the ties to a model."""
+        self.wait()
+        return {**self.__dict__, 'plan': None, '_streams': {}, '_skipped': {}}
+
+    # Helpers, in call order
+
+    def _host_averages(self) -> Sequence[HostAverage]:
+        return () if self.plan is None else list(chain.from_iterable(self.plan.host_averages))
+
+    def _warn_of_rounding(self, plan: Plan, weights: Sequence[float]) -> None:
+        weight = min((weight for weight in weights if weight > 0), default=1.0)
+        if weight >= plan.smallest_weight:
+            return
+        self._has_warned = True
+        parameters = chain.from_iterable(storage.parameters.values() for storage in self._storages)
+        dtypes = '/'.join(sorted({str(tensor.dtype).removeprefix('torch.') for tensor in parameters}))
+        warnings.warn(
+            f'an update of weight {weight:.2g} is mostly rounded away in an average kept in {dtypes}. '
+            "Keep it in a wider dtype, update less often, or round bfloat16 with rounding='stochastic'.",
+            stacklevel=4,
+        )
+
+    def _new_plan(self, module: nn.Module, joining: bool) -> Plan:
+        inventory = Inventory.of(module)
+        for storage in self._storages:
+            check_same(
+                'what the average follows',
+                storage.parameters,
+                {name: p for name, p in inventory.parameters.items() if name in storage.parameters},
+                remedy='The average follows the architecture that it was built with; build a new one for another.',
+            )
+            if joining:
+                storage.join(inventory)
+        parameters = _rows([each.paired(each.parameters, inventory.parameters) for each in self._storages])
+        buffers = _rows([each.paired(each.buffers, inventory.buffers) for each in self._storages])
+        for shadows, _ in chain(parameters.values(), buffers.values()):
+            self._add_device(shadows[0].device)
+        is_averaged = self._storages[0].is_averaged
+        rows = Rows(
+            list(parameters.values()),
+            [row for row in buffers.values() if is_averaged(row[0][0])],
+            [row for row in buffers.values() if not is_averaged(row[0][0])],
+        )
+        mover = self._mover()
+        watch = Watch(module, inventory, on_gone=_weakly(self.forget_plan), addressed=_addressed(rows, mover))
+        sources = {name: source for name, (_, source) in chain(parameters.items(), buffers.items())}
+        return Plan(watch, joining, sources, rows, mover, self._streams)
+
+    def _add_device(self, device: torch.device) -> None:
+        if device not in self._streams:
+            self._streams[device] = SideStream(device, overlap=self._overlap)
+            self._skipped[device] = DeviceCounter(device)
+
+    def _mover(self) -> Mover:
+        settings = self._storages[0].settings
+        if settings.has_function:
+            return ByFunction(settings)
+        return ByWeight(
+            settings,
+            overlap=self._overlap,
+            first_step=self._storages[0].num_updates,
+            skipped={device: counter.value for device, counter in self._skipped.items()},
+            parameters=[tensor for storage in self._storages for tensor in storage.parameters.values()],
+        )
+
+
+def _rows(of_storages: Sequence[dict[str, Pair]]) -> dict[str, Row]:
+    """The pairs of each storage side by side; all storages track the same names."""
+    return {
+        name: (tuple(pairs[name][0] for pairs in of_storages), source) for name, (_, source) in of_storages[0].items()
+    }
+
+
+def _addressed(rows: Rows, mover: Mover) -> list[Tensor]:
+    """The sources whose memory an update reads where it was; at least one, since a model moves as a whole."""
+    averaged = [*rows.parameters, *rows.averaged]
+    addressed = [row[1] for row in averaged if mover.keeps_address(row)]
+    return [*addressed, *(source for _, source in rows.copied)] or [source for _, source in averaged[:1]]
+
+
+def _weakly(method: Callable[[], None]) -> Callable[[], None]:
+    """Calls a bound method as long as its object lives, without keeping it alive."""
+    reference = weakref.WeakMethod(method)
+
+    def call() -> None:
+        living = reference()
+        if living is not None:
+            living()
+
+    return call

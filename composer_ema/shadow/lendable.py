@@ -1,0 +1,141 @@
+"""An average that models can hold: it enters a model, leaves it, or overwrites it for good."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from composer_ema.model.inventory import Inventory
+from composer_ema.model.names import check_same
+from composer_ema.model.sharding import unwrap
+from composer_ema.shadow import loan
+from composer_ema.shadow.follower import Follower
+from composer_ema.shadow.storage import Storage
+
+
+class LendableAverage:
+    """The part of :class:`composer_ema.ShadowModel` that lends the average to models.
+
+    Args:
+        storage: the average.
+        follower: moves it, and pairs it with the model that it follows.
+    """
+
+    def __init__(self, storage: Storage, follower: Follower) -> None:
+        self._storage, self._follower = storage, follower
+        #: Training weights that were saved while a model held the average, until that model is known.
+        self._loaded_stash: dict[str, Tensor] | None = None
+
+    @property
+    def is_swapped(self) -> bool:
+        """Whether this average stands in a model, shown or behind another that entered later."""
+        return self._loaded_stash is not None or loan.holding(self) is not None
+
+    def is_swapped_into(self, model: nn.Module) -> bool:
+        """Whether this average stands in ``model``; a state saved while swapped may have left it in any model."""
+        return self._loaded_stash is not None or self in loan.of(model)
+
+    @torch.no_grad()
+    def swap_in(self, model: nn.Module) -> None:
+        """Stashes the tracked weights of ``model`` and copies the average into it, in place.
+
+        If another average is in the model already, the model now shows this one; the training weights stay stashed.
+
+        Raises:
+            RuntimeError: this average is swapped in already, or stands in a module that shares tensors with this one.
+        """
+        if self.is_swapped:
+            raise RuntimeError('the average is swapped in already. Call swap_out(model) first.')
+        module = unwrap(model)
+        plan = self._follower.plan_for(module)
+        loan.of(module).enter(self, plan.sources, required=self._storage.parameters.keys())
+
+    @torch.no_grad()
+    def swap_out(self, model: nn.Module) -> None:
+        """Takes the average out of ``model``; the last one to leave restores every bit of the training weights.
+
+        A buffer that the model meanwhile replaced by one of another shape, as caches do, keeps its new value.
+
+        Raises:
+            RuntimeError: the average is in no model, or in another one.
+        """
+        module = unwrap(model)
+        if self._loaded_stash is not None:
+            loan.of(module).adopt(self, self._loaded_stash, required=self._storage.parameters.keys())
+            self._loaded_stash = None
+        held = loan.holding(self)
+        if held is None:
+            raise RuntimeError('nothing is swapped in. Call swap_in(model) first.')
+        if held.module is not module:
+            raise RuntimeError('the average is swapped into another model. Pass that one to swap_out.')
+        held.leave(self)
+
+    @contextmanager
+    def swapped(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Lends ``model`` with the average in it, and takes the average out again whatever happens."""
+        self.swap_in(model)
+        try:
+            yield model
+        finally:
+            if self.is_swapped:
+                self.swap_out(model)
+
+    @torch.no_grad()
+    def copy_to(self, model: nn.Module) -> None:
+        """Overwrites the tracked tensors of ``model`` with the average, for good. Other tensors stay.
+
+        Raises:
+            RuntimeError: ``model`` holds an average, this one or another.
+            ValueError: ``model`` lacks a tracked name or has it in another shape; nothing is written then.
+        """
+        module = unwrap(model)
+        if inside := loan.borrowers(module):
+            raise RuntimeError(
+                f'this model holds an average over a stash of its training weights: {inside[-1]}. '
+                'Call swap_out(model) first.'
+            )
+        live, shadows = Inventory.of(module).tensors(), self.lent_tensors()
+        check_same(
+            'the model given to copy_to',
+            shadows,
+            {name: live[name] for name in shadows if name in live},
+            remedy='Pass the same architecture.',
+        )
+        torch._foreach_copy_([live[name] for name in shadows], list(shadows.values()))
+
+    def lent_tensors(self) -> dict[str, Tensor]:
+        """All shadows by canonical name, aliased; what a model shows while it holds the average."""
+        self._follower.wait()
+        return dict(self._storage.items())
+
+    def training_weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """The tracked training weights, aliased: the stash while ``model`` holds an average, else the live tensors."""
+        module, names = unwrap(model), [name for name, _ in self._storage.items()]
+        live = Inventory.of(module).tensors()
+        tracked = {name: live[name].detach() for name in names if name in live}
+        return {**tracked, **loan.of(module).training_weights(names), **(self._loaded_stash or {})}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and deepcopy: the average without the ties to a model; the copy stands in none."""
+        return {**self.__dict__, '_loaded_stash': None}
+
+    def _stash(self) -> dict[str, Tensor] | None:
+        """The training weights of the model that holds this average; None where none does."""
+        held = loan.holding(self)
+        return self._loaded_stash if held is None else held.training_weights(name for name, _ in self._storage.items())
+
+    def _take_stash(self, stash: Mapping[str, Tensor] | None) -> None:
+        """Says, after another average has been loaded, whether a model holds it, and over which training weights."""
+        held = loan.holding(self)
+        if held is None:
+            self._loaded_stash = None if stash is None else {name: tensor.clone() for name, tensor in stash.items()}
+        elif stash is not None:
+            held.adopt(self, stash, required=self._storage.parameters.keys())
+        elif held.was_overwritten:
+            held.abandon()  # the weights of a checkpoint are in the model, which the old stash would overwrite
+        else:
+            held.leave(self)

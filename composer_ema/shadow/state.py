@@ -1,0 +1,117 @@
+"""An average as a dictionary of tensors, and back; everything is checked before anything is assigned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from composer_ema.kernels.rules import is_inexact
+from composer_ema.model.names import check_same
+from composer_ema.settings import check_seed
+from composer_ema.shadow.storage import Storage
+
+#: The version that :func:`of_storage` writes and :func:`check` reads.
+VERSION = 1
+
+TRAINING_WEIGHTS = 'training_weights'
+_VERSION, _NUM_UPDATES, _SEED, _PARAMETERS, _BUFFERS, _ALIASES = (
+    'version', 'num_updates', 'seed', 'parameters', 'buffers', 'aliases'
+)  # fmt: skip
+_REMEDY = (
+    'Nothing was loaded. Build the same model with the same include, exclude and frozen parameters, '
+    "or start a new average; a Composer Trainer does with load_ignore_keys=['state/algorithms']."
+)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A state that fits a storage.
+
+    Args:
+        num_updates: updates made so far.
+        seed: key of the random bits; None where the state does not say.
+        parameters, buffers: name to tensor, of the shapes in the storage.
+        stash: the training weights, where the state was taken while a model held the average.
+    """
+
+    num_updates: int
+    seed: int | None
+    parameters: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    stash: dict[str, Tensor] | None
+
+
+def of_storage(storage: Storage, stash: Mapping[str, Tensor] | None) -> dict[str, Any]:
+    """The state of an average in plain types; tensors alias the average and the stash.
+
+    Buffers that the model itself does not save are left out.
+
+    Args:
+        storage: the average.
+        stash: the training weights while a model holds the average, else None.
+    """
+    state: dict[str, Any] = {
+        _VERSION: VERSION,
+        _NUM_UPDATES: storage.num_updates,
+        _SEED: storage.settings.seed,
+        _PARAMETERS: dict(storage.parameters),
+        _BUFFERS: {name: buffer for name, buffer in storage.buffers.items() if name in storage.persistent},
+        _ALIASES: dict(storage.aliases),
+    }
+    if stash is not None:
+        state[TRAINING_WEIGHTS] = {name: tensor for name, tensor in stash.items() if name not in storage.volatile}
+    return state
+
+
+def check(state: Mapping[str, Any], storage: Storage) -> Loaded:
+    """What a state holds, if it fits ``storage``. Nothing is changed.
+
+    Raises:
+        ValueError: another version, a part of another type, or names and shapes that do not fit, all listed.
+    """
+    version = state.get(_VERSION) if isinstance(state, Mapping) else None
+    if type(version) is not int or version != VERSION:
+        raise ValueError(f'the state has format version {version!r}, this release reads {VERSION}. Nothing was loaded.')
+    for key, kind in ((_NUM_UPDATES, int), (_PARAMETERS, Mapping), (_BUFFERS, Mapping)):
+        if not isinstance(value := state.get(key), kind) or isinstance(value, bool):
+            raise ValueError(
+                f"the state's {key!r} is a {type(value).__name__}, not a {kind.__name__}. Nothing was loaded."
+            )
+    if state[_NUM_UPDATES] < 0:
+        raise ValueError(f"the state's num_updates is {state[_NUM_UPDATES]}, below zero. Nothing was loaded.")
+    seed = state.get(_SEED)
+    if seed is not None or _SEED in state:
+        try:
+            check_seed(seed)  # pyright: ignore[reportArgumentType]: None is refused there
+        except ValueError as error:
+            raise ValueError(f'{error} Nothing was loaded.') from error
+    parameters, buffers, stash = dict(state[_PARAMETERS]), dict(state[_BUFFERS]), state.get(TRAINING_WEIGHTS)
+    _check_names(storage, parameters, buffers)
+    if stash is not None:
+        _check_stash(storage, parameters, stash)
+    for name, tensor in (*parameters.items(), *buffers.items(), *(stash or {}).items()):
+        if tensor.is_meta or tensor.layout is not torch.strided:
+            kind = 'on the meta device' if tensor.is_meta else f'stored as {tensor.layout}'
+            raise ValueError(f'{name} in the state is {kind}, not a dense tensor. Nothing was loaded.')
+    return Loaded(state[_NUM_UPDATES], seed, parameters, buffers, None if stash is None else dict(stash))
+
+
+def _check_names(storage: Storage, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
+    """A parameter that is frozen here may have been trainable in the saved run, so it may have an average."""
+    selection = storage.selection
+    frozen = {n: shape for n, shape in storage.shapes.items() if n not in storage.parameters and n in selection}
+    check_same('the saved average', {**frozen, **storage.parameters}, parameters, optional=frozen, remedy=_REMEDY)
+    check_same("the saved average's buffers", storage.buffers, buffers, optional=storage.volatile, remedy=_REMEDY)
+
+
+def _check_stash(storage: Storage, parameters: Mapping[str, Tensor], stash: Any) -> None:
+    if not isinstance(stash, Mapping):
+        raise ValueError(f"the state's {TRAINING_WEIGHTS!r} is a {type(stash).__name__}. Nothing was loaded.")
+    shapes = {**storage.shapes, **storage.parameters}
+    tracked = {**{name: shapes[name] for name in parameters}, **storage.buffers}
+    whole = {name for name, buffer in storage.buffers.items() if not is_inexact(buffer)}
+    check_same('the saved training weights', tracked, stash, optional=storage.volatile | whole, remedy=_REMEDY)

@@ -1,0 +1,433 @@
+"""The loan belongs to the model: averages come and go in any order, and its training weights come back, bit for bit."""
+
+import copy
+import gc
+import io
+import itertools
+import pickle
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from composer_ema import EMAOptimizer, ShadowModel, compute_ema, update_bn
+from composer_ema.shadow import loan
+
+TRAINING = {'a': 4.0, 'b': 2.0, 'c': 8.0}
+
+
+class Net(nn.Module):
+    """A parameter, BatchNorm and a counter, all of which tell training weights from averages by their values."""
+
+    def __init__(self, value: float = 8.0) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+        self.norm = nn.BatchNorm1d(2)
+        with torch.no_grad():
+            for tensor in (*self.parameters(), self.norm.running_mean, self.norm.running_var):
+                tensor.fill_(value)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.linear(inputs))
+
+    @property
+    def value(self) -> float:
+        (value,) = {tensor.item() for tensor in self.linear.weight.flatten()}
+        return value
+
+
+def average_of(net: nn.Module, value: float, **settings) -> ShadowModel:
+    """A shadow of ``net`` that holds ``value`` everywhere."""
+    shadow = ShadowModel(net, **settings)
+    with torch.no_grad():
+        for tensor in (*shadow.parameters(), *shadow.buffers()):
+            tensor.fill_(value)
+    return shadow
+
+
+def bits(net: nn.Module) -> dict[str, bytes]:
+    return {name: t.detach().reshape(-1).view(torch.uint8).numpy().tobytes() for name, t in net.state_dict().items()}
+
+
+def orders(count: int) -> list[tuple[str, ...]]:
+    """Every order in which averages enter and leave, each once: ``('+0', '+1', '-0', '-1')``."""
+    steps = [f'{sign}{index}' for index in range(count) for sign in '+-']
+    return [
+        order
+        for order in itertools.permutations(steps)
+        if all(order.index(f'+{index}') < order.index(f'-{index}') for index in range(count))
+    ]
+
+
+@pytest.mark.parametrize('count', [1, 2, 3])
+def test_in_every_order_of_entering_and_leaving_the_last_to_enter_shows_and_the_training_weights_return(count):
+    net = Net()
+    before = bits(net)
+    shadows = [average_of(net, float(index)) for index in range(count)]
+    for order in orders(count):
+        inside: list[int] = []
+        for step in order:
+            index = int(step[1:])
+            if step[0] == '+':
+                shadows[index].swap_in(net)
+                inside.append(index)
+            else:
+                shadows[index].swap_out(net)
+                inside.remove(index)
+            assert net.value == (inside[-1] if inside else 8.0)
+            assert [shadow.is_swapped for shadow in shadows] == [index in inside for index in range(count)]
+        assert bits(net) == before
+        assert not loan.borrowers(net)
+
+
+def test_blocks_that_overlap_end_with_the_training_weights():
+    net = Net()
+    before = bits(net)
+    first, second = average_of(net, 1.0), average_of(net, 2.0)
+    with first.swapped(net):
+        second.swap_in(net)
+    assert net.value == 2.0
+    second.swap_out(net)
+    assert bits(net) == before
+
+
+def test_averages_of_different_tensors_show_only_their_own():
+    net = Net()
+    before = bits(net)
+    whole, weights, biases = (
+        average_of(net, 1.0),
+        average_of(net, 2.0, include='weight'),
+        average_of(net, 3.0, include='bias'),
+    )
+    whole.swap_in(net)
+    weights.swap_in(net)
+    assert net.linear.weight.unique().tolist() == [2.0]
+    assert net.linear.bias.unique().tolist() == [8.0], 'as if the last to enter were alone'
+    biases.swap_in(net)
+    assert (net.linear.weight.unique().tolist(), net.linear.bias.unique().tolist()) == ([8.0], [3.0])
+    weights.swap_out(net)
+    whole.swap_out(net)
+    assert (net.linear.weight.unique().tolist(), net.linear.bias.unique().tolist()) == ([8.0], [3.0])
+    biases.swap_out(net)
+    assert bits(net) == before
+
+
+def test_an_average_that_shows_again_shows_its_latest_value():
+    net = Net()
+    first, second = average_of(net, 1.0), average_of(net, 2.0)
+    first.swap_in(net)
+    second.swap_in(net)
+    with torch.no_grad():
+        for tensor in first.parameters():
+            tensor.fill_(5.0)
+    second.swap_out(net)
+    assert net.value == 5.0
+    first.swap_out(net)
+    assert net.value == 8.0
+
+
+@pytest.mark.parametrize(
+    'update',
+    [
+        lambda shadow, net: shadow.update(net, smoothing=0.5),
+        lambda shadow, net: compute_ema(net, shadow, smoothing=0.5),
+        lambda shadow, net: compute_ema(net, copy.deepcopy(net), smoothing=0.5),
+    ],
+    ids=['update', 'compute_ema into a shadow', 'compute_ema into a module'],
+)
+def test_no_update_averages_an_average(update):
+    net = Net()
+    inside, other = average_of(net, 1.0), average_of(net, 2.0)
+    inside.swap_in(net)
+    with pytest.raises(RuntimeError, match=r'holds an average.*ShadowModel.*swap_out'):
+        update(other, net)
+    assert {tensor.item() for parameter in other.parameters() for tensor in parameter.flatten()} == {2.0}
+    assert other.num_updates == 0
+    inside.swap_out(net)
+    other.update(net, smoothing=0.5)
+    assert next(other.parameters()).unique().tolist() == [5.0]
+
+
+def test_a_function_is_not_called_on_an_average():
+    net = Net()
+    called = []
+    shadow = ShadowModel(net, avg_fn=lambda averaged, current, count: called.append(current) or averaged)
+    with average_of(net, 1.0).swapped(net), pytest.raises(RuntimeError, match='holds an average'):
+        shadow.update(net)
+    assert not called
+
+
+def test_an_optimizer_takes_no_step_from_an_average_that_another_shadow_lent():
+    net = Net()
+    for optimizer in (
+        EMAOptimizer(torch.optim.SGD(net.parameters(), lr=1.0), model=net),
+        EMAOptimizer(torch.optim.SGD(net.parameters(), lr=1.0)),
+    ):
+        shadow = average_of(net, 1.0)
+        net(torch.randn(4, 2)).sum().backward()
+        with shadow.swapped(net), pytest.raises(RuntimeError, match='holds an average'):
+            optimizer.step()
+        assert net.value == 8.0
+        assert optimizer.num_steps == 0
+
+
+def test_an_optimizers_average_and_a_shadow_take_turns_in_any_order():
+    net = Net()
+    before = bits(net)
+    optimizer = EMAOptimizer(torch.optim.SGD(net.parameters(), lr=1.0), model=net)
+    shadow = average_of(net, 1.0)
+    block = optimizer.swap_ema_weights()
+    block.__enter__()
+    shadow.swap_in(net)
+    block.__exit__(None, None, None)
+    assert net.value == 1.0
+    shadow.swap_out(net)
+    assert bits(net) == before
+
+
+@pytest.mark.parametrize('inner_first', [True, False])
+def test_an_average_of_a_part_is_not_lent_while_the_whole_holds_one(inner_first):
+    net = Net()
+    before = bits(net)
+    whole, part = average_of(net, 1.0), average_of(net.linear, 2.0)
+    (first, one), (second, other) = ((part, net.linear), (whole, net))[:: 1 if inner_first else -1]
+    first.swap_in(one)
+    with pytest.raises(RuntimeError, match=r'weight.* share memory .*swap_out'):
+        second.swap_in(other)
+    with pytest.raises(RuntimeError, match='holds an average'):
+        second.update(other, smoothing=0.5)
+    first.swap_out(one)
+    assert bits(net) == before
+    second.swap_in(other)
+    second.swap_out(other)
+    assert bits(net) == before
+
+
+def test_a_model_on_loan_is_not_overwritten_for_good():
+    net = Net()
+    inside, other = average_of(net, 1.0), average_of(net, 2.0)
+    with inside.swapped(net):
+        with pytest.raises(RuntimeError, match='holds an average'):
+            other.copy_to(net)
+        with pytest.raises(RuntimeError, match='holds an average'):
+            inside.copy_to(net)
+    assert net.value == 8.0
+
+
+def test_the_distance_and_the_training_weights_are_those_of_training_whoever_is_in():
+    net = Net()
+    inside, other = average_of(net, 1.0), average_of(net, 4.0)
+    expected = other.relative_distance(net)
+    with inside.swapped(net):
+        assert other.relative_distance(net) == expected > 0
+        assert inside.relative_distance(net) > 0
+        assert other.training_weights(net)['linear.weight'].unique().tolist() == [8.0]
+
+
+def test_a_state_taken_on_loan_holds_the_training_weights_whoever_shows():
+    net = Net()
+    inside, other = average_of(net, 1.0), average_of(net, 2.0)
+    inside.swap_in(net)
+    other.swap_in(net)
+    for shadow in (inside, other):
+        state = shadow.state_dict()
+        assert state['training_weights']['linear.weight'].unique().tolist() == [8.0]
+    other.swap_out(net)
+    assert 'training_weights' not in other.state_dict()
+    inside.swap_out(net)
+
+
+def test_loading_a_state_on_loan_takes_the_average_out_and_keeps_the_training_weights():
+    net = Net()
+    before = bits(net)
+    state = copy.deepcopy(average_of(net, 3.0).state_dict())
+    shadow = average_of(net, 1.0)
+    with shadow.swapped(net):
+        shadow.load_state_dict(state)
+        assert not shadow.is_swapped
+    assert bits(net) == before
+
+
+@pytest.mark.parametrize('value', [3.0, 1.0], ids=['other weights', 'just what the average shows'])
+def test_loading_a_checkpoint_on_loan_does_not_bring_older_training_weights_back(value):
+    net = Net()
+    shadow, other = average_of(net, 1.0), average_of(net, 2.0)
+    state = copy.deepcopy(shadow.state_dict())
+    other.swap_in(net)
+    shadow.swap_in(net)
+    net.load_state_dict(Net(value).state_dict())
+    shadow.load_state_dict(state)
+    assert net.value == value
+    assert not shadow.is_swapped
+    assert not other.is_swapped
+    assert not loan.borrowers(net)
+
+
+def test_a_loaded_state_that_was_saved_on_loan_gives_its_training_weights_back():
+    net = Net()
+    shadow = average_of(net, 1.0)
+    with shadow.swapped(net):
+        file = io.BytesIO()
+        torch.save({'shadow': shadow.state_dict(), 'model': net.state_dict()}, file)
+    saved = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+    resumed = Net(0.0)
+    resumed.load_state_dict(saved['model'])
+    loaded = ShadowModel(resumed)
+    loaded.load_state_dict(saved['shadow'])
+    assert loaded.is_swapped
+    assert resumed.value == 1.0
+    other = average_of(resumed, 2.0)
+    with pytest.raises(RuntimeError, match='holds the average'):
+        loaded.update(resumed, smoothing=0.5)
+    other.swap_in(resumed)
+    loaded.swap_out(resumed)
+    other.swap_out(resumed)
+    assert bits(resumed) == bits(net)
+
+
+def test_a_deepcopy_of_a_model_on_loan_is_a_model_of_its_own_that_holds_what_was_shown():
+    net = Net()
+    before = bits(net)
+    shadow = average_of(net, 1.0)
+    with shadow.swapped(net):
+        twin = copy.deepcopy(net)
+        assert not loan.borrowers(twin)
+        with pytest.raises(RuntimeError, match='another model'):
+            shadow.swap_out(twin)
+        average_of(twin, 2.0).copy_to(twin)
+    assert twin.value == 2.0
+    assert bits(net) == before
+
+
+@pytest.mark.parametrize('duplicate', [copy.deepcopy, lambda shadow: pickle.loads(pickle.dumps(shadow))])
+def test_a_copy_of_a_shadow_on_loan_is_in_no_model(duplicate):
+    net = Net()
+    shadow = average_of(net, 1.0)
+    with shadow.swapped(net):
+        twin = duplicate(shadow)
+        assert not twin.is_swapped
+        with pytest.raises(RuntimeError, match='nothing is swapped in'):
+            twin.swap_out(net)
+        assert loan.borrowers(net) == [repr(shadow)]
+    assert net.value == 8.0
+
+
+def test_a_model_that_is_collected_on_loan_ends_the_loan_and_the_shadow_goes_on_with_another():
+    net = Net()
+    shadow = average_of(net, 1.0)
+    shadow.swap_in(net)
+    gone = weakref.ref(net)
+    del net
+    gc.collect()
+    assert gone() is None
+    assert not shadow.is_swapped
+    assert 'training_weights' not in shadow.state_dict()
+    other = Net(3.0)
+    shadow.update(other, smoothing=0)
+    with shadow.swapped(other):
+        assert other.value == 3.0
+
+
+def test_a_shadow_that_is_dropped_on_loan_does_not_take_the_training_weights_with_it():
+    net = Net()
+    before = bits(net)
+    average_of(net, 1.0).swap_in(net)
+    gc.collect()
+    assert net.value == 1.0
+    (who,) = loan.borrowers(net)
+    assert 'ShadowModel' in who
+    other = average_of(net, 2.0)
+    with other.swapped(net):
+        assert net.value == 2.0
+    assert net.value == 1.0
+    assert loan.recall(net) == [who]
+    assert bits(net) == before
+    assert loan.recall(net) == []
+
+
+def test_recalled_averages_are_no_longer_in():
+    net = Net()
+    before = bits(net)
+    first, second = average_of(net, 1.0), average_of(net, 2.0)
+    first.swap_in(net)
+    second.swap_in(net)
+    assert loan.recall(net) == [repr(first), repr(second)]
+    assert bits(net) == before
+    assert not first.is_swapped
+    assert not second.is_swapped
+
+
+@pytest.mark.parametrize('inside', [0, 1])
+def test_an_exception_while_an_average_enters_leaves_what_was_shown_before(monkeypatch, inside):
+    net = Net()
+    before = bits(net)
+    shadows = [average_of(net, 1.0), average_of(net, 2.0)]
+    for shadow in shadows[:inside]:
+        shadow.swap_in(net)
+    shown = bits(net)
+    real, calls = torch._foreach_copy_, []
+
+    def interrupted(targets, values):
+        calls.append(len(targets))
+        if len(calls) == 1:
+            real(targets[:1], values[:1])
+            raise KeyboardInterrupt
+        real(targets, values)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, '_foreach_copy_', interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            shadows[inside].swap_in(net)
+    assert bits(net) == shown
+    assert not shadows[inside].is_swapped
+    for shadow in shadows[:inside]:
+        shadow.swap_out(net)
+    assert bits(net) == before
+
+
+def test_an_interrupt_while_the_average_leaves_finishes_the_return(monkeypatch):
+    net = Net()
+    before = bits(net)
+    shadow = average_of(net, 1.0)
+    shadow.swap_in(net)
+    real, calls = torch._foreach_copy_, []
+
+    def interrupted(targets, values):
+        calls.append(len(targets))
+        if len(calls) == 1:
+            real(targets[:1], values[:1])
+            raise KeyboardInterrupt
+        real(targets, values)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, '_foreach_copy_', interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            shadow.swap_out(net)
+    assert bits(net) == before
+    assert not shadow.is_swapped
+
+
+def test_statistics_of_an_average_behind_another_are_refused():
+    net = Net()
+    behind, front = average_of(net, 1.0), average_of(net, 2.0)
+    behind.swap_in(net)
+    front.swap_in(net)
+    with pytest.raises(ValueError, match='shows another average'):
+        update_bn(net, [torch.randn(4, 2)], shadow=behind)
+    front.swap_out(net)
+    update_bn(net, [torch.randn(4, 2)], shadow=behind)
+    behind.swap_out(net)
+    assert net.value == 8.0
+
+
+def test_a_wrapped_model_has_the_loan_of_the_module_inside():
+    net = Net()
+    compiled = torch.compile(net, backend='eager')
+    first, second = average_of(net, 1.0), average_of(compiled, 2.0)
+    first.swap_in(compiled)
+    second.swap_in(net)
+    first.swap_out(net)
+    assert net.value == 2.0
+    second.swap_out(compiled)
+    assert net.value == 8.0
