@@ -15,7 +15,7 @@ from composer_ema.averages import check_share, weight_from_smoothing
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.sharding import broadcast_, unwrap
 from composer_ema.settings import Settings, ShadowSettings, parse_device, parse_dtype, takes_settings
-from composer_ema.shadow import foreign
+from composer_ema.shadow import averaged_model, foreign
 from composer_ema.shadow import state as states
 from composer_ema.shadow.distance import relative_distance
 from composer_ema.shadow.follower import Follower
@@ -103,15 +103,7 @@ class ShadowModel(LendableAverage):
         Raises:
             TypeError: ``averaged`` is of another kind; :meth:`load_foreign` takes a state dict.
         """
-        if not isinstance(averaged, AveragedModel):
-            raise TypeError(
-                f"averaged must be torch's AveragedModel, got {type(averaged).__name__}. "
-                'load_foreign takes a state dict.'
-            )
-        kept: dict[str, Any] = {'buffers': 'average' if averaged.use_buffers else 'copy'}
-        if not options.keys() & {'avg_fn', 'multi_avg_fn'}:
-            kept |= {'avg_fn': averaged.avg_fn, 'multi_avg_fn': averaged.multi_avg_fn}
-        shadow = cls(averaged.module, **{**kept, **options})
+        shadow = cls(averaged_model.module_of(averaged), **averaged_model.settings_of(averaged, options))
         storage, parameters = shadow._storage, Inventory.of(unwrap(averaged)).parameters
         storage.parameters = storage.copies_of({n: p for n, p in parameters.items() if n in storage.selection})
         storage.num_updates = int(averaged.n_averaged)
@@ -212,21 +204,10 @@ class ShadowModel(LendableAverage):
         Warns:
             ``model`` has a narrower dtype than the average, and digits are lost.
         """
-        settings = self._storage.settings
-        kept: dict[str, Any] = {'use_buffers': settings.buffers == 'average'}
-        if not arguments.keys() & {'avg_fn', 'multi_avg_fn'}:
-            kept |= {'avg_fn': settings.avg_fn, 'multi_avg_fn': settings.multi_avg_fn}
-        averaged = AveragedModel(unwrap(model), **{**kept, **arguments})
+        averaged = averaged_model.copy_of(model, self._storage.settings, arguments)
         self.copy_to(averaged.module)
         averaged.n_averaged.fill_(self.num_updates)
-        held, parameters = Inventory.of(unwrap(averaged)).tensors(), self._storage.parameters
-        narrowed = [name for name, kept in parameters.items() if not torch.equal(held[name].to(kept), kept)]
-        if narrowed:
-            warnings.warn(
-                f'the average is {parameters[narrowed[0]].dtype}, the model {held[narrowed[0]].dtype}: '
-                'digits are lost. Pass the model in the wider dtype, for example copy.deepcopy(model).float().',
-                stacklevel=2,
-            )
+        averaged_model.warn_of_lost_digits(averaged, self._storage.parameters)
         return averaged
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:

@@ -1,0 +1,58 @@
+"""torch's ``AveragedModel`` in terms of our settings, and the other way round."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from composer_ema.model.inventory import Inventory
+from composer_ema.model.sharding import unwrap
+from composer_ema.settings import Settings
+
+_FUNCTIONS = ('avg_fn', 'multi_avg_fn')
+
+
+def module_of(averaged: AveragedModel) -> nn.Module:
+    """The module with the average in it.
+
+    Raises:
+        TypeError: ``averaged`` is no AveragedModel.
+    """
+    if not isinstance(averaged, AveragedModel):
+        raise TypeError(
+            f"averaged must be torch's AveragedModel, got {type(averaged).__name__}. load_foreign takes a state dict."
+        )
+    return averaged.module
+
+
+def settings_of(averaged: AveragedModel, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings by which a shadow averages as ``averaged`` does; ``options`` win, and one function replaces both."""
+    kept: dict[str, Any] = {'buffers': 'average' if averaged.use_buffers else 'copy'}
+    if not options.keys() & set(_FUNCTIONS):
+        kept |= {name: getattr(averaged, name) for name in _FUNCTIONS}
+    return {**kept, **options}
+
+
+def copy_of(model: nn.Module, settings: Settings, arguments: Mapping[str, Any]) -> AveragedModel:
+    """An AveragedModel over a copy of ``model`` that averages as ``settings`` say; ``arguments`` of its own win."""
+    kept: dict[str, Any] = {'use_buffers': settings.buffers == 'average'}
+    if not arguments.keys() & set(_FUNCTIONS):
+        kept |= {name: getattr(settings, name) for name in _FUNCTIONS}
+    return AveragedModel(unwrap(model), **{**kept, **arguments})
+
+
+def warn_of_lost_digits(averaged: AveragedModel, average: Mapping[str, Tensor]) -> None:
+    """Warns, on behalf of the caller's caller, where ``averaged`` is too narrow to hold ``average``."""
+    held = Inventory.of(unwrap(averaged)).tensors()
+    narrowed = [name for name, kept in average.items() if not torch.equal(held[name].to(kept), kept)]
+    if narrowed:
+        warnings.warn(
+            f'the average is {average[narrowed[0]].dtype}, the model {held[narrowed[0]].dtype}: digits are lost. '
+            'Pass the model in the wider dtype, for example copy.deepcopy(model).float().',
+            stacklevel=3,
+        )
