@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +92,7 @@ class _Pairing:
         return self._watches[0].is_current(model) and self._watches[1].is_current(ema_model)
 
 
-def _step_between(model: nn.Module, ema_model: nn.Module) -> kernels.Step:
+def _step_between(model: nn.Module, ema_model: nn.Module) -> Callable[[float], None]:
     if model is ema_model:
         raise ValueError('model and ema_model are the same module. Pass a copy, for example copy.deepcopy(model).')
     pairing = _pairings.get(ema_model)
@@ -106,14 +106,15 @@ def _forget(ema_model: nn.Module | None) -> None:
         _pairings.pop(ema_model, None)
 
 
-def _prepare(shadows: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> kernels.Step:
+def _prepare(shadows: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> Callable[[float], None]:
     """A step that averages the floating tensors and copies the others, each storage once."""
     averaged, copied, seen = [], [], set()
     for name, shadow in shadows.items():
         if shadow.numel() and (key := (shadow.data_ptr(), shadow.shape, shadow.stride())) not in seen:
             seen.add(key)
             (averaged if is_inexact(shadow) else copied).append((shadow, sources[name].detach()))
-    average = kernels.prepare(*unzip(averaged), copied=copied)
+    averages, current = unzip(averaged)
+    average = kernels.prepare([averages], current, copied=copied)
     smallest = smallest_weight(shadow for shadow, _ in averaged if shadow.dtype in (torch.bfloat16, torch.float16))
 
     @torch.no_grad()
@@ -124,6 +125,6 @@ def _prepare(shadows: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> ke
                 'Keep it in float32: ema_model.float(), or a ShadowModel.',
                 stacklevel=3,
             )
-        average(weight)
+        average((weight,))
 
     return step

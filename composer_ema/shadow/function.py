@@ -46,7 +46,7 @@ def prepare(
         steps.append(_prepare_one_by_one(shadows, sources, avg_fn))
     if multi_avg_fn is not None:
         steps.extend(_prepare_together(shadows, sources, multi_avg_fn))
-    copy = kernels.prepare([], [], copied=copied)
+    copy = kernels.prepare([[]], [], copied=copied)
 
     def step(num_averaged: int) -> Callable[[], object]:
         writes = [each(num_averaged) for each in steps]
@@ -54,7 +54,7 @@ def prepare(
         def write_all() -> None:
             for write in writes:
                 write()
-            copy(1.0)
+            copy((1.0,))
 
         return write_all
 

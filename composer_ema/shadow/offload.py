@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from composer_ema import kernels
+from composer_ema.kernels.backend import Steps
 from composer_ema.kernels.layout import Pair, carve, packed, pieces, unzip
 
 #: Elements that are copied at once: 16 MiB of float32, some 0.7 ms of a PCI Express link.
@@ -37,7 +38,7 @@ class _Chunk:
 
     sources: list[Tensor]
     copies: list[Tensor]
-    step: Callable[[float], None]
+    step: Steps
 
 
 class HostAverage:
@@ -64,8 +65,8 @@ class HostAverage:
         # Any: torch 2.7's stubs give its own stream and event types two incompatible bases.
         self._stream: Any = torch.cuda.Stream(self.device) if is_cuda else None
         self._buffers_copied, self._sources_read = self._new_event(), self._new_event()
-        self._buffers = [*self._in_chunks(buffers, kernels.prepare), *self._in_chunks(copied, _copying)]
-        self._chunks = list(self._in_chunks(parameters, kernels.prepare, limit=chunk))
+        self._buffers = [*self._in_chunks(buffers, _averaging), *self._in_chunks(copied, _copying)]
+        self._chunks = list(self._in_chunks(parameters, _averaging, limit=chunk))
         self._chunk_copied = [self._new_event() for _ in range(2)]
         if is_cuda:
             for _, source in parameters:
@@ -148,7 +149,7 @@ class HostAverage:
     def _average(self, chunk: _Chunk, copied: Any, weight: float) -> None:
         if copied is not None:
             copied.synchronize()
-        chunk.step(weight)
+        chunk.step((weight,))
 
     def _on_side_stream(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
@@ -166,7 +167,7 @@ class HostAverage:
     def _in_chunks(
         self,
         pairs: Sequence[Pair],
-        prepare: Callable[[list[Tensor], list[Tensor]], Callable[[float], None]],
+        prepare: Callable[[list[Tensor], list[Tensor]], Steps],
         *,
         limit: int = _NO_LIMIT,
     ) -> Iterator[_Chunk]:
@@ -186,5 +187,9 @@ class HostAverage:
         return torch.empty(size, dtype=dtype, pin_memory=self._stream is not None)
 
 
-def _copying(shadows: list[Tensor], copies: list[Tensor]) -> Callable[[float], None]:
-    return kernels.prepare([], [], copied=list(zip(shadows, copies, strict=True)))
+def _averaging(shadows: list[Tensor], copies: list[Tensor]) -> Steps:
+    return kernels.prepare([shadows], copies)
+
+
+def _copying(shadows: list[Tensor], copies: list[Tensor]) -> Steps:
+    return kernels.prepare([[]], [], copied=list(zip(shadows, copies, strict=True)))

@@ -199,11 +199,12 @@ class ShadowModel:
             self._warn_of_rounding(weight)
         for host_average in plan.host_averages:
             host_average.update(weight)  # waited for as the forks are
+        weights = (weight,)
         for stream, average in plan.forked_steps:
             with stream.fork():  # joined by wait_for_reads(), and by wait(), which every read below calls
-                average(weight)
+                average(weights)
         for average in plan.steps:
-            average(weight)
+            average(weights)
         self.num_updates += 1
 
     @property
@@ -670,7 +671,7 @@ class ShadowModel:
         return self._overlap and not has_rules and not self.has_function and offload.can_take(*pair)
 
     def _prepare(self, averaged: Sequence[Pair], copied: Sequence[Pair]) -> Callable[[Any], Any]:
-        """Prepares an update of pairs on one device: a step by weight, or with a function by ``num_updates``."""
+        """Prepares an update of pairs on one device: a step by weights, or with a function by ``num_updates``."""
         shadows, sources = unzip(averaged)
         if self.has_function:
             return function.prepare(
@@ -686,7 +687,7 @@ class ShadowModel:
         )
         if averaged and log.isEnabledFor(logging.INFO):
             log.info('averaging %s', kernels.describe([shadows], sources, backend=self._settings.backend, rules=rules))
-        return kernels.prepare(shadows, sources, copied=copied, backend=self._settings.backend, rules=rules)
+        return kernels.prepare([shadows], sources, copied=copied, backend=self._settings.backend, rules=rules)
 
     def _paired(self, shadows: dict[str, Tensor], sources: Mapping[str, Tensor]) -> dict[str, Pair]:
         """Shadows, moved to where they belong, beside their sources of the same shape."""
