@@ -106,8 +106,9 @@ def kernel_calls(model: nn.Module) -> Callable[[], None]:
     pairs += [(average, model.get_buffer(name)) for name, average in shadow.named_buffers()]
     averaged = [pair for pair in pairs if pair[0].is_floating_point()]
     counters = [pair for pair in pairs if not pair[0].is_floating_point()]
-    step = kernels.prepare(*unzip(averaged), copied=counters)
-    return lambda: step(_WEIGHT)
+    shadows, sources = unzip(averaged)
+    step = kernels.prepare([shadows], sources, copied=counters)
+    return lambda: step((_WEIGHT,))
 
 
 class Batch:

@@ -69,7 +69,7 @@ class Sweep:
         model.weights = nn.ParameterList(views)
         shadow = ShadowModel(model)
         flat = torch.zeros(floats, device=self._device)
-        step = kernels.prepare(list(flat.tensor_split(count)), views)
+        step = kernels.prepare([flat.tensor_split(count)], views)
         self._measure(
             'tensors',
             count,
@@ -77,7 +77,7 @@ class Sweep:
             {
                 LIMIT: lambda: flat.lerp_(source, _WEIGHT),
                 'ShadowModel.update': lambda: shadow.update(model, weight=_WEIGHT),
-                'prepared step': lambda: step(_WEIGHT),
+                'prepared step': lambda: step((_WEIGHT,)),
             },
         )
 
@@ -86,12 +86,13 @@ class Sweep:
         if not self._fits('parameters', floats, _BYTES * floats):
             return
         source, flat = torch.ones(floats, device=self._device), torch.zeros(floats, device=self._device)
-        step = kernels.prepare(*(list(t.tensor_split(_TENSORS_IN_PARAMETER_SWEEP)) for t in (flat, source)))
+        shadows, sources = (t.tensor_split(_TENSORS_IN_PARAMETER_SWEEP) for t in (flat, source))
+        step = kernels.prepare([shadows], sources)
         self._measure(
             'parameters',
             floats,
             floats,
-            {LIMIT: lambda: flat.lerp_(source, _WEIGHT), 'prepared step': lambda: step(_WEIGHT)},
+            {LIMIT: lambda: flat.lerp_(source, _WEIGHT), 'prepared step': lambda: step((_WEIGHT,))},
         )
 
     def averages(self, count: int, floats: int) -> None:
@@ -101,7 +102,7 @@ class Sweep:
         source = torch.ones(floats, device=self._device)
         flats = [torch.zeros(floats, device=self._device) for _ in range(count)]
         views, *sets = ([*t.tensor_split(_TENSORS_IN_PARAMETER_SWEEP)] for t in (source, *flats))
-        together, one_by_one = kernels.prepare_many(sets, views), [kernels.prepare(s, views) for s in sets]
+        together, one_by_one = kernels.prepare(sets, views), [kernels.prepare([s], views) for s in sets]
         weights = [_WEIGHT / (k + 1) for k in range(count)]
         self._measure(
             'averages',
@@ -110,7 +111,7 @@ class Sweep:
             {
                 LIMIT: lambda: [flat.lerp_(source, _WEIGHT) for flat in flats],
                 'one step for all': lambda: together(weights),
-                'a step for each': lambda: [step(weight) for step, weight in zip(one_by_one, weights, strict=True)],
+                'a step for each': lambda: [step((weight,)) for step, weight in zip(one_by_one, weights, strict=True)],
             },
         )
 

@@ -1,10 +1,10 @@
-"""One functional update of an averaged model, whatever form the average is kept in."""
+"""``compute_ema``: one functional update of an averaged model, which may be a module, a shadow or a state dict."""
 
 from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 
 import torch
 from torch import Tensor, nn
@@ -30,20 +30,20 @@ def compute_ema(
 
         ema = smoothing * ema + (1 - smoothing) * model
 
-    Parameters and floating buffers are averaged, integer and boolean buffers copied. Tied tensors move once.
+    Averages parameters and floating buffers, and copies integer and boolean buffers. Updates tied tensors once.
 
     Args:
-        model: holds the latest weights; only read. DDP, ``torch.compile`` and the like are looked through, here and in
-            ``ema_model``.
-        ema_model: the average, in its own dtypes: a module, a :class:`ShadowModel`, or a state dict of tensors such
-            as ``copy.deepcopy(model.state_dict())``.
-        smoothing: share of the old average to keep, in [0, 1]: 0 copies, 1 leaves the average alone.
-            A half-life of n updates is ``2 ** (-1 / n)``.
+        model: the module with the latest weights, bare or wrapped by DDP, ``torch.compile`` or the like; only read.
+        ema_model: the average, which keeps its dtypes: a module, bare or wrapped, a :class:`ShadowModel`, or a state
+            dict of tensors such as ``copy.deepcopy(model.state_dict())``.
+        smoothing: share of the old average to keep, in [0, 1]: 0 copies the model, 1 keeps the average. For a half-life
+            of n updates pass ``2 ** (-1 / n)``. Default: 0.99.
 
     Raises:
         RuntimeError: a :class:`ShadowModel` has been swapped into one of the models.
-        TypeError: ``ema_model`` or ``smoothing`` is of another kind.
-        ValueError: ``smoothing`` out of range, or names and shapes that do not fit, all listed. Nothing is changed.
+        TypeError: ``ema_model`` is none of these, or ``smoothing`` is not a number.
+        ValueError: ``smoothing`` is out of range, or the two have different names or shapes; the message lists them.
+            Nothing is changed.
 
     Example:
         >>> model, ema_model = nn.Linear(1, 1), nn.Linear(1, 1)
@@ -72,16 +72,16 @@ def compute_ema(
 
 
 def _tensors(state_dict: Mapping[str, object]) -> dict[str, Tensor]:
-    """The tensors of a state dict by canonical name; a module's extra state is nothing to average."""
+    """Returns the tensors of a state dict by canonical name. A module's extra state cannot be averaged."""
     return {canonical_name(name): value for name, value in state_dict.items() if isinstance(value, Tensor)}
 
 
-#: A step for each averaged module that was updated before: it is used again while both modules stay as they are.
+#: The step that last updated each averaged module, to use again while neither module's tensors are replaced.
 _pairings: weakref.WeakKeyDictionary[nn.Module, _Pairing] = weakref.WeakKeyDictionary()
 
 
 class _Pairing:
-    """A prepared step from one module to its average, and what tells that it has gone stale."""
+    """A prepared step from one module to its average, and the watches that tell when it is stale."""
 
     def __init__(self, model: nn.Module, ema_model: nn.Module) -> None:
         sources, shadows = Inventory.of(model), Inventory.of(ema_model)
@@ -94,10 +94,11 @@ class _Pairing:
         self.step = _prepare(shadows.tensors(), sources.tensors())
 
     def is_current(self, model: nn.Module, ema_model: nn.Module) -> bool:
+        """Whether the step still moves the tensors of these two modules."""
         return self._watches[0].is_current(model) and self._watches[1].is_current(ema_model)
 
 
-def _step_between(model: nn.Module, ema_model: nn.Module) -> kernels.Step:
+def _step_between(model: nn.Module, ema_model: nn.Module) -> Callable[[float], None]:
     if model is ema_model:
         raise ValueError('model and ema_model are the same module. Pass a copy, for example copy.deepcopy(model).')
     pairing = _pairings.get(ema_model)
@@ -111,24 +112,24 @@ def _forget(ema_model: nn.Module | None) -> None:
         _pairings.pop(ema_model, None)
 
 
-def _prepare(shadows: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> kernels.Step:
-    """A step that averages the floating tensors and copies the others, each storage once."""
+def _prepare(shadows: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> Callable[[float], None]:
+    """Returns a step that averages floating tensors and copies the others, each piece of memory once."""
     averaged, copied, seen = [], [], set()
     for name, shadow in shadows.items():
         if shadow.numel() and (key := (shadow.data_ptr(), shadow.shape, shadow.stride())) not in seen:
             seen.add(key)
             (averaged if is_inexact(shadow) else copied).append((shadow, sources[name].detach()))
-    average = kernels.prepare(*unzip(averaged), copied=copied)
+    averages, current = unzip(averaged)
+    average = kernels.prepare([averages], current, copied=copied)
     smallest = smallest_weight(shadow for shadow, _ in averaged if shadow.dtype in (torch.bfloat16, torch.float16))
 
-    @torch.no_grad()
     def step(weight: float) -> None:
         if 0 < weight < smallest:
             warnings.warn(
-                f'ema_model is kept in 16 bits, where updates of weight {weight:.2g} are mostly rounded away. '
-                'Keep it in float32: ema_model.float(), or a ShadowModel.',
+                f'ema_model is kept in 16 bits, which round most updates of weight {weight:.2g} away. '
+                'Keep it in float32: call ema_model.float(), or pass a ShadowModel.',
                 stacklevel=3,
             )
-        average(weight)
+        average((weight,))
 
     return step

@@ -264,15 +264,27 @@ def returns_new_ones(averaged, current, count):
     ('functions', 'error', 'message'),
     [
         ({'avg_fn': unsound}, ValueError, r'of the average, \(4,\) float32 on cpu, but unsound returned \(\) float32'),
-        ({'avg_fn': lambda a, c, n: a.double()}, ValueError, r'returned .* float64 on cpu\. End it with \.to'),
+        (
+            {'avg_fn': lambda a, c, n: a.double()},
+            ValueError,
+            r'returned .* float64 on cpu\. If only the dtype differs, return value\.to',
+        ),
         ({'avg_fn': lambda a, c, n: None}, TypeError, r'must return the new average as a tensor, .* a NoneType'),
         ({'avg_fn': get_swa_multi_avg_fn()}, RuntimeError, r'avg_fn .*swa_update failed on an average that is'),
-        ({'avg_fn': raises}, RuntimeError, r'avg_fn raises failed on .* float64 on cpu: by zero\. It is called as'),
-        ({'multi_avg_fn': rebinds}, ValueError, r'first list, but rebinds put others in their place\. Write in place'),
-        ({'multi_avg_fn': rebinds_storage}, ValueError, r'rebinds_storage put others in their place'),
+        (
+            {'avg_fn': raises},
+            RuntimeError,
+            r'avg_fn raises failed on .* float64 on cpu: by zero\. We call it as torch does',
+        ),
+        (
+            {'multi_avg_fn': rebinds},
+            ValueError,
+            r'first list, but rebinds replaced the tensors instead\. Write in place',
+        ),
+        ({'multi_avg_fn': rebinds_storage}, ValueError, r'rebinds_storage replaced the tensors instead'),
         ({'multi_avg_fn': returns_new_ones}, ValueError, r'returns_new_ones wrote nothing and returned a list\. Write'),
         ({'multi_avg_fn': lambda a, c, n: None}, ValueError, r'wrote nothing\. Write in place'),
-        ({'multi_avg_fn': lambda a, c, n: a.pop()}, ValueError, r'put others in their place and returned a Tensor'),
+        ({'multi_avg_fn': lambda a, c, n: a.pop()}, ValueError, r'replaced the tensors instead and returned a Tensor'),
     ],
 )
 def test_a_function_that_breaks_the_rule_is_told_it_and_the_average_stays(functions, error, message):

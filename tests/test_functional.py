@@ -279,8 +279,9 @@ def test_averaged_modules_can_be_copied_after_an_update():
 def test_a_16_bit_average_in_which_updates_vanish_is_warned_of(dtype):
     model = make_net()
     average = make_net().to(dtype)
-    with pytest.warns(UserWarning, match=r'ema_model is kept in 16 bits.*ema_model\.float\(\)'):
+    with pytest.warns(UserWarning, match=r'ema_model is kept in 16 bits.*ema_model\.float\(\)') as warned:
         compute_ema(model, average, smoothing=0.9999)
+    assert [warning.filename for warning in warned] == [__file__]  # where the user called, not where we warn
     compute_ema(model, average, smoothing=0.5)
     compute_ema(model, average, smoothing=1)
 

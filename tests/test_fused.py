@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from composer_ema import ShadowModel, kernels
-from composer_ema.kernels import reference
+from composer_ema.kernels import fused, reference
 from composer_ema.kernels.rules import PIECE, Rules
 from composer_ema.shadow.stream import SideStream
 
@@ -38,12 +38,17 @@ def tensors(*shapes, dtype=torch.float32, seed=0):
     return [torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes]
 
 
+def lerp_(shadows, sources, weight, **options):
+    """One update of one average."""
+    kernels.prepare([shadows], sources, **options)((weight,))
+
+
 def march(shadow_sets, sources, weights, *, steps=2, **rules):
     """Averages with the kernel and with the reference, side by side. Returns both, and both counts of skipped ones."""
     twins = [[shadow.clone() for shadow in shadows] for shadows in shadow_sets]
     counts = [torch.zeros((), dtype=torch.int64, device=DEVICE) for _ in range(2)]
     runs = [
-        kernels.prepare_many(sets, sources, backend=backend, rules=Rules(skipped=count, **rules))
+        kernels.prepare(sets, sources, backend=backend, rules=Rules(skipped=count, **rules))
         for sets, backend, count in zip((shadow_sets, twins), ('fused', 'reference'), counts, strict=True)
     ]
     for _ in range(steps):
@@ -92,16 +97,16 @@ def test_every_size_is_covered_once(size, dtype):
 
 def test_by_hand():
     shadow, source = torch.zeros(2, device=DEVICE), torch.tensor([1.0, -4.0], device=DEVICE)
-    kernels.lerp_([shadow], [source], 0.25, backend='fused')
+    lerp_([shadow], [source], 0.25, backend='fused')
     assert shadow.tolist() == [0.25, -1.0]
 
 
 def test_a_weight_of_one_copies_over_what_is_not_finite_and_zero_keeps():
     shadow, (source,) = torch.tensor([math.inf, math.nan, 1.0], device=DEVICE), tensors((3,))
     kept = shadow.clone()
-    kernels.lerp_([shadow], [source], 0.0, backend='fused')
+    lerp_([shadow], [source], 0.0, backend='fused')
     assert shadow[2] == kept[2]
-    kernels.lerp_([shadow], [source], 1.0, backend='fused')
+    lerp_([shadow], [source], 1.0, backend='fused')
     assert torch.equal(shadow, source)
 
 
@@ -109,7 +114,7 @@ def test_a_source_that_is_not_finite_leaves_every_average_alone_and_is_counted_o
     source = torch.tensor([math.nan, 1.0, math.inf], device=DEVICE)
     shadow_sets = [[torch.zeros(3, device=DEVICE)] for _ in range(3)]
     count = torch.zeros((), dtype=torch.int64, device=DEVICE)
-    step = kernels.prepare_many(shadow_sets, [source], backend='fused', rules=Rules(skip_nonfinite=True, skipped=count))
+    step = kernels.prepare(shadow_sets, [source], backend='fused', rules=Rules(skip_nonfinite=True, skipped=count))
     step((0.5, 1.0, 0.25))
     assert [shadows[0].tolist() for shadows in shadow_sets] == [[0, 0.5, 0], [0, 1, 0], [0, 0.25, 0]]
     assert count == 2
@@ -119,20 +124,20 @@ def test_rounding_at_random_is_right_on_average_and_keeps_what_bfloat16_holds():
     between = 1 + 2**-7 / 4  # a quarter of the way from 1 to the next bfloat16
     source = torch.full((64 * PIECE,), between, device=DEVICE)
     shadow = torch.zeros_like(source, dtype=torch.bfloat16)
-    kernels.prepare([shadow], [source], backend='fused', rules=Rules(stochastic=True, seed=1))(1.0)
+    kernels.prepare([[shadow]], [source], backend='fused', rules=Rules(stochastic=True, seed=1))((1.0,))
     assert set(shadow.float().unique().tolist()) == {1.0, 1 + 2**-7}
     share = (shadow > 1).float().mean().item()
     assert abs(share - 0.25) < 5 * math.sqrt(0.25 * 0.75 / source.numel())
     exact = torch.tensor([1.0, -2.5, 0.0, 2.0**-100, 3.3895313892515355e38], device=DEVICE)
     held = torch.zeros_like(exact, dtype=torch.bfloat16)
-    kernels.prepare([held], [exact], backend='fused', rules=Rules(stochastic=True))(1.0)
+    kernels.prepare([[held]], [exact], backend='fused', rules=Rules(stochastic=True))((1.0,))
     assert torch.equal(held.float(), exact)
 
 
 def test_random_bits_follow_seed_step_and_average_and_nothing_else():
     def bits(**rules):
         (source,), sets = tensors((500,)), [[torch.zeros(500, dtype=torch.bfloat16, device=DEVICE)] for _ in range(2)]
-        kernels.prepare_many(sets, [source], backend='fused', rules=Rules(stochastic=True, **rules))((0.3, 0.3))
+        kernels.prepare(sets, [source], backend='fused', rules=Rules(stochastic=True, **rules))((0.3, 0.3))
         return [shadows[0].view(torch.int16).tolist() for shadows in sets]
 
     assert bits(seed=1) == bits(seed=1)
@@ -157,9 +162,9 @@ def test_small_updates_survive_in_bfloat16_only_at_random():
         shadow = torch.ones(PIECE, dtype=torch.bfloat16, device=DEVICE)
         rules = Rules(stochastic=stochastic, seed=5)
         backend = 'fused' if DEVICE.type == 'cuda' else 'reference'
-        step = kernels.prepare([shadow], [source], backend=backend, rules=rules)
+        step = kernels.prepare([[shadow]], [source], backend=backend, rules=rules)
         for _ in range(half_life):
-            step(weight)
+            step((weight,))
         ends[stochastic] = shadow.float().mean().item()
     assert abs(ends[True] - 1.5) < 0.01
     assert abs(ends[False] - 1.5) > 0.05
@@ -180,8 +185,8 @@ def test_a_pair_that_cannot_be_fused_is_refused_in_words_and_goes_elsewhere(shad
         shadow = torch.zeros(4, device=DEVICE)[::2]
         source = torch.zeros(4, device=DEVICE)[::2]
     with pytest.raises(ValueError, match=reason):
-        kernels.prepare([shadow], [source], backend='fused')
-    kernels.lerp_([shadow], [source + 1], 0.5)
+        kernels.prepare([[shadow]], [source], backend='fused')
+    lerp_([shadow], [source + 1], 0.5)
     assert (shadow == 0.5).all()
 
 
@@ -248,7 +253,7 @@ class TestCopies:
     def test_every_dtype_and_size_is_copied_to_its_end_and_no_further(self, dtype, size):
         source = torch.arange(size, device=DEVICE).remainder(101).to(dtype)
         around = torch.zeros(size + 2, dtype=dtype, device=DEVICE)
-        kernels.prepare([], [], copied=[(around[1:-1], source)], backend='fused')(0.5)
+        kernels.prepare([[]], [], copied=[(around[1:-1], source)], backend='fused')((0.5,))
         assert torch.equal(around[1:-1], source)
         assert around[0] == around[-1] == 0
 
@@ -258,7 +263,7 @@ class TestCopies:
         sources, counter = tensors((PIECE + 1,), (5,)), torch.tensor(2**40 + 3, device=DEVICE)
         copy = torch.zeros_like(counter)
         averages = [[torch.zeros_like(source) for source in sources] for _ in range(count)]
-        step = kernels.prepare_many(averages, sources, copied=[(copy, counter)], backend='fused')
+        step = kernels.prepare(averages, sources, copied=[(copy, counter)], backend='fused')
         step([weight] * count)
         counter.add_(1)
         step([weight] * count)
@@ -271,9 +276,9 @@ class TestCopies:
             (source,) = tensors((2 * PIECE,))
             shadow = torch.zeros_like(source, dtype=torch.bfloat16)
             rules = Rules(stochastic=True, seed=1)
-            step = kernels.prepare([shadow], [source], copied=copied, backend='fused', rules=rules)
-            step(0.3)
-            step(0.3)
+            step = kernels.prepare([[shadow]], [source], copied=copied, backend='fused', rules=rules)
+            step((0.3,))
+            step((0.3,))
             return shadow
 
         counter = torch.ones(9, dtype=torch.int64, device=DEVICE)
@@ -282,7 +287,7 @@ class TestCopies:
     def test_one_that_the_kernel_cannot_take_is_copied_all_the_same(self):
         wide, gaps = torch.tensor([1.5, 2.5], device=DEVICE), torch.arange(6, device=DEVICE)[::2]
         narrow, dense = torch.zeros(2, dtype=torch.float16, device=DEVICE), torch.zeros(3, device=DEVICE).long()
-        kernels.prepare([], [], copied=[(narrow, wide), (dense, gaps)], backend='fused')(0.0)
+        kernels.prepare([[]], [], copied=[(narrow, wide), (dense, gaps)], backend='fused')((0.0,))
         assert (narrow.tolist(), dense.tolist()) == ([1.5, 2.5], [0, 2, 4])
 
     def test_parameters_buffers_and_counters_are_one_launch(self, launches):
@@ -349,42 +354,38 @@ class TestCopies:
         source = lazy(torch.tensor([1 + 2j, 3 - 4j], device=DEVICE))
         assert source.is_conj() or source.is_neg()
         copy = torch.zeros_like(source.clone())
-        kernels.prepare([], [], copied=[(copy, source)], backend='fused')(0.0)
+        kernels.prepare([[]], [], copied=[(copy, source)], backend='fused')((0.0,))
         assert torch.equal(copy, source)
 
     def test_one_of_another_shape_is_refused_before_anything_is_written(self):
         copy, source = torch.zeros(2, device=DEVICE), torch.ones(6, device=DEVICE)
         with pytest.raises(ValueError, match=r'copy 0 has shape \(2,\), its source \(6,\)'):
-            kernels.prepare([], [], copied=[(copy, source)], backend='fused')
+            kernels.prepare([[]], [], copied=[(copy, source)], backend='fused')
         assert not copy.any()
 
     def test_bytes_that_no_word_begins_with_are_copied_one_by_one(self):
-        from composer_ema.kernels import fused
-
         memory = torch.zeros(16, dtype=torch.bool, device=DEVICE)
         whole, shifted = memory[:8], memory[1:9]
         codes = fused._rows_of_copies([(whole, whole), (shifted, whole), (whole, shifted)], 1)[:, 2]
         assert codes.tolist() == [fused._WORDS, fused._BYTES, fused._BYTES]
 
     def test_another_backend_that_was_asked_for_copies_without_the_kernel(self, launches, monkeypatch):
-        monkeypatch.setattr(kernels, '_refusal_of_triton', lambda device, is_asked: None)
+        monkeypatch.setattr(fused, 'refusal_of_device', lambda device, is_asked: None)
         counter = torch.tensor(5, device=DEVICE)
         for backend in ('foreach', 'reference'):
             copy = torch.zeros_like(counter)
-            kernels.prepare([], [], copied=[(copy, counter)], backend=backend)(0.5)
+            kernels.prepare([[]], [], copied=[(copy, counter)], backend=backend)((0.5,))
             assert copy == 5
         assert launches == []
 
     def test_empty_ones_launch_nothing(self, launches):
         empty = [(torch.zeros(0, device=DEVICE), torch.zeros(0, device=DEVICE))]
-        kernels.prepare([], [], copied=empty, backend='fused')(0.5)
+        kernels.prepare([[]], [], copied=empty, backend='fused')((0.5,))
         assert launches == []
 
     @pytest.fixture
     def launches(self, monkeypatch):
         """Grows by one entry a launch."""
-        from composer_ema.kernels import fused
-
         launched, call = [], fused._Launch.__call__
         monkeypatch.setattr(fused._Launch, '__call__', lambda *given: [launched.append(given), call(*given)])
         return launched
@@ -393,7 +394,7 @@ class TestCopies:
 @pytest.mark.parametrize('kind', [list, tuple])
 def test_weights_that_stay_are_filled_in_once(kind):
     (shadow, source) = tensors((3,), (3,))
-    step = kernels.prepare_many([[shadow]], [source], backend='fused')
+    step = kernels.prepare([[shadow]], [source], backend='fused')
     step(kind([0.5]))
     before = step.weights._version
     step(kind([0.5]))
@@ -420,7 +421,7 @@ def test_a_profiler_sees_one_kernel_an_update_and_one_more_for_buffers_beside_tr
 @pytest.mark.gpu
 def test_a_captured_graph_replays_with_the_weights_that_stand_in_device_memory():
     (shadow, source) = tensors((1000,), (1000,))
-    step = kernels.prepare_many([[shadow]], [source], backend='fused')
+    step = kernels.prepare([[shadow]], [source], backend='fused')
     step((0.5,))  # compiles
     shadow.zero_()
     graph = torch.cuda.CUDAGraph()
@@ -437,7 +438,7 @@ def test_a_tensor_of_more_than_2_to_the_31_elements_is_covered_to_its_end():
     if torch.cuda.get_device_properties(0).total_memory < 4 * count * 3:
         pytest.skip('needs 26 GB of device memory')
     source, shadow = torch.ones(count, device='cuda'), torch.zeros(count, device='cuda')
-    kernels.lerp_([shadow], [source], 0.5, backend='fused')
+    lerp_([shadow], [source], 0.5, backend='fused')
     assert shadow[0] == shadow[2**31] == shadow[-1] == 0.5
     assert int((shadow == 0.5).sum()) == count
 

@@ -1,5 +1,8 @@
-"""Every backend against the equation in float64, over dtypes, layouts and sizes."""
+"""Every backend against the equation in float64, over dtypes, layouts and sizes, and the choice between backends."""
 
+import inspect
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -8,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from composer_ema import kernels
-from composer_ema.kernels import foreach, reference
+from composer_ema.kernels import foreach, fused, reference
+from composer_ema.kernels.backend import Backend
 
 DEVICES = [
     'cpu',
@@ -73,6 +77,11 @@ def _small_scratch(monkeypatch):
     monkeypatch.setattr(foreach, '_CHUNK_ACCELERATOR', 32)
 
 
+def lerp_(shadows, sources, weight, **options):
+    """One update of one average."""
+    kernels.prepare([shadows], sources, **options)((weight,))
+
+
 def assert_close(got, expected, dtypes, scale=1.0):
     shadow_dtype, source_dtype = dtypes
     assert got.dtype == shadow_dtype
@@ -91,11 +100,11 @@ def test_an_update_equals_the_formula(device, backend, layout, dtypes):
     shadow = LAYOUTS[layout](dtype=dtypes[0], device=device)
     source = LAYOUTS[layout](dtype=dtypes[1], device=device)
     strides, source_before = shadow.stride(), source.clone()
-    step = kernels.prepare([shadow], [source], backend=backend)
+    step = kernels.prepare([[shadow]], [source], backend=backend)
     scale = max((t.abs().max().item() for t in (shadow, source) if t.numel()), default=0.0)
     for weight in WEIGHTS:
         expected = reference.average(shadow, source, weight)
-        step(weight)
+        step((weight,))
         assert_close(shadow, expected, dtypes, scale)
     assert shadow.stride() == strides
     assert torch.equal(source, source_before)
@@ -111,8 +120,8 @@ def test_lists_of_all_dtypes_and_layouts_at_once(device, backend):
         for make in LAYOUTS.values()
     ]
     expected = [reference.average(shadow, source, 0.3) for shadow, source, _ in pairs]
-    step = kernels.prepare([s for s, _, _ in pairs], [s for _, s, _ in pairs], backend=backend)
-    step(0.3)
+    step = kernels.prepare([[s for s, _, _ in pairs]], [s for _, s, _ in pairs], backend=backend)
+    step((0.3,))
     for (shadow, _, dtypes), wanted in zip(pairs, expected, strict=True):
         assert_close(shadow, wanted, dtypes, scale=5)
 
@@ -122,48 +131,48 @@ def test_lists_of_all_dtypes_and_layouts_at_once(device, backend):
 def test_a_weight_of_zero_freezes_every_bit(backend, dtype):
     shadow = torch.randn(50, dtype=dtype)
     before = shadow.clone()
-    kernels.lerp_([shadow], [torch.randn(50, dtype=dtype)], 0.0, backend=backend)
+    lerp_([shadow], [torch.randn(50, dtype=dtype)], 0.0, backend=backend)
     assert torch.equal(shadow, before)
 
 
 @pytest.mark.parametrize('dtype', TOLERANCES, ids=str)
 def test_a_weight_of_one_copies_every_bit(dtype):
     shadow, source = torch.randn(50, dtype=dtype), torch.randn(50, dtype=dtype)
-    kernels.lerp_([shadow], [source], 1.0)
+    lerp_([shadow], [source], 1.0)
     assert torch.equal(shadow, source)
 
 
 @pytest.mark.parametrize('backend', BACKENDS)
 def test_three_updates_by_hand(backend):
     shadow, source = torch.tensor([8.0, 0.0]), torch.tensor([0.0, 8.0])
-    step = kernels.prepare([shadow], [source], backend=backend)
-    step(0.5)
+    step = kernels.prepare([[shadow]], [source], backend=backend)
+    step((0.5,))
     assert shadow.tolist() == [4.0, 4.0]
-    step(0.25)
+    step((0.25,))
     assert shadow.tolist() == [3.0, 5.0]
     source.fill_(11)
-    step(0.5)
+    step((0.5,))
     assert shadow.tolist() == [7.0, 8.0]
 
 
 @pytest.mark.parametrize('backend', BACKENDS)
 def test_half_a_step_from_a_bfloat16_source_is_exact_in_a_float32_shadow(backend):
     shadow, source = torch.zeros(40), torch.full((40,), 1.0078125, dtype=torch.bfloat16)
-    kernels.lerp_([shadow], [source], 2.0**-10, backend=backend)
+    lerp_([shadow], [source], 2.0**-10, backend=backend)
     assert torch.equal(shadow, torch.full((40,), 1.0078125 * 2.0**-10))
 
 
 @pytest.mark.parametrize('backend', BACKENDS)
 def test_parameters_that_require_a_gradient_are_sources_and_shadows(backend):
     shadow, source = torch.zeros(3, requires_grad=True), torch.ones(3, requires_grad=True)
-    kernels.lerp_([shadow], [source], 0.5, backend=backend)
+    lerp_([shadow], [source], 0.5, backend=backend)
     assert shadow.tolist() == [0.5] * 3
     assert shadow.grad_fn is None
 
 
 @pytest.mark.parametrize('backend', BACKENDS)
 def test_nothing_to_average_is_fine(backend):
-    kernels.lerp_([], [], 0.5, backend=backend)
+    lerp_([], [], 0.5, backend=backend)
 
 
 @given(data=st.data(), weight=st.floats(0, 1))
@@ -176,7 +185,7 @@ def test_any_list_of_tensors_moves_as_the_formula_says(data, weight):
     shadows = [draw(n, dtype=d[0]).normal_(generator=generator) for n, d in zip(sizes, dtypes, strict=True)]
     sources = [draw(n, dtype=d[1]).normal_(generator=generator) for n, d in zip(sizes, dtypes, strict=True)]
     expected = [reference.average(*pair, weight) for pair in zip(shadows, sources, strict=True)]
-    kernels.lerp_(shadows, sources, weight)
+    lerp_(shadows, sources, weight)
     for shadow, wanted, pair in zip(shadows, expected, dtypes, strict=True):
         assert_close(shadow, wanted, pair, scale=6)
 
@@ -184,7 +193,7 @@ def test_any_list_of_tensors_moves_as_the_formula_says(data, weight):
 def test_the_reference_rounds_once_into_the_shadow():
     shadow, source = torch.tensor([1.0], dtype=torch.bfloat16), torch.tensor([2.0], dtype=torch.bfloat16)
     assert reference.average(shadow, source, 1 / 3).tolist() == [1 + 1 / 3]
-    kernels.lerp_([shadow], [source], 1 / 3, backend='reference')
+    lerp_([shadow], [source], 1 / 3, backend='reference')
     assert shadow.item() == torch.tensor(1 + 1 / 3, dtype=torch.float64).to(torch.bfloat16).item()
 
 
@@ -199,7 +208,7 @@ def test_no_chunk_of_scratch_exceeds_its_limit(monkeypatch):
     monkeypatch.setattr(foreach, '_cast_then_lerp', spy)
     sizes = [100, 1, 31, 32, 33, 5]
     shadows, sources = [torch.zeros(n) for n in sizes], [torch.ones(n, dtype=torch.float64) for n in sizes]
-    kernels.lerp_(shadows, sources, 0.5)
+    lerp_(shadows, sources, 0.5)
     assert sum(seen) == sum(sizes)
     assert max(seen) <= 32
     assert all(torch.equal(shadow, torch.full_like(shadow, 0.5)) for shadow in shadows)
@@ -207,47 +216,143 @@ def test_no_chunk_of_scratch_exceeds_its_limit(monkeypatch):
 
 def test_a_step_allocates_nothing():
     shadows, sources = [torch.zeros(64, 64) for _ in range(3)], [torch.ones(64, 64).bfloat16() for _ in range(3)]
-    step = kernels.prepare([*shadows, torch.zeros(64)], [*sources, torch.ones(64)])
-    step(0.5)
+    step = kernels.prepare([[*shadows, torch.zeros(64)]], [*sources, torch.ones(64)])
+    step((0.5,))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step(0.5)
+        step((0.5,))
     assert [e.name for e in profile.events() if e.cpu_memory_usage > 0] == []
 
 
 def test_auto_takes_the_fast_path(monkeypatch):
     monkeypatch.setattr(reference, 'prepare', None)
     shadow = torch.zeros(3)
-    kernels.lerp_([shadow], [torch.ones(3)], 0.5, backend='auto')
+    lerp_([shadow], [torch.ones(3)], 0.5, backend='auto')
     assert shadow.tolist() == [0.5] * 3
 
 
 def test_an_unknown_backend_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="backend must be one of auto, fused, foreach, reference, got 'triton'"):
-        kernels.prepare([], [], backend='triton')
+        kernels.prepare([[]], [], backend='triton')
 
 
 def test_lists_that_do_not_pair_up_are_refused():
     with pytest.raises(ValueError, match='pair up, got 1 and 2 tensors'):
-        kernels.prepare([torch.zeros(1)], [torch.zeros(1)] * 2)
+        kernels.prepare([[torch.zeros(1)]], [torch.zeros(1)] * 2)
 
 
 def test_other_shapes_are_refused_although_they_would_broadcast():
     shadow = torch.zeros(2, 3)
     with pytest.raises(ValueError, match=r'shadow 0 has shape \(2, 3\), its source \(3,\)'):
-        kernels.lerp_([shadow], [torch.ones(3)], 0.5)
+        lerp_([shadow], [torch.ones(3)], 0.5)
     assert not shadow.any()
 
 
 @pytest.mark.parametrize('dtype', [torch.int64, torch.bool])
 def test_integers_are_refused_with_the_remedy(dtype):
-    with pytest.raises(ValueError, match=rf'shadow 0 is {dtype}; only floating and complex .* Copy it\.'):
-        kernels.prepare([torch.zeros(2, dtype=dtype)], [torch.zeros(2)])
+    with pytest.raises(ValueError, match=rf'shadow 0 is {dtype}, but only floating and complex .* Copy it\.'):
+        kernels.prepare([[torch.zeros(2, dtype=dtype)]], [torch.zeros(2)])
 
 
 @pytest.mark.parametrize('dtypes', [(torch.float32, torch.complex64), (torch.complex64, torch.float32)])
 def test_real_and_complex_do_not_mix(dtypes):
-    with pytest.raises(ValueError, match='both or neither are complex'):
-        kernels.prepare([torch.zeros(2, dtype=dtypes[0])], [torch.zeros(2, dtype=dtypes[1])])
+    with pytest.raises(ValueError, match=r'Both or neither must be complex'):
+        kernels.prepare([[torch.zeros(2, dtype=dtypes[0])]], [torch.zeros(2, dtype=dtypes[1])])
+
+
+def test_no_list_of_shadows_is_refused_with_the_remedy():
+    with pytest.raises(ValueError, match=r'at least one list of shadows, got none\. For copies alone pass \[\[\]\]'):
+        kernels.prepare([], [])
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_several_averages_take_one_weight_each(backend):
+    shadows, source = [torch.zeros(3, dtype=dtype) for dtype in (torch.float32, torch.float64)], torch.full((3,), 8.0)
+    step = kernels.prepare([[shadow] for shadow in shadows], [source], backend=backend)
+    step((0.5, 0.25))
+    assert [shadow.tolist() for shadow in shadows] == [[4.0] * 3, [2.0] * 3]
+    with pytest.raises(ValueError, match='zip'):
+        step((0.5,))
+
+
+@pytest.mark.parametrize('name', [name for name in vars(Backend) if not name.startswith('_')])
+@pytest.mark.parametrize('backend', kernels.BACKENDS)
+def test_every_backend_has_the_signatures_of_the_protocol(backend, name):
+    _, *expected = inspect.signature(getattr(Backend, name)).parameters.values()
+    assert list(inspect.signature(getattr(kernels.BACKENDS[backend], name)).parameters.values()) == expected
+
+
+@pytest.mark.parametrize('weight', [0.0, 0.5, 1.0])
+@pytest.mark.parametrize('averages', [[[]], [[torch.zeros(2)], [torch.zeros(2)]]], ids=['alone', 'beside averages'])
+@pytest.mark.parametrize('backend', ['auto', *BACKENDS])
+def test_copies_are_made_whatever_the_weights(backend, averages, weight):
+    pairs = [
+        (torch.zeros(2, dtype=torch.int64), torch.tensor([2**40 + 1, -3])),
+        (torch.zeros(2, dtype=torch.bool), torch.tensor([True, False])),
+        (torch.zeros(2), torch.tensor([1.5, -2.0], dtype=torch.float64)),
+        (torch.zeros(2), torch.tensor([0.5, 4.0], requires_grad=True)),
+        (torch.zeros(3, 2).t(), torch.arange(6.0).view(2, 3)),
+        (torch.zeros(0), torch.zeros(0)),
+    ]
+    step = kernels.prepare(averages, [torch.ones(2)] if averages[0] else [], copied=pairs, backend=backend)
+    step([weight] * len(averages))
+    for copy, source in pairs:
+        assert copy.tolist() == source.tolist()
+        assert not copy.requires_grad
+
+
+def test_averages_and_copies_of_a_device_are_one_step_of_the_backend_itself(monkeypatch):
+    given, step = [], object()
+    monkeypatch.setattr(foreach, 'prepare', lambda *arguments: given.append(arguments) or step)
+    shadow, source, pair = torch.zeros(2), torch.ones(2), (torch.tensor(0), torch.tensor(1))
+    assert kernels.prepare([[shadow]], [source], copied=[pair]) is step
+    assert given == [([[shadow]], [source], kernels.Rules(), [pair])]
+
+
+def test_groups_of_two_backends_all_run():
+    """Random rounding of bfloat16 is the reference's work, float32 beside it and the copy go by foreach."""
+    shadows = [torch.zeros(2), torch.zeros(2, dtype=torch.bfloat16)]
+    copy, rules = torch.tensor(0), kernels.Rules(stochastic=True)
+    step = kernels.prepare([shadows], [torch.ones(2)] * 2, copied=[(copy, torch.tensor(7))], rules=rules)
+    step((0.5,))
+    assert [shadow.tolist() for shadow in shadows] == [[0.5] * 2] * 2
+    assert copy == 7
+
+
+@pytest.mark.parametrize(
+    ('backend', 'shape', 'keeps'),
+    [('foreach', (3,), False), ('foreach', (3, 3), True), ('reference', (3,), True), ('auto', (3,), False)],
+)
+def test_only_small_vectors_are_followed_to_other_memory(backend, shape, keeps):
+    shadow, source = torch.zeros(shape), torch.ones(shape)
+    assert kernels.keeps_address(shadow, source, backend=backend) is keeps
+    assert fused.keeps_address(shadow, source)
+
+
+def test_an_update_on_a_cpu_imports_no_triton():
+    script = """
+import sys, torch
+from composer_ema import kernels
+step = kernels.prepare([[torch.zeros(2)]], [torch.ones(2)], copied=[(torch.tensor(0), torch.tensor(1))])
+step((0.5,))
+assert 'composer_ema.kernels.fused_kernel' not in sys.modules
+"""
+    subprocess.run([sys.executable, '-c', script], check=True)
+
+
+def test_without_triton_the_fused_backend_says_so_and_leaves_cuda_to_the_others(monkeypatch):
+    monkeypatch.delitem(sys.modules, 'composer_ema.kernels.fused_kernel', raising=False)
+    monkeypatch.delattr(kernels, 'fused_kernel', raising=False)
+    monkeypatch.setitem(sys.modules, 'triton', None)
+    assert fused.refusal_of_device(torch.device('cuda'), is_asked=False) == 'triton is not installed'
+
+
+def test_triton_s_interpreter_is_used_only_when_asked(monkeypatch):
+    on_cpu = 'Triton runs on CUDA devices, not on cpu'
+    monkeypatch.setenv('TRITON_INTERPRET', '1')
+    assert fused.refusal_of_device(torch.device('cpu'), is_asked=False) == on_cpu
+    monkeypatch.setenv('TRITON_INTERPRET', '0')
+    with pytest.raises(ValueError, match=f"the backend 'fused' cannot take this pair: {on_cpu}. Pass backend='auto'."):
+        kernels.prepare([[torch.zeros(2)]], [torch.zeros(2)], backend='fused')
 
 
 @pytest.mark.gpu
@@ -255,6 +360,6 @@ def test_real_and_complex_do_not_mix(dtypes):
 @pytest.mark.parametrize('devices', [('cpu', 'cuda'), ('cuda', 'cpu')], ids='{0[0]} shadow, {0[1]} source'.format)
 def test_a_shadow_on_another_device_than_its_source(devices):
     shadow, source = torch.zeros(100, device=devices[0]), torch.ones(100, device=devices[1])
-    kernels.lerp_([shadow], [source], 0.25)
+    lerp_([shadow], [source], 0.25)
     torch.cuda.synchronize()
     assert torch.equal(shadow.cpu(), torch.full((100,), 0.25))

@@ -66,9 +66,9 @@ def test_an_update_of_a_bundle_has_the_bits_of_one_tensor_at_a_time(kinds, weigh
     sources = [torch.randn(shape, dtype=dtype) for shape, dtype in kinds]
     apart = [torch.randn(shape, dtype=dtype) for shape, dtype in kinds]
     together = side_by_side([shadow.clone() for shadow in apart])
-    kernels.prepare(together, sources)(weight)
+    kernels.prepare([together], sources)((weight,))
     for shadow, source, bundled in zip(apart, sources, together, strict=True):
-        kernels.prepare([shadow], [source])(weight)
+        kernels.prepare([[shadow]], [source])((weight,))
         assert torch.equal(bundled, shadow)
 
 
@@ -88,9 +88,9 @@ def test_neighbours_in_another_order_are_no_bundle():
 def test_counters_are_copied_as_one_tensor_and_follow_the_model():
     counters = [torch.tensor(value) for value in range(5)]
     shadows = side_by_side([torch.zeros((), dtype=torch.int64) for _ in counters])
-    step = kernels.prepare([], [], copied=list(zip(shadows, counters, strict=True)))
+    step = kernels.prepare([[]], [], copied=list(zip(shadows, counters, strict=True)))
     counters[3].fill_(-7)
-    step(0.0)
+    step((0.0,))
     assert [shadow.item() for shadow in shadows] == [0, 1, 2, -7, 4]
 
 

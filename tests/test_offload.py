@@ -76,7 +76,7 @@ def test_chunks_of_any_size_give_the_bits_of_an_update_in_line(kinds, chunk, wei
     average = HostAverage(list(zip(shadows, sources, strict=True)), [], [], chunk=chunk)
     for _ in range(2):
         average.update(weight)
-        kernels.lerp_(expected, sources, weight)
+        kernels.prepare([expected], sources)((weight,))
     average.wait()
     for shadow, wanted in zip(shadows, expected, strict=True):
         assert torch.equal(shadow, wanted)

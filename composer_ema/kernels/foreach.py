@@ -1,7 +1,7 @@
-"""The portable fast path: one ``torch._foreach_lerp_`` per dtype and device, no allocation after the first call.
+"""The foreach backend, fast on every device: one ``torch._foreach_lerp_`` per dtype, and no allocation per update.
 
-Sources of another dtype or device than their shadow pass through one scratch buffer of bounded size, chunk by chunk.
-Small shadows that lie side by side on the CPU are moved as one tensor, which gives the same bits.
+Sources whose dtype or device differs from their shadow's pass through one scratch buffer of bounded size, chunk by
+chunk. Small shadows that lie side by side on a CPU are moved as one tensor, which gives the same bits.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from composer_ema.kernels.backend import Steps
 from composer_ema.kernels.layout import (
     Pair,
     can_be_bundled,
@@ -23,15 +24,21 @@ from composer_ema.kernels.layout import (
     split_bundles,
     unzip,
 )
-from composer_ema.kernels.rules import Rules, Steps
+from composer_ema.kernels.rules import Rules
 
-# Elements of scratch: on CPU what stays in a core's cache, on an accelerator what fills the device.
+# Elements of the scratch buffer: on a CPU, what stays in a core's cache; on an accelerator, what fills the device.
 _CHUNK_CPU = 2**18
 _CHUNK_ACCELERATOR = 2**24
 
 
+def refusal_of_device(device: torch.device, *, is_asked: bool) -> str | None:
+    """Foreach kernels run on every device."""
+    del device, is_asked
+    return None
+
+
 def refusal(shadow: Tensor, source: Tensor, rules: Rules) -> str | None:
-    """Why this pair cannot be averaged here, in words; None if it can."""
+    """Foreach kernels follow the formula alone, and round to the nearest."""
     del source
     if rules.skip_nonfinite:
         return 'skipping non-finite weights would take a second pass'
@@ -40,39 +47,49 @@ def refusal(shadow: Tensor, source: Tensor, rules: Rules) -> str | None:
     return None
 
 
+def refusal_to_copy(copy: Tensor, source: Tensor) -> str | None:
+    """Foreach kernels copy every pair."""
+    del copy, source
+    return None
+
+
 def keeps_address(shadow: Tensor, source: Tensor) -> bool:
-    """Whether a step reads ``source`` where its memory was when it was prepared, and not wherever it is by then."""
+    """A step gathers small vectors from the sources themselves; of other sources it may hold views."""
     return not (can_be_bundled(shadow, source) and source.dim() == 1)
 
 
-def prepare(shadow_sets: Sequence[Sequence[Tensor]], sources: Sequence[Tensor], rules: Rules) -> Steps:
-    """Groups the pairs by dtype and device and returns a step that runs one fused call per group or chunk."""
-    del rules  # those that matter were refused
+def prepare(
+    shadow_sets: Sequence[Sequence[Tensor]], sources: Sequence[Tensor], rules: Rules, copied: Sequence[Pair]
+) -> Steps:
+    """Groups the pairs by dtype and returns a step that makes one fused call per group or chunk."""
+    del rules  # pairs to which any of them applies were refused
     calls = [_calls(detached(shadows), sources) for shadows in shadow_sets]
+    copies = list(_copies(*unzip(copied)))
 
-    @torch.no_grad()
     def step(weights: Sequence[float]) -> None:
-        for calls_of_one, weight in zip(calls, weights, strict=True):
-            for call in calls_of_one:
-                call(weight)
+        with torch.no_grad():  # a source that requires a gradient would record the update
+            for calls_of_one, weight in zip(calls, weights, strict=True):
+                for call in calls_of_one:
+                    call(weight)
+            for copy in copies:
+                copy()
 
-    return step
+    def copy_alone(weights: Sequence[float]) -> None:
+        del weights
+        for copy in copies:
+            copy()
+
+    # Copies are of detached tensors, so alone they need no guard, which takes longer than a few of them.
+    return step if sources else copy_alone
 
 
-def prepare_copy(shadows: Sequence[Tensor], sources: Sequence[Tensor]) -> Callable[[], None]:
-    """Returns a step that copies ``sources``, of any dtype, into ``shadows``."""
-    bundles, singles = split_bundles(detached(shadows), detached(sources))
-    # In lists of one dtype, for which alone CUDA has one kernel for many tensors.
-    groups = grouped(zip(*singles, strict=True), _target_and_likeness)
-    copies = list(map(unzip, groups.values()))
-
-    def copy() -> None:
-        for bundle, parts in bundles:
-            torch.cat(parts, out=bundle)
-        for to, come_from in copies:
-            torch._foreach_copy_(to, come_from)
-
-    return copy
+def _copies(copies: Sequence[Tensor], sources: Sequence[Tensor]) -> Iterator[Callable[[], object]]:
+    bundles, singles = split_bundles(detached(copies), detached(sources))
+    for bundle, parts in bundles:
+        yield partial(torch.cat, parts, out=bundle)
+    # CUDA has one kernel for many tensors only where both lists are of one dtype.
+    for group in grouped(zip(*singles, strict=True), _target_and_likeness).values():
+        yield partial(torch._foreach_copy_, *unzip(group))
 
 
 def _calls(shadows: Sequence[Tensor], sources: Sequence[Tensor]) -> list[Callable[[float], None]]:
@@ -83,7 +100,6 @@ def _calls(shadows: Sequence[Tensor], sources: Sequence[Tensor]) -> list[Callabl
             calls.extend(_in_place(group_shadows, group_sources))
         else:
             calls.extend(_through_scratch(group_shadows, detached(group_sources), device, dtype))
-
     return calls
 
 
@@ -115,7 +131,7 @@ def _through_scratch(
 
 
 def _lerp(shadows: list[Tensor], sources: list[Tensor], weight: float) -> None:
-    # The ends are exact whatever is not finite: 0 keeps the shadow, 1 copies the source.
+    # A lerp would turn what is not finite into NaN, so the ends are exact: 0 keeps the shadow, 1 copies the source.
     if weight == 1:
         torch._foreach_copy_(shadows, sources)
     elif weight != 0:

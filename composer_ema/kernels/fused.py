@@ -1,10 +1,12 @@
-"""The fused path on CUDA: one Triton launch for all tensors of a device, whatever their number, dtypes and averages.
+"""The fused backend for CUDA: one Triton launch updates all tensors of a device, whatever their number and dtypes.
 
-A table on the device, built once, gives each program a piece of one tensor: where it starts, how long it is, and where
-the same piece starts in each of k averages. The program reads its piece of the source once and updates all k, so k
-float32 averages move 4 + 8k bytes per parameter. Tensors that are copied, such as BatchNorm's counters, are rows of the
-same table. Weights, seed and step are read from device memory, so a captured CUDA graph replays with whatever stands
-there.
+A table on the device, built once, assigns each program a piece of one tensor: where the piece starts, how long it is,
+and where the same piece starts in each of k averages. The program reads its piece of the source once and updates all k
+averages, so k float32 averages move 4 + 8k bytes per parameter. Tensors that are copied, such as BatchNorm's counters,
+are rows of the same table. The kernel reads weights, seed and step from device memory, so a captured CUDA graph replays
+with the values that are there at the time.
+
+This module imports Triton only to prepare a step: CPU builds of torch come without it.
 """
 
 from __future__ import annotations
@@ -14,28 +16,40 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from composer_ema.kernels.backend import Steps
 from composer_ema.kernels.layout import Pair, flat
-from composer_ema.kernels.rules import PHILOX_ROUNDS, PIECE, Rules, Steps
+from composer_ema.kernels.rules import PHILOX_ROUNDS, PIECE, Rules
 
 _SOURCE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SHADOW_CODES = {torch.float32: 0, torch.bfloat16: 1}
-# One code for all rows of the table, or this: the table says it row by row.
+# Stands for the one code that all rows share where they do not share one: the kernel then reads each row's own code.
 _MIXED = -1
-# Codes of rows that are copied as they are, whatever their dtype: in units of four bytes, or of one.
+# Codes of rows that are copied without regard to dtype, in units of four bytes or of one.
 _WORDS, _BYTES = 3, 4
-# Columns: address and length of the source's piece and its code; then k addresses and k codes of averages. A row that
-# is copied uses the first address of them.
+# The columns of a row: address, length and code of the source's piece, then k addresses and k codes of averages.
+# A row that is copied has its target in the first of the k addresses.
 _HEAD = 3
 _NUM_WARPS = 8
 
 
+def refusal_of_device(device: torch.device, *, is_asked: bool) -> str | None:
+    """Triton compiles for CUDA only, and may be missing."""
+    # Triton's interpreter runs the same kernel on a CPU. It is for tests, so we use it only when asked.
+    is_interpreted = is_asked and os.environ.get('TRITON_INTERPRET') == '1'
+    if device.type != 'cuda' and not is_interpreted:
+        return f'Triton runs on CUDA devices, not on {device}'
+    try:
+        from composer_ema.kernels import fused_kernel  # noqa: F401
+    except ModuleNotFoundError as error:
+        return f'{error.name} is not installed'
+    return None
+
+
 def refusal(shadow: Tensor, source: Tensor, rules: Rules) -> str | None:
-    """Why this pair cannot be fused, in words; None if it can."""
-    del rules  # all of them are kept
+    """The kernel knows a few dtypes, and walks both tensors by one offset."""
+    del rules  # the kernel follows all of them
     if source.dtype not in _SOURCE_CODES:
         return f'weights of {source.dtype} are not fused'
     if shadow.dtype not in _SHADOW_CODES:
@@ -44,43 +58,26 @@ def refusal(shadow: Tensor, source: Tensor, rules: Rules) -> str | None:
 
 
 def refusal_to_copy(copy: Tensor, source: Tensor) -> str | None:
-    """Why ``copy`` cannot become a copy of ``source`` in the launch that averages others; None if it can."""
+    """The kernel copies bytes, so the dtypes must be equal; any will do."""
     if copy.dtype != source.dtype:
         return f'the copy is {copy.dtype}, the source is {source.dtype}'
     return _refusal_of_memory(copy, source)
 
 
-def _refusal_of_memory(shadow: Tensor, source: Tensor) -> str | None:
-    # Triton's interpreter runs the same kernel on a CPU: for tests, and only when it is asked for by name.
-    is_interpreted = os.environ.get('TRITON_INTERPRET') == '1'
-    if shadow.device != source.device:
-        return f'the average is on {shadow.device}, the weights are on {source.device}'
-    if shadow.device.type != 'cuda' and not is_interpreted:
-        return f'Triton runs on CUDA devices, not on {shadow.device}'
-    if any(tensor.is_conj() or tensor.is_neg() for tensor in (shadow, source)):
-        return 'memory holds the conjugate or the negative of what the tensor is'
-    if shadow.stride() != source.stride() or flat(shadow) is None:
-        return 'average and weights do not lie densely in the same order'
-    return None
+def keeps_address(shadow: Tensor, source: Tensor) -> bool:
+    """The table holds addresses."""
+    del shadow, source
+    return True
 
 
 def prepare(
-    shadow_sets: Sequence[Sequence[Tensor]],
-    sources: Sequence[Tensor],
-    rules: Rules,
-    copied: Sequence[Pair] = (),
+    shadow_sets: Sequence[Sequence[Tensor]], sources: Sequence[Tensor], rules: Rules, copied: Sequence[Pair]
 ) -> Steps:
-    """Builds the table and returns a step of one launch. All tensors are on one device.
+    """Builds the table and returns a step of one launch.
 
-    The step has two attributes for who captures it in a CUDA graph: ``weights``, k float32 on the device, which a step
-    fills when they change and a replay only reads; ``control``, int64: seed, next step, and one of its own.
-
-    Args:
-        shadow_sets: k lists of averages; ``refusal`` let each pass.
-        sources: as many as each of these.
-        rules: see there.
-        copied: pairs of a copy and its source, of any dtype, copied whatever the weights; ``refusal_to_copy`` let
-            each pass.
+    To capture the step in a CUDA graph, use its two attributes. ``weights`` is k float32 on the device: a call fills
+    them when they change, a replay only reads them. ``control`` is three int64: the seed, the number of the next
+    update, and a counter of the kernel's own.
     """
     num_averages = len(shadow_sets)
     device = (*sources, *(source for _, source in copied))[0].device
@@ -100,17 +97,32 @@ def prepare(
         'ROUNDS': PHILOX_ROUNDS,
         'num_warps': _NUM_WARPS,
     }
-    # Random bits are counted by row, so copies come last.
+    # Random bits are counted by row, so copies come last: then they do not change the bits.
     return _Launch(torch.cat([rows, copied_rows]).to(device), num_averages, rules, meta)
 
 
+def _refusal_of_memory(shadow: Tensor, source: Tensor) -> str | None:
+    if shadow.device != source.device:
+        return f'the average is on {shadow.device}, the weights are on {source.device}'
+    if any(tensor.is_conj() or tensor.is_neg() for tensor in (shadow, source)):
+        return 'the tensor is a lazy conjugate or negative of its memory'
+    if shadow.stride() != source.stride() or flat(shadow) is None:
+        return 'average and weights do not lie densely in the same order'
+    return None
+
+
 class _Launch:
+    """A step of one launch; :func:`prepare` documents the attributes."""
+
     def __init__(self, table: Tensor, num_averages: int, rules: Rules, meta: dict[str, Any]) -> None:
+        from composer_ema.kernels import fused_kernel
+
         self.weights = torch.zeros(num_averages, device=table.device)
         self.control = torch.tensor([rules.seed, rules.first_step, 0], device=table.device)
         self._skipped = (
             torch.zeros((), dtype=torch.int64, device=table.device) if rules.skipped is None else rules.skipped
         )
+        self._kernel = fused_kernel.update
         self._table, self._meta, self._last = table, meta, None
 
     def __call__(self, weights: Sequence[float]) -> None:
@@ -119,9 +131,9 @@ class _Launch:
             for slot, weight in zip(self.weights, weights, strict=True):
                 slot.fill_(weight)
             self._last = weights
-        # The launch goes to the current device, whichever it is; one that is current already costs nothing.
+        # Triton launches on the current device, so we make the table's device current; if it already is, that is free.
         with torch.cuda.device(self._table.device if self._table.is_cuda else -1):
-            _update[(len(self._table),)](self._table, self.weights, self.control, self._skipped, **self._meta)
+            self._kernel[(len(self._table),)](self._table, self.weights, self.control, self._skipped, **self._meta)
 
 
 def _rows(shadow_sets: Sequence[Sequence[Tensor]], sources: Sequence[Tensor]) -> Tensor:
@@ -141,6 +153,7 @@ def _rows(shadow_sets: Sequence[Sequence[Tensor]], sources: Sequence[Tensor]) ->
 
 
 def _rows_of_copies(copied: Sequence[Pair], num_averages: int) -> Tensor:
+    """The table's rows for pairs that are copied, as wide as those of averages."""
     parts = [_no_rows(num_averages)]
     for copy, source in copied:
         size, addresses = source.numel() * source.element_size(), (source.data_ptr(), copy.data_ptr())
@@ -159,140 +172,6 @@ def _no_rows(num_averages: int) -> Tensor:
 
 
 def _common(codes: Tensor) -> int:
+    """The one code in ``codes``, or that for several."""
     distinct = codes.unique()
     return int(distinct) if distinct.numel() == 1 else _MIXED
-
-
-@triton.jit
-def _update(
-    table, weights, control, skipped,
-    K: tl.constexpr, SOURCE: tl.constexpr, SHADOW: tl.constexpr, GUARD: tl.constexpr, STOCHASTIC: tl.constexpr,
-    COPIES: tl.constexpr, ALIGNED: tl.constexpr, PIECE: tl.constexpr, ROUNDS: tl.constexpr,
-):  # fmt: skip
-    number = tl.program_id(0)
-    row = table + number.to(tl.int64) * (3 + 2 * K)
-    count = tl.load(row + 1).to(tl.int32)
-    seed, step = tl.load(control), tl.load(control + 1).to(tl.uint32)
-    number = number.to(tl.uint32)
-    code = tl.load(row + 2) if COPIES else 0
-    # Whole pieces need no mask, and without one the loads are vectors.
-    if code >= 3:
-        _copy_piece(row, count, code, PIECE)
-    elif count == PIECE:
-        _average_piece(
-            row, count, weights, skipped, seed, number, step, K, SOURCE, SHADOW, GUARD, STOCHASTIC, False, ALIGNED,
-            PIECE, ROUNDS,
-        )  # fmt: skip
-    else:
-        _average_piece(
-            row, count, weights, skipped, seed, number, step, K, SOURCE, SHADOW, GUARD, STOCHASTIC, True, ALIGNED,
-            PIECE, ROUNDS,
-        )  # fmt: skip
-    if STOCHASTIC:
-        # When the last program arrives, all have read the step; it alone moves it on.
-        arrived = tl.atomic_add(control + 2, 1)
-        if arrived == tl.num_programs(0) - 1:
-            tl.atomic_add(control + 1, 1)
-            tl.atomic_xchg(control + 2, 0)
-
-
-@triton.jit
-def _copy_piece(row, count, code, PIECE: tl.constexpr):
-    offsets = tl.arange(0, PIECE)
-    source, copy = tl.load(row), tl.load(row + 3)
-    if code == 3:
-        words = tl.load(source.to(tl.pointer_type(tl.int32)) + offsets, mask=offsets < count)
-        tl.store(copy.to(tl.pointer_type(tl.int32)) + offsets, words, mask=offsets < count)
-    else:
-        single = tl.load(source.to(tl.pointer_type(tl.int8)) + offsets, mask=offsets < count)
-        tl.store(copy.to(tl.pointer_type(tl.int8)) + offsets, single, mask=offsets < count)
-
-
-@triton.jit
-def _average_piece(
-    row, count, weights, skipped, seed, number, step,
-    K: tl.constexpr, SOURCE: tl.constexpr, SHADOW: tl.constexpr, GUARD: tl.constexpr, STOCHASTIC: tl.constexpr,
-    MASKED: tl.constexpr, ALIGNED: tl.constexpr, PIECE: tl.constexpr, ROUNDS: tl.constexpr,
-):  # fmt: skip
-    offsets = tl.arange(0, PIECE)
-    address = tl.load(row)
-    if SOURCE >= 0:
-        new = _read(address, offsets, count, SOURCE, MASKED, ALIGNED)
-    else:
-        code = tl.load(row + 2)
-        if code == 0:
-            new = _read(address, offsets, count, 0, MASKED, ALIGNED)
-        elif code == 1:
-            new = _read(address, offsets, count, 1, MASKED, ALIGNED)
-        else:
-            new = _read(address, offsets, count, 2, MASKED, ALIGNED)
-    # A comparison with NaN is false. Kept as numbers: Triton 3.3's interpreter cannot negate booleans.
-    is_bad = tl.where(tl.abs(new) <= 3.4028234663852886e38, 0, 1)
-    if GUARD:
-        tl.atomic_add(skipped + offsets * 0, is_bad.to(tl.int64), mask=is_bad != 0)
-    for k in tl.static_range(K):
-        weight, shadow = tl.load(weights + k), tl.load(row + 3 + k)
-        if SHADOW >= 0:
-            _average(
-                shadow, offsets, count, new, is_bad, weight, seed, number, step, k, SHADOW, GUARD, STOCHASTIC,
-                MASKED, ALIGNED, ROUNDS,
-            )  # fmt: skip
-        else:
-            if tl.load(row + 3 + K + k) == 0:
-                _average(
-                    shadow, offsets, count, new, is_bad, weight, seed, number, step, k, 0, GUARD, STOCHASTIC, MASKED,
-                    ALIGNED, ROUNDS,
-                )  # fmt: skip
-            else:
-                _average(
-                    shadow, offsets, count, new, is_bad, weight, seed, number, step, k, 1, GUARD, STOCHASTIC, MASKED,
-                    ALIGNED, ROUNDS,
-                )  # fmt: skip
-
-
-@triton.jit
-def _average(
-    shadow, offsets, count, new, is_bad, weight, seed, number, step, which,
-    CODE: tl.constexpr, GUARD: tl.constexpr, STOCHASTIC: tl.constexpr, MASKED: tl.constexpr, ALIGNED: tl.constexpr,
-    ROUNDS: tl.constexpr,
-):  # fmt: skip
-    old = _read(shadow, offsets, count, CODE, MASKED, ALIGNED)
-    # The two forms of torch.lerp: each is exact at its own end.
-    value = tl.where(weight < 0.5, old + weight * (new - old), new - (new - old) * (1.0 - weight))
-    value = tl.where(weight >= 1.0, new, tl.where(weight <= 0.0, old, value))
-    if CODE == 1:
-        # bfloat16 is float32 without its lower 16 bits: what is added before they are cut decides which carry.
-        bits = value.to(tl.uint32, bitcast=True)
-        if STOCHASTIC:
-            random, _, _, _ = tl.philox(seed, offsets.to(tl.uint32), number, step, which, ROUNDS)
-            rounded = (bits + (random & 0xFFFF)) & 0xFFFF0000
-        else:
-            rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        value = tl.where(tl.abs(value) <= 3.3895313892515355e38, rounded.to(tl.float32, bitcast=True), value)
-    if GUARD:
-        value = tl.where(is_bad != 0, old, value)
-    pointer = _pointer(shadow, CODE, ALIGNED) + offsets
-    if MASKED:
-        tl.store(pointer, value, mask=offsets < count)
-    else:
-        tl.store(pointer, value)
-
-
-@triton.jit
-def _read(address, offsets, count, CODE: tl.constexpr, MASKED: tl.constexpr, ALIGNED: tl.constexpr):
-    pointer = _pointer(address, CODE, ALIGNED) + offsets
-    value = tl.load(pointer, mask=offsets < count, other=0.0) if MASKED else tl.load(pointer)
-    return value.to(tl.float32)
-
-
-@triton.jit
-def _pointer(address, CODE: tl.constexpr, ALIGNED: tl.constexpr):
-    if CODE == 0:
-        pointer = address.to(tl.pointer_type(tl.float32))
-    elif CODE == 1:
-        pointer = address.to(tl.pointer_type(tl.bfloat16))
-    else:
-        pointer = address.to(tl.pointer_type(tl.float16))
-    if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer

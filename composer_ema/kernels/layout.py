@@ -1,7 +1,7 @@
-"""How tensors lie in memory: each by itself, and small ones side by side, so that one call moves many of them.
+"""Lays small tensors side by side in memory, and finds those that are, so that one call moves many of them.
 
-On a CPU a call on a tensor takes as long as the arithmetic on some thousand of its elements. Shadows that lie side by
-side are one flat tensor, and their sources are gathered into another by a single ``torch.cat``.
+On a CPU, the overhead of one call equals the arithmetic on some thousand elements. Shadows that lie side by side form
+one flat tensor, and a single ``torch.cat`` gathers their sources into another.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from torch import Tensor
 _T = TypeVar('_T')
 _K = TypeVar('_K', bound=Hashable)
 
-#: What is averaged or copied into, and where that comes from.
+#: A tensor that is written, and the source that it averages or copies.
 Pair = tuple[Tensor, Tensor]
 
-#: Elements up to which gathering a tensor on a CPU costs less than a call of its own.
+#: Largest tensor, in elements, that a CPU gathers faster than it makes a separate call.
 SMALL = 2**11
-#: Elements of tensors that lie side by side: from here on torch splits a call over threads, which so little work loses.
+#: Most elements that lie side by side. Above this torch splits a call over threads, which slows down so little work.
 BUNDLE = 2**15
 
 
 def flat(tensor: Tensor) -> Tensor | None:
-    """The elements in the order in which memory holds them, as a view; None where there are gaps or overlaps."""
+    """Returns a flat view in memory order, or None if the tensor has gaps or overlaps itself."""
     outermost_first = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
     in_memory_order = tensor.permute(outermost_first)
     return in_memory_order.view(-1) if in_memory_order.is_contiguous() else None
 
 
 def side_by_side(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """``tensors``, with small ones on the CPU replaced by copies that lie one behind the other, dtype by dtype.
+    """Returns ``tensors`` with the small ones on the CPU replaced by copies that lie one behind the other.
 
-    Shapes and strides stay. Copies of one dtype share allocations of at most :data:`BUNDLE` elements each.
+    Copies keep shape and strides. Those of one dtype share allocations of at most :data:`BUNDLE` elements each.
     """
     placed = list(tensors)
     small = [index for index, tensor in enumerate(tensors) if _is_small(tensor)]
@@ -51,7 +51,7 @@ def side_by_side(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def can_be_bundled(shadow: Tensor, source: Tensor) -> bool:
-    """Whether the two are small, on the CPU, and lie alike in one dtype."""
+    """Whether both tensors are small, on the CPU, and of equal dtype and strides."""
     lie_alike = shadow.dtype == source.dtype and shadow.stride() == source.stride()
     return lie_alike and _is_small(shadow) and _is_small(source)
 
@@ -59,11 +59,11 @@ def can_be_bundled(shadow: Tensor, source: Tensor) -> bool:
 def split_bundles(
     shadows: Sequence[Tensor], sources: Sequence[Tensor]
 ) -> tuple[list[tuple[Tensor, list[Tensor]]], tuple[list[Tensor], list[Tensor]]]:
-    """Finds the pairs whose shadows lie :func:`side_by_side`, and which lie as their sources do, in one dtype.
+    """Finds the pairs whose shadows lie :func:`side_by_side` and have the dtype and strides of their sources.
 
     Returns:
-        Bundles: one flat view of several shadows, and their sources, whose concatenation it follows: those of one
-        dimension themselves, of others flat views. And the shadows and sources that are left.
+        The bundles, and the shadows and sources that are in none. A bundle is one flat view of several shadows, and the
+        sources whose concatenation it corresponds to: vectors themselves, flat views of other sources.
     """
     bundles: list[tuple[Tensor, list[Tensor]]] = []
     singles: list[Pair] = []
@@ -81,7 +81,10 @@ def split_bundles(
 
 
 def pieces(shadow: Tensor, source: Tensor, limit: int) -> Iterator[Pair]:
-    """Flat views of at most ``limit`` elements where both tensors lie densely in the same order, else the pair."""
+    """Cuts the pair into flat views of at most ``limit`` elements, if both lie densely in the same order.
+
+    Otherwise yields the pair as it is.
+    """
     if shadow.stride() == source.stride() and (flat_shadow := flat(shadow)) is not None:
         flat_source = flat(source)
         assert flat_source is not None
@@ -91,7 +94,7 @@ def pieces(shadow: Tensor, source: Tensor, limit: int) -> Iterator[Pair]:
 
 
 def carve(scratch: Tensor, shadows: list[Tensor]) -> list[Tensor]:
-    """Views of ``scratch``, one behind the other, with the shapes of ``shadows``."""
+    """Returns views of ``scratch``, one behind the other, in the shapes of ``shadows``."""
     views, start = [], 0
     for shadow in shadows:
         views.append(scratch[start : start + shadow.numel()].view(shadow.shape))
@@ -100,18 +103,18 @@ def carve(scratch: Tensor, shadows: list[Tensor]) -> list[Tensor]:
 
 
 def detached(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Aliases of the same memory that autograd does not follow."""
+    """Returns aliases of the same memory that autograd does not track."""
     return [tensor.detach() for tensor in tensors]
 
 
 def unzip(pairs: Iterable[Pair]) -> tuple[list[Tensor], list[Tensor]]:
-    """The first tensors and the second ones; two empty lists for no pairs."""
+    """Returns the first tensors of all pairs and the second ones, as two lists."""
     pairs = list(pairs)
     return [first for first, _ in pairs], [second for _, second in pairs]
 
 
 def grouped(items: Iterable[_T], key: Callable[[_T], _K]) -> defaultdict[_K, list[_T]]:
-    """``items`` by their key, in order; a key that none has stands for an empty list."""
+    """Groups ``items`` by key, in order. A key that no item has maps to an empty list."""
     groups: defaultdict[_K, list[_T]] = defaultdict(list)
     for item in items:
         groups[key(item)].append(item)
@@ -119,7 +122,10 @@ def grouped(items: Iterable[_T], key: Callable[[_T], _K]) -> defaultdict[_K, lis
 
 
 def packed(items: Iterable[_T], size_of: Callable[[_T], int], limit: int) -> Iterator[list[_T]]:
-    """Splits ``items``, in order, into lists of at most ``limit`` in size; a larger item has a list of its own."""
+    """Splits ``items``, in order, into lists whose sizes add up to at most ``limit``.
+
+    An item larger than that gets a list of its own.
+    """
     together, size = [], 0
     for item in items:
         if together and size + size_of(item) > limit:
@@ -147,7 +153,7 @@ def _flattened(tensor: Tensor) -> Tensor:
 
 
 def _runs(pairs: list[Pair]) -> Iterator[list[Pair]]:
-    """Splits pairs where the next shadow does not lie right behind the one before, or a bundle is full."""
+    """Splits pairs where a shadow does not lie right behind the one before, and where a bundle is full."""
     run, size = [], 0
     for pair in pairs:
         if run and not (size + pair[0].numel() <= BUNDLE and _lies_behind(run[-1][0], pair[0])):

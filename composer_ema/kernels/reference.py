@@ -1,4 +1,4 @@
-"""The formula in float64, written like the equation: what every fast backend is tested against."""
+"""The reference backend: the formula in float64, written like the equation. The fast backends are tested against it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from composer_ema.kernels.layout import flat
-from composer_ema.kernels.rules import PHILOX_ROUNDS, PIECE, Rules, Steps
+from composer_ema.kernels.backend import Steps
+from composer_ema.kernels.layout import Pair, flat
+from composer_ema.kernels.rules import PHILOX_ROUNDS, PIECE, Rules
 
 
 def average(shadow: Tensor, source: Tensor, weight: float) -> Tensor:
-    """``shadow + weight * (source - shadow)`` in float64 (complex128 for complex tensors), not rounded back.
+    """Returns ``shadow + weight * (source - shadow)`` in float64, or complex128 for complex tensors.
 
-    The ends are exact whatever is not finite: a weight of 0 keeps the shadow, 1 is the source.
+    A weight of 0 returns the shadow and 1 the source, even where the other is not finite.
     """
     wide = torch.complex128 if shadow.is_complex() else torch.float64
     old, new = shadow.to(wide), source.detach().to(device=shadow.device, dtype=wide)
@@ -23,13 +24,33 @@ def average(shadow: Tensor, source: Tensor, weight: float) -> Tensor:
     return old + weight * (new - old)
 
 
+def refusal_of_device(device: torch.device, *, is_asked: bool) -> str | None:
+    """The reference runs on every device."""
+    del device, is_asked
+    return None
+
+
 def refusal(shadow: Tensor, source: Tensor, rules: Rules) -> str | None:
-    """Why this pair cannot be averaged; the reference averages every pair."""
+    """The reference averages every pair."""
     del shadow, source, rules
     return None
 
 
-def prepare(shadow_sets: Sequence[Sequence[Tensor]], sources: Sequence[Tensor], rules: Rules) -> Steps:
+def refusal_to_copy(copy: Tensor, source: Tensor) -> str | None:
+    """The reference copies every pair."""
+    del copy, source
+    return None
+
+
+def keeps_address(shadow: Tensor, source: Tensor) -> bool:
+    """A step would follow its source, but a step that is prepared again also has its shapes checked again."""
+    del shadow, source
+    return True
+
+
+def prepare(
+    shadow_sets: Sequence[Sequence[Tensor]], sources: Sequence[Tensor], rules: Rules, copied: Sequence[Pair]
+) -> Steps:
     """Returns a step that averages in float64 and rounds once, into the shadow's dtype."""
     pieces = [-(-source.numel() // PIECE) for source in sources]
     first_pieces = [sum(pieces[:index]) for index in range(len(pieces))]
@@ -49,17 +70,19 @@ def prepare(shadow_sets: Sequence[Sequence[Tensor]], sources: Sequence[Tensor], 
                     if rules.skipped is not None and which == 0:
                         rules.skipped.add_(is_bad.sum())
                 shadow.copy_(new)
+        for copy, source in copied:
+            copy.copy_(source)
         next_step += 1
 
     return step
 
 
 def round_stochastically(value: Tensor, like: Tensor, seed: int, first_piece: int, step: int, which: int) -> Tensor:
-    """Rounds to bfloat16 up or down at random, in proportion to what lies between.
+    """Rounds to bfloat16, up or down at random in proportion to the distance.
 
     Args:
-        value: what to round, of the shape of ``like``; taken to float32 first.
-        like: gives the order in memory, by which the bits are counted.
+        value: what to round; converted to float32 first.
+        like: has the shape of ``value``. Its order in memory is the order in which the bits are counted.
         seed: key of the random bits.
         first_piece: number of the tensor's first piece.
         step: number of the update.
@@ -81,9 +104,9 @@ def round_stochastically(value: Tensor, like: Tensor, seed: int, first_piece: in
 
 
 def philox(seed: int, place: Tensor, piece: Tensor, step: int, which: int) -> Tensor:
-    """The first of the four words of Philox4x32 (Salmon et al. 2011, section 3.3), as int64 in [0, 2**32).
+    """Returns the first of the four words of Philox4x32 (Salmon et al. 2011, section 3.3), as int64 in [0, 2**32).
 
-    The counter is (place, piece, step, which), the key the lower and upper half of ``seed``.
+    The counter is (place, piece, step, which). The key is the lower and the upper half of ``seed``.
     """
     word = 0xFFFFFFFF
     c0, c1 = place & word, piece & word
@@ -98,7 +121,7 @@ def philox(seed: int, place: Tensor, piece: Tensor, step: int, which: int) -> Te
 
 
 def _multiply(factor: int, word: Tensor) -> tuple[Tensor, Tensor]:
-    """The upper and lower 32 bits of a product of two 32-bit words, in 64-bit integers that have a sign."""
+    """Returns the upper and lower 32 bits of the product of two 32-bit words, by arithmetic in signed int64."""
     low = (word & 0xFFFF) * factor
     high = (word >> 16) * factor + (low >> 16)
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)

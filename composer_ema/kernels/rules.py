@@ -1,34 +1,33 @@
-"""What an update does to an element besides the formula, and what every backend must agree on to do the same."""
+"""The rules by which every backend guards and rounds an element, and the constants that make their bits agree."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-#: Performs one update in place; takes one weight for each average, in [0, 1]: 0 keeps, 1 copies.
-Steps = Callable[[Sequence[float]], None]
-
-#: Elements of a piece. Random bits are counted by piece and place in it, so that every backend draws the same.
+#: Elements in a piece of a tensor. Random bits are counted by piece and place in the piece, so that all backends draw
+#: the same bits.
 PIECE = 4096
-#: Rounds of Philox: with seven, it passes the tests that its authors set for random numbers.
+#: Rounds of Philox. With seven, it passes the statistical tests of its authors.
 PHILOX_ROUNDS = 7
 
 
 @dataclass(frozen=True)
 class Rules:
-    """How elements are guarded and rounded.
+    """How an update guards and rounds elements.
 
     Attributes:
-        skip_nonfinite: an element whose source is NaN or infinite leaves its averages alone and is counted.
-        stochastic: a bfloat16 average is rounded up or down at random, in proportion to what lies between, so that
-            small updates are kept on average; otherwise to the nearest, which drops them. The bits are those of Philox
-            (Salmon et al. 2011), counted by place, piece, step and average.
-        seed: key of these bits, at least 0.
-        first_step: the number of the next update.
-        skipped: int64 scalar on the averages' device that counts skipped elements; counting never synchronises.
+        skip_nonfinite: where a source is NaN or infinite, leave the averages of that element alone and count it.
+        stochastic: round a bfloat16 average up or down at random, in proportion to the distance, so that small updates
+            survive on average. Rounding to the nearest drops them. The bits are those of Philox (Salmon et al. 2011),
+            counted by place, piece, step and average.
+        seed: key of the random bits, at least 0.
+        first_step: number of the next update, at least 0.
+        skipped: int64 scalar on the averages' device, to which skipped elements are added without synchronising.
+            Default: they are not counted.
     """
 
     skip_nonfinite: bool = False
@@ -39,13 +38,14 @@ class Rules:
 
 
 def is_inexact(tensor: Tensor) -> bool:
-    """Whether the tensor holds floating or complex numbers, which can be averaged; others can only be copied."""
+    """Whether the tensor holds floating or complex numbers. Only these can be averaged; others can be copied."""
     return tensor.is_floating_point() or tensor.is_complex()
 
 
 def smallest_weight(averages: Iterable[Tensor]) -> float:
-    """The weight below which an update of some of ``averages`` is under half a unit in the last place; 0 for none.
+    """The smallest weight whose updates survive rounding in all of ``averages``; 0 if there are none.
 
-    So small an update is rounded away even where source and average differ as much as they are large.
+    An update of less weight is under half a unit in the last place of some average, and so is rounded away, even where
+    source and average differ by as much as the average itself.
     """
     return max((torch.finfo(average.dtype).eps / 2 for average in averages), default=0.0)

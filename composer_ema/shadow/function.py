@@ -1,6 +1,6 @@
-"""Averages by a function of the user's, with the signatures of ``torch.optim.swa_utils.AveragedModel``.
+"""Updates averages by the user's own function, called as ``torch.optim.swa_utils.AveragedModel`` calls it.
 
-Invariant: nothing is written into an average before every function that returns new values has returned sound ones.
+Invariant: no average is written before every call that returns new values has returned valid ones.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class ByFunction:
             computes.append(_prepare_one_by_one(shadows, sources, self._avg_fn))
         if self._multi_avg_fn is not None:
             computes.extend(_prepare_together(shadows, sources, self._multi_avg_fn))
-        copy = kernels.prepare([], [], copied=[(row[which], source) for row, source in copied])
+        copy = kernels.prepare([[]], [], copied=[(row[which], source) for row, source in copied])
 
         def compute(num_averaged: int) -> Callable[[], object]:
             writes = [each(num_averaged) for each in computes]
@@ -86,7 +86,7 @@ class ByFunction:
             def write_all() -> None:
                 for write in writes:
                     write()
-                copy(1.0)
+                copy((1.0,))
 
             return write_all
 
@@ -118,18 +118,18 @@ def _next(avg_fn: AvgFn, averaged: Tensor, current: Tensor, count: Tensor) -> Te
     if not isinstance(result, Tensor):
         raise TypeError(
             f'avg_fn must return the new average as a tensor, but {name_of(avg_fn)} returned a '
-            f'{type(result).__name__}. One that writes into lists of tensors is a multi_avg_fn.'
+            f'{type(result).__name__}. Pass a function that writes into lists of tensors as multi_avg_fn.'
         )
     if result.shape != averaged.shape or result.dtype != averaged.dtype:
         raise ValueError(
             f'avg_fn must return a tensor of the shape and dtype of the average, {_kind(averaged)}, but '
-            f'{name_of(avg_fn)} returned {_kind(result)}. End it with .to(averaged.dtype) if only the dtype differs.'
+            f'{name_of(avg_fn)} returned {_kind(result)}. If only the dtype differs, return value.to(averaged.dtype).'
         )
     return result
 
 
 class _Together:
-    """A step for tensors of one dtype and device, by one call that writes in place."""
+    """A step for all tensors of one dtype and device: one call, which writes in place."""
 
     def __init__(self, shadows: Sequence[Tensor], sources: Sequence[Tensor], multi_avg_fn: MultiAvgFn) -> None:
         self._shadows, self._sources = list(shadows), detached(sources)
@@ -140,17 +140,17 @@ class _Together:
     def __call__(self, num_averaged: int) -> Callable[[], object]:
         if num_averaged == 0:
             return partial(_copy, self._shadows, self._sources)
-        # Views and lists of their own: whatever the function puts in their place, the average stays where it is.
+        # The function gets views, in a list of its own, so that rebinding either cannot move the average.
         averaged = detached(self._shadows)
         given = list(averaged)
         current = [source.to(s.device, s.dtype) for s, source in zip(averaged, self._sources, strict=True)]
-        # Not every way of writing counts up a tensor's version, so the values of one tensor are looked at as well.
+        # Some ways of writing do not raise a tensor's version, so we also compare the values of one tensor.
         versions, first = _versions(averaged), None if self._has_written else averaged[0].clone()
         with _Reading('multi_avg_fn', self._function, averaged, current):
             result = self._function(given, current, torch.tensor(num_averaged))
         is_rebound = self._is_rebound(given, averaged)
         if is_rebound or (first is not None and self._has_missed(first, self._sources[0], versions)):
-            done = 'put others in their place' if is_rebound else 'wrote nothing'
+            done = 'replaced the tensors instead' if is_rebound else 'wrote nothing'
             done += '' if result is None else f' and returned a {type(result).__name__}'
             raise ValueError(
                 f'multi_avg_fn must write the new averages into the tensors of its first list, but '
@@ -161,14 +161,14 @@ class _Together:
         return _nothing
 
     def _is_rebound(self, given: list[Tensor], averaged: list[Tensor]) -> bool:
-        """Whether the list holds other tensors than it was filled with, or one of them another storage."""
+        """Whether the function replaced a tensor in the list, or a tensor's storage."""
         if len(given) != len(averaged):
             return True
         triples = zip(given, averaged, self._shadows, strict=True)
         return any(a is not b or a.data_ptr() != shadow.data_ptr() for a, b, shadow in triples)
 
     def _has_missed(self, before: Tensor, source: Tensor, versions: list[int]) -> bool:
-        """Whether nothing was written where there was something to write; the host waits for that once."""
+        """Whether the function wrote nothing although it should have. Synchronises, so we ask only once."""
         if _versions(self._shadows) != versions:
             return False
         current = source.to(before.device, before.dtype)
@@ -176,7 +176,7 @@ class _Together:
 
 
 class _Reading:
-    """Around a call of the user's: says whose error it was, and whether the training weights were written."""
+    """Guards a call of the user's function: attributes its errors to it, and refuses writes to training weights."""
 
     def __init__(
         self, argument: str, function: Callable[..., Any], averaged: list[Tensor], current: list[Tensor]
@@ -192,13 +192,13 @@ class _Reading:
         function = f'{self._argument} {name_of(self._function)}'
         if isinstance(error, Exception):
             raise RuntimeError(
-                f'{function} failed on an average that is {_kind(self._averaged)}: {error}. It is called as torch '
-                f'calls it, with averaged, current and num_averaged.'
+                f'{function} failed on an average that is {_kind(self._averaged)}: {error}. We call it as torch '
+                f'does, with averaged, current and num_averaged.'
             ) from error
         if error is None and _versions(self._current) != self._versions:
             raise RuntimeError(
-                f'{function} wrote into the current weights, which it may only read: training would go on with what '
-                'it wrote. Load the last checkpoint, and write into averaged alone.'
+                f'{function} wrote into the current weights, which it may only read, so training would continue with '
+                'what it wrote. Load the last checkpoint, and write only into averaged.'
             )
 
 
@@ -208,7 +208,7 @@ def _copy(averaged: list[Tensor], values: list[Tensor]) -> None:
 
 
 def _nothing() -> None:
-    """Nothing is left to write."""
+    """Has nothing left to write."""
 
 
 def _versions(tensors: Sequence[Tensor]) -> list[int]:

@@ -1,8 +1,8 @@
-"""Averages on the host of a model on a CUDA device: copied out chunk by chunk, averaged by a thread.
+"""Averages a model on CUDA into shadows on the host: copies it out chunk by chunk, and averages in a thread.
 
-Invariants: after :meth:`HostAverage.wait_for_reads` the sources may be written, after :meth:`HostAverage.wait` the
-shadows may be read. The training stream waits for the copies alone, which have a whole forward and backward pass to run
-beside; only where these are shorter than the thread's arithmetic does training slow down to it.
+Invariants: after :meth:`HostAverage.wait_for_reads` the sources may be written, and after :meth:`HostAverage.wait` the
+shadows may be read. The training stream waits only for the copies, which have a whole forward and backward pass to
+finish in. Training slows down only if the thread's arithmetic takes longer than that.
 """
 
 from __future__ import annotations
@@ -19,25 +19,26 @@ import torch
 from torch import Tensor
 
 from composer_ema import kernels
+from composer_ema.kernels.backend import Steps
 from composer_ema.kernels.layout import Pair, carve, packed, pieces, unzip
 
-#: Elements that are copied at once: 16 MiB of float32, some 0.7 ms of a PCI Express link.
+#: Elements in a chunk: 16 MiB of float32, which take a PCI Express link about 0.7 ms.
 CHUNK = 2**22
 _NO_LIMIT = 2**62
 
 
 def can_take(shadow: Tensor, source: Tensor) -> bool:
-    """Whether the pair is one for :class:`HostAverage`."""
+    """Whether :class:`HostAverage` can average the pair."""
     return shadow.device.type == 'cpu' and source.device.type == 'cuda'
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Sources, where they are copied to, and what is done with the copies."""
+    """Sources, the memory that they are copied to, and the step that averages the copies."""
 
     sources: list[Tensor]
     copies: list[Tensor]
-    step: Callable[[float], None]
+    step: Steps
 
 
 class HostAverage:
@@ -45,15 +46,16 @@ class HostAverage:
 
         shadow += weight * (source - shadow)
 
-    Parameters pass through two chunks of pinned memory: while one is averaged by the thread, the other is filled on a
-    side stream. Buffers are written by the next forward, so they are copied into pinned memory of their own at once, on
-    the current stream. Given sources on a CPU, which needs no stream, the thread does the same with plain copies.
+    Parameters pass through two chunks of pinned memory: while the thread averages one, a side stream fills the other.
+    The next forward pass writes buffers, so the current stream copies them at once, into pinned memory of their own.
+    With sources on a CPU, which needs no streams, the thread does the same with plain copies.
 
     Args:
-        parameters: pairs of a shadow and its source, to be averaged.
-        buffers: likewise; their sources may be written as soon as :meth:`update` has returned.
-        copied: buffers whose shadows become copies.
-        chunk: elements of each of the two chunks; a tensor with gaps in memory may make them larger.
+        parameters: pairs of a shadow and its source, to average.
+        buffers: likewise; their sources may be written as soon as :meth:`update` returns.
+        copied: pairs of a buffer's shadow and its source, to copy.
+        chunk: elements in each of the two chunks. Tensors with gaps in memory are not cut, and may need larger ones.
+            Default: 4 Mi.
     """
 
     def __init__(
@@ -64,12 +66,12 @@ class HostAverage:
         # Any: torch 2.7's stubs give its own stream and event types two incompatible bases.
         self._stream: Any = torch.cuda.Stream(self.device) if is_cuda else None
         self._buffers_copied, self._sources_read = self._new_event(), self._new_event()
-        self._buffers = [*self._in_chunks(buffers, kernels.prepare), *self._in_chunks(copied, _copying)]
-        self._chunks = list(self._in_chunks(parameters, kernels.prepare, limit=chunk))
+        self._buffers = [*self._in_chunks(buffers, _averaging), *self._in_chunks(copied, _copying)]
+        self._chunks = list(self._in_chunks(parameters, _averaging, limit=chunk))
         self._chunk_copied = [self._new_event() for _ in range(2)]
         if is_cuda:
             for _, source in parameters:
-                source.record_stream(self._stream)  # freed, its memory waits for the side stream
+                source.record_stream(self._stream)  # if freed, its memory waits for the side stream
         self._thread = ThreadPoolExecutor(1, thread_name_prefix='composer_ema')
         self._thread_id: int | None = None
         self._job: Future[None] | None = None
@@ -78,11 +80,15 @@ class HostAverage:
 
     @property
     def is_reading(self) -> bool:
-        """Whether :meth:`wait_for_reads` has not been called since the last update."""
+        """Whether the last update may still be reading: :meth:`wait_for_reads` has not been called since."""
         return self._is_reading
 
     def update(self, weight: float) -> None:
-        """Starts an update with the sources as the current stream will have left them, and returns."""
+        """Starts an update that sees the sources as the work on the current stream leaves them, and returns.
+
+        Args:
+            weight: share of the sources in the new average, in [0, 1].
+        """
         self.wait()
         for chunk in self._buffers:
             torch._foreach_copy_(chunk.copies, chunk.sources, non_blocking=True)
@@ -96,8 +102,8 @@ class HostAverage:
     def wait_for_reads(self) -> None:
         """Orders the current stream after the last copy of a source.
 
-        The host waits until that copy is enqueued: not at all with up to two chunks, else until all chunks but two are
-        averaged. The device meanwhile works on what it was given before.
+        The host waits until that copy is enqueued. With up to two chunks that is at once; otherwise the thread must
+        first average all chunks but two. The device meanwhile continues with the work already on its streams.
         """
         if self._is_reading and not self._is_in_thread():
             self._is_enqueued.wait()
@@ -109,7 +115,7 @@ class HostAverage:
         """Waits until the shadows hold the last update.
 
         Raises:
-            Exception: whatever stopped that update half-way.
+            Exception: what stopped that update half-way.
         """
         if self._is_in_thread():
             return
@@ -119,7 +125,8 @@ class HostAverage:
             job.result()
 
     def _is_in_thread(self) -> bool:
-        # A model that the garbage collector finds may be found by it there, and its plan ends: no time to wait.
+        # The garbage collector may run in the thread and find a dead model there, whose plan then ends in the thread.
+        # Ending a plan waits, and the thread must not wait for itself.
         return threading.get_ident() == self._thread_id
 
     # In the thread
@@ -134,7 +141,7 @@ class HostAverage:
                     torch._foreach_copy_(chunk.copies, chunk.sources, non_blocking=True)
                     self._record(copied)
                 if before is not None:
-                    self._average(*before, weight)  # and so frees the memory that the next chunk is copied to
+                    self._average(*before, weight)  # frees the memory that the next chunk is copied to
                 before = (chunk, copied)
             with self._on_side_stream():
                 self._record(self._sources_read)
@@ -148,7 +155,7 @@ class HostAverage:
     def _average(self, chunk: _Chunk, copied: Any, weight: float) -> None:
         if copied is not None:
             copied.synchronize()
-        chunk.step(weight)
+        chunk.step((weight,))
 
     def _on_side_stream(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
@@ -160,17 +167,17 @@ class HostAverage:
     # Set up
 
     def _new_event(self) -> Any:
-        # A blocking event lets the thread sleep; others would spin on a core that training may need.
+        # Waiting for a blocking event sleeps; other events spin on a core that training may need.
         return torch.cuda.Event(blocking=True) if self._stream is not None else None
 
     def _in_chunks(
         self,
         pairs: Sequence[Pair],
-        prepare: Callable[[list[Tensor], list[Tensor]], Callable[[float], None]],
+        prepare: Callable[[list[Tensor], list[Tensor]], Steps],
         *,
         limit: int = _NO_LIMIT,
     ) -> Iterator[_Chunk]:
-        """Groups by the sources' dtype; every second chunk of a group is copied to the same memory."""
+        """Groups pairs by the source's dtype. Every second chunk of a group is copied to the same memory."""
         by_dtype: defaultdict[torch.dtype, list[Pair]] = defaultdict(list)
         for shadow, source in pairs:
             by_dtype[source.dtype].extend(pieces(shadow.detach(), source.detach(), limit))
@@ -186,5 +193,9 @@ class HostAverage:
         return torch.empty(size, dtype=dtype, pin_memory=self._stream is not None)
 
 
-def _copying(shadows: list[Tensor], copies: list[Tensor]) -> Callable[[float], None]:
-    return kernels.prepare([], [], copied=list(zip(shadows, copies, strict=True)))
+def _averaging(shadows: list[Tensor], copies: list[Tensor]) -> Steps:
+    return kernels.prepare([shadows], copies)
+
+
+def _copying(shadows: list[Tensor], copies: list[Tensor]) -> Steps:
+    return kernels.prepare([[]], [], copied=list(zip(shadows, copies, strict=True)))

@@ -154,7 +154,7 @@ class ByWeight:
         if averaged and log.isEnabledFor(logging.INFO):
             log.info('averaging %s', kernels.describe(shadows, sources, backend=self._backend, rules=rules))
         pairs = [(shadow, source) for row, source in copied for shadow in row]
-        return kernels.prepare_many(shadows, sources, copied=pairs, backend=self._backend, rules=rules)
+        return kernels.prepare(shadows, sources, copied=pairs, backend=self._backend, rules=rules)
 
     def is_left_to_a_thread(self, row: Row) -> bool:
         return self._has_thread and offload.can_take(row[0][0], row[1])

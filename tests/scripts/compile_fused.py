@@ -7,7 +7,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from composer_ema.kernels import fused
+from composer_ema.kernels import fused_kernel
 from composer_ema.kernels.rules import PHILOX_ROUNDS, PIECE
 
 SIGNATURE = {'table': '*i64', 'weights': '*fp32', 'control': '*i64', 'skipped': '*i64'}
@@ -28,7 +28,7 @@ def main(architecture: int) -> None:
             continue
         signature = SIGNATURE | dict.fromkeys(options, 'constexpr')
         compiled = triton.compile(
-            ASTSource(fused._update, signature, constexprs=options),
+            ASTSource(fused_kernel.update, signature, constexprs=options),
             target=GPUTarget('cuda', architecture, 32),
             options={'num_warps': 8},
         )

@@ -1,0 +1,144 @@
+"""The Triton kernel of the fused backend: each program averages, or copies, the tensors of one row of the table.
+
+:mod:`composer_ema.kernels.fused` builds the table and documents its columns and codes.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def update(
+    table, weights, control, skipped,
+    K: tl.constexpr, SOURCE: tl.constexpr, SHADOW: tl.constexpr, GUARD: tl.constexpr, STOCHASTIC: tl.constexpr,
+    COPIES: tl.constexpr, ALIGNED: tl.constexpr, PIECE: tl.constexpr, ROUNDS: tl.constexpr,
+):  # fmt: skip
+    number = tl.program_id(0)
+    row = table + number.to(tl.int64) * (3 + 2 * K)
+    count = tl.load(row + 1).to(tl.int32)
+    seed, step = tl.load(control), tl.load(control + 1).to(tl.uint32)
+    number = number.to(tl.uint32)
+    code = tl.load(row + 2) if COPIES else 0
+    # Whole pieces need no mask, and without one the loads are vectors.
+    if code >= 3:
+        _copy_piece(row, count, code, PIECE)
+    elif count == PIECE:
+        _average_piece(
+            row, count, weights, skipped, seed, number, step, K, SOURCE, SHADOW, GUARD, STOCHASTIC, False, ALIGNED,
+            PIECE, ROUNDS,
+        )  # fmt: skip
+    else:
+        _average_piece(
+            row, count, weights, skipped, seed, number, step, K, SOURCE, SHADOW, GUARD, STOCHASTIC, True, ALIGNED,
+            PIECE, ROUNDS,
+        )  # fmt: skip
+    if STOCHASTIC:
+        # When the last program arrives, all programs have read the step, so that one may advance it.
+        arrived = tl.atomic_add(control + 2, 1)
+        if arrived == tl.num_programs(0) - 1:
+            tl.atomic_add(control + 1, 1)
+            tl.atomic_xchg(control + 2, 0)
+
+
+@triton.jit
+def _copy_piece(row, count, code, PIECE: tl.constexpr):
+    offsets = tl.arange(0, PIECE)
+    source, copy = tl.load(row), tl.load(row + 3)
+    if code == 3:
+        words = tl.load(source.to(tl.pointer_type(tl.int32)) + offsets, mask=offsets < count)
+        tl.store(copy.to(tl.pointer_type(tl.int32)) + offsets, words, mask=offsets < count)
+    else:
+        single = tl.load(source.to(tl.pointer_type(tl.int8)) + offsets, mask=offsets < count)
+        tl.store(copy.to(tl.pointer_type(tl.int8)) + offsets, single, mask=offsets < count)
+
+
+@triton.jit
+def _average_piece(
+    row, count, weights, skipped, seed, number, step,
+    K: tl.constexpr, SOURCE: tl.constexpr, SHADOW: tl.constexpr, GUARD: tl.constexpr, STOCHASTIC: tl.constexpr,
+    MASKED: tl.constexpr, ALIGNED: tl.constexpr, PIECE: tl.constexpr, ROUNDS: tl.constexpr,
+):  # fmt: skip
+    offsets = tl.arange(0, PIECE)
+    address = tl.load(row)
+    if SOURCE >= 0:
+        new = _read(address, offsets, count, SOURCE, MASKED, ALIGNED)
+    else:
+        code = tl.load(row + 2)
+        if code == 0:
+            new = _read(address, offsets, count, 0, MASKED, ALIGNED)
+        elif code == 1:
+            new = _read(address, offsets, count, 1, MASKED, ALIGNED)
+        else:
+            new = _read(address, offsets, count, 2, MASKED, ALIGNED)
+    # A comparison with NaN is false. We keep numbers because Triton 3.3's interpreter cannot negate booleans.
+    is_bad = tl.where(tl.abs(new) <= 3.4028234663852886e38, 0, 1)
+    if GUARD:
+        tl.atomic_add(skipped + offsets * 0, is_bad.to(tl.int64), mask=is_bad != 0)
+    for k in tl.static_range(K):
+        weight, shadow = tl.load(weights + k), tl.load(row + 3 + k)
+        if SHADOW >= 0:
+            _average(
+                shadow, offsets, count, new, is_bad, weight, seed, number, step, k, SHADOW, GUARD, STOCHASTIC,
+                MASKED, ALIGNED, ROUNDS,
+            )  # fmt: skip
+        else:
+            if tl.load(row + 3 + K + k) == 0:
+                _average(
+                    shadow, offsets, count, new, is_bad, weight, seed, number, step, k, 0, GUARD, STOCHASTIC, MASKED,
+                    ALIGNED, ROUNDS,
+                )  # fmt: skip
+            else:
+                _average(
+                    shadow, offsets, count, new, is_bad, weight, seed, number, step, k, 1, GUARD, STOCHASTIC, MASKED,
+                    ALIGNED, ROUNDS,
+                )  # fmt: skip
+
+
+@triton.jit
+def _average(
+    shadow, offsets, count, new, is_bad, weight, seed, number, step, which,
+    CODE: tl.constexpr, GUARD: tl.constexpr, STOCHASTIC: tl.constexpr, MASKED: tl.constexpr, ALIGNED: tl.constexpr,
+    ROUNDS: tl.constexpr,
+):  # fmt: skip
+    old = _read(shadow, offsets, count, CODE, MASKED, ALIGNED)
+    # The two forms of torch.lerp; each is exact at its own end.
+    value = tl.where(weight < 0.5, old + weight * (new - old), new - (new - old) * (1.0 - weight))
+    value = tl.where(weight >= 1.0, new, tl.where(weight <= 0.0, old, value))
+    if CODE == 1:
+        # bfloat16 is float32 without its lower 16 bits. What we add before cutting them off decides what carries.
+        bits = value.to(tl.uint32, bitcast=True)
+        if STOCHASTIC:
+            random, _, _, _ = tl.philox(seed, offsets.to(tl.uint32), number, step, which, ROUNDS)
+            rounded = (bits + (random & 0xFFFF)) & 0xFFFF0000
+        else:
+            rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        value = tl.where(tl.abs(value) <= 3.3895313892515355e38, rounded.to(tl.float32, bitcast=True), value)
+    if GUARD:
+        value = tl.where(is_bad != 0, old, value)
+    pointer = _pointer(shadow, CODE, ALIGNED) + offsets
+    if MASKED:
+        tl.store(pointer, value, mask=offsets < count)
+    else:
+        tl.store(pointer, value)
+
+
+@triton.jit
+def _read(address, offsets, count, CODE: tl.constexpr, MASKED: tl.constexpr, ALIGNED: tl.constexpr):
+    pointer = _pointer(address, CODE, ALIGNED) + offsets
+    value = tl.load(pointer, mask=offsets < count, other=0.0) if MASKED else tl.load(pointer)
+    return value.to(tl.float32)
+
+
+@triton.jit
+def _pointer(address, CODE: tl.constexpr, ALIGNED: tl.constexpr):
+    if CODE == 0:
+        pointer = address.to(tl.pointer_type(tl.float32))
+    elif CODE == 1:
+        pointer = address.to(tl.pointer_type(tl.bfloat16))
+    else:
+        pointer = address.to(tl.pointer_type(tl.float16))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
