@@ -170,6 +170,21 @@ def test_parameters_that_require_a_gradient_are_sources_and_shadows(backend):
     assert shadow.grad_fn is None
 
 
+@pytest.mark.parametrize('weight', [0.5, 1.0])
+def test_an_update_records_nothing_for_autograd(weight, monkeypatch):
+    """A record would be invisible in the shadow, and keep every update in memory."""
+    written = []
+
+    def spied(call):
+        return lambda shadows, *arguments: [call(shadows, *arguments), written.extend(shadows)]
+
+    for name in ('_foreach_lerp_', '_foreach_copy_'):
+        monkeypatch.setattr(torch, name, spied(getattr(torch, name)))
+    shadow, source = torch.zeros(64, 64), torch.ones(64, 64, requires_grad=True)
+    lerp_([shadow], [source], weight)
+    assert [tensor.requires_grad for tensor in written] == [False]
+
+
 @pytest.mark.parametrize('backend', BACKENDS)
 def test_nothing_to_average_is_fine(backend):
     lerp_([], [], 0.5, backend=backend)
