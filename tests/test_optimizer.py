@@ -270,7 +270,7 @@ class TestAveraging:
         optimizer = EMAOptimizer(
             sgd(model), 'meta', model=model, include='weight', exclude='last', dtype='float64', backend='foreach'
         )
-        shadow = dict(optimizer._shadow.named_parameters())
+        shadow = dict(optimizer._average.shadow.named_parameters())
         assert {name: (t.dtype, t.device.type) for name, t in shadow.items()} == {
             'first.weight': (torch.float64, 'meta')
         }
@@ -614,7 +614,7 @@ class TestPhantomStep:
         )
         before = weights(model)
         state = get_optimizer_state_dict(model, optimizer)
-        assert optimizer.num_steps == optimizer._shadow.num_updates == 0
+        assert optimizer.num_steps == optimizer._average.shadow.num_updates == 0
         assert same_bits(weights(model), before)
         with pytest.warns(UserWarning, match='load_ema_state_dict'):
             set_optimizer_state_dict(model, optimizer, state)
