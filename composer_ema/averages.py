@@ -1,7 +1,8 @@
-"""Which weight each update gives the current parameters: profiles, in pure numbers, without tensors.
+"""How much weight each update gives the current parameters: profiles, in plain numbers and without tensors.
 
 Every average is ``average += weight * (parameters - average)``. A profile chooses the weight, a number in [0, 1]: 0
-keeps the average, 1 replaces it. Whoever updates the average measures the time and tells the profile.
+keeps the average, 1 replaces it. The caller measures the time, passes it to :meth:`Profile.weight`, and calls
+:meth:`Profile.record` once the update is done.
 """
 
 from __future__ import annotations
@@ -9,50 +10,64 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
 _LN2 = math.log(2.0)
 
-#: The unit of a profile that counts updates and does not care how much time passes between them.
+#: The unit of a profile that counts updates, however much time passes between them.
 UPDATES = 'updates'
 
 
 @dataclass(frozen=True)
 class Moment:
-    """The time of an update, in the unit of the profile that is asked.
+    """The time of an update, in the unit of the profile.
 
     Args:
-        elapsed: time since the last update, at least 0.
-        since_start: time since the start of the average, at least ``elapsed``.
-        num_updates: updates made so far: 0 for the first.
+        elapsed: time since the last update, finite and at least 0.
+        since_start: time since the average started, finite and at least 0; normally at least ``elapsed``.
+        num_updates: number of updates before this one, at least 0.
+
+    Raises:
+        TypeError: ``num_updates`` is not a whole number.
+        ValueError: an argument is out of range.
     """
 
     elapsed: float
     since_start: float
     num_updates: int
 
+    def __post_init__(self) -> None:
+        # Written so that NaN fails as well.
+        if not 0 <= self.elapsed < math.inf:
+            raise ValueError(
+                f'elapsed must be finite and at least 0, got {self.elapsed}. Measure it from the last update.'
+            )
+        if not 0 <= self.since_start < math.inf:
+            raise ValueError(
+                f'since_start must be finite and at least 0, got {self.since_start}. '
+                'Measure it from the start of the average.'
+            )
+        _check_count(self.num_updates)
+
     @classmethod
     def of_update(cls, num_updates: int) -> Moment:
-        """The moment of the update after ``num_updates`` others, when each takes one unit of time.
+        """Returns the moment of the update that follows ``num_updates`` others, one unit of time apart.
 
         Raises:
-            TypeError: no whole number.
-            ValueError: below zero.
+            TypeError: ``num_updates`` is not a whole number.
+            ValueError: ``num_updates`` is negative.
         """
-        if isinstance(num_updates, bool) or not isinstance(num_updates, int):
-            raise TypeError(f'num_updates must be a whole number of at least 0, got {num_updates!r}.')
-        if num_updates < 0:
-            raise ValueError(f'num_updates must be at least 0, got {num_updates}. The first update has 0.')
+        _check_count(num_updates)
         return cls(1.0, num_updates + 1.0, num_updates)
 
 
 class Profile(ABC):
-    """Chooses the weight of each update, and so how much each step weighs in the average at the end.
+    """Chooses the weight of each update, and so each step's share in the final average.
 
     Attributes:
-        unit: what the times of a :class:`Moment` are measured in: ``'ba'``, ``'steps'``, ..., or :data:`UPDATES`.
+        unit: unit of the times in a :class:`Moment`: ``'ba'``, ``'steps'``, ..., or :data:`UPDATES`.
 
     Example:
         >>> profile = Equal()
@@ -64,42 +79,42 @@ class Profile(ABC):
 
     @abstractmethod
     def weight(self, moment: Moment) -> float:
-        """The weight of the current parameters in the update at ``moment``, in [0, 1]. Changes nothing."""
+        """Returns the weight of the current parameters in the update at ``moment``, in [0, 1]. Changes nothing."""
 
     @abstractmethod
     def __str__(self) -> str:
-        """The profile in one word, as the arguments of an average spell it: ``'half_life=100ba'``."""
+        """Describes the profile in one word, spelled as its arguments are: ``'half_life=100ba'``."""
 
     def weight_at(self, num_updates: int) -> float:
-        """The weight of the update after ``num_updates`` others, when each takes one unit of time."""
+        """Returns the weight of the update that follows ``num_updates`` others, one unit of time apart."""
         return self.weight(Moment.of_update(num_updates))
 
     def record(self, moment: Moment) -> None:
-        """Remembers that the update at ``moment`` was made. Most profiles have nothing to remember."""
+        """Records that the update at ``moment`` was made. Most profiles need no memory and do nothing."""
         del moment
 
     def state_dict(self) -> dict[str, float]:
-        """What the profile remembers, as plain numbers."""
+        """Returns the profile's memory as plain numbers; empty for most profiles."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Loads what :meth:`state_dict` returned.
 
         Raises:
-            ValueError: not such a state. Nothing was loaded.
+            ValueError: ``state`` belongs to another kind of profile, or is out of range. Nothing was loaded.
         """
         check_numbers(state, ())
 
 
 class Exponential(Profile):
-    """A profile ``weight = 1 - smoothing`` that works with the logarithm of the smoothing, which keeps its digits."""
+    """A profile ``weight = 1 - smoothing``, computed from the logarithm of the smoothing to keep all digits."""
 
     @abstractmethod
     def log_smoothing(self, moment: Moment) -> float:
-        """The logarithm of the share of the old average that the update keeps: 0 keeps all, minus infinity nothing."""
+        """Returns the log of the share of the old average that the update keeps: 0 keeps all, minus infinity none."""
 
     def weight(self, moment: Moment) -> float:
-        return -math.expm1(self.log_smoothing(moment))
+        return _one_minus_exp(self.log_smoothing(moment))
 
 
 @dataclass(frozen=True)
@@ -109,11 +124,12 @@ class HalfLife(Exponential):
         weight = 1 - 2 ** (-elapsed / half_life)
 
     Args:
-        half_life: time in ``unit``, finite and at least 0. 0 averages nothing: every weight is 1.
-        unit: of the half-life.
+        half_life: time in ``unit``, finite and at least 0. With 0 every weight is 1, so nothing is averaged.
+        unit: unit of the half-life. Default: :data:`UPDATES`.
 
     Raises:
-        ValueError: out of range.
+        TypeError: ``half_life`` is not a number.
+        ValueError: ``half_life`` is negative or not finite.
 
     Example:
         >>> HalfLife(10, 'ba').weight(Moment(elapsed=10, since_start=50, num_updates=5))
@@ -124,10 +140,16 @@ class HalfLife(Exponential):
     unit: str = UPDATES
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.half_life) and self.half_life >= 0):
+        if isinstance(self.half_life, bool) or not isinstance(self.half_life, Real):
+            raise TypeError(
+                f'half_life must be a number of {self.unit}, got {self.half_life!r} of type '
+                f'{type(self.half_life).__name__}. Pass for example half_life=100.'
+            )
+        if not 0 <= self.half_life < math.inf:
+            smoothing = 'decay' if self.unit == 'steps' else 'smoothing'
             raise ValueError(
                 f'half_life must be finite and at least 0, got {self.half_life}. '
-                'To freeze the average pass smoothing=1.'
+                f'To freeze the average pass {smoothing}=1.'
             )
 
     def log_smoothing(self, moment: Moment) -> float:
@@ -144,12 +166,13 @@ class Smoothing(Exponential):
         weight = 1 - smoothing ** elapsed
 
     Args:
-        smoothing: share of the old average that is kept, in [0, 1]: 0 copies, 1 freezes.
-        unit: what ``smoothing`` is kept per. Default: per update, however far apart.
-        name: what the argument is called where it is not called ``smoothing``, for messages.
+        smoothing: share of the old average to keep, in [0, 1]: 0 copies, 1 freezes.
+        unit: the unit of time that ``smoothing`` applies to. Default: :data:`UPDATES`, however far apart.
+        name: the argument's name in error messages and in :meth:`__str__`. Default: ``'smoothing'``.
 
     Raises:
-        TypeError, ValueError: no number, or outside [0, 1].
+        TypeError: ``smoothing`` is not a number.
+        ValueError: ``smoothing`` lies outside [0, 1].
 
     Example:
         >>> Smoothing(0.75).weight_at(3)
@@ -170,7 +193,7 @@ class Smoothing(Exponential):
         return moment.elapsed * math.log(self.smoothing) if self.smoothing > 0 else -math.inf
 
     def weight(self, moment: Moment) -> float:
-        # A single step has an exact answer, which the detour through logarithms might miss by its last digit.
+        # After a single unit the difference is exact; the detour through logarithms may lose the last bit.
         return 1.0 - self.smoothing if moment.elapsed == 1 else super().weight(moment)
 
     def __str__(self) -> str:
@@ -179,11 +202,14 @@ class Smoothing(Exponential):
 
 @dataclass(frozen=True)
 class Equal(Profile):
-    """An equal average: all weights in it have the same share::
+    """An equal average, in which every update has the same share::
 
         weight = 1 / (num_updates + 1)
 
-    Stochastic weight averaging, Izmailov et al. 2018, section 3.2. The first update copies.
+    The average of stochastic weight averaging (Izmailov et al. 2018, section 3.2). The first update copies.
+
+    Args:
+        unit: unit of the times in a :class:`Moment`, which do not matter here. Default: :data:`UPDATES`.
     """
 
     unit: str = UPDATES
@@ -197,15 +223,15 @@ class Equal(Profile):
 
 @dataclass(frozen=True)
 class WarmedUp(Exponential):
-    """A half-life that grows with the average, so that the start is soon forgotten::
+    """An exponential average whose half-life grows from zero, so that it soon forgets where it started::
 
         weight = 1 - 2 ** (-elapsed / min(half_life, ratio * since_start))
 
-    The ramp-up of EDM2 (Karras et al. 2024, appendix B). The first update copies where it comes at the start.
+    The ramp-up of EDM2 (Karras et al. 2024, appendix B). An update at the very start, ``since_start=0``, copies.
 
     Args:
-        profile: the half-life that is reached in the end.
-        ratio: the half-life as a share of the time since the start, above 0 and finite.
+        profile: the half-life to reach.
+        ratio: upper limit of the half-life as a share of the time since the start, finite and above 0.
 
     Raises:
         ValueError: ``ratio`` is out of range.
@@ -221,13 +247,13 @@ class WarmedUp(Exponential):
     def __post_init__(self) -> None:
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, Real) or not 0 < self.ratio < math.inf:
             raise ValueError(
-                f'warmup must be a number above 0, got {self.ratio!r}. It is the longest half-life as a share of the '
-                'time since the start: pass for example warmup=0.1.'
+                f'warmup must be a finite number above 0, got {self.ratio!r}. It limits the half-life to a share of '
+                'the time since the start: pass for example warmup=0.1.'
             )
 
     @property
     def unit(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """That of the half-life."""
+        """The unit of the half-life."""
         return self.profile.unit
 
     def log_smoothing(self, moment: Moment) -> float:
@@ -243,36 +269,44 @@ class BiasCorrected(Profile):
 
         weight = (1 - smoothing) / (1 - product of all smoothings so far)
 
-    The correction of Adam (Kingma and Ba 2015, section 3), written as a weight. The first update copies.
+    The bias correction of Adam (Kingma and Ba 2015, section 3), written as a weight. The first update copies.
 
     Args:
-        profile: the average without the correction.
-        log_kept: logarithm of the product of all smoothings so far.
+        profile: the average to correct.
+        log_kept: logarithm of the product of all smoothings so far, at most 0.
 
     Raises:
-        ValueError: an average that never moves, which has nothing to correct.
+        ValueError: ``profile`` never moves the average, so there is nothing to correct.
+
+    Example:
+        >>> profile, moment = BiasCorrected(Smoothing(0.5)), Moment.of_update(0)
+        >>> profile.weight(moment)
+        1.0
+        >>> profile.record(moment)
+        >>> profile.weight(Moment.of_update(1))  # shares of 1/3 and 2/3
+        0.6666666666666666
     """
 
     profile: Exponential
-    log_kept: float = field(default=0.0)
+    log_kept: float = 0.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.profile, Smoothing) and self.profile.smoothing == 1:
+        if self.profile.log_smoothing(Moment.of_update(0)) == 0:
             raise ValueError(
-                f'bias_correction needs a {self.profile.name} below 1, got 1: an average that never moves has nothing '
-                'to correct.'
+                f'bias_correction has nothing to correct in an average that never moves, got {self.profile}. '
+                'Pass a value below 1, or leave bias_correction out.'
             )
 
     @property
     def unit(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """That of the average without the correction."""
+        """The unit of the average to correct."""
         return self.profile.unit
 
     def weight(self, moment: Moment) -> float:
         log_smoothing = self.profile.log_smoothing(moment)
-        share_of_all = -math.expm1(self.log_kept + log_smoothing)
-        # Nothing is in the average yet where no time has passed.
-        return min(1.0, -math.expm1(log_smoothing) / share_of_all) if share_of_all > 0 else 1.0
+        updated_share = _one_minus_exp(self.log_kept + log_smoothing)
+        # Before any time has passed nothing has been averaged, so the update copies.
+        return min(1.0, _one_minus_exp(log_smoothing) / updated_share) if updated_share > 0 else 1.0
 
     def record(self, moment: Moment) -> None:
         self.log_kept += self.profile.log_smoothing(moment)
@@ -283,28 +317,71 @@ class BiasCorrected(Profile):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         check_numbers(state, ('log_kept',))
         if not state['log_kept'] <= 0:
-            raise ValueError(f"'log_kept' of the saved profile is {state['log_kept']}; it must be at most 0.")
-        self.log_kept = state['log_kept']
+            raise ValueError(
+                f"'log_kept' of the saved profile is {state['log_kept']}, the logarithm of a share, and must be at "
+                'most 0.'
+            )
+        self.log_kept = float(state['log_kept'])
 
     def __str__(self) -> str:
         return f'{self.profile},bias_correction'
 
 
-def weight_from_smoothing(smoothing: float) -> float:
-    """The weight ``1 - smoothing`` of a single update.
+@dataclass(frozen=True)
+class CopiesFirst(Profile):
+    """A profile whose first update copies, so that the weights before it have no share::
+
+        weight = 1                        # for the first update
+        weight = profile.weight(moment)   # from then on
 
     Args:
-        smoothing: share of the old average that the update keeps, in [0, 1]: 0 copies, 1 freezes.
+        profile: chooses all later weights. It records the first update too.
+
+    Example:
+        >>> profile = CopiesFirst(Smoothing(0.75))
+        >>> [profile.weight_at(n) for n in range(3)]
+        [1.0, 0.25, 0.25]
+    """
+
+    profile: Profile
+
+    @property
+    def unit(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The unit of ``profile``."""
+        return self.profile.unit
+
+    def weight(self, moment: Moment) -> float:
+        return 1.0 if moment.num_updates == 0 else self.profile.weight(moment)
+
+    def record(self, moment: Moment) -> None:
+        self.profile.record(moment)
+
+    def state_dict(self) -> dict[str, float]:
+        return self.profile.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.profile.load_state_dict(state)
+
+    def __str__(self) -> str:
+        return str(self.profile)
+
+
+def weight_from_smoothing(smoothing: float) -> float:
+    """Returns the weight ``1 - smoothing`` of a single update.
+
+    Args:
+        smoothing: share of the old average to keep, in [0, 1]: 0 copies, 1 freezes.
 
     Raises:
-        TypeError, ValueError: not a number, or outside [0, 1].
+        TypeError: ``smoothing`` is not a number.
+        ValueError: ``smoothing`` lies outside [0, 1].
     """
     check_share('smoothing', smoothing, "For a half-life of n batches pass half_life='nba'.")
     return 1.0 - smoothing
 
 
 def check_share(name: str, value: float, remedy: str) -> None:
-    """Raises unless ``value`` is a number in [0, 1]."""
+    """Raises unless ``value`` is a number in [0, 1]; the message ends with ``remedy``."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f'{name} must be a number in [0, 1], got {value!r} of type {type(value).__name__}. {remedy}')
     if not 0 <= value <= 1:
@@ -312,7 +389,7 @@ def check_share(name: str, value: float, remedy: str) -> None:
 
 
 def check_numbers(state: Mapping[str, Any], names: tuple[str, ...]) -> None:
-    """Raises a ValueError unless ``state`` maps just ``names`` to numbers."""
+    """Raises a ValueError unless ``state`` maps exactly ``names`` to numbers."""
     if not isinstance(state, Mapping) or set(state) != set(names):
         raise ValueError(f'the state of a profile must hold {", ".join(names) or "nothing"}, got {state!r}.')
     for name in names:
@@ -320,10 +397,22 @@ def check_numbers(state: Mapping[str, Any], names: tuple[str, ...]) -> None:
             raise ValueError(f'{name!r} of the saved profile is a {type(state[name]).__name__}, not a number.')
 
 
+def _check_count(num_updates: int) -> None:
+    if isinstance(num_updates, bool) or not isinstance(num_updates, int):
+        raise TypeError(f'num_updates must be a whole number of at least 0, got {num_updates!r}.')
+    if num_updates < 0:
+        raise ValueError(f'num_updates must be at least 0, got {num_updates}. The first update has 0.')
+
+
 def _log_smoothing(elapsed: float, half_life: float) -> float:
     return -_LN2 * elapsed / half_life if half_life > 0 else -math.inf
 
 
+def _one_minus_exp(logarithm: float) -> float:
+    """``1 - exp(logarithm)`` without cancellation. Subtracting from 0.0 turns -0.0 into 0.0."""
+    return 0.0 - math.expm1(logarithm)
+
+
 def _suffix(unit: str) -> str:
-    """The unit as it stands behind a number: as Composer writes it, or nothing for updates and steps."""
+    """The unit as Composer writes it behind a number; nothing for updates and steps."""
     return '' if unit in (UPDATES, 'steps') else unit

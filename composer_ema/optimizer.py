@@ -1,17 +1,14 @@
 """An optimizer that averages the weights after each of its steps, for training loops without a Trainer.
 
-Invariants: the wrapped optimizer does to the weights what it would do alone; it writes only after the last update has
-been joined; a step that did not happen is not averaged.
+Invariants: the wrapped optimizer writes only after the last update has read the weights; a step that did not happen is
+not averaged.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from operator import is_
 from typing import Any, Literal
 
 import torch
@@ -19,67 +16,76 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Unpack
 
-from composer_ema.averages import Equal, check_share
+from composer_ema.averages import (
+    BiasCorrected,
+    CopiesFirst,
+    Equal,
+    HalfLife,
+    Moment,
+    Profile,
+    Smoothing,
+    check_numbers,
+)
 from composer_ema.model.names import listed
 from composer_ema.model.sharding import is_sharded, unwrap
 from composer_ema.settings import OptimizerSettings, Settings, takes_settings
 from composer_ema.shadow.shadow_model import ShadowModel
+from composer_ema.wrapper import OptimizerWrapper, ParameterGroups
 
-#: Version of what :meth:`EMAOptimizer.ema_state_dict` returns.
-EMA_STATE_VERSION = 1
+#: Version of what :meth:`EMAOptimizer.ema_state_dict` returns. Version 1 is still read.
+EMA_STATE_VERSION = 2
 
 DEFAULT_DECAY = 0.9999
 
-# What a state that does not say it was saved with.
-_DEFAULT_SETTINGS = {'average': 'exponential', 'start': 0}
-
 _EMA = 'ema'
-_VERSION, _NUM_STEPS, _LAST_UPDATE, _LOG_KEPT, _SETTINGS, _AVERAGE = (
-    'version', 'num_steps', 'last_update', 'log_kept', 'settings', 'average'
+_VERSION, _NUM_STEPS, _LAST_UPDATE, _SETTINGS, _PROFILE, _AVERAGE = (
+    'version', 'num_steps', 'last_update', 'settings', 'profile', 'average'
 )  # fmt: skip
-# These call the closure before they write. Another optimizer may write first, so it is joined before it starts.
-_CLOSURE_COMES_FIRST = ('torch.optim.', 'composer.optim.')
+# Settings that a state of version 1 may lack, and the values that were in force then.
+_DEFAULT_SETTINGS = {'average': 'exponential', 'start': 0}
 
 
 @takes_settings
-class EMAOptimizer(Optimizer):
+class EMAOptimizer(OptimizerWrapper):
     """Wraps an optimizer and averages the weights after each of its steps::
 
         average += (1 - decay ** n) * (weights - average)      # n steps after the last update
 
-    The average starts from the weights before the first step, and from the buffers as the first batch left them. Each
-    update is forked onto a side stream of its own on CUDA and joined before the next step writes, after the closure's
-    first call where there is a closure, without making the host wait. What else writes the weights between two steps
-    calls :meth:`wait` first. On a CPU all runs in line.
+    The average starts from the weights before the first step, and from the buffers as the first batch left them. On
+    CUDA each update runs on a side stream and is joined before the next step writes: after the closure's first call if
+    there is a closure. The host never waits. Before you write the weights between two steps, call :meth:`wait`.
 
     ``param_groups``, ``state`` and ``defaults`` are the wrapped optimizer's own objects, so schedulers, gradient
-    scalers and clipping work on either. Not averaged are a step that a ``GradScaler`` skips, and the step on zero
-    gradients that ``torch.distributed.checkpoint.state_dict`` makes to build an empty state. Only with a fused
-    optimizer under a ``GradScaler`` does the host wait: for the number that says whether the step was skipped.
+    scalers and clipping work on either. Two kinds of step are not averaged: one that a ``GradScaler`` skips, and the
+    one on zero gradients that ``torch.distributed.checkpoint.state_dict`` makes to build an empty state. With a fused
+    optimizer under a ``GradScaler``, and only then, the host waits for the number that says whether the step was
+    skipped.
 
     Args:
-        optimizer: the optimizer that moves the weights. From now on call this one's ``step`` in its place.
+        optimizer: the optimizer that moves the weights. Call the wrapper's ``step`` in its place.
         device: where the average lives. Default: beside each tensor.
-        decay: share of the old average kept by one step, in [0, 1]. Default: 0.9999.
-        every_n_steps: steps between two updates, at least 1. The decay is compensated, so this only saves work.
-        half_life: instead of ``decay``, the number of steps after which a weight's share has halved, at least 0;
-            0 averages nothing.
-        model: the model whose parameters ``optimizer`` moves; the average is then kept by name and covers buffers.
-            Default: by group and position, ``'0.3'`` being the fourth parameter of the first group.
-        bias_correction: divides each weight by one minus the product of all decays so far: the average forgets where
-            it started, and the first update copies.
+        decay: share of the old average that one step keeps, in [0, 1]: 0 copies, 1 freezes. Default: 0.9999.
+        every_n_steps: steps between two updates, at least 1. The weight is compensated, so a larger number only saves
+            work. Default: 1.
+        half_life: number of steps after which a weight's share has halved, at least 0; 0 averages nothing. Replaces
+            ``decay``.
+        model: the model whose parameters ``optimizer`` moves. The average then has the model's names and covers its
+            buffers. Default: names are group and position; ``'0.3'`` is the fourth parameter of the first group.
+        bias_correction: divides each weight by one minus the product of all decays so far. The average forgets where
+            it started, and the first update copies. Default: False.
         average: ``'exponential'``, or ``'equal'`` for the mean of the weights after every ``every_n_steps`` steps:
-            ``average += (weights - average) / (n + 1)``, with n weights in it already. The first update copies. Then
-            neither ``decay``, ``half_life`` nor ``bias_correction`` is given.
-        start: the first update is that of step ``start``, or of the next one that ``every_n_steps`` asks for, and
-            copies. Before it the average is the weights. Default: 0, an average from the beginning.
-        settings: which tensors are averaged and how: ``buffers``, ``include``, ``exclude``, ``dtype``,
+            ``average += (weights - average) / (n + 1)``, where n counts earlier updates. The first update copies.
+            ``'equal'`` excludes ``decay``, ``half_life`` and ``bias_correction``. Default: ``'exponential'``.
+        start: the first step to average, at least 0; if no update is due then, the next step that is due. The first
+            update copies, and until then the average is the weights. Default: 0, an average from the beginning.
+        settings: which tensors to average and how: ``buffers``, ``include``, ``exclude``, ``dtype``,
             ``skip_nonfinite``, ``rounding``, ``seed``, ``backend``, and ``avg_fn`` or ``multi_avg_fn`` in place of
             ``average``; see :class:`composer_ema.settings.Settings`.
 
     Raises:
-        TypeError, ValueError: an argument out of range, two that contradict each other, one that cannot take effect,
-            or a ``model`` without the optimizer's parameters.
+        TypeError: an argument has the wrong type or is unknown.
+        ValueError: an argument is out of range, has no effect or contradicts another one, or ``model`` lacks some of
+            the optimizer's parameters.
 
     Example:
         >>> model = nn.Linear(1, 1, bias=False)
@@ -108,144 +114,61 @@ class EMAOptimizer(Optimizer):
         start: int = 0,
         **settings: Unpack[OptimizerSettings],
     ) -> None:
-        # The base class's __init__ would make groups and state of its own; the hooks are all that is needed of it.
-        _check_optimizer(optimizer)
-        self._optimizer = optimizer
+        if isinstance(optimizer, EMAOptimizer):
+            raise TypeError(
+                'the optimizer is an EMAOptimizer already. For a second average keep a ShadowModel beside it and '
+                'update that after each step.'
+            )
+        super().__init__(optimizer)
         kept = Settings.of({'device': device, **settings})
-        function = kept.function_name
-        _check_average(average, function, {
+        _check_average(average, kept.function_name, {
             'decay': None if decay == DEFAULT_DECAY else decay,
             'half_life': half_life,
             'bias_correction': bias_correction or None,
         })  # fmt: skip
-        is_exponential = function is None and average == 'exponential'
-        self._log_decay = _log_decay(decay, half_life)
-        self._is_equal = function is None and average == 'equal'
-        self._start_step = _check_start(start)
-        self._copies_first = start > 0 or not is_exponential
-        self._settings = {
-            'decay': decay if is_exponential and half_life is None else None,
+        if half_life is not None and decay != DEFAULT_DECAY:
+            raise ValueError(f'pass either half_life or decay, got half_life={half_life} and decay={decay}.')
+        if model is None and kept.buffers != 'average':
+            raise ValueError(f'buffers={kept.buffers!r} has no effect: without a model there are none. Pass model=.')
+        is_by_decay = half_life is None and average == 'exponential' and not kept.has_function
+        arguments = {
+            'decay': decay if is_by_decay else None,
             'half_life': half_life,
             'every_n_steps': _check_interval(every_n_steps),
             'bias_correction': bias_correction,
-            'average': average if function is None else function,
-            'start': start,
+            'average': kept.function_name or average,
+            'start': _check_start(start),
         }
-        self._every_n_steps = every_n_steps
-        self._bias_correction = bias_correction
-        if bias_correction and self._log_decay == 0:
-            raise ValueError(
-                'bias_correction needs a decay below 1, got 1: an average that never moves has nothing to correct.'
-            )
-        if model is None and kept.buffers != 'average':
-            raise ValueError(f'buffers={kept.buffers!r} has no effect: without a model there are none. Pass model=.')
-
-        self._module = _Groups(optimizer) if model is None else unwrap(model)
-        _check_covered(self._module, optimizer.param_groups)
-        self._kept = kept
-        self._shadow = ShadowModel(self._module, overlap=True, **kept.as_arguments())
-        self._num_steps = 0
-        self._last_update = 0
-        self._log_kept = 0.0
-        self._make_hooks()
-
-    # What is the wrapped optimizer's
-
-    @property
-    def optimizer(self) -> Optimizer:
-        """The wrapped optimizer."""
-        return self._optimizer
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The wrapped optimizer's own list of groups."""
-        return self._optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        self._optimizer.param_groups = groups
-
-    @property
-    def state(self) -> Any:
-        """The wrapped optimizer's own state by parameter."""
-        return self._optimizer.state
-
-    @state.setter
-    def state(self, state: Any) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        self._optimizer.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The wrapped optimizer's own default options."""
-        return self._optimizer.defaults
-
-    @defaults.setter
-    def defaults(self, defaults: dict[str, Any]) -> None:
-        self._optimizer.defaults = defaults
-
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        """Read by GradScaler: whether step itself unscales, and skips by ``found_inf``, as fused optimizers do."""
-        return getattr(self._optimizer, '_step_supports_amp_scaling', False)
-
-    # GradScaler sets these two before such a step and deletes them after it.
-
-    @property
-    def grad_scale(self) -> Tensor | None:
-        """What GradScaler has multiplied the gradients by, while it calls :meth:`step` of a fused optimizer."""
-        return self._optimizer.grad_scale  # pyright: ignore[reportAttributeAccessIssue]
-
-    @grad_scale.setter
-    def grad_scale(self, scale: Tensor | None) -> None:
-        self._optimizer.grad_scale = scale  # pyright: ignore[reportAttributeAccessIssue]
-
-    @grad_scale.deleter
-    def grad_scale(self) -> None:
-        del self._optimizer.grad_scale  # pyright: ignore[reportAttributeAccessIssue]
-
-    @property
-    def found_inf(self) -> Tensor:
-        """Above zero where GradScaler met an infinite gradient, while it calls :meth:`step` of a fused optimizer."""
-        return self._optimizer.found_inf  # pyright: ignore[reportAttributeAccessIssue]
-
-    @found_inf.setter
-    def found_inf(self, found_inf: Tensor) -> None:
-        self._optimizer.found_inf = found_inf  # pyright: ignore[reportAttributeAccessIssue]
-
-    @found_inf.deleter
-    def found_inf(self) -> None:
-        del self._optimizer.found_inf  # pyright: ignore[reportAttributeAccessIssue]
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Resets the gradients: to None, or to zeros."""
-        self._optimizer.zero_grad(set_to_none)
+        self._module = ParameterGroups(optimizer) if model is None else unwrap(model)
+        self._average = _StepAverage(arguments, kept, self._module, optimizer.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group to the wrapped optimizer. Its parameters join the average at their value, at the next update.
+        """Adds a group to the wrapped optimizer. Its parameters join the average at the next update, at their value.
+
+        Args:
+            param_group: ``'params'`` and the options that differ from the optimizer's defaults.
 
         Raises:
-            ValueError: with a ``model``, one of the parameters is not the model's. Nothing was added.
+            ValueError: a parameter does not belong to ``model``. Nothing was added.
         """
         parameters = param_group['params']
+        # A list, since a generator can be read only once.
         parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-        if not isinstance(self._module, _Groups):
+        if not isinstance(self._module, ParameterGroups):
             _check_covered(self._module, [*self.param_groups, {'params': parameters}])
-        # The list in place of what may have been a generator.
-        self._optimizer.add_param_group({**param_group, 'params': parameters})
-
-    # Stepping
+        super().add_param_group({**param_group, 'params': parameters})
 
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, closure: Callable[..., Any] | None = None
     ) -> Any:
-        """Takes one step of the wrapped optimizer and then, every ``every_n_steps``, one update of the average.
+        """Takes one step of the wrapped optimizer and then, every ``every_n_steps``, updates the average.
 
-        Hooks registered here run once, with this optimizer: pre-hooks before the step, post-hooks after it and before
-        the update, so what they do to the weights is averaged. Hooks of the wrapped optimizer, and those registered
-        for all optimizers, run around the wrapped optimizer's step, with it as their argument.
+        Hooks registered here run once, with this optimizer: pre-hooks before the step, post-hooks between the step and
+        the update, so their changes to the weights are averaged. Hooks of the wrapped optimizer, and those registered
+        for all optimizers, run around the wrapped optimizer's step, with the wrapped optimizer.
 
         Args:
-            closure: computes the loss anew, for optimizers that take one.
+            closure: recomputes the loss, for optimizers that need it.
 
         Returns:
             What the wrapped optimizer returns.
@@ -253,63 +176,38 @@ class EMAOptimizer(Optimizer):
         Raises:
             RuntimeError: the model holds the average.
         """
-        is_phantom = self._is_phantom(closure)
-        if not is_phantom:
-            self._refuse_while_swapped('step()')
-            self._start()
-        arguments = (self,) if closure is None else (self, closure)
-        keywords: dict[str, Any] = {}
-        for hook in list(self._optimizer_step_pre_hooks.values()):
-            # Without a closure to wait in, or with a hook that may write, the last update is joined here.
-            self._shadow.wait_for_reads()
-            changed = hook(self, arguments, keywords)
-            if changed is not None:
-                arguments, keywords = changed
-        closure = keywords.get('closure', arguments[1] if len(arguments) > 1 else None)
-
-        loss = self._step_wrapped(closure)
-
-        for hook in list(self._optimizer_step_post_hooks.values()):
-            hook(self, arguments, keywords)
-        if not is_phantom and not self._was_skipped():
-            self._follow()
-        return loss
+        return super().step(closure)
 
     def wait(self) -> None:
-        """Orders the current stream after the last update; see :meth:`ShadowModel.wait`. Nothing to do on a CPU."""
-        self._shadow.wait()
-
-    # The average
+        """Orders the current stream after the last update; see :meth:`ShadowModel.wait`. Does nothing on a CPU."""
+        self._average.shadow.wait()
 
     @property
     def num_steps(self) -> int:
-        """How many steps the average has followed, skipped ones not counted."""
-        return self._num_steps
+        """Number of steps that the average has followed; skipped steps do not count."""
+        return self._average.num_steps
 
     @property
     def shadow(self) -> ShadowModel:
-        """The average. Up to the first step, and before ``start``, it holds the weights; then those averaged last."""
-        if not self._shadow.is_swapped:
-            if self._num_steps == 0:
-                self._start()
-            elif self._copies_first and self._shadow.num_updates == 0:
-                self._copy_weights()
-        return self._shadow
+        """The average. Before the first step, and before ``start``, it holds the current weights."""
+        if not self._average.shadow.is_swapped:
+            self._average.refresh()
+        return self._average.shadow
 
     @contextmanager
     def swap_ema_weights(self, enabled: bool = True) -> Iterator[None]:
-        """Puts the average into the model for the block, and every bit of the training weights back after it.
+        """Puts the average into the model for the block, then restores every bit of the training weights.
 
         Args:
-            enabled: whether to swap at all.
+            enabled: whether to swap at all. Default: True.
 
         Raises:
-            RuntimeError: the average is swapped in already.
+            RuntimeError: the model holds the average already.
         """
         if not enabled:
             yield
             return
-        if self._shadow.is_swapped:
+        if self._average.shadow.is_swapped:
             raise RuntimeError(
                 'the model holds the average already. Leave the outer swap_ema_weights block first, or pass '
                 'enabled=False to the inner one.'
@@ -317,10 +215,8 @@ class EMAOptimizer(Optimizer):
         with self.shadow.swapped(self._module):
             yield
 
-    # Saving
-
     def ema_state_dict(self) -> dict[str, Any]:
-        """The average and its counters in plain types; tensors alias the average.
+        """Returns the average and its counters in plain types; tensors alias the average.
 
         For checkpoints that keep only ``state`` and ``param_groups`` of an optimizer, as those of
         ``torch.distributed.checkpoint.state_dict`` do.
@@ -329,274 +225,279 @@ class EMAOptimizer(Optimizer):
             RuntimeError: the model holds the average.
         """
         self._refuse_while_swapped('ema_state_dict()')
-        return {
-            _VERSION: EMA_STATE_VERSION,
-            _NUM_STEPS: self._num_steps,
-            _LAST_UPDATE: self._last_update,
-            _LOG_KEPT: self._log_kept,
-            _SETTINGS: dict(self._settings),
-            _AVERAGE: self.shadow.state_dict(),
-        }
+        return self._average.state_dict()
 
     def load_ema_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Loads what :meth:`ema_state_dict` returned. The settings stay this object's; a warning names those saved.
+        """Loads what :meth:`ema_state_dict` returned. This object keeps its own settings, and warns if they differ.
+
+        Args:
+            state: of this release, or of one that wrote version 1. Not changed.
 
         Raises:
             RuntimeError: the model holds the average.
             ValueError: the state does not fit. Nothing was loaded.
         """
         self._refuse_while_swapped('load_ema_state_dict()')
-        self._check_ema_state(state)
-        self._assign_ema_state(state)
+        self._average.assign(*self._average.checked(state), stacklevel=3)
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's state, which it can load by itself, and under ``'ema'`` the average.
+        """Returns the wrapped optimizer's state, which that can load by itself, and under ``'ema'`` the average.
 
         Raises:
             RuntimeError: the model holds the average.
         """
         self._refuse_while_swapped('state_dict()')
-        for hook in self._optimizer_state_dict_pre_hooks.values():
-            hook(self)
-        state_dict = {**self._optimizer.state_dict(), _EMA: self.ema_state_dict()}
-        for hook in self._optimizer_state_dict_post_hooks.values():
-            state_dict = _or(hook(self, state_dict), state_dict)
-        return state_dict
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Loads what :meth:`state_dict` returned; training continues bit for bit.
 
-        The state of a bare optimizer loads too: with a warning, a new average starts from the weights before the next
-        step. After an error neither the optimizer nor the average has changed.
+        The state of a bare optimizer loads too: a warning says so, and a new average starts from the weights before
+        the next step. After an error neither the optimizer nor the average has changed.
+
+        Args:
+            state_dict: not changed.
 
         Raises:
             RuntimeError: the model holds the average.
             ValueError: the state does not fit.
         """
         self._refuse_while_swapped('load_state_dict()')
-        loaded = dict(state_dict)
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            loaded = dict(_or(hook(self, loaded), loaded))
-        ema = loaded.pop(_EMA, None)
-        if ema is not None:
-            self._check_ema_state(ema)
-        self._optimizer.load_state_dict(loaded)
-        if ema is not None:
-            self._assign_ema_state(ema)
-        else:
-            warnings.warn(
-                'the loaded state has no average: it was saved by a bare optimizer, or without its ema_state_dict(). '
-                'A new average starts from the weights before the next step. If you have the old one, pass it to '
-                'load_ema_state_dict().',
-                stacklevel=2,
-            )
-            self._num_steps, self._last_update, self._log_kept = 0, 0, 0.0
-            self._shadow.num_updates = 0
-        for hook in self._optimizer_load_state_dict_post_hooks.values():
-            hook(self)
+        super().load_state_dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickle and deepcopy: all but the hooks, as torch's optimizers do; the model, too, is copied."""
+        """For pickle and deepcopy: everything but the hooks; the model is copied too."""
         self._refuse_while_swapped('copying')
         self.wait()
-        return {key: value for key, value in self.__dict__.items() if key not in _NOT_COPIED}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        if '_optimizer' in state:
-            self.__dict__.update(state)
-            self._make_hooks()
-        else:  # torch's own code passes state and param_groups, to be the new ones
-            for key, value in state.items():
-                setattr(self, key, value)
+        return super().__getstate__()
 
     def __repr__(self) -> str:
-        settings = ', '.join(f'{key}={value}' for key, value in self._settings.items() if value is not None)
-        return f'{type(self).__name__} ({settings}, {self._num_steps} steps) of {self._optimizer!r}'
-
-    # Helpers, in call order
-
-    def _make_hooks(self) -> None:
-        for name in _HOOKS:
-            setattr(self, name, OrderedDict())
-
-    def _is_phantom(self, closure: Callable[..., Any] | None) -> bool:
-        """Whether this is the step on zero gradients at lr 0 that makes an empty state into one of zeros.
-
-        Only then are gradients read, for which the host waits.
-        """
-        if closure is not None or self.state:
-            return False
-        rates = [group['lr'] for group in self.param_groups if 'lr' in group]
-        if not rates or not all(map(_is_zero_on_host, rates)):
-            return False
-        gradients = (p.grad for group in self.param_groups for p in group['params'])
-        return not any(grad is not None and (grad.is_sparse or bool(grad.any())) for grad in gradients)
+        arguments = ', '.join(f'{name}={value}' for name, value in self._average.arguments.items() if value is not None)
+        return f'{type(self).__name__} ({arguments}, {self.num_steps} steps) of {self._optimizer!r}'
 
     def _refuse_while_swapped(self, what: str) -> None:
-        if self._shadow.is_swapped:
+        if self._average.shadow.is_swapped:
             raise RuntimeError(
                 f'{what} needs the training weights, but the model holds the average. '
                 'Leave the swap_ema_weights block first.'
             )
 
-    def _start(self) -> None:
-        """Before the first step the average is the weights, whenever those were loaded."""
-        if self._num_steps == 0:
-            self._register_new()
-            if self._shadow.num_updates > 0:
-                return  # an average was loaded into the shadow, from another library perhaps: it goes on
-            self._copy_weights()
-            self._shadow.resolve(self._module)  # random rounding counts from num_updates when it is prepared
+    def _before_step(self) -> None:
+        self._refuse_while_swapped('step()')
+        self._average.start()
 
-    def _copy_weights(self) -> None:
-        self._register_new()
-        self._shadow.num_updates = 0  # a function copies then
-        self._shadow.update(self._module, weight=None if self._shadow.has_function else 1.0)
-        self._shadow.num_updates = 0
+    def _before_write(self) -> None:
+        self._average.shadow.wait_for_reads()
 
-    def _register_new(self) -> None:
-        if isinstance(self._module, _Groups):
-            self._module.register_new(self.param_groups)
+    def _after_step(self) -> None:
+        self._average.follow()
 
-    def _step_wrapped(self, closure: Callable[..., Any] | None) -> Any:
-        if closure is None:
-            self._shadow.wait_for_reads()
-            return self._optimizer.step()
-        if not type(self._optimizer).__module__.startswith(_CLOSURE_COMES_FIRST) or _has_pre_hooks(self._optimizer):
-            self._shadow.wait_for_reads()
+    def _saved(self) -> dict[str, Any]:
+        return {**super()._saved(), _EMA: self.ema_state_dict()}
 
-        def joined(*args: Any, **kwargs: Any) -> Any:
-            loss = closure(*args, **kwargs)
-            self._shadow.wait_for_reads()
-            return loss
-
-        return self._optimizer.step(joined)
-
-    def _was_skipped(self) -> bool:
-        """Whether GradScaler told a fused optimizer to leave the weights alone. The host waits for that number."""
-        found_inf = getattr(self._optimizer, 'found_inf', None)
-        return isinstance(found_inf, Tensor) and found_inf.item() > 0
-
-    def _follow(self) -> None:
-        """Counts a step, and updates the average when it is due."""
-        self._num_steps += 1
-        if self._num_steps % self._every_n_steps or self._num_steps < self._start_step:
+    def _load(self, state: dict[str, Any]) -> None:
+        ema = state.pop(_EMA, None)
+        checked = None if ema is None else self._average.checked(ema)
+        super()._load(state)
+        if checked is not None:
+            self._average.assign(*checked, stacklevel=5)
             return
-        self._register_new()
-        if self._shadow.has_function:
-            self._shadow.update(self._module)
-        elif self._is_equal:
-            self._shadow.update(self._module, weight=Equal().weight_at(self._shadow.num_updates))
-        else:
-            self._follow_exponentially()
-        self._last_update = self._num_steps
+        warnings.warn(
+            'the loaded state has no average: it was saved by a bare optimizer, or without its ema_state_dict(). '
+            'A new average starts from the weights before the next step. If you have the old one, pass it to '
+            'load_ema_state_dict().',
+            stacklevel=4,
+        )
+        self._average.reset()
 
-    def _follow_exponentially(self) -> None:
-        is_copy = self._copies_first and self._shadow.num_updates == 0
-        if is_copy:
-            self._last_update = self._num_steps - self._every_n_steps
-        log_smoothing = self._log_decay * (self._num_steps - self._last_update)
-        log_kept = self._log_kept + log_smoothing
-        weight = 1.0 if is_copy else _weight(log_smoothing, log_kept if self._bias_correction else None)
-        self._shadow.update(self._module, weight=weight)
-        self._log_kept = log_kept
 
-    def _check_ema_state(self, state: Mapping[str, Any]) -> None:
-        """Raises unless ``state`` can be loaded."""
-        version = state.get(_VERSION) if isinstance(state, Mapping) else None
-        if type(version) is not int or version != EMA_STATE_VERSION:
-            raise ValueError(
-                f'the state has format version {version!r}, this release reads {EMA_STATE_VERSION}. Nothing was loaded.'
-            )
-        for key, kind in ((_NUM_STEPS, int), (_LAST_UPDATE, int), (_LOG_KEPT, float), (_SETTINGS, Mapping)):
-            if not isinstance(value := state.get(key), kind) or isinstance(value, bool):
-                raise ValueError(
-                    f"the state's {key!r} is a {type(value).__name__}, not a {kind.__name__}. Nothing was loaded."
-                )
-        if not 0 <= state[_LAST_UPDATE] <= state[_NUM_STEPS] or not state[_LOG_KEPT] <= 0:
-            raise ValueError(
-                f'the state has its last update at step {state[_LAST_UPDATE]} of {state[_NUM_STEPS]} and a logarithm '
-                f'of {state[_LOG_KEPT]}: they must lie in [0, steps] and at most at zero. Nothing was loaded.'
-            )
-        average = state.get(_AVERAGE)
-        if isinstance(average, Mapping) and 'training_weights' in average:
-            raise ValueError(
-                'the state is that of a swapped model. Nothing was loaded. Save outside of swap_ema_weights.'
-            )
-        self._register_new()
-        # A shadow without storage finds out what fits; only then does the real one take the values.
-        ShadowModel(self._module, **self._kept.replace(device='meta').as_arguments()).load_state_dict(average)  # pyright: ignore[reportArgumentType]
+class _StepAverage:
+    """The average that follows an optimizer: it counts the steps and updates the shadow when an update is due.
 
-    def _assign_ema_state(self, state: Mapping[str, Any]) -> None:
-        saved = {key: state[_SETTINGS].get(key, _DEFAULT_SETTINGS.get(key)) for key in self._settings}
-        if saved != self._settings:
+    Args:
+        arguments: EMAOptimizer's own, checked; they stand in the state.
+        kept: what the shadow keeps and how.
+        module: the parameters to average.
+        groups: the optimizer's groups, whose parameters ``module`` must have.
+    """
+
+    def __init__(
+        self, arguments: dict[str, Any], kept: Settings, module: nn.Module, groups: Sequence[Mapping[str, Any]]
+    ) -> None:
+        self.arguments = arguments
+        self._kept = kept
+        self._rule = self._new_rule()
+        self._module = module
+        _check_covered(module, groups)
+        self.shadow = ShadowModel(module, overlap=True, **kept.as_arguments())
+        self.num_steps = 0
+        self._last_update = 0
+
+    def start(self) -> None:
+        """Before the first step, makes the average the weights, whenever those were loaded."""
+        if self.num_steps > 0:
+            return
+        self._refresh_groups()
+        if self.shadow.num_updates > 0:
+            return  # the shadow was given an average, perhaps another library's, which goes on
+        self._copy_weights()
+        self.shadow.resolve(self._module)  # stochastic rounding counts from the num_updates of this moment
+
+    def refresh(self) -> None:
+        """Makes the average the weights, unless it has started."""
+        if self.num_steps == 0:
+            self.start()
+        elif self._has_to_start:
+            self._copy_weights()
+
+    def follow(self) -> None:
+        """Counts a step, and updates the average if an update is due."""
+        self.num_steps += 1
+        interval = self.arguments['every_n_steps']
+        if self.num_steps % interval or self.num_steps < self.arguments['start']:
+            return
+        self._refresh_groups()
+        if self._has_to_start:
+            self._last_update = self.num_steps - interval
+        elapsed, num_updates = self.num_steps - self._last_update, self.shadow.num_updates
+        moment = Moment(elapsed, num_updates * interval + elapsed, num_updates)
+        self._rule.update(self.shadow, self._module, moment)
+        self._last_update = self.num_steps
+
+    def reset(self) -> None:
+        """Forgets the average; a new one starts from the weights before the next step."""
+        self.num_steps, self._last_update, self._rule = 0, 0, self._new_rule()
+        self.shadow.num_updates = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the average and its counters; see :meth:`EMAOptimizer.ema_state_dict`."""
+        self.refresh()
+        return {
+            _VERSION: EMA_STATE_VERSION,
+            _NUM_STEPS: self.num_steps,
+            _LAST_UPDATE: self._last_update,
+            _SETTINGS: dict(self.arguments),
+            _PROFILE: self._rule.state_dict(),
+            _AVERAGE: self.shadow.state_dict(),
+        }
+
+    def checked(self, state: Mapping[str, Any]) -> tuple[Mapping[str, Any], _ByProfile | _ByFunction]:
+        """Returns ``state`` in the current version and the rule that continues from it, or raises a ValueError."""
+        state = _upgraded(state)
+        _check_state(state)
+        rule = self._new_rule()
+        if state[_SETTINGS] == self.arguments or state[_PROFILE].keys() == rule.state_dict().keys():
+            _load_profile(rule, state[_PROFILE])
+        else:  # written by another kind of profile
+            rule.catch_up(state[_LAST_UPDATE])
+        self._refresh_groups()
+        # A shadow without storage finds out whether the average fits, before the real one takes any value.
+        ShadowModel(self._module, **self._kept.replace(device='meta').as_arguments()).load_state_dict(state[_AVERAGE])  # pyright: ignore[reportArgumentType]
+        return state, rule
+
+    def assign(self, state: Mapping[str, Any], rule: _ByProfile | _ByFunction, stacklevel: int) -> None:
+        """Takes over what :meth:`checked` returned. A warning, at ``stacklevel``, names settings that differ."""
+        saved = {name: state[_SETTINGS].get(name) for name in self.arguments}
+        if saved != self.arguments:
             warnings.warn(
-                f'the saved average used {saved}, this one uses {self._settings}, and will from here on. '
+                f'the saved average used {saved}, this one uses {self.arguments}, and will from here on. '
                 'Pass the saved settings to continue as before.',
-                stacklevel=3,
+                stacklevel=stacklevel,
             )
         self._copy_weights()  # lets in what has joined since the last update
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # said when the state was checked
-            self._shadow.load_state_dict(state[_AVERAGE])
-        self._num_steps, self._last_update, self._log_kept = (state[k] for k in (_NUM_STEPS, _LAST_UPDATE, _LOG_KEPT))
+            warnings.simplefilter('ignore')  # the check has given these warnings already
+            self.shadow.load_state_dict(state[_AVERAGE])
+        self.num_steps, self._last_update, self._rule = state[_NUM_STEPS], state[_LAST_UPDATE], rule
+
+    @property
+    def _has_to_start(self) -> bool:
+        """Whether the average starts with its first update, and that is still to come."""
+        is_exponential = self.arguments['average'] == 'exponential' and not self._kept.has_function
+        return (self.arguments['start'] > 0 or not is_exponential) and self.shadow.num_updates == 0
+
+    def _new_rule(self) -> _ByProfile | _ByFunction:
+        return _ByFunction() if self._kept.has_function else _ByProfile(_profile_of(self.arguments))
+
+    def _copy_weights(self) -> None:
+        self._refresh_groups()
+        self.shadow.num_updates = 0  # the update of a user's function copies then
+        self._rule.copy(self.shadow, self._module)
+        self.shadow.num_updates = 0
+
+    def _refresh_groups(self) -> None:
+        if isinstance(self._module, ParameterGroups):
+            self._module.refresh()
 
 
-#: The dictionaries that ``torch.optim.Optimizer`` keeps its hooks in.
-_HOOKS = (
-    '_optimizer_step_pre_hooks',
-    '_optimizer_step_post_hooks',
-    '_optimizer_state_dict_pre_hooks',
-    '_optimizer_state_dict_post_hooks',
-    '_optimizer_load_state_dict_pre_hooks',
-    '_optimizer_load_state_dict_post_hooks',
-)
-# A scheduler replaces step by a method of the one instance that it was given.
-_NOT_COPIED = {*_HOOKS, 'step', '_opt_called'}
+class _ByProfile:
+    """Updates with the weights that a profile chooses."""
+
+    def __init__(self, profile: Profile) -> None:
+        self._profile = profile
+
+    def copy(self, shadow: ShadowModel, module: nn.Module) -> None:
+        """Makes the average the weights."""
+        shadow.update(module, weight=1.0)
+
+    def update(self, shadow: ShadowModel, module: nn.Module, moment: Moment) -> None:
+        """Updates the average; the profile records it."""
+        shadow.update(module, weight=self._profile.weight(moment))
+        self._profile.record(moment)
+
+    def catch_up(self, num_steps: int) -> None:
+        """Continues an average of ``num_steps`` steps that another profile has made, as if by this one."""
+        self._profile.record(Moment(num_steps, num_steps, 0))
+
+    def state_dict(self) -> dict[str, float]:
+        """Returns what the profile remembers."""
+        return self._profile.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Loads what :meth:`state_dict` returned, or raises a ValueError."""
+        self._profile.load_state_dict(state)
 
 
-class _Groups(nn.Module):
-    """Makes the groups of an optimizer look like a model: group ``i`` is a child ``'i'`` with parameters ``'0'``..."""
+class _ByFunction:
+    """Updates by the user's function, which needs no weight: the shadow passes it the number of updates."""
 
-    def __init__(self, optimizer: Optimizer) -> None:
-        super().__init__()
-        self._flat: list[Tensor] = []
-        self._sizes: list[int] = []
-        self.register_new(optimizer.param_groups)
+    def copy(self, shadow: ShadowModel, module: nn.Module) -> None:
+        """Makes the average the weights; ``shadow.num_updates`` must be 0."""
+        shadow.update(module)
 
-    def register_new(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Registers what has changed since the last call; when nothing has, a few comparisons of lists."""
-        flat = [parameter for group in groups for parameter in group['params']]
-        sizes = [len(group['params']) for group in groups]
-        if sizes == self._sizes and all(map(is_, flat, self._flat)):
-            return
-        self._flat, self._sizes = flat, sizes
-        self._modules.clear()
-        for index, group in enumerate(groups):
-            child = nn.Module()
-            # Not register_parameter: optimizers take any leaf tensor, not only nn.Parameter.
-            child._parameters.update({str(position): tensor for position, tensor in enumerate(group['params'])})
-            self.add_module(str(index), child)
+    def update(self, shadow: ShadowModel, module: nn.Module, moment: Moment) -> None:
+        """Updates the average."""
+        del moment
+        shadow.update(module)
 
+    def catch_up(self, num_steps: int) -> None:
+        """Does nothing: a function sees the average itself."""
 
-def _check_optimizer(optimizer: Optimizer) -> None:
-    if isinstance(optimizer, EMAOptimizer):
-        raise TypeError(
-            'the optimizer is an EMAOptimizer already. For a second average keep a ShadowModel beside it and update '
-            'that after each step.'
-        )
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            f'optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}. '
-            'Pass for example torch.optim.Adam(model.parameters()).'
-        )
+    def state_dict(self) -> dict[str, float]:
+        """Returns an empty state."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises a ValueError unless ``state`` is empty."""
+        check_numbers(state, ())
 
 
-def _check_average(average: str, function: Any, without_effect: Mapping[str, Any]) -> None:
-    """Raises unless ``average`` is known, and stands alone if it is not exponential."""
+def _profile_of(arguments: Mapping[str, Any]) -> Profile:
+    if arguments['average'] == 'equal':
+        return Equal('steps')
+    if arguments['half_life'] is None:
+        exponential = Smoothing(arguments['decay'], 'steps', 'decay')
+    else:
+        exponential = HalfLife(arguments['half_life'], 'steps')
+    profile = BiasCorrected(exponential) if arguments['bias_correction'] else exponential
+    return CopiesFirst(profile) if arguments['start'] > 0 else profile
+
+
+def _check_average(average: str, function: str | None, without_effect: Mapping[str, Any]) -> None:
+    """Raises unless ``average`` is known, and comes without what has no effect on it."""
     if average not in ('exponential', 'equal'):
         raise ValueError(
-            f"average must be 'exponential' or 'equal', got {average!r}. Any other one is an avg_fn or multi_avg_fn."
+            f"average must be 'exponential' or 'equal', got {average!r}. For any other pass avg_fn or multi_avg_fn."
         )
     if function is None and average == 'exponential':
         return
@@ -624,28 +525,6 @@ def _check_interval(every_n_steps: int) -> int:
     return every_n_steps
 
 
-def _log_decay(decay: float, half_life: float | None) -> float:
-    """The logarithm of the share of the old average kept by one step: 0 freezes, minus infinity copies."""
-    if half_life is None:
-        check_share('decay', decay, 'For a half-life of n steps pass half_life=n.')
-        return math.log(decay) if decay > 0 else -math.inf
-    if decay != DEFAULT_DECAY:
-        raise ValueError(f'pass either half_life or decay, got half_life={half_life} and decay={decay}.')
-    if isinstance(half_life, bool) or not isinstance(half_life, int | float):
-        raise TypeError(f'half_life must be a number of steps, got {half_life!r} of type {type(half_life).__name__}.')
-    if not (math.isfinite(half_life) and half_life >= 0):
-        raise ValueError(
-            f'half_life must be finite and at least 0 steps, got {half_life}. To freeze the average pass decay=1.'
-        )
-    return -math.log(2.0) / half_life if half_life > 0 else -math.inf
-
-
-def _weight(log_smoothing: float, log_kept: float | None) -> float:
-    """The weight ``1 - smoothing``, divided by ``1 - product of all smoothings`` if its logarithm is given."""
-    weight = -math.expm1(log_smoothing)
-    return weight if log_kept is None else min(1.0, weight / -math.expm1(log_kept))
-
-
 def _check_covered(module: nn.Module, groups: Sequence[Mapping[str, Any]]) -> None:
     """Raises unless ``module`` has every parameter of ``groups``, unsharded."""
     if is_sharded(module):
@@ -667,16 +546,48 @@ def _check_covered(module: nn.Module, groups: Sequence[Mapping[str, Any]]) -> No
         )
 
 
-def _is_zero_on_host(rate: float | Tensor) -> bool:
-    return bool(rate == 0) if not isinstance(rate, Tensor) or rate.device.type == 'cpu' else False
+def _upgraded(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns ``state`` in the current version, or raises a ValueError. Version 1 had one number for all profiles."""
+    version = state.get(_VERSION) if isinstance(state, Mapping) else None
+    if type(version) is not int or version not in (1, EMA_STATE_VERSION):
+        raise ValueError(
+            f'the state has format version {version!r}, this release reads 1 and {EMA_STATE_VERSION}. '
+            'Nothing was loaded.'
+        )
+    if version == EMA_STATE_VERSION:
+        return state
+    log_kept, settings = state.get('log_kept'), state.get(_SETTINGS)
+    if not isinstance(log_kept, float) or not log_kept <= 0:
+        raise ValueError(f"the state's 'log_kept' is {log_kept!r}, not a number of at most 0. Nothing was loaded.")
+    if not isinstance(settings, Mapping):
+        raise ValueError(f"the state's 'settings' is a {type(settings).__name__}, not a Mapping. Nothing was loaded.")
+    return {
+        **{name: value for name, value in state.items() if name != 'log_kept'},
+        _VERSION: EMA_STATE_VERSION,
+        _SETTINGS: {**_DEFAULT_SETTINGS, **settings},
+        _PROFILE: {'log_kept': log_kept} if settings.get('bias_correction') else {},
+    }
 
 
-def _has_pre_hooks(optimizer: Optimizer) -> bool:
-    """Whether a hook that may write weights comes before the closure."""
-    from torch.optim.optimizer import _global_optimizer_pre_hooks
+def _check_state(state: Mapping[str, Any]) -> None:
+    """Raises a ValueError unless every entry of ``state`` has the right kind and range; the average checks itself."""
+    kinds = {_NUM_STEPS: int, _LAST_UPDATE: int, _SETTINGS: Mapping, _PROFILE: Mapping, _AVERAGE: Mapping}
+    for key, kind in kinds.items():
+        if not isinstance(value := state.get(key), kind) or isinstance(value, bool):
+            raise ValueError(
+                f"the state's {key!r} is a {type(value).__name__}, not a {kind.__name__}. Nothing was loaded."
+            )
+    if not 0 <= state[_LAST_UPDATE] <= state[_NUM_STEPS]:
+        raise ValueError(
+            f'the state has its last update at step {state[_LAST_UPDATE]} of {state[_NUM_STEPS]}; the update must lie '
+            'in [0, steps]. Nothing was loaded.'
+        )
+    if 'training_weights' in state[_AVERAGE]:
+        raise ValueError('the state is that of a swapped model. Nothing was loaded. Save outside of swap_ema_weights.')
 
-    return bool(optimizer._optimizer_step_pre_hooks or _global_optimizer_pre_hooks)
 
-
-def _or(result: Any, otherwise: Any) -> Any:
-    return otherwise if result is None else result
+def _load_profile(rule: _ByProfile | _ByFunction, state: Mapping[str, Any]) -> None:
+    try:
+        rule.load_state_dict(state)
+    except ValueError as error:
+        raise ValueError(f'{error} Nothing was loaded.') from error

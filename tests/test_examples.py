@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_optimizer import assert_same
+from plain import assert_same
 
 for needed in ('torchvision', 'tqdm'):
     pytest.importorskip(needed, reason=f'the example needs {needed}')

@@ -1,0 +1,310 @@
+"""The state of EMAOptimizer: a resumed run equals an uninterrupted one, and nothing is half-loaded."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from plain import STRICT, Net, One, assert_same, averaged, same_bits, saved, sgd, step_to, train, weights
+
+from composer_ema import EMAOptimizer
+
+pytestmark = STRICT
+
+FIXTURE = Path(__file__).parent / 'fixtures' / 'version-1.pt'
+
+
+class TestSaving:
+    @pytest.mark.parametrize('with_model', [False, True])
+    @pytest.mark.parametrize(
+        'options',
+        [
+            {'decay': 0.9},
+            {'decay': 0.9, 'every_n_steps': 3},
+            {'half_life': 3.0, 'bias_correction': True, 'every_n_steps': 2},
+            {'decay': 0.9, 'dtype': 'bfloat16', 'rounding': 'stochastic', 'seed': 5},
+        ],
+        ids=['decay', 'interval', 'half-life', 'stochastic'],
+    )
+    @pytest.mark.parametrize('stop', [0, 1, 4, 5])
+    def test_a_resumed_run_equals_an_uninterrupted_one(self, with_model, options, stop):
+        def build(seed: int) -> tuple[Net, EMAOptimizer]:
+            model = Net(seed)
+            inner = torch.optim.Adam(model.parameters(), lr=0.05)
+            return model, EMAOptimizer(inner, model=model if with_model else None, **options)
+
+        model, optimizer = build(0)
+        train(model, optimizer, range(stop))
+        state = saved({'model': model.state_dict(), 'optimizer': optimizer.state_dict()})
+        train(model, optimizer, range(stop, 9))
+        resumed_model, resumed = build(1)
+        resumed.load_state_dict(state['optimizer'])
+        resumed_model.load_state_dict(state['model'])
+        train(resumed_model, resumed, range(stop, 9))
+        assert same_bits(weights(resumed_model), weights(model))
+        assert same_bits(averaged(resumed), averaged(optimizer))
+        assert resumed.num_steps == 9
+        assert resumed.shadow.num_updates == optimizer.shadow.num_updates
+
+    def test_a_bare_optimizer_loads_the_state_and_continues_the_same_training(self):
+        model, bare = Net(), Net()
+        optimizer = EMAOptimizer(sgd(model))
+        train(model, optimizer, range(3))
+        inner = sgd(bare)
+        inner.load_state_dict(saved(copy.deepcopy(optimizer.state_dict())))
+        bare.load_state_dict(model.state_dict())
+        train(model, optimizer, range(3, 6))
+        train(bare, inner, range(3, 6))
+        assert same_bits(weights(bare), weights(model))
+
+    def test_the_state_of_a_bare_optimizer_starts_a_new_average_with_a_warning(self):
+        bare, model = Net(), Net(seed=1)
+        inner = sgd(bare)
+        train(bare, inner, range(3))
+        optimizer = EMAOptimizer(sgd(model), decay=0.5)
+        train(model, optimizer, range(2))
+        with pytest.warns(UserWarning, match='A new average starts'):
+            optimizer.load_state_dict(saved(inner.state_dict()))
+        model.load_state_dict(bare.state_dict())
+        before = weights(model)['first.weight']
+        train(bare, inner, range(3, 4))
+        train(model, optimizer, range(3, 4))
+        assert same_bits(weights(bare), weights(model))
+        assert optimizer.num_steps == 1
+        assert torch.equal(averaged(optimizer)['0.0'], (before + model.first.weight) / 2)
+
+    def test_the_state_is_that_of_the_wrapped_optimizer_and_one_more_entry(self):
+        model = Net()
+        optimizer = EMAOptimizer(sgd(model))
+        train(model, optimizer, range(2))
+        state = optimizer.state_dict()
+        assert list(state) == [*optimizer.optimizer.state_dict(), 'ema']
+        assert state['param_groups'] == optimizer.optimizer.state_dict()['param_groups']
+
+    def test_other_settings_are_kept_with_a_warning(self):
+        model = Net()
+        optimizer = EMAOptimizer(sgd(model), decay=0.9)
+        train(model, optimizer, range(2))
+        other = EMAOptimizer(sgd(model), decay=0.5)
+        with pytest.warns(UserWarning, match=r"'decay': 0\.9.*'decay': 0\.5"):
+            other.load_state_dict(optimizer.state_dict())
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')
+            EMAOptimizer(sgd(model), decay=0.9).load_state_dict(optimizer.state_dict())
+
+    @pytest.mark.parametrize(
+        ('change', 'message'),
+        [
+            (lambda s: s['ema'].update(version=3), r'format version 3, this release reads 1 and 2\.'),
+            (lambda s: s['ema'].update(version=True), 'format version True'),
+            (lambda s: s['ema'].update(version=1), r"'log_kept' is None, not a number of at most 0"),
+            (lambda s: s['ema'].update(num_steps='3'), "'num_steps' is a str"),
+            (lambda s: s['ema']['profile'].update(log_kept=0.5), r"'log_kept' .* at most 0\. Nothing was loaded"),
+            (lambda s: s['ema']['profile'].update(log_kept=math.nan), r"'log_kept' .* at most 0\. Nothing was loaded"),
+            (lambda s: s['ema']['profile'].clear(), r'must hold log_kept, got \{\}\. Nothing was loaded'),
+            (lambda s: s['ema'].pop('profile'), "'profile' is a NoneType"),
+            (lambda s: s['ema'].update(last_update=9), 'last update at step 9'),
+            (lambda s: s['ema'].pop('settings'), "'settings' is a NoneType"),
+            (lambda s: s['ema'].pop('average'), "'average' is a NoneType"),
+            (lambda s: s['ema']['average'].pop('version'), 'format version None'),
+            (lambda s: s.update(ema=3), 'format version None'),
+            (lambda s: s['ema']['average'].update(training_weights={}), 'swapped'),
+            (lambda s: s['ema']['average']['parameters'].pop('0.1'), r'1 missing: 0\.1'),
+            (lambda s: s['ema']['average']['parameters'].update({'0.1': torch.ones(7)}), r'another shape.*0\.1'),
+            (lambda s: s['ema']['average']['parameters'].update({'2.0': torch.ones(7)}), r'unexpected: 2\.0'),
+            (lambda s: s['param_groups'].append(s['param_groups'][0]), 'different number of parameter groups'),
+            (lambda s: s['param_groups'][0]['params'].pop(), 'match the size'),
+            (lambda s: s.pop('param_groups'), 'param_groups'),
+        ],
+    )
+    def test_a_state_that_does_not_fit_leaves_everything_as_it_was(self, change, message):
+        model, other = Net(), Net(seed=1)
+        source = EMAOptimizer(sgd(other), decay=0.5, bias_correction=True)
+        optimizer = EMAOptimizer(sgd(model), decay=0.5, bias_correction=True)
+        train(other, source, range(3))
+        train(model, optimizer, range(2))
+        state = copy.deepcopy(source.state_dict())
+        change(state)
+        before = copy.deepcopy((optimizer.state_dict(), weights(model)))
+        with pytest.raises((ValueError, KeyError), match=message):
+            optimizer.load_state_dict(state)
+        assert_same(before, (optimizer.state_dict(), weights(model)))
+
+    def test_loading_does_not_change_or_keep_the_state_it_was_given(self):
+        model = Net()
+        optimizer = EMAOptimizer(sgd(model), decay=0.5)
+        train(model, optimizer, range(2))
+        state = saved(optimizer.state_dict())
+        before = copy.deepcopy(state)
+        fresh_model = Net()
+        fresh = EMAOptimizer(sgd(fresh_model), decay=0.5)
+        fresh.load_state_dict(state)
+        train(fresh_model, fresh, range(2))
+        assert_same(before['ema'], state['ema'])
+        assert state.keys() == before.keys()
+
+    def test_digits_lost_in_loading_are_said_once(self):
+        model, double = Net(), Net().double()
+        state = saved(EMAOptimizer(sgd(double), decay=0.5).state_dict())
+        optimizer = EMAOptimizer(sgd(model), decay=0.5)
+        with pytest.warns(UserWarning, match='digits are lost') as caught:
+            optimizer.load_state_dict(state)
+        assert len(caught) == 1
+
+    def test_a_reference_to_the_shadow_stays_good_after_loading(self):
+        model = Net()
+        optimizer = EMAOptimizer(sgd(model), decay=0.5)
+        shadow = optimizer.shadow
+        train(model, optimizer, range(2))
+        optimizer.load_state_dict(saved(optimizer.state_dict()))
+        assert optimizer.shadow is shadow
+
+    def test_the_state_of_the_average_has_these_entries_in_plain_types(self):
+        model = Net()
+        optimizer = EMAOptimizer(sgd(model), decay=0.75, bias_correction=True, every_n_steps=2)
+        train(model, optimizer, range(5))
+        state = optimizer.ema_state_dict()
+        assert list(state) == ['version', 'num_steps', 'last_update', 'settings', 'profile', 'average']
+        assert (state['version'], state['num_steps'], state['last_update']) == (2, 5, 4)
+        assert state['profile'] == {'log_kept': pytest.approx(4 * math.log(0.75))}
+        assert state['settings']['decay'] == 0.75
+        assert {type(value) for value in state['settings'].values()} <= {float, int, bool, str, type(None)}
+        assert state['average'].keys() == optimizer.shadow.state_dict().keys()
+
+
+class TestAnotherKindOfAverage:
+    """A state that was saved with other settings is taken over with a warning, whatever its profile remembers."""
+
+    def taken_over(self, saved_with: dict[str, Any], loaded_with: dict[str, Any]) -> tuple[One, EMAOptimizer]:
+        model, other = One(8.0), One(8.0)
+        optimizer = EMAOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), **saved_with)
+        for value in (4.0, 2.0):
+            step_to(optimizer, model, value)
+        successor = EMAOptimizer(torch.optim.SGD(other.parameters(), lr=1.0), **loaded_with)
+        with pytest.warns(UserWarning, match='the saved average used'):
+            successor.load_state_dict(saved(optimizer.state_dict()))
+        assert averaged(successor)['0.0'].item() == averaged(optimizer)['0.0'].item()
+        return other, successor
+
+    @pytest.mark.parametrize('saved_with', [{'decay': 0.5}, {'average': 'equal'}])
+    def test_a_correction_goes_on_as_if_there_had_been_one_from_the_start(self, saved_with):
+        model, optimizer = self.taken_over(saved_with, {'decay': 0.75, 'bias_correction': True})
+        before = averaged(optimizer)['0.0'].item()
+        step_to(optimizer, model, 9.0)
+        assert averaged(optimizer)['0.0'].item() == pytest.approx(before + 0.25 / (1 - 0.75**3) * (9 - before))
+
+    def test_without_the_correction_its_memory_is_left_behind(self):
+        model, optimizer = self.taken_over({'decay': 0.5, 'bias_correction': True}, {'decay': 0.5})
+        before = averaged(optimizer)['0.0'].item()
+        step_to(optimizer, model, 9.0)
+        assert averaged(optimizer)['0.0'].item() == pytest.approx((before + 9) / 2)
+        assert optimizer.ema_state_dict()['profile'] == {}
+
+    def test_an_equal_average_counts_the_updates_of_the_other(self):
+        model, optimizer = self.taken_over({'decay': 0.5}, {'average': 'equal'})
+        before = averaged(optimizer)['0.0'].item()
+        step_to(optimizer, model, 9.0)
+        assert averaged(optimizer)['0.0'].item() == pytest.approx(before + (9 - before) / 3)
+
+    def test_a_function_takes_over(self):
+        model, optimizer = self.taken_over({'decay': 0.5, 'bias_correction': True}, {'avg_fn': lambda a, c, n: a + n})
+        before = averaged(optimizer)['0.0'].item()
+        step_to(optimizer, model, 9.0)
+        assert averaged(optimizer)['0.0'].item() == before + 2
+
+    def test_the_state_of_a_bare_optimizer_clears_the_memory_of_the_correction(self):
+        model = One(8.0)
+        inner = torch.optim.SGD(model.parameters(), lr=1.0)
+        optimizer = EMAOptimizer(inner, decay=0.5, bias_correction=True)
+        step_to(optimizer, model, 4.0)
+        with pytest.warns(UserWarning, match='A new average starts'):
+            optimizer.load_state_dict(inner.state_dict())
+        assert optimizer.ema_state_dict()['profile'] == {'log_kept': 0.0}
+        step_to(optimizer, model, 2.0)
+        assert averaged(optimizer)['0.0'].item() == 2.0  # the first update copies
+
+
+class TestVersion1:
+    """States that the release before wrote; fixtures/make_version_1.py made the file."""
+
+    KINDS = ('exponential', 'corrected', 'equal')
+
+    def resumed(self, kind: str) -> tuple[Any, torch.nn.Module, EMAOptimizer, dict[str, Any]]:
+        pytest.importorskip('composer', reason='the script that wrote the fixture needs Composer')
+        from fixtures import make_version_1 as script
+
+        net = script.make_net()
+        optimizer = EMAOptimizer(
+            torch.optim.SGD(net.parameters(), lr=0.25, momentum=0.5), model=net, **script.OPTIMIZERS[kind]
+        )
+        return script, net, optimizer, torch.load(FIXTURE, weights_only=True)[kind]
+
+    @pytest.mark.parametrize('kind', KINDS)
+    @pytest.mark.parametrize('beside', [False, True], ids=['state_dict', 'ema_state_dict'])
+    def test_it_goes_on_to_the_end_of_the_uninterrupted_run(self, kind, beside):
+        script, net, optimizer, fixture = self.resumed(kind)
+        assert fixture['state']['ema']['version'] == 1
+        net.load_state_dict(fixture['model'])
+        state = fixture['state']
+        if beside:
+            optimizer.optimizer.load_state_dict({name: value for name, value in state.items() if name != 'ema'})
+            optimizer.load_ema_state_dict(state['ema'])
+        else:
+            optimizer.load_state_dict(state)
+        assert optimizer.num_steps == script.SAVED
+        script.follow_optimizer(net, optimizer, range(script.SAVED, script.LAST))
+        expected = fixture['expected']
+        assert same_bits(weights(net), expected['weights'])
+        torch.testing.assert_close(averaged(optimizer), expected['average'], rtol=1e-6, atol=0)
+        assert optimizer.shadow.num_updates == expected['num_updates']
+
+    @pytest.mark.parametrize('kind', KINDS)
+    def test_saved_anew_it_is_version_2_and_loads_to_the_same_bits(self, kind):
+        _, _, first, fixture = self.resumed(kind)
+        first.load_state_dict(fixture['state'])
+        state = saved(first.state_dict())
+        assert state['ema']['version'] == 2
+        assert ('log_kept' in state['ema']['profile']) == (kind == 'corrected')
+        assert 'log_kept' not in state['ema']
+        _, _, second, _ = self.resumed(kind)
+        second.load_state_dict(state)
+        assert_same(second.ema_state_dict(), first.ema_state_dict())
+
+    @pytest.mark.parametrize(
+        ('change', 'message'),
+        [
+            (lambda s: s.update(log_kept=0.5), r"'log_kept' is 0\.5, not a number of at most 0\. Nothing"),
+            (lambda s: s.update(log_kept=math.nan), "'log_kept' is nan"),
+            (lambda s: s.update(log_kept='0'), "'log_kept' is '0'"),
+            (lambda s: s.pop('log_kept'), "'log_kept' is None"),
+            (lambda s: s.pop('settings'), "'settings' is a NoneType"),
+            (lambda s: s.update(num_steps=-1), 'last update at step'),
+            (lambda s: s.pop('average'), "'average' is a NoneType"),
+            (lambda s: s['average']['parameters'].pop('linear.bias'), r'1 missing: linear\.bias'),
+        ],
+    )
+    def test_one_that_does_not_fit_leaves_everything_as_it_was(self, change, message):
+        script, net, optimizer, fixture = self.resumed('corrected')
+        script.follow_optimizer(net, optimizer, range(2))
+        before = copy.deepcopy((optimizer.state_dict(), weights(net)))
+        state = fixture['state']['ema']
+        change(state)
+        with pytest.raises(ValueError, match=message):
+            optimizer.load_ema_state_dict(state)
+        with pytest.raises(ValueError, match=message):
+            optimizer.load_state_dict(fixture['state'])
+        assert_same(before, (optimizer.state_dict(), weights(net)))
+
+    def test_one_of_a_time_before_some_settings_had_their_defaults(self):
+        _, _, optimizer, fixture = self.resumed('exponential')
+        state = fixture['state']['ema']
+        for name in ('average', 'start'):
+            del state['settings'][name]
+        given = copy.deepcopy(state)
+        optimizer.load_ema_state_dict(state)  # a warning would be an error
+        assert_same(state, given)
