@@ -296,7 +296,11 @@ class TestOtherAverages:
     @pytest.mark.parametrize(
         ('options', 'error', 'message'),
         [
-            ({'average': 'mean'}, ValueError, r"average must be 'exponential' or 'equal', got 'mean'\. For any other pass avg_fn"),
+            (
+                {'average': 'mean'},
+                ValueError,
+                r"average must be 'exponential' or 'equal', got 'mean'\. For any other pass avg_fn",
+            ),
             ({'average': 'equal', 'decay': 0.9}, ValueError, r'decay=0\.9 has no effect on an equal average\. Leave'),
             ({'average': 'equal', 'half_life': 10}, ValueError, r'half_life=10 has no effect on an equal average'),
             ({'average': 'equal', 'bias_correction': True}, ValueError, r'bias_correction=True has no effect'),
