@@ -53,7 +53,8 @@ class EMAOptimizer(OptimizerWrapper):
 
     The average starts from the weights before the first step, and from the buffers as the first batch left them. On
     CUDA each update runs on a side stream and is joined before the next step writes: after the closure's first call if
-    there is a closure. The host never waits. Before you write the weights between two steps, call :meth:`wait`.
+    there is a closure. Joining does not block the host. Before you write the weights between two steps, call
+    :meth:`wait`.
 
     ``param_groups``, ``state`` and ``defaults`` are the wrapped optimizer's own objects, so schedulers, gradient
     scalers and clipping work on either. Two kinds of step are not averaged: one that a ``GradScaler`` skips, and the
@@ -533,16 +534,16 @@ def _check_covered(module: nn.Module, groups: Sequence[Mapping[str, Any]]) -> No
             'Use DDP, or leave the average out.'
         )
     known = {id(parameter) for parameter in module.parameters()}
-    strangers = [
+    unknown = [
         f'{index}.{position}'
         for index, group in enumerate(groups)
         for position, entry in enumerate(group['params'])
         if id(entry[1] if isinstance(entry, tuple) else entry) not in known
     ]
-    if strangers:
+    if unknown:
         raise ValueError(
-            f"{len(strangers)} of the optimizer's parameters are not in the model, by group and position: "
-            f'{listed(strangers)}. Pass the model that the optimizer was built for, or leave model out.'
+            f"{len(unknown)} of the optimizer's parameters are not in the model, by group and position: "
+            f'{listed(unknown)}. Pass the model that the optimizer was built for, or leave model out.'
         )
 
 
@@ -583,7 +584,10 @@ def _check_state(state: Mapping[str, Any]) -> None:
             'in [0, steps]. Nothing was loaded.'
         )
     if 'training_weights' in state[_AVERAGE]:
-        raise ValueError('the state is that of a swapped model. Nothing was loaded. Save outside of swap_ema_weights.')
+        raise ValueError(
+            'the state was saved while the average was swapped in. Nothing was loaded. '
+            'Save outside of the swap_ema_weights block.'
+        )
 
 
 def _load_profile(rule: _ByProfile | _ByFunction, state: Mapping[str, Any]) -> None:

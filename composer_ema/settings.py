@@ -91,6 +91,10 @@ class Settings:
         object.__setattr__(self, 'dtype', parse_dtype(self.dtype))
         object.__setattr__(self, 'device', parse_device(self.device))
         _ = self.included, self.excluded
+        for name in ('include', 'exclude'):
+            patterns = getattr(self, name)
+            if patterns is not None and not isinstance(patterns, str):
+                object.__setattr__(self, name, tuple(patterns))  # the caller's list may change
         _check_rounding(self.rounding, self.dtype)
         _check_functions(self.avg_fn, self.multi_avg_fn)
         if self.has_function:
@@ -237,8 +241,17 @@ def takes_settings(cls: _Class) -> _Class:
 
 
 def settings_of(cls: type) -> list[str]:
-    """The names of the settings that a class takes, as its signature spells them."""
-    return [name for name in inspect.signature(cls).parameters if name.removeprefix(_PREFIX) in _DEFAULTS]
+    """The names of the settings that a class takes, as its signature spells them.
+
+    A subclass with a constructor of its own takes what its base does.
+    """
+    for each in cls.__mro__:
+        names = [
+            name for name in inspect.signature(each.__init__).parameters if name.removeprefix(_PREFIX) in _DEFAULTS
+        ]
+        if names:
+            return names
+    return []
 
 
 def check_seed(seed: int) -> int:
@@ -318,5 +331,8 @@ def _compile(argument: str, patterns: str | Sequence[str] | None) -> tuple[re.Pa
         try:
             compiled.append(re.compile(pattern))
         except re.error as error:
-            raise ValueError(f'{argument} pattern {pattern!r} is not a regular expression: {error}.') from error
+            raise ValueError(
+                f'{argument} pattern {pattern!r} is not a regular expression: {error}. '
+                f'To match it literally pass {re.escape(pattern)!r}.'
+            ) from error
     return tuple(compiled)

@@ -1,9 +1,9 @@
-"""Trains Fashion-MNIST in a plain PyTorch loop, evaluates the weights and their average, and resumes when killed.
+"""Trains Fashion-MNIST in a plain PyTorch loop, evaluates the weights and their average, and resumes if killed.
 
     python examples/plain_loop.py --epochs 5
 
-Needs composer_ema, torchvision and tqdm; no Composer. The run keeps one file, the checkpoint: started again, it goes on
-from there, on a CPU to the same bits as a run that was never stopped. Delete the file to begin anew.
+It needs composer_ema, torchvision and tqdm, but no Composer. The run writes one file, its checkpoint. Start the script
+again and it resumes from there; on a CPU it ends with the bits of an uninterrupted run. To start over, delete the file.
 """
 
 from __future__ import annotations
@@ -63,11 +63,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument('--epochs', type=at_least_one, default=5)
     parser.add_argument('--batch-size', type=at_least_one, default=128)
     parser.add_argument('--lr', type=float, default=3e-3)
-    parser.add_argument('--half-life', type=float, default=300, help='of the average, in steps')
+    parser.add_argument('--half-life', type=float, default=300, help='half-life of the average, in steps')
     parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--limit', type=at_least_one, help='train and test on the first so many images')
-    parser.add_argument('--root', type=Path, help='folder with Fashion-MNIST, looked into before the usual places')
-    parser.add_argument('--checkpoint', type=Path, default=Path('plain_loop.pt'), help='file to go on from')
+    parser.add_argument('--limit', type=at_least_one, help='number of images to train and test on; default: all')
+    parser.add_argument('--root', type=Path, help='folder with Fashion-MNIST; searched before the usual places')
+    parser.add_argument(
+        '--checkpoint', type=Path, default=Path('plain_loop.pt'), help='file to write, and to resume from'
+    )
     parser.add_argument('--save-every', type=at_least_one, default=100, help='batches between two checkpoints')
     return parser.parse_args(arguments)
 
@@ -93,7 +95,7 @@ def build_model() -> nn.Module:
 
 
 def shuffled(length: int, seed: int, epoch: int) -> Tensor:
-    """The order of an epoch: a function of the seed and the epoch, so a resumed run need not remember it."""
+    """Returns the order of an epoch. It depends on seed and epoch alone, so a resumed run need not save it."""
     return torch.randperm(length, generator=torch.Generator().manual_seed(1_000_003 * seed + epoch))
 
 
@@ -111,7 +113,7 @@ def accuracy(model: nn.Module, inputs: Tensor, labels: Tensor) -> float:
 
 
 def save(options: argparse.Namespace, model: nn.Module, optimizer: EMAOptimizer, epoch: int, done: int) -> None:
-    """Written beside and renamed, so that whenever the process is killed, a whole checkpoint is there."""
+    """Writes a new file and renames it, so that a complete checkpoint exists whenever the process is killed."""
     path = options.checkpoint
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f'.{path.name}.unfinished')
@@ -121,7 +123,7 @@ def save(options: argparse.Namespace, model: nn.Module, optimizer: EMAOptimizer,
 
 
 def load(options: argparse.Namespace, model: nn.Module, optimizer: EMAOptimizer) -> tuple[int, int]:
-    """The epoch to go on with, and how many of its batches are done."""
+    """Loads the checkpoint, if there is one. Returns the epoch to continue and the number of its batches done."""
     path = options.checkpoint
     if not path.exists():
         return 0, 0
@@ -129,16 +131,16 @@ def load(options: argparse.Namespace, model: nn.Module, optimizer: EMAOptimizer)
     if state['data'] != what_orders_the_data(options):
         raise SystemExit(
             f'{path} belongs to a run with {state["data"]}, this one has {what_orders_the_data(options)}. '
-            'Pass the same, or another --checkpoint.'
+            'Pass the same values, or another --checkpoint.'
         )
     model.load_state_dict(state['model'])
     optimizer.load_state_dict(state['optimizer'])
-    print(f'going on from {path}: {state["epoch"]} epochs and {state["done"]} batches done')
+    print(f'resuming from {path}: {state["epoch"]} epochs and {state["done"]} batches done')
     return state['epoch'], state['done']
 
 
 def what_orders_the_data(options: argparse.Namespace) -> dict[str, int | None]:
-    """What a resumed run must have in common with the one that it goes on with."""
+    """Returns the options that a resumed run must share with the run that it continues."""
     return {name: getattr(options, name) for name in ('seed', 'batch_size', 'limit')}
 
 

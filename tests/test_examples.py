@@ -93,7 +93,7 @@ def test_plain_loop_killed_twice_ends_with_the_bits_of_an_uninterrupted_run(tmp_
         assert (0, 0) < progress(killed) < (epochs, 0)
         reached = progress(killed)
     output, _ = finished(start(killed, epochs=epochs))
-    assert f'going on from {killed}: {reached[0]} epochs and {reached[1]} batches done' in output
+    assert f'resuming from {killed}: {reached[0]} epochs and {reached[1]} batches done' in output
 
     ends = [torch.load(path, weights_only=True) for path in (whole, killed)]
     assert_same(*ends)
@@ -109,7 +109,7 @@ def test_plain_loop_refuses_the_checkpoint_of_a_run_with_data_in_another_order(t
     _, errors = other.communicate(timeout=60)
     assert other.returncode == 1
     assert "belongs to a run with {'seed': 0, 'batch_size': 50, 'limit': 500}, this one has" in errors
-    assert 'Pass the same, or another --checkpoint.' in errors
+    assert 'Pass the same values, or another --checkpoint.' in errors
     assert checkpoint.read_bytes() == before
 
 

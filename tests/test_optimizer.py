@@ -180,6 +180,18 @@ class TestOtherAverages:
                 assert model.weight.item() == value
             assert optimizer.shadow.num_updates == 0
 
+    def test_a_function_is_no_profile_whatever_it_is_called(self):
+        def exponential(averaged, current, num_averaged):
+            return averaged + num_averaged
+
+        model = One(8.0)
+        optimizer = EMAOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), every_n_steps=2, avg_fn=exponential)
+        found = []
+        for value in (4, 2, 9, 9):
+            step_to(optimizer, model, value)
+            found.append(averaged(optimizer)['0.0'].item())
+        assert found == [4, 2, 2, 3]
+
     @given(
         values=st.lists(st.floats(-8, 8, width=32), min_size=1, max_size=9),
         interval=st.integers(1, 3),

@@ -135,6 +135,17 @@ class TestSaving:
             optimizer.load_state_dict(state)
         assert_same(before, (optimizer.state_dict(), weights(model)))
 
+    def test_warnings_point_at_the_line_that_loads(self):
+        model = Net()
+        optimizer, other = EMAOptimizer(sgd(model), decay=0.9), EMAOptimizer(sgd(model), decay=0.5)
+        with pytest.warns(UserWarning, match='the saved average used') as by_state:
+            other.load_state_dict(optimizer.state_dict())
+        with pytest.warns(UserWarning, match='the saved average used') as by_ema_state:
+            other.load_ema_state_dict(optimizer.ema_state_dict())
+        with pytest.warns(UserWarning, match='A new average starts') as bare:
+            other.load_state_dict(sgd(model).state_dict())
+        assert {each[0].filename for each in (by_state, by_ema_state, bare)} == {__file__}
+
     def test_loading_does_not_change_or_keep_the_state_it_was_given(self):
         model = Net()
         optimizer = EMAOptimizer(sgd(model), decay=0.5)
