@@ -29,6 +29,7 @@ from composer_ema.averages import (
 from composer_ema.model.names import listed
 from composer_ema.model.sharding import is_sharded, unwrap
 from composer_ema.settings import OptimizerSettings, Settings, takes_settings
+from composer_ema.shadow import loan
 from composer_ema.shadow.shadow_model import ShadowModel
 from composer_ema.wrapper import OptimizerWrapper, ParameterGroups
 
@@ -175,7 +176,7 @@ class EMAOptimizer(OptimizerWrapper):
             What the wrapped optimizer returns.
 
         Raises:
-            RuntimeError: the model holds the average.
+            RuntimeError: the model holds this average or another.
         """
         return super().step(closure)
 
@@ -239,6 +240,7 @@ class EMAOptimizer(OptimizerWrapper):
             ValueError: the state does not fit. Nothing was loaded.
         """
         self._refuse_while_swapped('load_ema_state_dict()')
+        loan.refuse(self._module)
         self._average.assign(*self._average.checked(state), stacklevel=3)
 
     def state_dict(self) -> dict[str, Any]:
@@ -264,6 +266,7 @@ class EMAOptimizer(OptimizerWrapper):
             ValueError: the state does not fit.
         """
         self._refuse_while_swapped('load_state_dict()')
+        loan.refuse(self._module)
         super().load_state_dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -285,6 +288,7 @@ class EMAOptimizer(OptimizerWrapper):
 
     def _before_step(self) -> None:
         self._refuse_while_swapped('step()')
+        loan.refuse(self._module)
         self._average.start()
 
     def _before_write(self) -> None:
@@ -360,8 +364,9 @@ class _StepAverage:
         self._refresh_groups()
         if self._has_to_start:
             self._last_update = self.num_steps - interval
-        elapsed, num_updates = self.num_steps - self._last_update, self.shadow.num_updates
-        moment = Moment(elapsed, num_updates * interval + elapsed, num_updates)
+        first_update = -(-max(self.arguments['start'], 1) // interval) * interval
+        since_start = self.num_steps - (first_update - interval)
+        moment = Moment(self.num_steps - self._last_update, since_start, self.shadow.num_updates)
         self._rule.update(self.shadow, self._module, moment)
         self._last_update = self.num_steps
 

@@ -165,11 +165,17 @@ def test_an_optimizer_takes_no_step_from_an_average_that_another_shadow_lent():
         EMAOptimizer(torch.optim.SGD(net.parameters(), lr=1.0)),
     ):
         shadow = average_of(net, 1.0)
-        net(torch.randn(4, 2)).sum().backward()
-        with shadow.swapped(net), pytest.raises(RuntimeError, match='holds an average'):
+        for steps in range(2):
+            net.zero_grad()
+            net(torch.randn(4, 2)).sum().backward()
+            before, state = bits(net), optimizer.state_dict()
+            with shadow.swapped(net):
+                for call in (optimizer.step, lambda: optimizer.load_state_dict(state)):  # noqa: B023
+                    with pytest.raises(RuntimeError, match='holds an average'):
+                        call()
+            assert bits(net) == before
+            assert optimizer.num_steps == steps
             optimizer.step()
-        assert net.value == 8.0
-        assert optimizer.num_steps == 0
 
 
 def test_an_optimizers_average_and_a_shadow_take_turns_in_any_order():
