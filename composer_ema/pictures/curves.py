@@ -9,18 +9,25 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 
-METRICS_FILE, RECIPE_FILE = 'metrics.jsonl', 'recipe.yaml'
+from composer_ema.recipe.outputs import (
+    METRICS_FILE,
+    RECIPE_FILE,
+    Array,
+    Axis,
+    Curve,
+    curve,
+    curves_by_group,
+    is_number,
+)
+
 #: What a reader calls a set of weights.
 LABELS = {'training': 'training weights', 'ema': 'average', 'swa': 'equal average', 'eval': 'evaluated weights'}
 #: What the picture of a run is called in its folder, before its ending.
 CURVES = 'curves'
-#: What a picture can be drawn over.
-Axis = Literal['epoch', 'batch', 'sample']
-Array = np.ndarray[Any, np.dtype[np.float64]]
 # A curve is smoothed over this share of its values, and only if it goes up and down by this many times its range.
 SMOOTHED_SHARE, NOISY_TIMES = 0.02, 3.0
 
@@ -46,30 +53,6 @@ class Point:
     loss: float | None
     batch: int = 0
     sample: int = 0
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Values over training; arrays of one length.
-
-    Args:
-        epoch: Epochs done after each value's batch, with fractions where the run knows its length.
-        batch: Batches done.
-        sample: Samples done.
-        value: float64.
-    """
-
-    epoch: Array
-    batch: Array
-    sample: Array
-    value: Array
-
-    def __len__(self) -> int:
-        return len(self.value)
-
-    def over(self, axis: Axis) -> Array:
-        """Where along ``axis`` the values stand."""
-        return {'epoch': self.epoch, 'batch': self.batch, 'sample': self.sample}[axis]
 
 
 @dataclass(frozen=True)
@@ -209,7 +192,7 @@ def read_lines(folder: Path) -> list[dict[str, Any]]:
     for number, text in enumerate(texts, start=1):
         try:
             line = json.loads(text)
-            if not isinstance(line, dict) or not all(_is_number(line.get(key)) for key in ('epoch', 'batch', 'sample')):
+            if not isinstance(line, dict) or not all(is_number(line.get(key)) for key in ('epoch', 'batch', 'sample')):
                 raise ValueError('it does not give epoch, batch and sample')
         except ValueError as error:
             if number == len(texts):
@@ -217,17 +200,6 @@ def read_lines(folder: Path) -> list[dict[str, Any]]:
             raise PlotError(f'{path}: line {number} is no line of metrics: {error}.') from error
         lines.append(line)
     return lines
-
-
-def curve(lines: Iterable[Mapping[str, Any]], key: str, otherwise: str | None = None) -> Curve:
-    """The values of ``key``, or where a line lacks it of ``otherwise``; lines that have neither are left out."""
-    rows = [
-        (line['epoch'], line['batch'], line['sample'], value)
-        for line in lines
-        if _is_number(value := line.get(key, line.get(otherwise) if otherwise else None))
-    ]
-    epoch, batch, sample, value = np.asarray(rows, dtype=np.float64).reshape(-1, 4).T
-    return Curve(epoch, batch, sample, value)
 
 
 def evaluations(lines: Iterable[Mapping[str, Any]]) -> dict[str, list[Point]]:
@@ -240,7 +212,7 @@ def evaluations(lines: Iterable[Mapping[str, Any]]) -> dict[str, list[Point]]:
         found: dict[str, dict[str, float]] = {}
         for name, value in line.items():
             label = re.fullmatch(r'metrics/(eval[^/]*)/(.+)', name)
-            if label and _is_number(value):
+            if label and is_number(value):
                 found.setdefault(label[1].removeprefix('eval_'), {})[label[2]] = value
         for weights, metrics in found.items():
             point = Point(
@@ -295,21 +267,6 @@ def _centred_means(values: Array, half: int) -> Array:
         return (sums[high] - sums[low]) / (counts[high] - counts[low])
 
 
-def curves_by_group(lines: Sequence[Mapping[str, Any]], name: str) -> dict[str, Curve]:
-    """The curve of each parameter group, groups that never differ under one label."""
-    prefix = f'{name}/group'
-    groups = sorted({int(key.removeprefix(prefix)) for line in lines for key in line if key.startswith(prefix)})
-    found: list[tuple[list[int], Curve]] = []
-    for group in groups:
-        own = curve(lines, f'{name}/group{group}', otherwise=f'{name}/group0')
-        same = next((members for members, other in found if np.array_equal(other.value, own.value, True)), None)
-        if same is None:
-            found.append(([group], own))
-        else:
-            same.append(group)
-    return {f'group{"s" * (len(members) > 1)} {", ".join(map(str, members))}': own for members, own in found}
-
-
 def _distances(lines: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
     names = dict.fromkeys(name for line in lines for name in line if name.endswith('/relative_distance'))
     return {name.removesuffix('/relative_distance'): curve(lines, name) for name in names}
@@ -324,7 +281,7 @@ def _target_accuracy(folder: Path) -> float | None:
         target = OmegaConf.select(OmegaConf.load(folder / RECIPE_FILE), 'report.target_accuracy')
     except (OSError, ValueError, YAMLError, OmegaConfBaseException):
         return None  # the curves do not need it
-    return target if _is_number(target) else None
+    return target if is_number(target) else None
 
 
 def _order_of_weights(weights: str) -> tuple[int, str]:
@@ -333,10 +290,6 @@ def _order_of_weights(weights: str) -> tuple[int, str]:
 
 def _first(metrics: Mapping[str, float], part: str) -> float | None:
     return next((value for name, value in metrics.items() if part in name), None)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _distinct_names(folders: Sequence[Path]) -> list[str]:

@@ -15,9 +15,9 @@ from rich.table import Table
 
 from composer_ema.files import write_beside
 from composer_ema.pictures import curves, plots, report
-from composer_ema.pictures.curves import RECIPE_FILE
 from composer_ema.pictures.report import Result
 from composer_ema.recipe.build import Run, blame, build
+from composer_ema.recipe.outputs import RECIPE_FILE
 from composer_ema.recipe.schema import Recipe
 
 
