@@ -50,15 +50,17 @@ def train(
     numbers = _numbers(seeds)
     with _usage_errors():
         # Composer and torch take seconds to import, which --help should not cost.
+        from composer_ema.pictures import conclusion
         from composer_ema.recipe import run, schema
 
         loaded = schema.load(recipe, overrides or [])
         if dry_run:
-            run.rehearse(loaded, _show)
+            conclusion.of_rehearsal(run.rehearse(loaded), _show)
         elif numbers:
-            run.train_seeds(loaded, numbers, _show)
+            results = [conclusion.of_run(outcome, _show) for outcome in run.train_seeds(loaded, numbers, _show)]
+            conclusion.of_seeds(loaded, results, _show)
         else:
-            run.train(loaded, _show)
+            conclusion.of_run(run.train(loaded, _show), _show)
 
 
 @app.command()

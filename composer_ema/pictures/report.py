@@ -1,15 +1,18 @@
-"""What a run did, at a glance: tables for the terminal, and Markdown for a page."""
+"""What a run did, as tables for the terminal, as Markdown for a page, and in words."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from composer_ema.pictures.curves import LABELS, Point, evaluations, first_reaching
-from composer_ema.recipe.recorder import Recorder
+
+if TYPE_CHECKING:  # it imports Composer, which a reader of finished runs need not wait for
+    from composer_ema.recipe.run import Outcome
 
 
 @dataclass(frozen=True)
@@ -48,10 +51,24 @@ class Result:
         return points[-1] if points else Point(0.0, None, None)
 
 
-def result(recorder: Recorder, *, run_name: str, seed: int, target_accuracy: float) -> Result:
-    """Reads the outcome of a run from what its recorder wrote down."""
-    points = evaluations(recorder.evaluations)
-    return Result(run_name, seed, target_accuracy, points, recorder.update_share, recorder.num_batches)
+def result(outcome: Outcome) -> Result:
+    """The evaluations of a run as points, and what averaging cost."""
+    return Result(
+        run_name=outcome.run_name,
+        seed=outcome.seed,
+        target_accuracy=outcome.target_accuracy,
+        points=evaluations(outcome.evaluations),
+        update_share=outcome.update_share,
+        num_batches=outcome.num_batches,
+    )
+
+
+def parts_table(parts: Mapping[str, str]) -> Table:
+    """What a recipe builds, one row for each kind of part."""
+    table = Table(title='built, not trained', title_justify='left', show_header=False)
+    for kind, words in parts.items():
+        table.add_row(kind, words)
+    return table
 
 
 def epochs_table(outcome: Result) -> Table:

@@ -32,6 +32,7 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from rich.table import Table
 
 from composer_ema.files import write_beside
+from composer_ema.pictures import conclusion
 from composer_ema.pictures.curves import LABELS
 from composer_ema.pictures.report import Result
 from composer_ema.recipe import run
@@ -318,7 +319,8 @@ def _ending(recipe: Recipe, advance: Callable[[float], None]) -> Ending:
     if recorded is not None:
         return recorded
     _record(path, recipe, None)
-    ending = Ending.of(run.train(recipe, _show_nothing, callbacks=[_Advance(advance)]))
+    outcome = run.train(recipe, _show_nothing, callbacks=[_Advance(advance)])
+    ending = Ending.of(conclusion.of_run(outcome, _show_nothing))
     if not ending.accuracy:
         raise _nothing_evaluated(recipe)
     _record(path, recipe, ending)
