@@ -115,23 +115,6 @@ def test_usage_errors_are_one_message_and_exit_code_2(call, recipe, arguments, s
     assert 'Traceback' not in out + err
 
 
-@pytest.mark.parametrize(
-    ('arguments', 'said'),
-    [
-        (['.'], "the folder '.' holds no recipe, no file that ends in .yaml"),
-        (['a.yaml', 'max_duration=2ep'], "a table takes recipes as they are, got the override 'max_duration=2ep'."),
-        (['a.yaml', '--seeds', '1,1'], 'seeds must differ'),
-    ],
-)
-def test_a_table_of_nothing_or_with_overrides_is_refused(call, tmp_path, monkeypatch, arguments, said):
-    monkeypatch.chdir(tmp_path)
-    code, out, err = call('table', *arguments)
-    assert (code, out) == (2, '')
-    assert said in ' '.join(err.replace('│', ' ').split())
-    assert 'Traceback' not in err
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_missing_recipe_and_broken_yaml(call, tmp_path):
     (tmp_path / 'broken.yaml').write_text('a: [1')
     faults = (('brken.yaml', 'The nearest is'), ('broken.yaml', 'is not legal YAML'), ('.', 'is a folder. Give one of'))

@@ -17,12 +17,14 @@ import pytest
 import yaml
 from rich.console import Console
 
-from composer_ema import cli
+from benchmarks import published
+from benchmarks.published import Ending, Published, Row
 from composer_ema.pictures.curves import Point
 from composer_ema.pictures.report import Result
-from composer_ema.recipe import comparison, run, schema
+from composer_ema.recipe import run, schema
 from composer_ema.recipe.arguments import RecipeError
-from composer_ema.recipe.comparison import Ending, Published, Row
+
+ROOT = Path(__file__).parents[1]
 
 TINY: dict[str, Any] = {
     'max_duration': '2ep',
@@ -33,7 +35,7 @@ TINY: dict[str, Any] = {
     'algorithms': {'ema': {'half_life': '3ba'}},
 }
 FIGURES = 'recipe,accuracy,loss\nslow,0.125,2.5\nfast,0.5,1.25\n'
-PAGE = f'# Card\n\nbefore: `{comparison.BEGIN}`\n\n{comparison.BEGIN}\nold\n{comparison.END}\n\nafter\n'
+PAGE = f'# Card\n\nbefore: `{published.BEGIN}`\n\n{published.BEGIN}\nold\n{published.END}\n\nafter\n'
 MADE_ON = {'date': '2026-01-02', 'torch': '2.7.0', 'Composer': '0.32.1', 'threads': '1'}
 
 
@@ -53,10 +55,8 @@ def recipes_of(folder: Path, *overrides: str) -> list[schema.Recipe]:
 
 
 def make(folder: Path, shown: list[Any] | None = None, **arguments: Any) -> list[Row]:
-    into, published = folder / 'card.md', folder / 'published.csv'
-    return comparison.make(
-        recipes_of(folder), [1, 2], ([] if shown is None else shown).append, into=into, published=published, **arguments
-    )
+    places = {'into': folder / 'card.md', 'published': folder / 'published.csv'}
+    return published.make(recipes_of(folder), [1, 2], ([] if shown is None else shown).append, **places, **arguments)
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ class TestText:
 
     def test_means_and_deviations_by_hand(self):
         """Of 86 and 88 the mean is 87 and the standard deviation sqrt(2)."""
-        _, _, adam, best = comparison.as_markdown(self.ROWS).splitlines()
+        _, _, adam, best = published.as_markdown(self.ROWS).splitlines()
         cells = [cell.strip() for cell in adam.strip('|').split('|')]
         assert cells == [
             *('adam', '3ep', '87.1', '87.00 ± 1.41', '89.00 ± 1.41', '+1.90'),
@@ -96,27 +96,27 @@ class TestText:
         ]
 
     def test_one_seed_has_no_deviation(self):
-        assert '| 88.00 |' in comparison.as_markdown([Row('adam', '3ep', None, [ending(0.86, 0.88)])])
+        assert '| 88.00 |' in published.as_markdown([Row('adam', '3ep', None, [ending(0.86, 0.88)])])
 
     def test_weights_that_were_not_evaluated_show_a_dash(self):
         row = Row('adam', '3ep', None, [Ending({'training': 0.5}, {'training': 1.0}, MADE_ON)])
-        assert '| 50.00 | – |' in comparison.as_markdown([row])
+        assert '| 50.00 | – |' in published.as_markdown([row])
 
     def test_a_terminal_of_80_columns_shows_the_accuracies_whole(self):
         console = Console(width=80)
         with console.capture() as captured:
-            console.print(comparison.as_table([dataclasses.replace(row, name=27 * 'x') for row in self.ROWS]))
-        accuracies = re.findall(r'\d\d[.]\d\d ± [\d.]+', comparison.as_markdown(self.ROWS))
+            console.print(published.as_table([dataclasses.replace(row, name=27 * 'x') for row in self.ROWS]))
+        accuracies = re.findall(r'\d\d[.]\d\d ± [\d.]+', published.as_markdown(self.ROWS))
         assert len(accuracies) == 4
         for cell in [*accuracies, '87.1', '+1.90']:
             assert cell.replace(' ', '') in captured.get()
 
     def test_without_published_figures_there_are_no_columns_of_them(self):
         alone = [dataclasses.replace(self.ROWS[0], published=None)]
-        header = comparison.as_markdown(alone).splitlines()[0]
+        header = published.as_markdown(alone).splitlines()[0]
         assert 'published' not in header
         assert header.startswith('| recipe | length | training weights | average |')
-        assert [str(column.header) for column in comparison.as_table(alone).columns] == [
+        assert [str(column.header) for column in published.as_table(alone).columns] == [
             'recipe',
             'training\nweights',
             'average',
@@ -131,19 +131,19 @@ class TestText:
         assert row.gain == 0.125
 
     def test_the_picture_is_a_png(self):
-        assert comparison.draw(self.ROWS).startswith(b'\x89PNG')
+        assert published.draw(self.ROWS).startswith(b'\x89PNG')
 
 
 class TestMake:
     def test_the_page_keeps_what_is_around_the_markers(self, folder):
         shown: list[Any] = []
-        rows = make(folder, shown, command='composer-ema table x')
+        rows = make(folder, shown, command='python -m benchmarks.published x')
         page = (folder / 'card.md').read_text()
-        assert page.startswith(f'# Card\n\nbefore: `{comparison.BEGIN}`\n\n{comparison.BEGIN}\n')
-        assert page.endswith(f'{comparison.END}\n\nafter\n')
+        assert page.startswith(f'# Card\n\nbefore: `{published.BEGIN}`\n\n{published.BEGIN}\n')
+        assert page.endswith(f'{published.END}\n\nafter\n')
         assert 'old' not in page
-        assert comparison.as_markdown(rows) in page
-        assert 'Made by `composer-ema table x` (date ' in page
+        assert published.as_markdown(rows) in page
+        assert 'Made by `python -m benchmarks.published x` (date ' in page
         assert (folder / 'images/card_table.png').exists()
         assert '](images/card_table.png)' in page
         assert [each for each in shown if str(each).startswith('4 of 4: fast-seed2, ')]
@@ -166,8 +166,8 @@ class TestMake:
         assert slow.endings[0].loss != slow.endings[1].loss, 'seeds differ'
 
     def test_without_a_page_the_table_lies_with_the_runs(self, folder):
-        rows = comparison.make(recipes_of(folder), [1], [].append)
-        assert comparison.as_markdown(rows) in (folder / 'runs/table/table.md').read_text()
+        rows = published.make(recipes_of(folder), [1], [].append)
+        assert published.as_markdown(rows) in (folder / 'runs/table/table.md').read_text()
         assert (folder / 'runs/table/images/table_table.png').exists()
 
     def test_finished_runs_are_not_trained_again(self, folder, trained_names):
@@ -182,16 +182,16 @@ class TestMake:
         text = (folder / 'fast.yaml').read_text()
         (folder / 'fast.yaml').write_text(text.replace('lr: 0.1', 'lr: 0.2'))
         with pytest.raises(RecipeError, match=r'fast-seed1 holds .* \(optimizer.lr: 0.1 there, 0.2 here\)\. Remove'):
-            comparison.make(recipes_of(folder), [3, 1], [].append)
+            published.make(recipes_of(folder), [3, 1], [].append)
         assert trained_names == []
 
     @pytest.mark.parametrize(
         ('page', 'said'),
         [
             ('no markers', 'must hold'),
-            (f'{comparison.BEGIN} {comparison.END}', 'on a line alone'),
-            (f'{comparison.END}\n{comparison.BEGIN}', 'must hold'),
-            (f'{comparison.BEGIN}\n{comparison.END}\n{comparison.BEGIN}\n{comparison.END}', 'once each'),
+            (f'{published.BEGIN} {published.END}', 'on a line alone'),
+            (f'{published.END}\n{published.BEGIN}', 'must hold'),
+            (f'{published.BEGIN}\n{published.END}\n{published.BEGIN}\n{published.END}', 'once each'),
             (None, 'cannot be read'),
         ],
     )
@@ -224,17 +224,17 @@ class TestMake:
     def test_two_recipes_of_one_name_are_refused(self, folder):
         twice = [*recipes_of(folder), recipes_of(folder)[0]]
         with pytest.raises(RecipeError, match='has the name of'):
-            comparison.make(twice, [1], [].append)
+            published.make(twice, [1], [].append)
 
     def test_a_recipe_that_cannot_be_followed_is_told_before_the_first_run(self, folder, trained_names):
         with pytest.raises(RecipeError, match='no such argument'):
-            comparison.make([recipes_of(folder)[0], *recipes_of(folder, 'optimizer.leraning=1')[1:]], [1], [].append)
+            published.make([recipes_of(folder)[0], *recipes_of(folder, 'optimizer.leraning=1')[1:]], [1], [].append)
         assert trained_names == []
 
     @pytest.mark.parametrize(('override', 'num_trained'), [('evaluate=[]', 0), ('eval_interval=0', 1)])
     def test_a_recipe_that_evaluates_nothing_is_refused(self, folder, trained_names, override, num_trained):
         with pytest.raises(RecipeError, match='evaluates nothing'):
-            comparison.make(recipes_of(folder, override), [1], [].append)
+            published.make(recipes_of(folder, override), [1], [].append)
         assert len(trained_names) == num_trained
 
 
@@ -242,11 +242,11 @@ def test_killed_in_the_middle_it_keeps_what_is_finished_and_goes_on(folder, trai
     for name in ('fast', 'slow'):
         text = (folder / f'{name}.yaml').read_text()
         (folder / f'{name}.yaml').write_text(text.replace('2ep', '20ep') + 'save_interval: 7ba\n')
-    command = ['table', 'fast.yaml', 'slow.yaml', '--seeds', '1', '--into', 'card.md', '--runs-folder', 'killed']
-    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    command = ['fast.yaml', 'slow.yaml', '--seeds', '1', '--into', 'card.md', '--runs-folder', 'killed']
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
     pipe = subprocess.PIPE
     process = subprocess.Popen(
-        [sys.executable, '-m', 'composer_ema.cli', *command], cwd=folder, env=environment, stdout=pipe, stderr=pipe
+        [sys.executable, '-m', 'benchmarks.published', *command], cwd=folder, env=environment, stdout=pipe, stderr=pipe
     )
     metrics, started = folder / 'killed/table/slow-seed1/metrics.jsonl', time.monotonic()
     while not (metrics.exists() and metrics.read_text().count('\n') > 40):
@@ -267,10 +267,10 @@ def test_killed_in_the_middle_it_keeps_what_is_finished_and_goes_on(folder, trai
     ]
     before = [path.stat().st_mtime_ns for path in kept]
     monkeypatch.chdir(folder)
-    resumed = comparison.make(recipes_of(folder, 'runs_folder=killed'), [1], [].append, into=folder / 'card.md')
+    resumed = published.make(recipes_of(folder, 'runs_folder=killed'), [1], [].append, into=folder / 'card.md')
     assert trained_names == ['slow-seed1']
     assert [path.stat().st_mtime_ns for path in kept] == before, 'neither run began anew'
-    whole = comparison.make(recipes_of(folder), [1], [].append)
+    whole = published.make(recipes_of(folder), [1], [].append)
     assert [row.endings[0].loss for row in resumed] == [row.endings[0].loss for row in whole]
     for name in ('fast', 'slow'):
         interrupted = (folder / f'killed/table/{name}-seed1/metrics.jsonl').read_text()
@@ -279,13 +279,34 @@ def test_killed_in_the_middle_it_keeps_what_is_finished_and_goes_on(folder, trai
 
 def test_the_command_makes_it(folder, capfd, monkeypatch):
     monkeypatch.chdir(folder)
-    arguments = ['table', '.', '--seeds', '1', '--published', 'published.csv', '--into', 'card.md']
-    monkeypatch.setattr(sys, 'argv', ['/somewhere/composer-ema', *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        cli.app(arguments)
+    arguments = ['.', '--seeds', '1', '--published', 'published.csv', '--into', 'card.md']
+    assert published.main(arguments) == 0
     out = capfd.readouterr().out
-    assert stopped.value.code == 0
     assert '2 of 2: fast-seed1' in out
     assert 'written: card.md' in out
-    assert f'Made by `composer-ema {" ".join(arguments)}` (date ' in (folder / 'card.md').read_text()
+    made_by = f'Made by `python -m benchmarks.published {" ".join(arguments)}` (date '
+    assert made_by in (folder / 'card.md').read_text()
     assert (folder / 'runs/table/fast-seed1').is_dir()
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'said'),
+    [
+        (['.'], "the folder '.' holds no recipe, no file that ends in .yaml"),
+        (['a.yaml', 'max_duration=2ep'], "a table takes recipes as they are, got the override 'max_duration=2ep'."),
+        (['a.yaml', '--seeds', '1,1'], 'seeds must differ'),
+        (['a.yaml', '--seeds', 'x'], "seeds must be whole numbers of at least 0 with commas between, got 'x'"),
+        (['missing.yaml'], 'missing.yaml: there is no such file.'),
+    ],
+)
+def test_a_table_of_nothing_or_with_overrides_is_refused(tmp_path, capfd, monkeypatch, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = published.main(arguments)
+    except SystemExit as stopped:  # argparse's own errors
+        code = stopped.code
+    out, err = capfd.readouterr()
+    assert (code, out) == (2, '')
+    assert said in err
+    assert 'Traceback' not in err
+    assert list(tmp_path.iterdir()) == []

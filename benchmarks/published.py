@@ -1,11 +1,15 @@
 """Trains many recipes with several seeds and writes down, beside published figures, how each ended.
 
-What is finished is kept, what was interrupted goes on: the file :data:`TABLE_FILE` in a run's folder holds the recipe
-that the run follows, and how it ended once it has.
+What is finished is kept, what was interrupted goes on: the file ``table.json`` in a run's folder holds the recipe that
+the run follows, and how it ended once it has.
+
+python -m benchmarks.published yamls/fashion_mnist --published yamls/fashion_mnist/published.csv \\
+    --into method_cards/fashion_mnist.md
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 import dataclasses
 import io
@@ -13,7 +17,9 @@ import json
 import math
 import os
 import re
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,13 +37,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from composer_ema import cli
 from composer_ema.files import write_beside
 from composer_ema.pictures import conclusion
 from composer_ema.pictures.curves import LABELS
 from composer_ema.pictures.report import Result
-from composer_ema.recipe import run
+from composer_ema.recipe import run, schema
 from composer_ema.recipe.arguments import Place, RecipeError
-from composer_ema.recipe.schema import Recipe, plan
+from composer_ema.recipe.schema import Recipe
 
 TABLE_FILE = 'table.json'
 BEGIN, END = '<!-- table: begin -->', '<!-- table: end -->'
@@ -47,6 +54,28 @@ _AVERAGES = ('ema', 'swa')
 _COLOURS = {'training': '#D55E00', 'ema': '#0072B2'}
 _GAIN = 'average − published'
 _COLUMNS = ('recipe', 'accuracy', 'loss')
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Makes the table. Returns the exit code: 2 if an argument, a recipe, the figures or the page cannot be used."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument('recipes', type=_recipes_in, nargs='+', help='YAML recipes, or folders of them')
+    options.add_argument('--seeds', type=_seeds, default='1,2,3', help='train each recipe once per seed; default 1,2,3')
+    options.add_argument('--published', type=Path, help='a CSV file of published figures: recipe,accuracy,loss')
+    options.add_argument('--into', type=Path, help='the Markdown page that has markers for the table')
+    options.add_argument('--runs-folder', default='runs', help='where the runs go; default runs')
+    parsed = options.parse_args(given)
+    command = shlex.join(['python', '-m', 'benchmarks.published', *given])
+    cli.set_up_warnings()
+    try:
+        paths = [path for paths in parsed.recipes for path in paths]
+        recipes = [schema.load(path, [f'runs_folder={parsed.runs_folder}']) for path in paths]
+        make(recipes, parsed.seeds, cli.show, published=parsed.published, into=parsed.into, command=command)
+    except RecipeError as error:
+        cli.show_error(str(error))
+        return cli.USAGE_ERROR
+    return 0
 
 
 @dataclass(frozen=True)
@@ -166,7 +195,7 @@ def make(
     if into is not None:
         _split(into)
     for recipe in recipes:
-        if not plan(recipe).evaluate:
+        if not schema.plan(recipe).evaluate:
             raise _nothing_evaluated(recipe)
     runs = [(recipe, _for_table(recipe, seed)) for recipe in recipes for seed in seeds]
     for _, each in runs:
@@ -239,6 +268,28 @@ def draw(rows: Sequence[Row]) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format='png', dpi=150)
     return buffer.getvalue()
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        return cli.parse_seeds(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _recipes_in(text: str) -> list[Path]:
+    """The recipes that one argument names."""
+    given = Path(text)
+    if '=' in given.name and not given.exists():
+        raise argparse.ArgumentTypeError(
+            f'a table takes recipes as they are, got the override {text!r}. Write it into the recipe.'
+        )
+    if not given.is_dir():
+        return [given]
+    found = sorted(given.glob('*.yaml'))
+    if not found:
+        raise argparse.ArgumentTypeError(f'the folder {text!r} holds no recipe, no file that ends in .yaml')
+    return found
 
 
 def _read_published(path: Path) -> dict[str, Published]:
@@ -481,3 +532,7 @@ def _split(page: Path) -> tuple[str, str]:
         raise place.error(f'must hold {BEGIN} and below it {END}, once each on a line alone. The table goes between.')
     before, _, after = parts
     return before, after
+
+
+if __name__ == '__main__':
+    sys.exit(main())
