@@ -1,7 +1,7 @@
-"""Trains many recipes with several seeds and writes down, beside published figures, how each ended.
+"""Trains many recipes with several seeds and writes how each ended, beside published figures.
 
-What is finished is kept, what was interrupted goes on: the file ``table.json`` in a run's folder holds the recipe that
-the run follows, and how it ended once it has.
+A run that has finished is kept, one that was interrupted goes on: the file ``table.json`` in a run's folder holds the
+recipe of the run, and how it ended once it has.
 
 python -m benchmarks.published yamls/fashion_mnist --published yamls/fashion_mnist/published.csv \\
     --into method_cards/fashion_mnist.md
@@ -14,16 +14,12 @@ import csv
 import dataclasses
 import io
 import json
-import math
 import os
-import re
 import shlex
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,27 +28,20 @@ import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
+from benchmarks import published_page
+from benchmarks.published_page import Ending, Published, Row
 from composer_ema import cli
 from composer_ema.files import write_beside
 from composer_ema.pictures import conclusion
-from composer_ema.pictures.curves import LABELS
 from composer_ema.pictures.report import Result
 from composer_ema.recipe import run, schema
 from composer_ema.recipe.arguments import Place, RecipeError
 from composer_ema.recipe.schema import Recipe
 
 TABLE_FILE = 'table.json'
-BEGIN, END = '<!-- table: begin -->', '<!-- table: end -->'
-# A recipe keeps one average, of either kind, and both stand in one column.
-_WEIGHTS = {weights: LABELS[weights] for weights in ('training', 'ema')}
-_AVERAGES = ('ema', 'swa')
-_COLOURS = {'training': '#D55E00', 'ema': '#0072B2'}
-_GAIN = 'average − published'
 _COLUMNS = ('recipe', 'accuracy', 'loss')
 
 
@@ -78,87 +67,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-@dataclass(frozen=True)
-class Published:
-    """What others reported of a run.
-
-    Args:
-        accuracy: Share of right answers, in [0, 1].
-        loss: Cross entropy in nats.
-    """
-
-    accuracy: float
-    loss: float
-
-
-@dataclass(frozen=True)
-class Ending:
-    """How one run ended.
-
-    Args:
-        accuracy: ``'training'`` and ``'ema'`` or ``'swa'`` to the share of right answers of the last evaluation, in
-            [0, 1].
-        loss: Likewise, cross entropy in nats.
-        made_on: What it ran with: date, versions, number of threads.
-    """
-
-    accuracy: dict[str, float]
-    loss: dict[str, float]
-    made_on: dict[str, str]
-
-    @classmethod
-    def of(cls, result: Result) -> Ending:
-        """The last evaluation of a run."""
-        finals = {weights: result.final(weights) for weights in ('training', *_AVERAGES)}
-        return cls(
-            {weights: final.accuracy for weights, final in finals.items() if final.accuracy is not None},
-            {weights: final.loss for weights, final in finals.items() if final.loss is not None},
-            {
-                'date': time.strftime('%Y-%m-%d'),
-                'torch': torch.__version__,
-                'Composer': composer.__version__,
-                'threads': str(torch.get_num_threads()),
-            },
-        )
-
-
-@dataclass(frozen=True)
-class Row:
-    """All runs of one recipe.
-
-    Args:
-        name: The recipe's name.
-        duration: How long it trains, as the recipe says it.
-        published: What others reported; None where nobody did.
-        endings: One per seed.
-    """
-
-    name: str
-    duration: str
-    published: Published | None
-    endings: list[Ending]
-
-    def values(self, quantity: str, weights: str) -> list[float]:
-        """``'accuracy'`` or ``'loss'`` of each seed; ``'ema'`` is whichever average the recipe keeps.
-
-        Empty when these weights were not evaluated.
-        """
-        names = _AVERAGES if weights == 'ema' else (weights,)
-        return [
-            values[name]
-            for each in self.endings
-            for values in [getattr(each, quantity)]
-            for name in names
-            if name in values
-        ]
-
-    @property
-    def gain(self) -> float | None:
-        """Mean accuracy of the average less the published one; None when there is one of them only."""
-        values = self.values('accuracy', 'ema')
-        return statistics.fmean(values) - self.published.accuracy if values and self.published else None
-
-
 def make(
     recipes: Sequence[Recipe],
     seeds: Sequence[int],
@@ -170,30 +78,30 @@ def make(
 ) -> list[Row]:
     """Trains each recipe once per seed, shows the table, and writes it and its picture into a page.
 
-    Runs lie in ``<runs_folder>/table/<recipe>-seed<n>``. Those that have finished are not trained again, and one that
-    was interrupted goes on from its last checkpoint.
+    Runs lie in ``<runs_folder>/table/<recipe>-seed<n>``. A run that has finished is not trained again, and one that was
+    interrupted goes on from its last checkpoint.
 
     Args:
-        recipes: Each under a name of its own.
+        recipes: The recipes; their names must differ.
         seeds: At least one.
-        show: Takes what is to be printed.
-        published: A CSV file with the columns ``recipe``, ``accuracy`` (a share) and ``loss``; its rows come first, in
-            its order.
-        into: The Markdown file between whose markers the table goes; the picture goes into ``images`` beside it.
-            Without it both go into ``<runs_folder>/table``.
-        command: The command that makes the table, as the page is to name it.
+        show: Called with what is to be printed, a string or a rich renderable.
+        published: A CSV file with the columns ``recipe``, ``accuracy`` (a share) and ``loss``. Its rows come first, in
+            its order. Default: None, no published figures.
+        into: A Markdown file with markers. The table goes between them, the picture into ``images`` beside the file.
+            Default: None; both go into ``<runs_folder>/table``.
+        command: The command that the page names. Default: none.
 
     Returns:
         list[Row]: One per recipe.
 
     Raises:
-        RecipeError: A recipe, the CSV file or the page cannot be used; told before anything is trained. Or a run's
-            folder holds a run of another recipe.
+        RecipeError: A recipe, the CSV file or the page cannot be used, or a run's folder holds a run of another recipe;
+            raised before anything is trained. Or a run ended without an evaluation.
     """
     figures = _read_published(published) if published is not None else {}
     recipes = _in_order(recipes, figures)
     if into is not None:
-        _split(into)
+        published_page.split(into)
     for recipe in recipes:
         if not schema.plan(recipe).evaluate:
             raise _nothing_evaluated(recipe)
@@ -210,64 +118,27 @@ def make(
     rows = [
         Row(each.name, str(each.values['max_duration']), figures.get(each.name), endings[each.name]) for each in recipes
     ]
-    show(as_table(rows))
+    show(published_page.as_table(rows))
     if dist.get_global_rank() == 0:
-        for path in _write(rows, into or _folder(recipes[0]) / 'table.md', is_page=into is not None, command=command):
+        page = into or _folder(recipes[0]) / 'table.md'
+        for path in published_page.write(rows, page, is_page=into is not None, command=command):
             show(f'written: {path}')
     return rows
 
 
-def as_table(rows: Sequence[Row]) -> Table:
-    """The accuracies for the terminal; the page has the losses too."""
-    header, *lines = _cells(rows)
-    table = Table(title=_over_seeds(rows), title_justify='left', box=SIMPLE_HEAD, pad_edge=False)
-    shown = [header.index(name) for name in ('recipe', 'published', *_WEIGHTS.values(), _GAIN) if name in header]
-    for column in shown:
-        above, space, below = header[column].rpartition(' ')
-        heading = f'{above}\n{below}' if space else below
-        table.add_column(heading, justify='right' if column else 'left', no_wrap=True)
-    for line in lines:
-        table.add_row(*(line[column].replace(' ± ', '±') for column in shown))
-    return table
-
-
-def as_markdown(rows: Sequence[Row]) -> str:
-    """The table for a page."""
-    header, *lines = _cells(rows)
-    rule = [':---' if name == 'recipe' else '---:' for name in header]
-    return ''.join(f'| {" | ".join(line)} |\n' for line in (header, rule, *lines))
-
-
-def draw(rows: Sequence[Row]) -> bytes:
-    """A PNG of every final accuracy: a line for each recipe, a mark for each seed, and what was published."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 1.2 + 0.42 * len(rows)), layout='constrained')
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for height, row in enumerate(reversed(rows)):
-        axes.axhline(height, color='0.9', linewidth=0.8, zorder=0)
-        for (weights, colour), shift in zip(_COLOURS.items(), (-0.14, 0.14), strict=True):
-            values = [100 * value for value in row.values('accuracy', weights)]
-            axes.plot(values, [height + shift] * len(values), 'o', color=colour, alpha=0.45, markersize=4, mew=0)
-            if values:
-                mean = statistics.fmean(values)
-                axes.plot(mean, height + shift, '|', color=colour, markersize=11, markeredgewidth=2.4)
-        if row.published is not None:
-            axes.plot(100 * row.published.accuracy, height, 'D', color='0.15', markersize=6, markerfacecolor='none')
-    for weights, colour in reversed(_COLOURS.items()):
-        axes.plot([], [], 'o', color=colour, markersize=5, label=_WEIGHTS[weights])
-    axes.plot([], [], '|', color='0.4', markersize=11, markeredgewidth=2.4, label='mean over seeds')
-    axes.plot([], [], 'D', color='0.15', markersize=6, markerfacecolor='none', label='published')
-    axes.set_yticks(range(len(rows)), [row.name for row in reversed(rows)])
-    axes.set(xlabel='final accuracy (%)', ylim=(-0.6, len(rows) - 0.4))
-    axes.tick_params(axis='y', length=0)
-    axes.spines[['top', 'right', 'left']].set_visible(False)
-    figure.legend(loc='outside upper left', ncols=4, frameon=False, fontsize=9)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format='png', dpi=150)
-    return buffer.getvalue()
+def ending_of(result: Result) -> Ending:
+    """The last evaluation of a run."""
+    finals = {label: result.final(label) for label in result.points}
+    return Ending(
+        {label: final.accuracy for label, final in finals.items() if final.accuracy is not None},
+        {label: final.loss for label, final in finals.items() if final.loss is not None},
+        {
+            'date': time.strftime('%Y-%m-%d'),
+            'torch': torch.__version__,
+            'Composer': composer.__version__,
+            'threads': str(torch.get_num_threads()),
+        },
+    )
 
 
 def _seeds(text: str) -> list[int]:
@@ -320,7 +191,7 @@ def _read_published(path: Path) -> dict[str, Published]:
 
 
 def _in_order(recipes: Sequence[Recipe], figures: Mapping[str, Published]) -> list[Recipe]:
-    """The published ones in the order of their file, then the others in theirs."""
+    """Recipes with published figures in the order of those, then the others in their own."""
     by_name: dict[str, Recipe] = {}
     for each in recipes:
         if each.name in by_name:
@@ -339,7 +210,7 @@ def _folder(recipe: Recipe) -> Path:
 
 
 def _for_table(recipe: Recipe, seed: int) -> Recipe:
-    """The recipe of one run: resumed where it was interrupted, its own progress bar off."""
+    """The recipe of one run, which resumes where it was interrupted and shows no progress bar of its own."""
     return recipe.replace(
         seed=seed,
         run_name=f'{recipe.name}-seed{seed}',
@@ -350,7 +221,7 @@ def _for_table(recipe: Recipe, seed: int) -> Recipe:
 
 
 def _recorded(recipe: Recipe) -> Ending | None:
-    """How the run ended, if it has; RecipeError where its folder holds a run of another recipe."""
+    """How the run ended; None if it has not. Raises RecipeError if its folder holds a run of another recipe."""
     path = _folder_of(recipe) / TABLE_FILE
     if not path.exists():
         return None
@@ -364,14 +235,14 @@ def _recorded(recipe: Recipe) -> Ending | None:
 
 
 def _ending(recipe: Recipe, advance: Callable[[float], None]) -> Ending:
-    """Trains what is left of the run."""
+    """How the run ended; trains what is left of it."""
     path = _folder_of(recipe) / TABLE_FILE
     recorded = _recorded(recipe)
     if recorded is not None:
         return recorded
     _record(path, recipe, None)
     outcome = run.train(recipe, _show_nothing, callbacks=[_Advance(advance)])
-    ending = Ending.of(conclusion.of_run(outcome, _show_nothing))
+    ending = ending_of(conclusion.of_run(outcome, _show_nothing))
     if not ending.accuracy:
         raise _nothing_evaluated(recipe)
     _record(path, recipe, ending)
@@ -395,7 +266,7 @@ def _folder_of(recipe: Recipe) -> Path:
 
 
 def _comparable(recipe: Recipe) -> dict[str, Any]:
-    """The values as they come back from JSON."""
+    """The values of a recipe as they come back from JSON."""
     return json.loads(json.dumps(recipe.values))
 
 
@@ -411,7 +282,7 @@ def _changes(before: Any, now: Any, key: str = '') -> list[str]:
 
 
 class _Advance(Callback):
-    """Tells after every batch which share of the run is done."""
+    """Reports after every batch the share of the run that is done."""
 
     def __init__(self, advance: Callable[[float], None]) -> None:
         self.advance = advance
@@ -423,7 +294,7 @@ class _Advance(Callback):
 
 
 class _Overall:
-    """One bar over all runs, and a line for each run that has ended; only the lines where output is no terminal."""
+    """A progress bar over all runs, and a line for each run that has ended."""
 
     def __init__(self, num_runs: int, show: Callable[[Any], None]) -> None:
         self.num_runs, self.show, self.num_done = num_runs, show, 0
@@ -448,7 +319,7 @@ class _Overall:
 
     @contextmanager
     def run(self, name: str) -> Iterator[Callable[[float], None]]:
-        """Lends what is told the share of the run that is done."""
+        """Yields a function that takes the share of the run that is done."""
         self.progress.update(self.task, description=f'{name} ({self.num_done + 1} of {self.num_runs})')
         started = time.monotonic()
         yield lambda share: self.progress.update(self.task, completed=self.num_done + share)
@@ -458,80 +329,7 @@ class _Overall:
 
 
 def _show_nothing(_: Any) -> None:
-    """The tables of single runs would bury the one that was asked for."""
-
-
-def _cells(rows: Sequence[Row]) -> list[list[str]]:
-    """Header and lines, without the columns of published figures where there are none."""
-    header = ['recipe', 'length', 'published', *_WEIGHTS.values(), _GAIN]
-    header += ['published loss', *(f'loss of {words}' for words in _WEIGHTS.values())]
-    table = [header, *(_line(row) for row in rows)]
-    is_said = [column < 2 or any(line[column] for line in table[1:]) for column in range(len(header))]
-    return [[cell for cell, said in zip(line, is_said, strict=True) if said] for line in table]
-
-
-def _line(row: Row) -> list[str]:
-    line = [row.name, row.duration, f'{100 * row.published.accuracy:.1f}' if row.published else '']
-    line += [_spread([100 * value for value in row.values('accuracy', weights)], 2) for weights in _WEIGHTS]
-    line += ['' if row.gain is None else f'{100 * row.gain:+.2f}', f'{row.published.loss:.3f}' if row.published else '']
-    return [*line, *(_spread(row.values('loss', weights), 4) for weights in _WEIGHTS)]
-
-
-def _spread(values: Sequence[float], digits: int) -> str:
-    """Mean ± standard deviation; the value alone when there is one."""
-    if not values:
-        return '–'
-    deviation = statistics.stdev(values) if len(values) > 1 else math.nan
-    mean = f'{statistics.fmean(values):.{digits}f}'
-    return mean if math.isnan(deviation) else f'{mean} ± {deviation:.{digits}f}'
-
-
-def _over_seeds(rows: Sequence[Row]) -> str:
-    number = max(len(row.endings) for row in rows)
-    words = f'mean ± standard deviation over {number} seeds' if number > 1 else 'one seed'
-    return f'final accuracy in %, {words}'
-
-
-def _made_on(rows: Sequence[Row]) -> str:
-    """What the runs had in common and where they differed, in words."""
-    kinds = {kind: sorted({each.made_on[kind] for row in rows for each in row.endings}) for kind in _kinds(rows)}
-    return ', '.join(f'{kind} {" and ".join(values)}' for kind, values in kinds.items())
-
-
-def _kinds(rows: Sequence[Row]) -> list[str]:
-    return list(dict.fromkeys(kind for row in rows for each in row.endings for kind in each.made_on))
-
-
-def _write(rows: Sequence[Row], page: Path, *, is_page: bool, command: str) -> list[Path]:
-    picture = page.parent / 'images' / f'{page.stem}_table.png'
-    write_beside(picture, draw(rows))
-    made_by = f'Made by `{command}`' if command else 'Made'
-    words = _over_seeds(rows)
-    text = (
-        f'{words[0].upper()}{words[1:]}; losses are cross entropies in nats. {made_by} ({_made_on(rows)}).\n\n'
-        f'{as_markdown(rows)}\n'
-        f'![Final accuracy of every run]({picture.relative_to(page.parent)})\n'
-    )
-    if is_page:
-        before, after = _split(page)
-        text = f'{before}{BEGIN}\n\n{text}\n{END}{after}'
-    write_beside(page, text)
-    return [page, picture]
-
-
-def _split(page: Path) -> tuple[str, str]:
-    """What stands before and after the markers."""
-    place = Place(os.fspath(page))
-    try:
-        text = page.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise place.error(f'cannot be read: {error}.') from error
-    # A page may speak of the markers, too: only those that stand alone on a line count.
-    parts = re.split(f'^(?:{re.escape(BEGIN)}|{re.escape(END)})$', text, flags=re.MULTILINE)
-    if len(parts) != 3 or text[len(parts[0]) :].startswith(END):
-        raise place.error(f'must hold {BEGIN} and below it {END}, once each on a line alone. The table goes between.')
-    before, _, after = parts
-    return before, after
+    """Drops the tables of single runs, which would bury the one that was asked for."""
 
 
 if __name__ == '__main__':

@@ -112,26 +112,30 @@ def plot(
     Recipes: learning rate, momentum, and how much each step weighs in the average at the end.
     """
     with _usage_errors():
-        from composer_ema.pictures import curves, plots
+        from composer_ema.pictures.asked import check_axis, sort_arguments
+        from composer_ema.pictures.curves import read_runs
+        from composer_ema.pictures.errors import PlotError
+        from composer_ema.pictures.runs import draw_runs
+        from composer_ema.pictures.writing import check_out, write
 
-        axis, asked = curves.check_axis(over), curves.sort_arguments(things)
-        plots.check_out(out := out or asked.default_out)
+        axis, asked = check_axis(over), sort_arguments(things)
+        check_out(out := out or asked.default_out)
         if asked.folders:
             if batches_per_epoch is not None:
-                raise curves.PlotError(
+                raise PlotError(
                     f'--batches-per-epoch={batches_per_epoch} is for recipes, and {asked.folders[0]} is the folder of '
                     'a run, which knows its own. Leave it out.'
                 )
-            figure = plots.draw_runs(curves.read_runs(asked.folders), axis=axis)
+            figure = draw_runs(read_runs(asked.folders), axis=axis)
         else:
             figure = _draw_recipes(asked.recipes, axis, batches_per_epoch)
-        show('\n'.join(f'written: {path}' for path in plots.write(figure, out)))
+        show('\n'.join(f'written: {path}' for path in write(figure, out)))
 
 
 def _draw_recipes(recipes: list[tuple[Path, list[str]]], axis: Any, batches_per_epoch: int | None) -> Any:
     from rich.progress import track
 
-    from composer_ema.pictures import plots
+    from composer_ema.pictures.previews import describe, draw_previews
 
     # Composer and torch's optimizers take seconds to import, which runs that are only drawn should not cost.
     from composer_ema.recipe import schema
@@ -143,8 +147,8 @@ def _draw_recipes(recipes: list[tuple[Path, list[str]]], axis: Any, batches_per_
     for recipe, name in zip(loaded, names, strict=True):
         bar = functools.partial(track, description=name, console=_error_console(), transient=True)
         previews.append(preview(recipe, name=name, batches_per_epoch=batches_per_epoch, track=bar))
-        show('\n  '.join([name, *map(plots.describe, previews[-1].profiles), *previews[-1].remarks]))
-    return plots.draw_previews(previews, axis=axis)
+        show('\n  '.join([name, *map(describe, previews[-1].profiles), *previews[-1].remarks]))
+    return draw_previews(previews, axis=axis)
 
 
 @app.command()

@@ -17,8 +17,8 @@ import pytest
 import yaml
 from rich.console import Console
 
-from benchmarks import published
-from benchmarks.published import Ending, Published, Row
+from benchmarks import published, published_page
+from benchmarks.published_page import Ending, Published, Row
 from composer_ema.pictures.curves import Point
 from composer_ema.pictures.report import Result
 from composer_ema.recipe import run, schema
@@ -35,7 +35,7 @@ TINY: dict[str, Any] = {
     'algorithms': {'ema': {'half_life': '3ba'}},
 }
 FIGURES = 'recipe,accuracy,loss\nslow,0.125,2.5\nfast,0.5,1.25\n'
-PAGE = f'# Card\n\nbefore: `{published.BEGIN}`\n\n{published.BEGIN}\nold\n{published.END}\n\nafter\n'
+PAGE = f'# Card\n\nbefore: `{published_page.BEGIN}`\n\n{published_page.BEGIN}\nold\n{published_page.END}\n\nafter\n'
 MADE_ON = {'date': '2026-01-02', 'torch': '2.7.0', 'Composer': '0.32.1', 'threads': '1'}
 
 
@@ -85,7 +85,7 @@ class TestText:
 
     def test_means_and_deviations_by_hand(self):
         """Of 86 and 88 the mean is 87 and the standard deviation sqrt(2)."""
-        _, _, adam, best = published.as_markdown(self.ROWS).splitlines()
+        _, _, adam, best = published_page.as_markdown(self.ROWS).splitlines()
         cells = [cell.strip() for cell in adam.strip('|').split('|')]
         assert cells == [
             *('adam', '3ep', '87.1', '87.00 ± 1.41', '89.00 ± 1.41', '+1.90'),
@@ -96,27 +96,28 @@ class TestText:
         ]
 
     def test_one_seed_has_no_deviation(self):
-        assert '| 88.00 |' in published.as_markdown([Row('adam', '3ep', None, [ending(0.86, 0.88)])])
+        assert '| 88.00 |' in published_page.as_markdown([Row('adam', '3ep', None, [ending(0.86, 0.88)])])
 
     def test_weights_that_were_not_evaluated_show_a_dash(self):
         row = Row('adam', '3ep', None, [Ending({'training': 0.5}, {'training': 1.0}, MADE_ON)])
-        assert '| 50.00 | – |' in published.as_markdown([row])
+        assert '| 50.00 | – |' in published_page.as_markdown([self.ROWS[0], row])
+        assert 'average' not in published_page.as_markdown([row])
 
     def test_a_terminal_of_80_columns_shows_the_accuracies_whole(self):
         console = Console(width=80)
         with console.capture() as captured:
-            console.print(published.as_table([dataclasses.replace(row, name=27 * 'x') for row in self.ROWS]))
-        accuracies = re.findall(r'\d\d[.]\d\d ± [\d.]+', published.as_markdown(self.ROWS))
+            console.print(published_page.as_table([dataclasses.replace(row, name=27 * 'x') for row in self.ROWS]))
+        accuracies = re.findall(r'\d\d[.]\d\d ± [\d.]+', published_page.as_markdown(self.ROWS))
         assert len(accuracies) == 4
         for cell in [*accuracies, '87.1', '+1.90']:
             assert cell.replace(' ', '') in captured.get()
 
     def test_without_published_figures_there_are_no_columns_of_them(self):
         alone = [dataclasses.replace(self.ROWS[0], published=None)]
-        header = published.as_markdown(alone).splitlines()[0]
+        header = published_page.as_markdown(alone).splitlines()[0]
         assert 'published' not in header
         assert header.startswith('| recipe | length | training weights | average |')
-        assert [str(column.header) for column in published.as_table(alone).columns] == [
+        assert [str(column.header) for column in published_page.as_table(alone).columns] == [
             'recipe',
             'training\nweights',
             'average',
@@ -124,25 +125,56 @@ class TestText:
 
     def test_the_average_of_swa_stands_in_the_column_of_averages(self):
         last = Point(1.0, 0.75, 0.5)
-        swa = Ending.of(Result('swa', 1, 0.9, {'training': [last], 'swa': [Point(1.0, 0.875, 0.25)]}))
+        swa = published.ending_of(Result('swa', 1, 0.9, {'training': [last], 'swa': [Point(1.0, 0.875, 0.25)]}))
         row = Row('swa', '3ep', Published(0.75, 1.0), [swa])
-        assert (row.values('accuracy', 'training'), row.values('accuracy', 'ema')) == ([0.75], [0.875])
-        assert row.values('loss', 'ema') == [0.25]
-        assert row.gain == 0.125
+        assert (row.values('accuracy', 'training weights'), row.values('accuracy', 'average')) == ([0.75], [0.875])
+        assert row.values('loss', 'average') == [0.25]
+        assert row.gain('average') == 0.125
+        header, _, *lines = published_page.as_markdown([self.ROWS[0], row]).splitlines()
+        assert header.count(' average |') == 2, 'one column of accuracies and one of losses'
+        assert [line.split('|')[5].strip() for line in lines] == ['89.00 ± 1.41', '87.50']
+
+    def test_several_averages_of_a_recipe_stand_in_columns_of_their_labels(self):
+        last = {
+            label: [Point(1.0, accuracy, 0.5)] for label, accuracy in (('training', 0.5), ('b', 0.75), ('a', 0.875))
+        }
+        row = Row('two', '3ep', Published(0.5, 1.0), [published.ending_of(Result('two', 1, 0.9, last))])
+        header, _, line = published_page.as_markdown([row]).splitlines()
+        assert header.startswith('| recipe | length | published | training weights | b | a | b − published | a − ')
+        assert line.startswith('| two | 3ep | 50.0 | 50.00 | 75.00 | 87.50 | +25.00 | +37.50 | 1.000 | 0.5000 |')
+        assert published_page.draw([row]).startswith(b'\x89PNG')
 
     def test_the_picture_is_a_png(self):
-        assert published.draw(self.ROWS).startswith(b'\x89PNG')
+        assert published_page.draw(self.ROWS).startswith(b'\x89PNG')
 
 
 class TestMake:
+    def test_a_table_that_an_earlier_release_began_is_gone_on_with(self, folder, trained_names):
+        """Its record of a finished run, in its own words, stands for the run."""
+        for each in ('fast-seed1', 'slow-seed1'):
+            values = {
+                **yaml.safe_load((folder / f'{each[:4]}.yaml').read_text()),
+                'runs_folder': f'{folder}/runs/table',
+            }
+            recipe = {**values, 'seed': 1, 'run_name': each, 'autoresume': True, 'progress_bar': False}
+            made_on = {'date': '2026-11-20', 'torch': '2.7.0', 'Composer': '0.32.1', 'threads': '1'}
+            average = {'accuracy': {'training': 0.5, 'ema': 0.75}, 'loss': {'training': 1.0, 'ema': 0.5}}
+            path = folder / f'runs/table/{each}/table.json'
+            path.parent.mkdir(parents=True)
+            ended = {**average, 'made_on': made_on} if each == 'fast-seed1' else None
+            path.write_text(json.dumps({'recipe': recipe, 'ending': ended}))
+        rows = published.make(recipes_of(folder), [1], [].append)
+        assert trained_names == ['slow-seed1']
+        assert rows[0].values('accuracy', 'average') == [0.75]
+
     def test_the_page_keeps_what_is_around_the_markers(self, folder):
         shown: list[Any] = []
         rows = make(folder, shown, command='python -m benchmarks.published x')
         page = (folder / 'card.md').read_text()
-        assert page.startswith(f'# Card\n\nbefore: `{published.BEGIN}`\n\n{published.BEGIN}\n')
-        assert page.endswith(f'{published.END}\n\nafter\n')
+        assert page.startswith(f'# Card\n\nbefore: `{published_page.BEGIN}`\n\n{published_page.BEGIN}\n')
+        assert page.endswith(f'{published_page.END}\n\nafter\n')
         assert 'old' not in page
-        assert published.as_markdown(rows) in page
+        assert published_page.as_markdown(rows) in page
         assert 'Made by `python -m benchmarks.published x` (date ' in page
         assert (folder / 'images/card_table.png').exists()
         assert '](images/card_table.png)' in page
@@ -167,7 +199,7 @@ class TestMake:
 
     def test_without_a_page_the_table_lies_with_the_runs(self, folder):
         rows = published.make(recipes_of(folder), [1], [].append)
-        assert published.as_markdown(rows) in (folder / 'runs/table/table.md').read_text()
+        assert published_page.as_markdown(rows) in (folder / 'runs/table/table.md').read_text()
         assert (folder / 'runs/table/images/table_table.png').exists()
 
     def test_finished_runs_are_not_trained_again(self, folder, trained_names):
@@ -189,9 +221,12 @@ class TestMake:
         ('page', 'said'),
         [
             ('no markers', 'must hold'),
-            (f'{published.BEGIN} {published.END}', 'on a line alone'),
-            (f'{published.END}\n{published.BEGIN}', 'must hold'),
-            (f'{published.BEGIN}\n{published.END}\n{published.BEGIN}\n{published.END}', 'once each'),
+            (f'{published_page.BEGIN} {published_page.END}', 'on a line alone'),
+            (f'{published_page.END}\n{published_page.BEGIN}', 'must hold'),
+            (
+                f'{published_page.BEGIN}\n{published_page.END}\n{published_page.BEGIN}\n{published_page.END}',
+                'once each',
+            ),
             (None, 'cannot be read'),
         ],
     )

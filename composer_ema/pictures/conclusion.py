@@ -9,8 +9,12 @@ from typing import TYPE_CHECKING, Any
 from composer.utils import dist
 
 from composer_ema.files import write_beside
-from composer_ema.pictures import curves, plots, report
+from composer_ema.pictures import report
+from composer_ema.pictures.curves import CURVES, read_run
+from composer_ema.pictures.errors import PlotError
 from composer_ema.pictures.report import Result
+from composer_ema.pictures.runs import draw_runs
+from composer_ema.pictures.writing import write
 
 if TYPE_CHECKING:
     from composer_ema.recipe.run import Outcome, Rehearsal
@@ -31,8 +35,8 @@ def of_run(outcome: Outcome, show: Callable[[Any], None]) -> Result:
     """
     if dist.get_global_rank() == 0:
         try:
-            plots.write(plots.draw_runs([curves.read_run(outcome.folder)]), outcome.folder / curves.CURVES)
-        except curves.PlotError as error:
+            write(draw_runs([read_run(outcome.folder)]), outcome.folder / CURVES)
+        except PlotError as error:
             show(f'no picture of the run: {error}')
     result = report.result(outcome)
     if result.points:

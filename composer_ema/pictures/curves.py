@@ -1,39 +1,21 @@
-"""What runs did, as curves: reads their metrics files into plain arrays. Draws nothing."""
+"""Reads the metrics files of runs into plain arrays; draws nothing."""
 
 from __future__ import annotations
 
 import difflib
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-import numpy as np
+from composer_ema.pictures.errors import PlotError
+from composer_ema.pictures.weights import in_order
+from composer_ema.recipe.outputs import METRICS_FILE, RECIPE_FILE, Curve, curve, curves_by_group, is_number
 
-from composer_ema.recipe.outputs import (
-    METRICS_FILE,
-    RECIPE_FILE,
-    Array,
-    Axis,
-    Curve,
-    curve,
-    curves_by_group,
-    is_number,
-)
-
-#: What a reader calls a set of weights.
-LABELS = {'training': 'training weights', 'ema': 'average', 'swa': 'equal average', 'eval': 'evaluated weights'}
-#: What the picture of a run is called in its folder, before its ending.
+#: The name of a run's picture in its folder, without the ending.
 CURVES = 'curves'
-# A curve is smoothed over this share of its values, and only if it goes up and down by this many times its range.
-SMOOTHED_SHARE, NOISY_TIMES = 0.02, 3.0
-
-
-class PlotError(ValueError):
-    """Something cannot be drawn: which file or argument, why, and what to pass instead."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +23,11 @@ class Point:
     """One evaluation of one set of weights.
 
     Args:
-        epoch: Epochs trained by then.
-        accuracy: Share of right answers, in [0, 1].
-        loss: Cross entropy in nats.
-        batch: Batches trained by then. Default: 0.
-        sample: Samples trained by then. Default: 0.
+        epoch: Epochs trained so far.
+        accuracy: Share of right answers, in [0, 1]; None if it was not measured.
+        loss: Cross entropy in nats; None if it was not measured.
+        batch: Batches trained so far. Default: 0.
+        sample: Samples trained so far. Default: 0.
     """
 
     epoch: float
@@ -60,13 +42,13 @@ class RunCurves:
     """One run, ready to be drawn.
 
     Args:
-        name: What a legend calls it.
+        name: Its name in a legend.
         loss: The training loss of every batch.
         rates: The learning rate of every batch, by the parameter groups that share it, such as ``'groups 0, 2'``.
         momenta: The same for momentum; empty for an optimizer without.
-        evaluations: By the weights that were evaluated, ``'training'``, ``'ema'``, ..., oldest first.
-        distances: The relative distance of each average from the weights, by the algorithm that logged it.
-        target_accuracy: What the recipe's report counts epochs to, in [0, 1]; None without a recipe.
+        evaluations: Label of a set of weights to its evaluations, oldest first. ``'training'`` comes first.
+        distances: Label of an average to its relative distance from the training weights. Default: empty.
+        target_accuracy: The accuracy whose first epoch the recipe wants reported, in [0, 1]. Default: None.
     """
 
     name: str
@@ -77,78 +59,22 @@ class RunCurves:
     distances: dict[str, Curve] = field(default_factory=dict)
     target_accuracy: float | None = None
 
-
-@dataclass(frozen=True)
-class Asked:
-    """What a picture is asked of: runs or recipes, one of the two.
-
-    Args:
-        folders: Of runs.
-        recipes: Recipe files, each with its overrides.
-    """
-
-    folders: list[Path]
-    recipes: list[tuple[Path, list[str]]]
-
     @property
-    def default_out(self) -> Path:
-        """Where a picture goes that was given no name: with one run, above several, or here."""
-        if not self.folders:
-            return Path('schedule')
-        return (self.folders[0] if len(self.folders) == 1 else self.folders[0].resolve().parent) / CURVES
-
-
-def sort_arguments(things: Sequence[str]) -> Asked:
-    """Tells folders of runs, recipes and overrides apart.
-
-    An override belongs to the recipes before it, as far back as the last override: ``a.yaml b.yaml lr=1`` is of both,
-    ``a.yaml lr=1 a.yaml lr=2`` draws one recipe twice.
-
-    Raises:
-        PlotError: runs and recipes together, or an override without a recipe.
-    """
-    folders: list[Path] = []
-    recipes: list[tuple[Path, list[str]]] = []
-    first, is_closed = 0, False
-    for thing in things:
-        path = Path(thing)
-        if '=' in thing and not path.exists():
-            if not recipes:
-                raise PlotError(f'the override {thing!r} has no recipe before it. Write RECIPE.yaml {thing}.')
-            for _, overrides in recipes[first:]:
-                overrides.append(thing)
-            is_closed = True
-        elif path.suffix.lower() in ('.yaml', '.yml'):
-            first = len(recipes) if is_closed else first
-            recipes.append((path, []))
-            is_closed = False
-        else:
-            folders.append(path.parent if path.name == METRICS_FILE and path.is_file() else path)
-    if folders and recipes:
-        raise PlotError(
-            f'{folders[0]} is a folder of a run and {recipes[0][0]} a recipe: what was and what will be make two '
-            'pictures. Give the ones or the others.'
-        )
-    return Asked(folders, recipes)
-
-
-def check_axis(axis: str | None) -> Axis | None:
-    """Raises unless ``axis`` is one to draw over; None leaves the choice to the runs."""
-    legal: dict[str, Axis] = {each: each for each in get_args(Axis)}
-    if axis is not None and axis not in legal:
-        raise PlotError(f'a picture is drawn over {", ".join(legal)}, got {axis!r}.')
-    return None if axis is None else legal[axis]
+    def weights(self) -> list[str]:
+        """The labels of all sets of weights that it evaluated or measured, in the order of the run."""
+        return in_order([*self.evaluations, *self.distances])
 
 
 def read_run(folder: Path, name: str | None = None) -> RunCurves:
-    """Reads the curves of a run folder, also while the run goes on, and of files that older releases wrote.
+    """Reads the curves of a run, finished or still going on.
 
     Args:
-        folder: Holds the ``metrics.jsonl`` that :class:`composer_ema.recipe.recorder.Recorder` wrote.
-        name: What to call the run. Default: the folder's name.
+        folder: The run folder, with the ``metrics.jsonl`` of :class:`composer_ema.recipe.recorder.Recorder`. Files
+            without learning rates, as older releases wrote them, are read too.
+        name: The run's name. Default: the folder's name.
 
     Raises:
-        PlotError: no such folder, no metrics in it, or a line that is no metrics.
+        PlotError: There is no such folder, it has no metrics, or a line cannot be read.
     """
     lines = read_lines(folder)
     training = [line for line in lines if 'loss/train/total' in line or 'lr/group0' in line]
@@ -167,15 +93,15 @@ def read_run(folder: Path, name: str | None = None) -> RunCurves:
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunCurves]:
-    """:func:`read_run` of each; folders of the same name are told apart by those above them."""
+    """Reads several runs. Runs whose folders share a name are named by the folders above as well."""
     return [read_run(folder, name) for folder, name in zip(folders, _distinct_names(folders), strict=True)]
 
 
 def read_lines(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics file. A last line that is half written is left out.
+    """The lines of a run's metrics file, without a last one that is half written.
 
     Raises:
-        PlotError: as :func:`read_run`.
+        PlotError: As for :func:`read_run`.
     """
     path = folder / METRICS_FILE
     if folder.is_file():
@@ -203,68 +129,40 @@ def read_lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def evaluations(lines: Iterable[Mapping[str, Any]]) -> dict[str, list[Point]]:
-    """Accuracy and loss of each set of weights, from the metrics of the evaluators ``eval_training``, ``eval_ema``, ...
+    """Accuracy and loss of each set of weights, from the metrics of the evaluators ``eval_<label>``.
 
-    An evaluator that is called ``eval``, as Composer does by itself, counts as ``'eval'``.
+    Args:
+        lines: Lines of a metrics file.
+
+    Returns:
+        dict: Label to evaluations: the training weights first, then the others as the run evaluates them. Composer
+        calls an evaluator without a label ``eval``; its label here is ``'eval'``.
+
+    Example:
+        >>> line = {'epoch': 1.0, 'metrics/eval_ema/Accuracy': 0.5, 'metrics/eval_training/Accuracy': 0.25}
+        >>> list(evaluations([line]))
+        ['training', 'ema']
     """
     points: dict[str, list[Point]] = {}
     for line in lines:
         found: dict[str, dict[str, float]] = {}
         for name, value in line.items():
-            label = re.fullmatch(r'metrics/(eval[^/]*)/(.+)', name)
-            if label and is_number(value):
-                found.setdefault(label[1].removeprefix('eval_'), {})[label[2]] = value
-        for weights, metrics in found.items():
+            match = re.fullmatch(r'metrics/(eval[^/]*)/(.+)', name)
+            if match and is_number(value):
+                found.setdefault(match[1].removeprefix('eval_'), {})[match[2]] = value
+        for own, metrics in found.items():
             point = Point(
                 line['epoch'], _first(metrics, 'Accuracy'), _first(metrics, 'CrossEntropy'),
                 line.get('batch', 0), line.get('sample', 0),
             )  # fmt: skip
-            points.setdefault(weights, []).append(point)
-    return {weights: points[weights] for weights in sorted(points, key=_order_of_weights)}
+            points.setdefault(own, []).append(point)
+    return {label: points[label] for label in in_order(points)}
 
 
 def first_reaching(points: Iterable[Point], target: float) -> Point | None:
-    """The first evaluation at or above the target accuracy; None when there is none."""
+    """The first evaluation at or above the target accuracy; None if there is none."""
     # Metrics are float32, where 9 of 10 right answers are 0.8999999762: allow for its rounding.
     return next((point for point in points if point.accuracy is not None and point.accuracy >= target - 1e-6), None)
-
-
-def smoothed(values: Array) -> tuple[Array, int]:
-    """A centred mean over 2 % of the values where they are noisy.
-
-    Where less than half of it is left before a value, it goes as far to both sides, so that a steep start stays
-    steep; at the end it goes over what is left.
-
-    Args:
-        values: A curve, one value per batch. Values that are not finite count as missing.
-
-    Returns:
-        The curve and over how many values each mean goes, which is odd; 1 where nothing was smoothed: the curve is
-        short, or goes up and down by no more than three times the range that its means cover.
-
-    Example:
-        >>> calm, noisy = np.linspace(2, 1, 500), np.tile([1.0, 2.0], 250)
-        >>> smoothed(calm)[1], smoothed(noisy)[1]
-        (1, 11)
-    """
-    half = math.ceil(SMOOTHED_SHARE * len(values) / 2)
-    if len(values) < 10 or not np.isfinite(values).any():
-        return values, 1
-    means = _centred_means(values, half)
-    path = np.abs(np.diff(values[np.isfinite(values)])).sum()
-    is_noisy = path > NOISY_TIMES * (np.nanmax(means) - np.nanmin(means))
-    return (means, 2 * half + 1) if is_noisy else (values, 1)
-
-
-def _centred_means(values: Array, half: int) -> Array:
-    is_known = np.isfinite(values)
-    sums = np.concatenate([[0.0], np.cumsum(np.where(is_known, values, 0.0))])
-    counts = np.concatenate([[0], np.cumsum(is_known)])
-    index = np.arange(len(values))
-    reach = np.minimum(half, index)
-    low, high = index - reach, np.minimum(index + reach + 1, len(values))
-    with np.errstate(invalid='ignore'):  # a window without any number has no mean
-        return (sums[high] - sums[low]) / (counts[high] - counts[low])
 
 
 def _distances(lines: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
@@ -284,16 +182,12 @@ def _target_accuracy(folder: Path) -> float | None:
     return target if is_number(target) else None
 
 
-def _order_of_weights(weights: str) -> tuple[int, str]:
-    return (0 if weights == 'training' else 1, weights)
-
-
 def _first(metrics: Mapping[str, float], part: str) -> float | None:
     return next((value for name, value in metrics.items() if part in name), None)
 
 
 def _distinct_names(folders: Sequence[Path]) -> list[str]:
-    """Folder names, preceded by as many of the folders above as it takes for all to differ."""
+    """The names of the folders, each after as many of the folders above as make all names differ."""
     parts = [folder.resolve().parts for folder in folders]
     if len(set(parts)) < len(parts):
         twice = next(folder for folder, own in zip(folders, parts, strict=True) if parts.count(own) > 1)
