@@ -1,4 +1,4 @@
-"""The commands of ``composer-ema``; each reads its arguments, calls one function of the library and prints."""
+"""The commands of ``composer-ema``: each reads its arguments, calls the library and prints."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ try:
     from rich.console import Console
     from rich.markup import escape
 except ModuleNotFoundError as error:
-    # The console script imports this module before it can call main.
+    # The console script imports this module before it calls main, so main cannot catch this.
     sys.stderr.write(f'{error}. {_REMEDY}\n')
     raise SystemExit(USAGE_ERROR) from None
 
-# What the extra brings besides; that another module is missing is a bug.
+# The other modules that the extra installs. If any other module is missing, that is a bug.
 _OF_THE_EXTRA = ('composer', 'torchvision', 'omegaconf', 'yaml', 'pydantic', 'matplotlib')
 
 app = typer.Typer(
@@ -48,7 +48,7 @@ def train(
     """Train a recipe and show what the average did."""
     numbers = _checked_seeds(seeds)
     with _usage_errors():
-        # Composer and torch take seconds to import, which --help should not cost.
+        # Composer and torch take seconds to import, and --help needs neither.
         from composer_ema.pictures import conclusion
         from composer_ema.recipe import run, schema
 
@@ -87,7 +87,7 @@ def plot(
         list[str],
         typer.Argument(
             metavar='RUN_FOLDER... | RECIPE.yaml [key=value]...',
-            help='Folders of runs, or recipes with overrides of the recipes before them; drawn over one another.',
+            help='Run folders, or recipes, each with overrides of the recipes before them; drawn over one another.',
             show_default=False,
         ),
     ],
@@ -95,7 +95,7 @@ def plot(
         Path | None,
         typer.Option(
             help='The picture: NAME writes NAME.png and NAME.svg; NAME.png, .svg or .pdf only that. '
-            'By default curves in the folder of the run, or in the one above several; schedule here for recipes.',
+            'Default: curves in the run folder, or in the folder above several; for recipes, schedule here.',
             show_default=False,
         ),
     ] = None,
@@ -103,7 +103,7 @@ def plot(
         str | None, typer.Option(help='epoch, batch or sample: what to draw over.', show_default=False)
     ] = None,
     batches_per_epoch: Annotated[
-        int | None, typer.Option(help="Of a recipe; by default the data set's.", show_default=False)
+        int | None, typer.Option(help="Length of an epoch of a recipe. Default: the data set's.", show_default=False)
     ] = None,
 ) -> None:
     """Draw what runs did, or what recipes will do before they run.
@@ -137,7 +137,7 @@ def _draw_recipes(recipes: list[tuple[Path, list[str]]], axis: Any, batches_per_
 
     from composer_ema.pictures.previews import describe, draw_previews
 
-    # Composer and torch's optimizers take seconds to import, which runs that are only drawn should not cost.
+    # Composer and torch take seconds to import, and pictures of runs need neither.
     from composer_ema.recipe import schema
     from composer_ema.recipe.preview import distinct_names, preview
 
