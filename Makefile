@@ -71,7 +71,7 @@ docs: $(DOCS) ## build the documentation into site/; a broken link is an error
 # One thread: so small a network gains little from two, which lose much where something else wants the cores.
 table: export OMP_NUM_THREADS ?= 1
 table: $(READY) ## the published Fashion-MNIST runs with an average, into method_cards/fashion_mnist.md; resumes
-	$(BIN)/composer-ema table yamls/fashion_mnist --published yamls/fashion_mnist/published.csv \
+	$(BENCH).published yamls/fashion_mnist --published yamls/fashion_mnist/published.csv \
 		--into method_cards/fashion_mnist.md
 
 seeds: $(READY) ## the three-seed table of method_cards/ema.md

@@ -1,11 +1,10 @@
-"""The commands of ``composer-ema``; each reads its arguments, calls one function of the library and prints."""
+"""The commands of ``composer-ema``: each reads its arguments, calls the library and prints."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import os
-import shlex
 import sys
 import warnings
 from collections.abc import Iterator
@@ -20,11 +19,11 @@ try:
     from rich.console import Console
     from rich.markup import escape
 except ModuleNotFoundError as error:
-    # The console script imports this module before it can call main.
+    # The console script imports this module before it calls main, so main cannot catch this.
     sys.stderr.write(f'{error}. {_REMEDY}\n')
     raise SystemExit(USAGE_ERROR) from None
 
-# What the extra brings besides; that another module is missing is a bug.
+# The other modules that the extra installs. If any other module is missing, that is a bug.
 _OF_THE_EXTRA = ('composer', 'torchvision', 'omegaconf', 'yaml', 'pydantic', 'matplotlib')
 
 app = typer.Typer(
@@ -47,41 +46,20 @@ def train(
     seeds: Annotated[str | None, typer.Option(help='Train once per seed, as in 1,2,3, and show one table.')] = None,
 ) -> None:
     """Train a recipe and show what the average did."""
-    numbers = _numbers(seeds)
+    numbers = _checked_seeds(seeds)
     with _usage_errors():
-        # Composer and torch take seconds to import, which --help should not cost.
+        # Composer and torch take seconds to import, and --help needs neither.
+        from composer_ema.pictures import conclusion
         from composer_ema.recipe import run, schema
 
         loaded = schema.load(recipe, overrides or [])
         if dry_run:
-            run.rehearse(loaded, _show)
+            conclusion.of_rehearsal(run.rehearse(loaded), show)
         elif numbers:
-            run.train_seeds(loaded, numbers, _show)
+            results = [conclusion.of_run(outcome, show) for outcome in run.train_seeds(loaded, numbers, show)]
+            conclusion.of_seeds(loaded, results, show)
         else:
-            run.train(loaded, _show)
-
-
-@app.command()
-def table(
-    recipes: Annotated[
-        list[Path], typer.Argument(help='YAML recipes, or folders of them: yamls/fashion_mnist', show_default=False)
-    ],
-    seeds: Annotated[str, typer.Option(help='Train each recipe once per seed.')] = '1,2,3',
-    published: Annotated[
-        Path | None, typer.Option(help='A CSV file of published figures: recipe,accuracy,loss.')
-    ] = None,
-    into: Annotated[Path | None, typer.Option(help='The Markdown page that has markers for the table.')] = None,
-    runs_folder: Annotated[str, typer.Option(help='Where the runs go.')] = 'runs',
-) -> None:
-    """Train many recipes with several seeds and write down how each ended; goes on where it was stopped."""
-    numbers = _numbers(seeds)
-    with _usage_errors():
-        from composer_ema.recipe import comparison, schema
-
-        paths = [path for given in recipes for path in _recipes_in(given)]
-        loaded = [schema.load(path, [f'runs_folder={runs_folder}']) for path in paths]
-        command = shlex.join(['composer-ema', *sys.argv[1:]])
-        comparison.make(loaded, numbers, _show, published=published, into=into, command=command)
+            conclusion.of_run(run.train(loaded, show), show)
 
 
 @app.command()
@@ -100,7 +78,7 @@ def export(
         table = Table(title=str(out), title_justify='left', show_header=False)
         for key, value in checkpoints.export(checkpoint, out).items():
             table.add_row(escape(str(key)), escape(str(value)))
-        _show(table)
+        show(table)
 
 
 @app.command()
@@ -109,7 +87,7 @@ def plot(
         list[str],
         typer.Argument(
             metavar='RUN_FOLDER... | RECIPE.yaml [key=value]...',
-            help='Folders of runs, or recipes with overrides of the recipes before them; drawn over one another.',
+            help='Run folders, or recipes, each with overrides of the recipes before them; drawn over one another.',
             show_default=False,
         ),
     ],
@@ -117,7 +95,7 @@ def plot(
         Path | None,
         typer.Option(
             help='The picture: NAME writes NAME.png and NAME.svg; NAME.png, .svg or .pdf only that. '
-            'By default curves in the folder of the run, or in the one above several; schedule here for recipes.',
+            'Default: curves in the run folder, or in the folder above several; for recipes, schedule here.',
             show_default=False,
         ),
     ] = None,
@@ -125,7 +103,7 @@ def plot(
         str | None, typer.Option(help='epoch, batch or sample: what to draw over.', show_default=False)
     ] = None,
     batches_per_epoch: Annotated[
-        int | None, typer.Option(help="Of a recipe; by default the data set's.", show_default=False)
+        int | None, typer.Option(help="Length of an epoch of a recipe. Default: the data set's.", show_default=False)
     ] = None,
 ) -> None:
     """Draw what runs did, or what recipes will do before they run.
@@ -134,28 +112,32 @@ def plot(
     Recipes: learning rate, momentum, and how much each step weighs in the average at the end.
     """
     with _usage_errors():
-        from composer_ema.pictures import curves, plots
+        from composer_ema.pictures.asked import check_axis, sort_arguments
+        from composer_ema.pictures.curves import read_runs
+        from composer_ema.pictures.errors import PlotError
+        from composer_ema.pictures.runs import draw_runs
+        from composer_ema.pictures.writing import check_out, write
 
-        axis, asked = curves.check_axis(over), curves.sort_arguments(things)
-        plots.check_out(out := out or asked.default_out)
+        axis, asked = check_axis(over), sort_arguments(things)
+        check_out(out := out or asked.default_out)
         if asked.folders:
             if batches_per_epoch is not None:
-                raise curves.PlotError(
+                raise PlotError(
                     f'--batches-per-epoch={batches_per_epoch} is for recipes, and {asked.folders[0]} is the folder of '
                     'a run, which knows its own. Leave it out.'
                 )
-            figure = plots.draw_runs(curves.read_runs(asked.folders), axis=axis)
+            figure = draw_runs(read_runs(asked.folders), axis=axis)
         else:
             figure = _draw_recipes(asked.recipes, axis, batches_per_epoch)
-        _show('\n'.join(f'written: {path}' for path in plots.write(figure, out)))
+        show('\n'.join(f'written: {path}' for path in write(figure, out)))
 
 
 def _draw_recipes(recipes: list[tuple[Path, list[str]]], axis: Any, batches_per_epoch: int | None) -> Any:
     from rich.progress import track
 
-    from composer_ema.pictures import plots
+    from composer_ema.pictures.previews import describe, draw_previews
 
-    # Composer and torch's optimizers take seconds to import, which runs that are only drawn should not cost.
+    # Composer and torch take seconds to import, and pictures of runs need neither.
     from composer_ema.recipe import schema
     from composer_ema.recipe.preview import distinct_names, preview
 
@@ -165,8 +147,8 @@ def _draw_recipes(recipes: list[tuple[Path, list[str]]], axis: Any, batches_per_
     for recipe, name in zip(loaded, names, strict=True):
         bar = functools.partial(track, description=name, console=_error_console(), transient=True)
         previews.append(preview(recipe, name=name, batches_per_epoch=batches_per_epoch, track=bar))
-        _show('\n  '.join([name, *map(plots.describe, previews[-1].profiles), *previews[-1].remarks]))
-    return plots.draw_previews(previews, axis=axis)
+        show('\n  '.join([name, *map(describe, previews[-1].profiles), *previews[-1].remarks]))
+    return draw_previews(previews, axis=axis)
 
 
 @app.command()
@@ -186,65 +168,73 @@ def inspect(
 
         found = describe(checkpoint)
         if as_json:
-            _show(json.dumps(dataclasses.asdict(found), indent=2))
+            show(json.dumps(dataclasses.asdict(found), indent=2))
             return
         from composer_ema.pictures import checkpoints
 
         for table in checkpoints.of_checkpoint(found, all_tensors=all_tensors):
-            _show(table)
+            show(table)
 
 
 def main() -> None:
     """The entry point of ``composer-ema`` and of ``python -m composer_ema.cli``."""
-    warnings.showwarning = _show_warning
-    # Composer's word on every last batch that is smaller than the others; nothing is wrong then.
-    warnings.filterwarnings('ignore', message='Cannot split tensor of length')
-    # torch's SequentialLR steps its parts in the way that it warns of itself, up to 2.7 at least.
-    warnings.filterwarnings('ignore', message='The epoch parameter in `scheduler.step')
-    # Composer's word on smoothed labels whose float32 sum is 1 less a rounding error.
-    warnings.filterwarnings('ignore', message='Some targets have less than 1 total probability')
+    set_up_warnings()
     app()
 
 
-def _show(renderable: Any) -> None:
-    """Prints on rank 0; text is printed as it is, however wide, so that it can be copied."""
+def set_up_warnings() -> None:
+    """Prints each warning as one line, and drops those of Composer and torch that call for no action."""
+    warnings.showwarning = _show_warning
+    # Composer warns of every last batch that is smaller than the others.
+    warnings.filterwarnings('ignore', message='Cannot split tensor of length')
+    # torch's SequentialLR steps its parts in the way that it warns of itself, up to 2.7 at least.
+    warnings.filterwarnings('ignore', message='The epoch parameter in `scheduler.step')
+    # Composer warns of smoothed labels whose float32 sum is 1 less a rounding error.
+    warnings.filterwarnings('ignore', message='Some targets have less than 1 total probability')
+
+
+def show(renderable: Any) -> None:
+    """Prints on rank 0. A string is never wrapped, so that it can be copied."""
     if os.environ.get('RANK', '0') == '0':
         Console().print(renderable, markup=False, highlight=False, soft_wrap=isinstance(renderable, str))
 
 
+def show_error(message: str) -> None:
+    """Prints an error in red to standard error, on one line."""
+    _error_console().print(message, style='red', markup=False, highlight=False, soft_wrap=True)
+
+
+def parse_seeds(text: str) -> list[int]:
+    """The seeds in a string such as ``'1,2,3'``.
+
+    Raises:
+        ValueError: Something in it is no whole number of at least 0, or a seed comes twice.
+    """
+    given = [seed.strip() for seed in text.split(',')]
+    if not all(seed.isdecimal() for seed in given):
+        raise ValueError(f'seeds must be whole numbers of at least 0 with commas between, got {text!r}: 1,2,3')
+    seeds = [int(seed) for seed in given]
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f'seeds must differ, or one run counts twice, got {text!r}')
+    return seeds
+
+
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    """One line for the reader of the terminal, who has no use for the line of code that warned."""
+    """Leaves out the line of code that warned, which says nothing to a reader of the terminal."""
     if os.environ.get('RANK', '0') == '0':
         _error_console().print(f'warning: {message}', style='yellow', markup=False, highlight=False, soft_wrap=True)
 
 
-def _numbers(seeds: str | None) -> list[int]:
-    if seeds is None:
-        return []
-    given = [seed.strip() for seed in seeds.split(',')]
-    if not all(seed.isdecimal() for seed in given):
-        raise typer.BadParameter(f'seeds must be whole numbers of at least 0 with commas between, got {seeds!r}: 1,2,3')
-    numbers = [int(seed) for seed in given]
-    if len(set(numbers)) < len(numbers):
-        raise typer.BadParameter(f'seeds must differ, or one run counts twice, got {seeds!r}')
-    return numbers
-
-
-def _recipes_in(given: Path) -> list[Path]:
-    """The recipes that an argument of ``table`` stands for."""
-    if '=' in given.name and not given.exists():
-        raise typer.BadParameter(f'a table takes recipes as they are, got the override {str(given)!r}. Write it there.')
-    if not given.is_dir():
-        return [given]
-    found = sorted(given.glob('*.yaml'))
-    if not found:
-        raise typer.BadParameter(f'the folder {str(given)!r} holds no recipe, no file that ends in .yaml')
-    return found
+def _checked_seeds(text: str | None) -> list[int]:
+    try:
+        return [] if text is None else parse_seeds(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 @contextlib.contextmanager
 def _usage_errors() -> Iterator[None]:
-    """Ends the program with one line and exit code 2 when the user's input is wrong; our own bugs keep their trace."""
+    """Turns an error in the user's input into one line and exit code 2. A bug of ours keeps its traceback."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -258,7 +248,7 @@ def _usage_errors() -> Iterator[None]:
 
 
 def _fail(message: str) -> None:
-    _error_console().print(message, style='red', markup=False, highlight=False, soft_wrap=True)
+    show_error(message)
     raise typer.Exit(USAGE_ERROR)
 
 

@@ -14,18 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from composer_ema.pictures.curves import (
-    PlotError,
-    Point,
-    check_axis,
-    evaluations,
-    first_reaching,
-    read_lines,
-    read_run,
-    read_runs,
-    smoothed,
-    sort_arguments,
-)
+from composer_ema.pictures.asked import check_axis, sort_arguments
+from composer_ema.pictures.curves import Point, evaluations, first_reaching, read_lines, read_run, read_runs
+from composer_ema.pictures.errors import PlotError
+from composer_ema.pictures.smoothing import smoothed
+from composer_ema.pictures.weights import in_words
 from composer_ema.recipe import schema
 from composer_ema.recipe.build import build
 from composer_ema.recipe.recorder import momentum_of, step_settings
@@ -128,6 +121,20 @@ class TestReading:
     def test_training_weights_come_first(self):
         line = {f'metrics/eval_{weights}/Accuracy': 0.5 for weights in ('ema', 'training')}
         assert list(evaluations([{'epoch': 1.0, **line}])) == ['training', 'ema']
+
+    def test_averages_come_in_the_order_of_the_run_under_any_name(self, tmp_path):
+        lines = [{'epoch': 1.0, **{f'metrics/eval_{label}/Accuracy': 0.5 for label in ('slow', 'fast', 'training')}}]
+        assert list(evaluations([*lines, {'epoch': 2.0, 'metrics/eval_late/Accuracy': 0.5}])) == [
+            'training', 'slow', 'fast', 'late',
+        ]  # fmt: skip
+        lines = [{'epoch': 1.0, 'batch': 4, 'sample': 40, 'late/relative_distance': 0.5, **lines[0]}]
+        assert read_run(write_lines(tmp_path / 'a', lines)).weights == ['training', 'slow', 'fast', 'late']
+
+    def test_an_average_that_is_alone_is_called_so_and_several_by_their_labels(self):
+        for label in ('ema', 'swa', 'half_life_100ba'):
+            assert in_words([label, 'training']) == {'training': 'training weights', label: 'average'}
+        assert in_words(['ema', 'swa']) == {'ema': 'ema', 'swa': 'swa'}
+        assert in_words(['eval', 'ema']) == {'eval': 'evaluated weights', 'ema': 'average'}
 
     def test_a_metrics_file_stands_for_its_folder(self, tmp_path):
         folder = write_lines(tmp_path / 'a', [])

@@ -12,6 +12,7 @@ import yaml
 from rich.console import Console
 from torch import nn
 
+from composer_ema.pictures import conclusion
 from composer_ema.recipe import groups, registry, run, schema
 from composer_ema.recipe.arguments import RecipeError
 from composer_ema.recipe.build import build
@@ -253,7 +254,7 @@ class TestGroups:
     def test_are_shown_by_a_run_and_by_a_rehearsal(self, recipe):
         shown: list[Any] = []
         loaded = recipe({'name': 'adamw', 'param_groups': GROUPS}, scheduler={'name': 'linear_lr'})
-        run.rehearse(loaded, shown.append)
+        conclusion.of_rehearsal(run.rehearse(loaded), shown.append)
         again: list[Any] = []
         run.train(loaded, again.append)
         for table, line in (shown[2:], again[:2]):

@@ -90,5 +90,5 @@ def wandb_history(file: Path) -> list[dict[str, Any]]:
 def test_a_rehearsal_writes_nothing(tmp_path, monkeypatch):
     pytest.importorskip('tensorboard', reason="needs tensorboard: pip install 'composer-ema[loggers]'")
     monkeypatch.chdir(tmp_path)
-    run.rehearse(schema.Recipe('a.yaml', 'a', {**RECIPE, 'loggers': {'tensorboard': {}}}), lambda _: None)
+    run.rehearse(schema.Recipe('a.yaml', 'a', {**RECIPE, 'loggers': {'tensorboard': {}}}))
     assert list(tmp_path.iterdir()) == []

@@ -15,10 +15,14 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from composer_ema.pictures import curves, plots
-from composer_ema.pictures.curves import Curve, PlotError, Point, RunCurves
-from composer_ema.pictures.plots import check_out, draw_previews, draw_runs, write
+from composer_ema.pictures import curves, smoothing, style, weights, writing
+from composer_ema.pictures.curves import Point, RunCurves
+from composer_ema.pictures.errors import PlotError
+from composer_ema.pictures.previews import describe, draw_previews
+from composer_ema.pictures.runs import draw_runs
+from composer_ema.pictures.writing import check_out, write
 from composer_ema.recipe import preview, recorder
+from composer_ema.recipe.outputs import Curve
 from composer_ema.recipe.preview import Preview, Profile, shares
 
 LONG = [f'resnet_on_cifar10_sgd_momentum_cosine_with_warmup_learning_rate_{rate}_seed_1' for rate in range(4)]
@@ -39,7 +43,7 @@ def make_run(name: str = 'run', *, batches: int = 300, weights: Sequence[str] = 
         rates={'group 0': curve(0.1 * (1 - t))},
         momenta={'group 0': curve(0.85 + 0.1 * t)},
         evaluations={each: points for each in weights},
-        distances={'ema': curve([0.3, 0.2, 0.1], per_epoch=1)} if 'ema' in weights else {},
+        distances={each: curve([0.3, 0.2, 0.1], per_epoch=1) for each in weights if each != 'training'},
         target_accuracy=0.86,
     )
 
@@ -160,7 +164,7 @@ class TestRecipes:
     @pytest.mark.parametrize(('steps', 'said'), [([1.0], '1 of 1'), ([1.0] + [0.001] * 9999, '1,999 of 10,000')])
     def test_numbers_are_rounded_for_reading(self, steps, said):
         profile = Profile('ema', np.arange(1.0, len(steps) + 1), shares(steps), len(steps), 'smoothing=0.999')
-        assert plots.describe(profile) == f'ema: smoothing=0.999, effective number of steps 1/Σw² = {said}'
+        assert describe(profile) == f'ema: smoothing=0.999, effective number of steps 1/Σw² = {said}'
 
 
 class TestLegend:
@@ -273,12 +277,42 @@ class TestWriting:
         [path] = write(draw_runs([make_run(batches=20_000)]), tmp_path / 'a.svg')
         assert path.stat().st_size < 1_000_000
 
+
+class TestWeights:
     def test_colours_are_the_weights_for_one_run(self):
         lines = panels(draw_runs([make_run()]))['accuracy (%)'].lines
-        assert [line.get_color() for line in lines[:2]] == [plots._VERMILION, plots._BLUE]
+        assert [line.get_color() for line in lines[:2]] == [style.VERMILION, style.BLUE]
+
+    @pytest.mark.parametrize('label', ['ema', 'swa', 'half_life_100ba'])
+    def test_an_average_looks_the_same_under_any_name(self, label):
+        figure = draw_runs([make_run(weights=['training', label])])
+        _, line = panels(figure)['accuracy (%)'].lines[:2]
+        assert (line.get_color(), line.get_marker(), line.get_linestyle()) == (style.BLUE, 'o', '-')
+        [distance] = panels(figure)['distance of the average from'].lines
+        assert (distance.get_color(), distance.get_marker()) == (style.BLUE, 'o')
+        assert legend_of(figure)[1] == 'evaluated: average, in epoch 2 first at 86 %'
+
+    def test_several_averages_differ_and_are_called_by_their_labels(self):
+        labels = ['training', 'slow', 'fast', 'third']
+        figure = draw_runs([make_run(weights=labels)])
+        lines = panels(figure)['evaluation loss (nats)'].lines
+        assert len({line.get_color() for line in lines}) == len({line.get_marker() for line in lines}) == 4
+        assert [text.split(',')[0] for text in legend_of(figure)] == [
+            'evaluated: training weights', 'evaluated: slow', 'evaluated: fast', 'evaluated: third',
+        ]  # fmt: skip
+        distances = panels(figure)['distance of the average from'].lines
+        assert [line.get_color() for line in distances] == [line.get_color() for line in lines[1:]]
+
+    def test_averages_of_several_runs_differ_in_their_dashes(self):
+        figure = draw_runs([make_run(), make_run('b', weights=['training', 'swa'])])
+        lines = panels(figure)['evaluation loss (nats)'].lines
+        assert [line.get_linestyle() for line in lines] == ['--', '-', '--', '-.']
+        assert legend_of(figure)[2:] == ['evaluated: training weights', 'evaluated: ema', 'evaluated: swa']
 
 
-@pytest.mark.parametrize('module', [curves, plots, preview, recorder], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    'module', [curves, smoothing, style, weights, writing, preview, recorder], ids=lambda module: module.__name__
+)
 def test_examples_of_the_docstrings_run(module):
     result = doctest.testmod(module)
     assert result.attempted > 0

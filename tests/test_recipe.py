@@ -19,7 +19,7 @@ from rich.console import Console
 
 from composer_ema import load_average
 from composer_ema.files import write_beside
-from composer_ema.pictures import report
+from composer_ema.pictures import conclusion, report
 from composer_ema.pictures.report import Point, Result
 from composer_ema.recipe import registry, run, schema
 from composer_ema.recipe.arguments import Place, RecipeError, check_arguments
@@ -83,6 +83,11 @@ def data_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def quiet(renderable: Any) -> None:
     """Shows nothing."""
+
+
+def train(recipe: schema.Recipe, show: Callable[[Any], None]) -> Result:
+    """What ``composer-ema train`` does."""
+    return conclusion.of_run(run.train(recipe, show), show)
 
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:
@@ -258,14 +263,14 @@ class TestRefused:
         assert refused.value.key == 'algorithms.ema.include'
 
     def test_checkpoint_with_types_of_the_users_own_loads(self, write, tmp_path):
-        run.train(schema.load(write(), ['run_name=first', 'max_duration=1ep']), quiet)
+        train(schema.load(write(), ['run_name=first', 'max_duration=1ep']), quiet)
         checkpoint = tmp_path / 'runs/first/checkpoints/latest-rank0.pt'
         torch.save({**torch.load(checkpoint, weights_only=False), 'mine': Point(1, 0.5, 1.0)}, tmp_path / 'mine')
-        assert run.train(schema.load(write(load_path=str(tmp_path / 'mine'))), quiet).num_batches == 10
+        assert train(schema.load(write(load_path=str(tmp_path / 'mine'))), quiet).num_batches == 10
 
     def test_damaged_checkpoint_of_a_run_to_resume(self, write, tmp_path):
         path = write(autoresume=True, max_duration='1ep')
-        run.train(schema.load(path), quiet)
+        train(schema.load(path), quiet)
         latest = (tmp_path / 'runs/tiny/checkpoints/latest-rank0.pt').resolve()
         content = latest.read_bytes()
         weight = next(iter(load_average(latest).values())).numpy().tobytes()
@@ -275,12 +280,12 @@ class TestRefused:
             build(schema.load(path))
 
     def test_checkpoint_that_was_given_first_may_be_gone_when_the_run_resumes(self, write, tmp_path):
-        run.train(schema.load(write(), ['run_name=first', 'max_duration=1ep']), quiet)
+        train(schema.load(write(), ['run_name=first', 'max_duration=1ep']), quiet)
         first = (tmp_path / 'runs/first/checkpoints/latest-rank0.pt').resolve()
         path = write(run_name='second', autoresume=True, load_path=str(first))
-        run.train(schema.load(path), quiet)
+        train(schema.load(path), quiet)
         first.unlink()
-        assert run.train(schema.load(path, ['max_duration=3ep']), quiet).num_batches == 15
+        assert train(schema.load(path, ['max_duration=3ep']), quiet).num_batches == 15
 
     def test_run_folder_that_holds_a_run(self, write, data_untouched, tmp_path):
         write_beside(tmp_path / 'runs/mine/metrics.jsonl', '{}\n')
@@ -290,7 +295,7 @@ class TestRefused:
     def test_setting_that_cannot_work_in_this_run_is_told_by_its_key(self, write):
         recipe = schema.load(write(), ['algorithms.ema.half_life=2iter', 'algorithms.ema.update_interval=1ba'])
         with pytest.raises(RecipeError, match=r'algorithms\.ema\.\w+: .*iterations'):
-            run.train(recipe, quiet)
+            train(recipe, quiet)
 
 
 class TestArguments:
@@ -394,7 +399,7 @@ class TestBuild:
     def test_every_recipe_of_the_package_builds(self, path, tmp_path, monkeypatch, black_pictures):
         monkeypatch.chdir(tmp_path)
         shown: list[Any] = []
-        run.rehearse(schema.load(path, ['progress_bar=false', 'device=cpu']), shown.append)
+        conclusion.of_rehearsal(run.rehearse(schema.load(path, ['progress_bar=false', 'device=cpu'])), shown.append)
         assert yaml.safe_load(shown[0])['model'] == yaml.safe_load(path.read_text())['model']
         assert list(tmp_path.iterdir()) == []
 
@@ -457,7 +462,7 @@ class TestBuild:
             step_schedulers_every_batch=True,
             run_name='plugged',
         )
-        outcome = run.train(schema.load(recipe), quiet)
+        outcome = train(schema.load(recipe), quiet)
         lines = lines_of(tmp_path / 'runs/plugged')
         assert outcome.final('ema').accuracy is not None
         rates = [line['lr-AdamW/group0'] for line in lines if 'lr-AdamW/group0' in line]
@@ -504,7 +509,7 @@ def trained(tmp_path_factory) -> tuple[Path, Result, list[Any]]:
     path = folder / 'tiny.yaml'
     path.write_text(yaml.safe_dump({**TINY, 'runs_folder': str(folder), 'run_name': 'here'}))
     shown: list[Any] = []
-    return folder / 'here', run.train(schema.load(path), shown.append), shown
+    return folder / 'here', train(schema.load(path), shown.append), shown
 
 
 class TestRun:
@@ -542,7 +547,7 @@ class TestRun:
     def test_resolved_recipe_trains_again(self, trained, tmp_path):
         folder, outcome, _ = trained
         again = schema.load(folder / 'recipe.yaml', [f'runs_folder={tmp_path}', 'run_name=again'])
-        assert run.train(again, quiet).points == outcome.points
+        assert train(again, quiet).points == outcome.points
         assert lines_of(tmp_path / 'again') == lines_of(folder)
 
     def test_table_shows_both_and_the_cost(self, trained):
@@ -557,9 +562,37 @@ class TestRun:
         assert f'{100 * outcome.final("ema").accuracy:.2f}' in text  # pyright: ignore[reportOptionalOperand]
         assert 'measured over 10 batches' in shown[1]
 
+    def test_training_alone_draws_nothing_and_shows_no_table(self, write, tmp_path):
+        shown: list[Any] = []
+        outcome = run.train(schema.load(write(), ['max_duration=1ep']), shown.append)
+        assert shown == []
+        assert outcome.folder == tmp_path / 'runs/tiny'
+        assert {path.name for path in outcome.folder.iterdir()} == {'checkpoints', 'metrics.jsonl', 'recipe.yaml'}
+        lines = lines_of(outcome.folder)
+        assert outcome.evaluations == [line for line in lines if 'metrics/eval_ema/CrossEntropy' in line]
+
+    def test_a_run_that_cannot_be_drawn_is_reported_all_the_same(self, write, tmp_path):
+        shown: list[Any] = []
+        outcome = run.train(schema.load(write(), ['max_duration=1ep']), shown.append)
+        (outcome.folder / 'curves.png').mkdir()
+        result = conclusion.of_run(outcome, shown.append)
+        assert shown[0].startswith(f'no picture of the run: {outcome.folder}/curves.png cannot be written: ')
+        assert shown[-1].endswith(f'run folder: {outcome.folder}')
+        assert result.final('ema').loss is not None
+
+    def test_only_the_first_of_several_processes_draws(self, write, monkeypatch):
+        outcome = run.train(schema.load(write(), ['max_duration=1ep']), quiet)
+        monkeypatch.setattr('composer.utils.dist.get_global_rank', lambda: 1)
+        conclusion.of_run(outcome, quiet)
+        assert not (outcome.folder / 'curves.png').exists()
+
     def test_seeds_end_with_one_table_and_a_markdown_file(self, write, tmp_path):
         shown: list[Any] = []
-        outcomes = run.train_seeds(schema.load(write(), ['max_duration=1ep']), [1, 2], shown.append)
+        recipe = schema.load(write(), ['max_duration=1ep'])
+        outcomes = [
+            conclusion.of_run(outcome, shown.append) for outcome in run.train_seeds(recipe, [1, 2], shown.append)
+        ]
+        conclusion.of_seeds(recipe, outcomes, shown.append)
         assert [outcome.run_name for outcome in outcomes] == ['tiny-seed1', 'tiny-seed2']
         assert outcomes[0].points != outcomes[1].points
         markdown = (tmp_path / 'runs/tiny-seeds.md').read_text()
@@ -602,13 +635,13 @@ class TestResume:
     @pytest.mark.parametrize('save_interval', ['3ba', '1ep'])
     def test_interrupted_and_resumed_leaves_the_same_lines(self, write, tmp_path, interrupted_at, batch, save_interval):
         whole = schema.load(write(save_interval=save_interval), ['run_name=whole'])
-        expected = run.train(whole, quiet)
+        expected = train(whole, quiet)
         interrupted_at(batch)
         path = write(save_interval=save_interval, run_name='broken', autoresume=True, callbacks={'interrupt': {}})
         with pytest.raises(KeyboardInterrupt):
-            run.train(schema.load(path), quiet)
+            train(schema.load(path), quiet)
         interrupted_at(None)
-        resumed = run.train(schema.load(path, ['callbacks=null']), quiet)
+        resumed = train(schema.load(path, ['callbacks=null']), quiet)
         assert lines_of(tmp_path / 'runs/broken') == lines_of(tmp_path / 'runs/whole')
         assert resumed.points == expected.points
         assert resumed.num_batches == 10
@@ -617,21 +650,21 @@ class TestResume:
         interrupted_at(8)
         path = write(save_interval='3ba', run_name='broken', autoresume=True, callbacks={'interrupt': {}})
         with pytest.raises(KeyboardInterrupt):
-            run.train(schema.load(path), quiet)
+            train(schema.load(path), quiet)
         folder = tmp_path / 'runs/broken/checkpoints'
         (folder / 'ep1-ba9-rank0.pt').write_bytes((folder / 'ep1-ba6-rank0.pt').read_bytes())
         interrupted_at(None)
-        run.train(schema.load(path, ['callbacks=null']), quiet)
+        train(schema.load(path, ['callbacks=null']), quiet)
         assert [line['batch'] for line in lines_of(tmp_path / 'runs/broken')][-1] == 10
 
     @pytest.mark.parametrize('save_folder', [None, '{run_name}/saved'])
     def test_takes_the_last_run_that_holds_a_checkpoint(self, write, tmp_path, save_folder):
         path = write(**({} if save_folder is None else {'save_folder': f'{tmp_path}/{save_folder}'}))
-        run.train(schema.load(path), quiet)
-        run.train(schema.load(path, ['max_duration=1ep']), quiet)
+        train(schema.load(path), quiet)
+        train(schema.load(path, ['max_duration=1ep']), quiet)
         (tmp_path / 'runs/tiny-3/checkpoints').mkdir(parents=True)
         shown: list[Any] = []
-        resumed = run.train(schema.load(path, ['autoresume=true', 'max_duration=3ep']), shown.append)
+        resumed = train(schema.load(path, ['autoresume=true', 'max_duration=3ep']), shown.append)
         assert resumed.run_name == 'tiny-2'
         assert resumed.num_batches == 15
         assert [point.epoch for point in resumed.points['ema']] == [1, 2, 3]
@@ -640,25 +673,25 @@ class TestResume:
 
     def test_says_so_when_there_is_nothing_to_resume(self, write, tmp_path):
         shown: list[Any] = []
-        run.train(schema.load(write(), ['autoresume=true', 'max_duration=1ep']), shown.append)
+        train(schema.load(write(), ['autoresume=true', 'max_duration=1ep']), shown.append)
         assert shown[0] == f'autoresume: {tmp_path}/runs/tiny holds no checkpoint; training starts from the beginning'
 
     def test_finished_run_is_reported_again_and_not_trained_further(self, write, tmp_path):
         path = write(run_name='done', autoresume=True)
-        first = run.train(schema.load(path), quiet)
+        first = train(schema.load(path), quiet)
         lines = lines_of(tmp_path / 'runs/done')
         shown: list[Any] = []
-        again = run.train(schema.load(path), shown.append)
+        again = train(schema.load(path), shown.append)
         assert again == first
         assert shown[1] == 'done has already trained for 2ep: nothing is left to train'
         assert lines_of(tmp_path / 'runs/done') == lines
 
     def test_load_path_continues_in_a_new_folder_with_the_evaluations_so_far(self, write, tmp_path):
         path = write()
-        run.train(schema.load(path, ['run_name=first', 'max_duration=1ep']), quiet)
+        train(schema.load(path, ['run_name=first', 'max_duration=1ep']), quiet)
         checkpoint = tmp_path / 'runs/first/checkpoints/latest-rank0.pt'
-        longer = run.train(schema.load(path, ['run_name=second', f'load_path={checkpoint}']), quiet)
-        straight = run.train(schema.load(path, ['run_name=straight']), quiet)
+        longer = train(schema.load(path, ['run_name=second', f'load_path={checkpoint}']), quiet)
+        straight = train(schema.load(path, ['run_name=straight']), quiet)
         assert longer.points == straight.points
         batches = [line['batch'] for line in lines_of(tmp_path / 'runs/second')]
         assert batches == [5, 6, 7, 8, 9, 10, 10]

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, as tables for the terminal."""
+"""Shows what a checkpoint holds, as tables for the terminal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.table import Table
 from composer_ema.checkpoints import inspection
 from composer_ema.checkpoints.inspection import AverageInfo, Description, TensorInfo
 
-# Arguments that say which tensors are averaged and how, in the order in which they are shown.
+# Settings that decide how far back an average reaches, in the order in which they are shown.
 _HORIZON = ('half_life', 'smoothing', 'ema_start', 'swa_start', 'update_interval', 'avg_fn', 'multi_avg_fn')
 _SLOT = {
     inspection.TRAINING_WEIGHTS: 'training weights',
@@ -21,11 +21,11 @@ _SLOT = {
 
 
 def of_checkpoint(found: Description, *, all_tensors: bool = False) -> Iterator[Table]:
-    """A table of the checkpoint, then one of tensors for each average, or for the model where there is none.
+    """Yields a table of the checkpoint, then one of the tensors of each average, or of the model if it has none.
 
     Args:
-        found: What ``inspection.describe`` returned.
-        all_tensors: Whether every tensor is listed; by default they are counted by role and dtype.
+        found: The checkpoint, from ``inspection.describe``.
+        all_tensors: Whether to list every tensor. Default: False, which counts them by role and dtype.
     """
     yield _overview(found)
     tensors = _every_tensor if all_tensors else _summary
@@ -104,7 +104,7 @@ def _every_tensor(title: str, tensors: Sequence[TensorInfo]) -> Table:
 def _new_table(title: str, *headers: str, numbers: Sequence[str]) -> Table:
     table = Table(title=title, title_justify='left')
     for header in headers:
-        # Of all columns, names alone may be broken where the terminal is narrow.
+        # On a narrow terminal only names are broken over several lines.
         table.add_column(header, overflow='fold', no_wrap=header != 'name')
     for header in numbers:
         table.add_column(header, justify='right', no_wrap=True)
@@ -117,7 +117,7 @@ def _counted(count: int, unit: str) -> str:
 
 
 def _size(num_bytes: int) -> str:
-    """Bytes for reading; nothing for none.
+    """A number of bytes in three digits and a unit; empty for 0.
 
     Example:
         >>> _size(999), _size(1500), _size(437_000), _size(25_600_000)

@@ -1,32 +1,21 @@
-"""What runs did, as curves: reads their metrics files into plain arrays. Draws nothing."""
+"""Reads the metrics files of runs into plain arrays; draws nothing."""
 
 from __future__ import annotations
 
 import difflib
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
-import numpy as np
+from composer_ema.pictures.errors import PlotError
+from composer_ema.pictures.weights import in_order
+from composer_ema.recipe.outputs import METRICS_FILE, RECIPE_FILE, Curve, curve, curves_by_group, is_number
 
-METRICS_FILE, RECIPE_FILE = 'metrics.jsonl', 'recipe.yaml'
-#: What a reader calls a set of weights.
-LABELS = {'training': 'training weights', 'ema': 'average', 'swa': 'equal average', 'eval': 'evaluated weights'}
-#: What the picture of a run is called in its folder, before its ending.
+#: The name of a run's picture in its folder, without the ending.
 CURVES = 'curves'
-#: What a picture can be drawn over.
-Axis = Literal['epoch', 'batch', 'sample']
-Array = np.ndarray[Any, np.dtype[np.float64]]
-# A curve is smoothed over this share of its values, and only if it goes up and down by this many times its range.
-SMOOTHED_SHARE, NOISY_TIMES = 0.02, 3.0
-
-
-class PlotError(ValueError):
-    """Something cannot be drawn: which file or argument, why, and what to pass instead."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +23,11 @@ class Point:
     """One evaluation of one set of weights.
 
     Args:
-        epoch: Epochs trained by then.
-        accuracy: Share of right answers, in [0, 1].
-        loss: Cross entropy in nats.
-        batch: Batches trained by then. Default: 0.
-        sample: Samples trained by then. Default: 0.
+        epoch: Epochs trained so far.
+        accuracy: Share of right answers, in [0, 1]; None if it was not measured.
+        loss: Cross entropy in nats; None if it was not measured.
+        batch: Batches trained so far. Default: 0.
+        sample: Samples trained so far. Default: 0.
     """
 
     epoch: float
@@ -49,41 +38,17 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Curve:
-    """Values over training; arrays of one length.
-
-    Args:
-        epoch: Epochs done after each value's batch, with fractions where the run knows its length.
-        batch: Batches done.
-        sample: Samples done.
-        value: float64.
-    """
-
-    epoch: Array
-    batch: Array
-    sample: Array
-    value: Array
-
-    def __len__(self) -> int:
-        return len(self.value)
-
-    def over(self, axis: Axis) -> Array:
-        """Where along ``axis`` the values stand."""
-        return {'epoch': self.epoch, 'batch': self.batch, 'sample': self.sample}[axis]
-
-
-@dataclass(frozen=True)
 class RunCurves:
     """One run, ready to be drawn.
 
     Args:
-        name: What a legend calls it.
+        name: Its name in a legend.
         loss: The training loss of every batch.
         rates: The learning rate of every batch, by the parameter groups that share it, such as ``'groups 0, 2'``.
         momenta: The same for momentum; empty for an optimizer without.
-        evaluations: By the weights that were evaluated, ``'training'``, ``'ema'``, ..., oldest first.
-        distances: The relative distance of each average from the weights, by the algorithm that logged it.
-        target_accuracy: What the recipe's report counts epochs to, in [0, 1]; None without a recipe.
+        evaluations: Label of a set of weights to its evaluations, oldest first. ``'training'`` comes first.
+        distances: Label of an average to its relative distance from the training weights. Default: empty.
+        target_accuracy: The accuracy whose first epoch the recipe wants reported, in [0, 1]. Default: None.
     """
 
     name: str
@@ -94,78 +59,22 @@ class RunCurves:
     distances: dict[str, Curve] = field(default_factory=dict)
     target_accuracy: float | None = None
 
-
-@dataclass(frozen=True)
-class Asked:
-    """What a picture is asked of: runs or recipes, one of the two.
-
-    Args:
-        folders: Of runs.
-        recipes: Recipe files, each with its overrides.
-    """
-
-    folders: list[Path]
-    recipes: list[tuple[Path, list[str]]]
-
     @property
-    def default_out(self) -> Path:
-        """Where a picture goes that was given no name: with one run, above several, or here."""
-        if not self.folders:
-            return Path('schedule')
-        return (self.folders[0] if len(self.folders) == 1 else self.folders[0].resolve().parent) / CURVES
-
-
-def sort_arguments(things: Sequence[str]) -> Asked:
-    """Tells folders of runs, recipes and overrides apart.
-
-    An override belongs to the recipes before it, as far back as the last override: ``a.yaml b.yaml lr=1`` is of both,
-    ``a.yaml lr=1 a.yaml lr=2`` draws one recipe twice.
-
-    Raises:
-        PlotError: runs and recipes together, or an override without a recipe.
-    """
-    folders: list[Path] = []
-    recipes: list[tuple[Path, list[str]]] = []
-    first, is_closed = 0, False
-    for thing in things:
-        path = Path(thing)
-        if '=' in thing and not path.exists():
-            if not recipes:
-                raise PlotError(f'the override {thing!r} has no recipe before it. Write RECIPE.yaml {thing}.')
-            for _, overrides in recipes[first:]:
-                overrides.append(thing)
-            is_closed = True
-        elif path.suffix.lower() in ('.yaml', '.yml'):
-            first = len(recipes) if is_closed else first
-            recipes.append((path, []))
-            is_closed = False
-        else:
-            folders.append(path.parent if path.name == METRICS_FILE and path.is_file() else path)
-    if folders and recipes:
-        raise PlotError(
-            f'{folders[0]} is a folder of a run and {recipes[0][0]} a recipe: what was and what will be make two '
-            'pictures. Give the ones or the others.'
-        )
-    return Asked(folders, recipes)
-
-
-def check_axis(axis: str | None) -> Axis | None:
-    """Raises unless ``axis`` is one to draw over; None leaves the choice to the runs."""
-    legal: dict[str, Axis] = {each: each for each in get_args(Axis)}
-    if axis is not None and axis not in legal:
-        raise PlotError(f'a picture is drawn over {", ".join(legal)}, got {axis!r}.')
-    return None if axis is None else legal[axis]
+    def weights(self) -> list[str]:
+        """The labels of all sets of weights that it evaluated or measured, in the order of the run."""
+        return in_order([*self.evaluations, *self.distances])
 
 
 def read_run(folder: Path, name: str | None = None) -> RunCurves:
-    """Reads the curves of a run folder, also while the run goes on, and of files that older releases wrote.
+    """Reads the curves of a run, finished or still going on.
 
     Args:
-        folder: Holds the ``metrics.jsonl`` that :class:`composer_ema.recipe.recorder.Recorder` wrote.
-        name: What to call the run. Default: the folder's name.
+        folder: The run folder, with the ``metrics.jsonl`` of :class:`composer_ema.recipe.recorder.Recorder`. Files
+            without learning rates, as older releases wrote them, are read too.
+        name: The run's name. Default: the folder's name.
 
     Raises:
-        PlotError: no such folder, no metrics in it, or a line that is no metrics.
+        PlotError: There is no such folder, it has no metrics, or a line cannot be read.
     """
     lines = read_lines(folder)
     training = [line for line in lines if 'loss/train/total' in line or 'lr/group0' in line]
@@ -184,15 +93,15 @@ def read_run(folder: Path, name: str | None = None) -> RunCurves:
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunCurves]:
-    """:func:`read_run` of each; folders of the same name are told apart by those above them."""
+    """Reads several runs. Runs whose folders share a name are named by the folders above as well."""
     return [read_run(folder, name) for folder, name in zip(folders, _distinct_names(folders), strict=True)]
 
 
 def read_lines(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics file. A last line that is half written is left out.
+    """The lines of a run's metrics file, without a last one that is half written.
 
     Raises:
-        PlotError: as :func:`read_run`.
+        PlotError: As for :func:`read_run`.
     """
     path = folder / METRICS_FILE
     if folder.is_file():
@@ -209,7 +118,7 @@ def read_lines(folder: Path) -> list[dict[str, Any]]:
     for number, text in enumerate(texts, start=1):
         try:
             line = json.loads(text)
-            if not isinstance(line, dict) or not all(_is_number(line.get(key)) for key in ('epoch', 'batch', 'sample')):
+            if not isinstance(line, dict) or not all(is_number(line.get(key)) for key in ('epoch', 'batch', 'sample')):
                 raise ValueError('it does not give epoch, batch and sample')
         except ValueError as error:
             if number == len(texts):
@@ -219,95 +128,41 @@ def read_lines(folder: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def curve(lines: Iterable[Mapping[str, Any]], key: str, otherwise: str | None = None) -> Curve:
-    """The values of ``key``, or where a line lacks it of ``otherwise``; lines that have neither are left out."""
-    rows = [
-        (line['epoch'], line['batch'], line['sample'], value)
-        for line in lines
-        if _is_number(value := line.get(key, line.get(otherwise) if otherwise else None))
-    ]
-    epoch, batch, sample, value = np.asarray(rows, dtype=np.float64).reshape(-1, 4).T
-    return Curve(epoch, batch, sample, value)
-
-
 def evaluations(lines: Iterable[Mapping[str, Any]]) -> dict[str, list[Point]]:
-    """Accuracy and loss of each set of weights, from the metrics of the evaluators ``eval_training``, ``eval_ema``, ...
+    """Accuracy and loss of each set of weights, from the metrics of the evaluators ``eval_<label>``.
 
-    An evaluator that is called ``eval``, as Composer does by itself, counts as ``'eval'``.
+    Args:
+        lines: Lines of a metrics file.
+
+    Returns:
+        dict: Label to evaluations: the training weights first, then the others as the run evaluates them. Composer
+        calls an evaluator without a label ``eval``; its label here is ``'eval'``.
+
+    Example:
+        >>> line = {'epoch': 1.0, 'metrics/eval_ema/Accuracy': 0.5, 'metrics/eval_training/Accuracy': 0.25}
+        >>> list(evaluations([line]))
+        ['training', 'ema']
     """
     points: dict[str, list[Point]] = {}
     for line in lines:
         found: dict[str, dict[str, float]] = {}
         for name, value in line.items():
-            label = re.fullmatch(r'metrics/(eval[^/]*)/(.+)', name)
-            if label and _is_number(value):
-                found.setdefault(label[1].removeprefix('eval_'), {})[label[2]] = value
-        for weights, metrics in found.items():
+            match = re.fullmatch(r'metrics/(eval[^/]*)/(.+)', name)
+            if match and is_number(value):
+                found.setdefault(match[1].removeprefix('eval_'), {})[match[2]] = value
+        for own, metrics in found.items():
             point = Point(
                 line['epoch'], _first(metrics, 'Accuracy'), _first(metrics, 'CrossEntropy'),
                 line.get('batch', 0), line.get('sample', 0),
             )  # fmt: skip
-            points.setdefault(weights, []).append(point)
-    return {weights: points[weights] for weights in sorted(points, key=_order_of_weights)}
+            points.setdefault(own, []).append(point)
+    return {label: points[label] for label in in_order(points)}
 
 
 def first_reaching(points: Iterable[Point], target: float) -> Point | None:
-    """The first evaluation at or above the target accuracy; None when there is none."""
+    """The first evaluation at or above the target accuracy; None if there is none."""
     # Metrics are float32, where 9 of 10 right answers are 0.8999999762: allow for its rounding.
     return next((point for point in points if point.accuracy is not None and point.accuracy >= target - 1e-6), None)
-
-
-def smoothed(values: Array) -> tuple[Array, int]:
-    """A centred mean over 2 % of the values where they are noisy.
-
-    Where less than half of it is left before a value, it goes as far to both sides, so that a steep start stays
-    steep; at the end it goes over what is left.
-
-    Args:
-        values: A curve, one value per batch. Values that are not finite count as missing.
-
-    Returns:
-        The curve and over how many values each mean goes, which is odd; 1 where nothing was smoothed: the curve is
-        short, or goes up and down by no more than three times the range that its means cover.
-
-    Example:
-        >>> calm, noisy = np.linspace(2, 1, 500), np.tile([1.0, 2.0], 250)
-        >>> smoothed(calm)[1], smoothed(noisy)[1]
-        (1, 11)
-    """
-    half = math.ceil(SMOOTHED_SHARE * len(values) / 2)
-    if len(values) < 10 or not np.isfinite(values).any():
-        return values, 1
-    means = _centred_means(values, half)
-    path = np.abs(np.diff(values[np.isfinite(values)])).sum()
-    is_noisy = path > NOISY_TIMES * (np.nanmax(means) - np.nanmin(means))
-    return (means, 2 * half + 1) if is_noisy else (values, 1)
-
-
-def _centred_means(values: Array, half: int) -> Array:
-    is_known = np.isfinite(values)
-    sums = np.concatenate([[0.0], np.cumsum(np.where(is_known, values, 0.0))])
-    counts = np.concatenate([[0], np.cumsum(is_known)])
-    index = np.arange(len(values))
-    reach = np.minimum(half, index)
-    low, high = index - reach, np.minimum(index + reach + 1, len(values))
-    with np.errstate(invalid='ignore'):  # a window without any number has no mean
-        return (sums[high] - sums[low]) / (counts[high] - counts[low])
-
-
-def curves_by_group(lines: Sequence[Mapping[str, Any]], name: str) -> dict[str, Curve]:
-    """The curve of each parameter group, groups that never differ under one label."""
-    prefix = f'{name}/group'
-    groups = sorted({int(key.removeprefix(prefix)) for line in lines for key in line if key.startswith(prefix)})
-    found: list[tuple[list[int], Curve]] = []
-    for group in groups:
-        own = curve(lines, f'{name}/group{group}', otherwise=f'{name}/group0')
-        same = next((members for members, other in found if np.array_equal(other.value, own.value, True)), None)
-        if same is None:
-            found.append(([group], own))
-        else:
-            same.append(group)
-    return {f'group{"s" * (len(members) > 1)} {", ".join(map(str, members))}': own for members, own in found}
 
 
 def _distances(lines: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
@@ -324,23 +179,15 @@ def _target_accuracy(folder: Path) -> float | None:
         target = OmegaConf.select(OmegaConf.load(folder / RECIPE_FILE), 'report.target_accuracy')
     except (OSError, ValueError, YAMLError, OmegaConfBaseException):
         return None  # the curves do not need it
-    return target if _is_number(target) else None
-
-
-def _order_of_weights(weights: str) -> tuple[int, str]:
-    return (0 if weights == 'training' else 1, weights)
+    return target if is_number(target) else None
 
 
 def _first(metrics: Mapping[str, float], part: str) -> float | None:
     return next((value for name, value in metrics.items() if part in name), None)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def _distinct_names(folders: Sequence[Path]) -> list[str]:
-    """Folder names, preceded by as many of the folders above as it takes for all to differ."""
+    """The names of the folders, each after as many of the folders above as make all names differ."""
     parts = [folder.resolve().parts for folder in folders]
     if len(set(parts)) < len(parts):
         twice = next(folder for folder, own in zip(folders, parts, strict=True) if parts.count(own) > 1)

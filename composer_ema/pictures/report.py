@@ -1,28 +1,32 @@
-"""What a run did, at a glance: tables for the terminal, and Markdown for a page."""
+"""What a run did, as tables for the terminal, as Markdown for a page, and in words."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from composer_ema.pictures.curves import LABELS, Point, evaluations, first_reaching
-from composer_ema.recipe.recorder import Recorder
+from composer_ema.pictures.curves import Point, evaluations, first_reaching
+from composer_ema.pictures.weights import TRAINING, averages, in_words
+
+if TYPE_CHECKING:  # it imports Composer, which a reader of finished runs need not wait for
+    from composer_ema.recipe.run import Outcome
 
 
 @dataclass(frozen=True)
 class Result:
-    """The outcome of one run.
+    """What one run came to.
 
     Args:
         run_name: The run.
         seed: Its seed.
         target_accuracy: The accuracy whose first epoch counts, in [0, 1].
-        points: ``'training'`` and ``'ema'`` or ``'swa'``, as far as evaluated, oldest first.
-        update_share: Share of step time that averaging cost, in [0, 1]; None when nothing was averaged.
-        num_batches: Over how many batches that was measured.
+        points: Label of a set of weights to its evaluations, oldest first. ``'training'`` comes first.
+        update_share: Share of step time spent on averaging, in [0, 1]; None if nothing was averaged. Default: None.
+        num_batches: Number of batches over which ``update_share`` was measured. Default: 0.
     """
 
     run_name: str
@@ -33,7 +37,7 @@ class Result:
     num_batches: int = 0
 
     def first_epoch(self, weights: str) -> float | None:
-        """The epoch of the first evaluation at or above the target; None when it was not reached.
+        """The epoch of the first evaluation at or above the target; None if the run did not reach it.
 
         Example:
             >>> Result('r', 1, 0.9, {'ema': [Point(1, 0.88, 0.3), Point(2, 0.90, 0.3)]}).first_epoch('ema')
@@ -43,28 +47,42 @@ class Result:
         return None if first is None else first.epoch
 
     def final(self, weights: str) -> Point:
-        """The last evaluation; a point of Nones when there was none."""
+        """The last evaluation; a point without accuracy and loss if there was none."""
         points = self.points.get(weights, [])
         return points[-1] if points else Point(0.0, None, None)
 
 
-def result(recorder: Recorder, *, run_name: str, seed: int, target_accuracy: float) -> Result:
-    """Reads the outcome of a run from what its recorder wrote down."""
-    points = evaluations(recorder.evaluations)
-    return Result(run_name, seed, target_accuracy, points, recorder.update_share, recorder.num_batches)
+def result(outcome: Outcome) -> Result:
+    """The evaluations of a run as points, and what averaging cost."""
+    return Result(
+        run_name=outcome.run_name,
+        seed=outcome.seed,
+        target_accuracy=outcome.target_accuracy,
+        points=evaluations(outcome.evaluations),
+        update_share=outcome.update_share,
+        num_batches=outcome.num_batches,
+    )
+
+
+def parts_table(parts: Mapping[str, str]) -> Table:
+    """What a recipe builds, one row for each kind of part."""
+    table = Table(title='built, not trained', title_justify='left', show_header=False)
+    for kind, words in parts.items():
+        table.add_row(kind, words)
+    return table
 
 
 def epochs_table(outcome: Result) -> Table:
-    """Per evaluation: accuracy and loss of each set of weights."""
+    """Accuracy and loss of each set of weights, one row per evaluation."""
+    words = in_words(outcome.points)
     table = Table(title=outcome.run_name, title_justify='left')
     table.add_column('epoch', justify='right')
-    for weights in outcome.points:
-        table.add_column(f'accuracy %\n{LABELS[weights]}', justify='right')
-    for weights in outcome.points:
-        table.add_column(f'loss\n{LABELS[weights]}', justify='right')
-    by_epoch = {w: {point.epoch: point for point in points} for w, points in outcome.points.items()}
-    for epoch in sorted({epoch for points in by_epoch.values() for epoch in points}):
-        row = [points.get(epoch, Point(epoch, None, None)) for points in by_epoch.values()]
+    for quantity in ('accuracy %', 'loss'):
+        for label in outcome.points:
+            table.add_column(f'{quantity}\n{words[label]}', justify='right')
+    by_epoch = [{point.epoch: point for point in points} for points in outcome.points.values()]
+    for epoch in sorted({epoch for points in by_epoch for epoch in points}):
+        row = [points.get(epoch, Point(epoch, None, None)) for points in by_epoch]
         table.add_row(f'{epoch:g}', *(_percent(p.accuracy) for p in row), *(_loss(p.loss) for p in row))
     return table
 
@@ -72,16 +90,17 @@ def epochs_table(outcome: Result) -> Table:
 def summary(outcome: Result) -> str:
     """In words: the first epoch at which each set of weights reached the target, and what averaging cost."""
     lines = [
-        f'first epoch at {_target(outcome)}, {LABELS[w]}: {_epoch(outcome.first_epoch(w))}' for w in outcome.points
+        f'first epoch at {_target(outcome)}, {words}: {_epoch(outcome.first_epoch(label))}'
+        for label, words in in_words(outcome.points).items()
     ]
     if outcome.update_share is not None:
         share = f'{100 * outcome.update_share:.2f} % of step time, measured over {outcome.num_batches} batches'
-        lines.append(f'cost of the average: {share}')
+        lines.append(f'cost of the average{"s" * (len(averages(outcome.points)) > 1)}: {share}')
     return '\n'.join(lines)
 
 
 def seeds_table(outcomes: Sequence[Result], title: str) -> Table:
-    """Per seed, and for the mean over seeds, one row for each set of weights."""
+    """One row for each set of weights, per seed and for the mean over seeds."""
     header, *rows = _seeds_rows(outcomes)
     table = Table(title=title, title_justify='left')
     for name in header:
@@ -92,33 +111,35 @@ def seeds_table(outcomes: Sequence[Result], title: str) -> Table:
 
 
 def seeds_markdown(outcomes: Sequence[Result]) -> str:
-    """The table of :func:`seeds_table` to be pasted into a page."""
+    """The table of :func:`seeds_table` in Markdown."""
     header, *rows = _seeds_rows(outcomes)
     rule = [':---' if name == 'weights' else '---:' for name in header]
     return ''.join(f'| {" | ".join(line)} |\n' for line in (header, rule, *rows))
 
 
 def _seeds_rows(outcomes: Sequence[Result]) -> list[list[str]]:
-    """Header, then a row for each seed and set of weights, then the means, as text."""
+    """The header, a row for each seed and set of weights, then the means, as text."""
     header = ['seed', 'weights', f'first epoch at {_target(outcomes[0])}', 'final accuracy %', 'final loss']
-    evaluated = [weights for weights in LABELS if any(weights in outcome.points for outcome in outcomes)]
-    rows = [_seeds_row(str(outcome.seed), weights, [outcome]) for outcome in outcomes for weights in evaluated]
-    means = [_seeds_row('mean', weights, outcomes) for weights in evaluated]
-    return [[*header, 'cost, % of step time'], *rows, *means]
+    evaluated = in_words(label for outcome in outcomes for label in outcome.points)
+    by_seed = [(str(outcome.seed), [outcome]) for outcome in outcomes]
+    rows = [
+        [seed, words, *_seeds_cells(label, of_seed)]
+        for seed, of_seed in [*by_seed, ('mean', outcomes)]
+        for label, words in evaluated.items()
+    ]
+    return [[*header, 'cost, % of step time'], *rows]
 
 
-def _seeds_row(seed: str, weights: str, outcomes: Sequence[Result]) -> list[str]:
-    """Means over the outcomes; a mean of first epochs exists only if all of them do."""
-    finals = [outcome.final(weights) for outcome in outcomes]
-    first_epochs = [outcome.first_epoch(weights) for outcome in outcomes]
+def _seeds_cells(label: str, outcomes: Sequence[Result]) -> list[str]:
+    """Means over the outcomes. First epochs have a mean only if every outcome has one."""
+    finals = [outcome.final(label) for outcome in outcomes]
+    first_epochs = [outcome.first_epoch(label) for outcome in outcomes]
     is_partial = None in first_epochs and any(epoch is not None for epoch in first_epochs)
     return [
-        seed,
-        LABELS[weights],
         'not by all' if is_partial else _epoch(_mean(first_epochs)),
         _percent(_mean([point.accuracy for point in finals])),
         _loss(_mean([point.loss for point in finals])),
-        _percent(_mean([outcome.update_share for outcome in outcomes])) if weights != 'training' else '',
+        _percent(_mean([outcome.update_share for outcome in outcomes])) if label != TRAINING else '',
     ]
 
 

@@ -19,9 +19,9 @@ from composer.utils.compression import is_compressed_pt
 from composer.utils.file_helpers import is_tar
 
 from composer_ema.checkpoints.reading import CheckpointError, check_sums, is_of_composer, load_safely
-from composer_ema.pictures.curves import METRICS_FILE
 from composer_ema.recipe import groups, schedules
 from composer_ema.recipe.arguments import REFUSALS, Named, Place, RecipeError, said
+from composer_ema.recipe.outputs import METRICS_FILE
 from composer_ema.recipe.recorder import Recorder
 from composer_ema.recipe.schedules import Length, Scheduled
 from composer_ema.recipe.schema import AVERAGES, Plan, Recipe, plan

@@ -17,9 +17,9 @@ from composer.core import Algorithm, Event, State, TimeUnit, ensure_time
 from composer.devices import DeviceCPU
 from torch import nn
 
-from composer_ema.pictures.curves import Array, Curve, curves_by_group
 from composer_ema.recipe.arguments import Named
 from composer_ema.recipe.outline import Outline
+from composer_ema.recipe.outputs import Array, Curve, curves_by_group
 from composer_ema.recipe.recorder import step_settings
 from composer_ema.recipe.schema import AVERAGES, Plan, Recipe, plan
 from composer_ema.shadow.shadow_model import ShadowModel

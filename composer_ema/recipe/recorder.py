@@ -1,4 +1,4 @@
-"""Writes down what a run did, one line per batch or evaluation, and resumes with the run without gaps or repeats."""
+"""Writes the metrics of a run to a file, one line per batch or evaluation; a resumed run continues it without gaps."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _STEP_SECONDS, _UPDATE_SECONDS, _NUM_BATCHES = 'step_seconds', 'update_seconds',
 
 
 class Collector(LoggerDestination):
-    """Holds what was logged since it was last emptied, a number per name; the newest number wins.
+    """A logger that keeps the newest value of each metric until they are taken.
 
     Attributes:
         metrics: Name to number or tensor.
@@ -30,41 +30,42 @@ class Collector(LoggerDestination):
         self.metrics: dict[str, Any] = {}
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        # The times stand in each line already.
+        # Each line has the times already.
         self.metrics.update({name: value for name, value in metrics.items() if not name.startswith('time/')})
 
     def take(self) -> dict[str, float]:
-        """Empties it; values that are not numbers are dropped."""
+        """Returns the numbers kept, by name, and forgets all values."""
         taken, self.metrics = self.metrics, {}
         return {name: number for name, value in taken.items() if (number := _number(value)) is not None}
 
 
 class Recorder(Callback):
-    """Collects every metric that is logged, writes JSON lines on rank 0, and measures the cost of averaging.
+    """Writes every logged metric to a file of JSON lines on rank 0, and measures the cost of averaging.
 
-    One line per batch and one per epoch end: ``{"epoch": 1.0, "batch": 468, "sample": 59904, "lr/group0": 0.01,
-    "momentum/group0": 0.9, "loss/train/total": ..., "metrics/eval_ema/MulticlassAccuracy": ...}``. The learning rate
-    and the momentum (``momentum``, or the first of ``betas``) are those that the batch's step was made with; of the
-    parameter groups after the first, those are written that differ from it at that batch. Lines are appended, so a
-    killed process loses at most the one that it was writing. The state says how many lines had been written at the
-    checkpoint; on resume the file is cut there, and the run writes the rest anew. A run that resumes into another
-    folder starts its file with the evaluations.
+    Each batch gives one line, and each end of an epoch another: ``{"epoch": 1.0, "batch": 468, "sample": 59904,
+    "lr/group0": 0.01, "momentum/group0": 0.9, "loss/train/total": ..., "metrics/eval_ema/MulticlassAccuracy": ...}``.
+    Learning rate and momentum (``momentum``, or the first of ``betas``) are those of the batch's step. Parameter groups
+    after the first are written only where they differ from it.
 
-    Composer runs logger destinations after all callbacks, and so after the checkpoint is written; the lines are
-    therefore written by a callback, the first of the Trainer's, and ``collector`` is its ear among the loggers. Coming
-    first and after the algorithms, it sees between BATCH_START and BATCH_END the step and the update of the average,
-    and no other callback.
+    Lines are appended, so a killed process loses at most the line that it was writing. The state holds the number of
+    lines written up to the checkpoint. On resume the file is cut to that number, and the run writes the rest again. A
+    run that resumes into another folder starts its file with the evaluations so far.
+
+    Pass the recorder to the Trainer as its first callback, and ``collector`` as a logger. Composer runs loggers after
+    all callbacks, and so after a checkpoint is written; therefore a callback writes the lines, and the logger only
+    collects metrics. As the first callback, which runs after the algorithms, the recorder measures between BATCH_START
+    and BATCH_END the step and the update of the average, and no other callback.
 
     Args:
         path: The file to write; None writes nothing. Default: None.
 
     Attributes:
-        collector: To be given to the Trainer as a logger.
+        collector: The logger that collects metrics.
         evaluations: The lines that hold metrics of an evaluator, oldest first.
-        step_seconds: Time from BATCH_START to BATCH_END, over ``num_batches`` batches.
-        update_seconds: What the averaging algorithms spent meanwhile, by their own ``update_seconds``; updates
-            that are made at the end of an epoch count too.
-        num_batches: How many batches were measured.
+        step_seconds: Time from BATCH_START to BATCH_END, summed over ``num_batches`` batches.
+        update_seconds: Time that the averaging algorithms spent in those batches and at ends of epochs, by their own
+            ``update_seconds``.
+        num_batches: Number of batches measured.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -82,7 +83,7 @@ class Recorder(Callback):
 
     @property
     def update_share(self) -> float | None:
-        """The share of step time that averaging cost, in [0, 1]; None when nothing was averaged."""
+        """Share of step time spent on averaging, in [0, 1]; None if nothing was averaged."""
         return self.update_seconds / self.step_seconds if self.update_seconds > 0 and self.step_seconds > 0 else None
 
     def state_dict(self) -> dict[str, Any]:
@@ -111,7 +112,7 @@ class Recorder(Callback):
         self._batch_started = perf_counter()
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
-        # The last event before the step; schedulers have moved on by BATCH_END.
+        # This is the last event before the step. By BATCH_END the schedulers have moved on.
         self._step = step_settings(state.optimizers)
 
     def batch_end(self, state: State, logger: Logger) -> None:
@@ -167,10 +168,10 @@ class Recorder(Callback):
 
 
 def step_settings(optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, float]:
-    """The learning rate and momentum of each parameter group, under the names that a line gives them.
+    """The learning rate and momentum of each parameter group, by their keys in a line.
 
-    Group 0 comes with all it has, a further group with what differs from group 0. Groups of several optimizers are
-    counted on.
+    Group 0 has all its values, each further group only those that differ from group 0. The groups of a second optimizer
+    are numbered after those of the first.
 
     Example:
         >>> weight, bias = torch.nn.Linear(1, 1).parameters()
@@ -189,7 +190,7 @@ def step_settings(optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, floa
 
 
 def momentum_of(group: Mapping[str, Any]) -> Any:
-    """The momentum of a parameter group: ``momentum``, or the first of ``betas``; None where it has neither."""
+    """The momentum of a parameter group: ``momentum``, or the first of ``betas``; None if it has neither."""
     return group['momentum'] if 'momentum' in group else (group.get('betas') or [None])[0]
 
 
@@ -198,7 +199,7 @@ def _seconds_in_updates(state: State) -> float:
 
 
 def _epochs(state: State) -> float:
-    """Epochs done, the running one counted by its share of batches."""
+    """Epochs done, with the running one as the share of its batches that are done."""
     running = int(state.timestamp.batch_in_epoch)
     length = int(state.dataloader_len) if state.dataloader_len is not None else None
     return int(state.timestamp.epoch) + (running / length if length else 0.0)

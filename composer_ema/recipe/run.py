@@ -1,36 +1,72 @@
-"""Follows a recipe: trains it, once or for several seeds, and leaves tables, metrics and pictures in the run folder."""
+"""Trains a recipe, once or for several seeds, or builds it only; returns what came out as plain data."""
 
 from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from composer.core import Callback
 from composer.utils import dist
 from omegaconf import OmegaConf
-from rich.table import Table
 
 from composer_ema.files import write_beside
-from composer_ema.pictures import curves, plots, report
-from composer_ema.pictures.curves import RECIPE_FILE
-from composer_ema.pictures.report import Result
 from composer_ema.recipe.build import Run, blame, build
+from composer_ema.recipe.outputs import RECIPE_FILE
 from composer_ema.recipe.schema import Recipe
 
 
-def train(recipe: Recipe, show: Callable[[Any], None], *, callbacks: Sequence[Callback] = ()) -> Result:
-    """Trains a recipe and shows its table; with autoresume, only what is left of it.
+@dataclass(frozen=True)
+class Outcome:
+    """What a run recorded, including the part before it was resumed.
 
     Args:
-        recipe: What ``schema.load`` returned.
-        show: Takes what is to be printed, a string or a rich renderable.
-        callbacks: Further ones, which follow the recipe's own.
+        run_name: The run.
+        seed: Its seed.
+        folder: The run folder.
+        target_accuracy: The accuracy whose first epoch the recipe wants reported, in [0, 1].
+        evaluations: The lines of the metrics file that hold metrics of an evaluator, oldest first.
+        update_share: Share of step time spent on averaging, in [0, 1]; None if nothing was averaged.
+        num_batches: Number of batches over which ``update_share`` was measured.
+    """
+
+    run_name: str
+    seed: int
+    folder: Path
+    target_accuracy: float
+    evaluations: list[dict[str, Any]]
+    update_share: float | None
+    num_batches: int
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a recipe builds.
+
+    Args:
+        recipe: The resolved recipe in YAML.
+        parts: What was built, by its kind: ``'model'``, ``'data'``, ``'optimizer'``, ...
+        remarks: What training would show first, strings and rich renderables.
+    """
+
+    recipe: str
+    parts: dict[str, str]
+    remarks: list[Any]
+
+
+def train(recipe: Recipe, show: Callable[[Any], None], *, callbacks: Sequence[Callback] = ()) -> Outcome:
+    """Trains a recipe. With autoresume, trains only what is left of it.
+
+    Args:
+        recipe: The recipe, from ``schema.load``.
+        show: Called with each remark before training starts, a string or a rich renderable.
+        callbacks: Callbacks to run after the recipe's own. Default: none.
 
     Returns:
-        Result: What came out, over the whole run, also over the part before it was resumed.
+        Outcome: What the whole run recorded.
 
     Raises:
         RecipeError: The recipe cannot be followed.
@@ -39,63 +75,55 @@ def train(recipe: Recipe, show: Callable[[Any], None], *, callbacks: Sequence[Ca
     try:
         for remark in run.remarks:
             show(remark)
-        _tell_what_is_resumed(run, show)
+        _show_what_is_resumed(run, show)
         if dist.get_global_rank() == 0:
             write_beside(run.folder / RECIPE_FILE, as_yaml(run.recipe))
         _fit(run, show)
     finally:
         run.trainer.close()
-    outcome = _outcome(run)
-    if dist.get_global_rank() == 0:
-        _draw(run, show)
-    if outcome.points:
-        show(report.epochs_table(outcome))
-    show(f'{report.summary(outcome)}\nrun folder: {run.folder}'.lstrip())
-    return outcome
+    return Outcome(
+        run_name=run.trainer.state.run_name,
+        seed=run.recipe.values['seed'],
+        folder=run.folder,
+        target_accuracy=run.plan.report.target_accuracy,
+        evaluations=run.recorder.evaluations,
+        update_share=run.recorder.update_share,
+        num_batches=run.recorder.num_batches,
+    )
 
 
-def train_seeds(recipe: Recipe, seeds: Sequence[int], show: Callable[[Any], None]) -> list[Result]:
-    """Trains a recipe once per seed, shows the table over seeds, also as Markdown, and writes it to the runs folder.
+def train_seeds(recipe: Recipe, seeds: Sequence[int], show: Callable[[Any], None]) -> Iterator[Outcome]:
+    """Trains a recipe once per seed, and yields each outcome before the next run starts.
 
     Args:
-        recipe: Its ``seed`` is replaced; the seed is added to its run name.
-        seeds: At least one.
-        show: Takes what is to be printed.
-
-    Returns:
-        list[Result]: One per seed.
+        recipe: The recipe. Each run replaces its ``seed`` and adds ``-seed<n>`` to its run name.
+        seeds: The seeds, in order.
+        show: As for :func:`train`.
     """
-    name = recipe.run_name or recipe.name
-    outcomes = [train(_for_seed(recipe, seed), show) for seed in seeds]
-    markdown = report.seeds_markdown(outcomes)
-    path = Path(recipe.values.get('runs_folder') or 'runs') / f'{name}-seeds.md'
-    if dist.get_global_rank() == 0:
-        write_beside(path, markdown)
-    show(report.seeds_table(outcomes, title=f'{name}, {len(seeds)} seeds'))
-    show(markdown)
-    show(f'the same table as Markdown: {path}')
-    return outcomes
+    for seed in seeds:
+        yield train(_for_seed(recipe, seed), show)
 
 
-def rehearse(recipe: Recipe, show: Callable[[Any], None]) -> None:
-    """Builds everything, the Trainer included, trains nothing, and shows the resolved recipe and what was built."""
+def rehearse(recipe: Recipe) -> Rehearsal:
+    """Builds everything that a recipe names, the Trainer included, trains nothing and leaves no file.
+
+    Raises:
+        RecipeError: The recipe cannot be followed.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         run = build(recipe, scratch=Path(scratch))
         try:
-            show(as_yaml(run.recipe))
-            show(_inventory(run))
-            for remark in run.remarks:
-                show(remark)
+            return Rehearsal(as_yaml(run.recipe), _parts(run), run.remarks)
         finally:
             run.trainer.close()
 
 
 def as_yaml(recipe: Recipe) -> str:
-    """The resolved recipe in YAML, every interpolation replaced by its value."""
+    """The resolved recipe in YAML, with the value of every interpolation."""
     return OmegaConf.to_yaml(OmegaConf.create(recipe.values))
 
 
-def _tell_what_is_resumed(run: Run, show: Callable[[Any], None]) -> None:
+def _show_what_is_resumed(run: Run, show: Callable[[Any], None]) -> None:
     if not run.plan.trainer.get('autoresume'):
         return
     state = run.trainer.state
@@ -121,25 +149,8 @@ def _fit(run: Run, show: Callable[[Any], None]) -> None:
     except ValueError as error:
         if state.timestamp.batch > start:
             raise
-        # Refused before the first batch: a setting that cannot work in this run, such as a half-life of 2ep in 10ba.
+        # A setting that cannot work in this run is refused before the first batch: a half-life of 2ep in 10ba.
         raise blame(run.plan, error).error(str(error)) from error
-
-
-def _draw(run: Run, show: Callable[[Any], None]) -> None:
-    """The picture of ``composer-ema plot`` for this run, in its folder."""
-    try:
-        plots.write(plots.draw_runs([curves.read_run(run.folder)]), run.folder / curves.CURVES)
-    except curves.PlotError as error:  # the run itself is done and saved
-        show(f'no picture of the run: {error}')
-
-
-def _outcome(run: Run) -> Result:
-    return report.result(
-        run.recorder,
-        run_name=run.trainer.state.run_name,
-        seed=run.recipe.values['seed'],
-        target_accuracy=run.plan.report.target_accuracy,
-    )
 
 
 def _for_seed(recipe: Recipe, seed: int) -> Recipe:
@@ -148,20 +159,17 @@ def _for_seed(recipe: Recipe, seed: int) -> Recipe:
     return dataclasses.replace(recipe.replace(seed=seed), name=f'{recipe.name}-seed{seed}')
 
 
-def _inventory(run: Run) -> Table:
-    """What was built, a line each."""
+def _parts(run: Run) -> dict[str, str]:
     plan, state = run.plan, run.trainer.state
     size = sum(parameter.numel() for parameter in state.model.parameters())
-    optimizers = [type(each).__name__ for each in state.optimizers]
-    table = Table(title='built, not trained', title_justify='left', show_header=False)
-    table.add_row('model', f'{plan.model.name}, {size:,} parameters')
-    table.add_row('data', f'{plan.data.name}, {int(state.dataloader_len or 0)} batches per epoch')
-    table.add_row('optimizer', ', '.join(optimizers))
-    names = [each.name for each in plan.schedulers]
-    table.add_row('scheduler', ', '.join(names) or 'none: a constant learning rate')
-    for kind, entries in (('algorithms', plan.algorithms), ('callbacks', plan.callbacks), ('loggers', plan.loggers)):
-        table.add_row(kind, ', '.join(each.name for each in entries) or 'none')
-    table.add_row('evaluates', ', '.join(evaluator.label for evaluator in state.evaluators) or 'nothing')
-    table.add_row('trains for', f'{state.max_duration} on {type(state.device).__name__}, {state.precision.value}')
-    table.add_row('run folder', str(run.folder))
-    return table
+    kinds = (('algorithms', plan.algorithms), ('callbacks', plan.callbacks), ('loggers', plan.loggers))
+    return {
+        'model': f'{plan.model.name}, {size:,} parameters',
+        'data': f'{plan.data.name}, {int(state.dataloader_len or 0)} batches per epoch',
+        'optimizer': ', '.join(type(each).__name__ for each in state.optimizers),
+        'scheduler': ', '.join(each.name for each in plan.schedulers) or 'none: a constant learning rate',
+        **{kind: ', '.join(each.name for each in entries) or 'none' for kind, entries in kinds},
+        'evaluates': ', '.join(evaluator.label for evaluator in state.evaluators) or 'nothing',
+        'trains for': f'{state.max_duration} on {type(state.device).__name__}, {state.precision.value}',
+        'run folder': str(run.folder),
+    }

@@ -17,12 +17,14 @@ import pytest
 import yaml
 from rich.console import Console
 
-from composer_ema import cli
+from benchmarks import published, published_page
+from benchmarks.published_page import Ending, Published, Row
 from composer_ema.pictures.curves import Point
 from composer_ema.pictures.report import Result
-from composer_ema.recipe import comparison, run, schema
+from composer_ema.recipe import run, schema
 from composer_ema.recipe.arguments import RecipeError
-from composer_ema.recipe.comparison import Ending, Published, Row
+
+ROOT = Path(__file__).parents[1]
 
 TINY: dict[str, Any] = {
     'max_duration': '2ep',
@@ -33,7 +35,7 @@ TINY: dict[str, Any] = {
     'algorithms': {'ema': {'half_life': '3ba'}},
 }
 FIGURES = 'recipe,accuracy,loss\nslow,0.125,2.5\nfast,0.5,1.25\n'
-PAGE = f'# Card\n\nbefore: `{comparison.BEGIN}`\n\n{comparison.BEGIN}\nold\n{comparison.END}\n\nafter\n'
+PAGE = f'# Card\n\nbefore: `{published_page.BEGIN}`\n\n{published_page.BEGIN}\nold\n{published_page.END}\n\nafter\n'
 MADE_ON = {'date': '2026-01-02', 'torch': '2.7.0', 'Composer': '0.32.1', 'threads': '1'}
 
 
@@ -53,10 +55,8 @@ def recipes_of(folder: Path, *overrides: str) -> list[schema.Recipe]:
 
 
 def make(folder: Path, shown: list[Any] | None = None, **arguments: Any) -> list[Row]:
-    into, published = folder / 'card.md', folder / 'published.csv'
-    return comparison.make(
-        recipes_of(folder), [1, 2], ([] if shown is None else shown).append, into=into, published=published, **arguments
-    )
+    places = {'into': folder / 'card.md', 'published': folder / 'published.csv'}
+    return published.make(recipes_of(folder), [1, 2], ([] if shown is None else shown).append, **places, **arguments)
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ class TestText:
 
     def test_means_and_deviations_by_hand(self):
         """Of 86 and 88 the mean is 87 and the standard deviation sqrt(2)."""
-        _, _, adam, best = comparison.as_markdown(self.ROWS).splitlines()
+        _, _, adam, best = published_page.as_markdown(self.ROWS).splitlines()
         cells = [cell.strip() for cell in adam.strip('|').split('|')]
         assert cells == [
             *('adam', '3ep', '87.1', '87.00 ± 1.41', '89.00 ± 1.41', '+1.90'),
@@ -96,27 +96,28 @@ class TestText:
         ]
 
     def test_one_seed_has_no_deviation(self):
-        assert '| 88.00 |' in comparison.as_markdown([Row('adam', '3ep', None, [ending(0.86, 0.88)])])
+        assert '| 88.00 |' in published_page.as_markdown([Row('adam', '3ep', None, [ending(0.86, 0.88)])])
 
     def test_weights_that_were_not_evaluated_show_a_dash(self):
         row = Row('adam', '3ep', None, [Ending({'training': 0.5}, {'training': 1.0}, MADE_ON)])
-        assert '| 50.00 | – |' in comparison.as_markdown([row])
+        assert '| 50.00 | – |' in published_page.as_markdown([self.ROWS[0], row])
+        assert 'average' not in published_page.as_markdown([row])
 
     def test_a_terminal_of_80_columns_shows_the_accuracies_whole(self):
         console = Console(width=80)
         with console.capture() as captured:
-            console.print(comparison.as_table([dataclasses.replace(row, name=27 * 'x') for row in self.ROWS]))
-        accuracies = re.findall(r'\d\d[.]\d\d ± [\d.]+', comparison.as_markdown(self.ROWS))
+            console.print(published_page.as_table([dataclasses.replace(row, name=27 * 'x') for row in self.ROWS]))
+        accuracies = re.findall(r'\d\d[.]\d\d ± [\d.]+', published_page.as_markdown(self.ROWS))
         assert len(accuracies) == 4
         for cell in [*accuracies, '87.1', '+1.90']:
             assert cell.replace(' ', '') in captured.get()
 
     def test_without_published_figures_there_are_no_columns_of_them(self):
         alone = [dataclasses.replace(self.ROWS[0], published=None)]
-        header = comparison.as_markdown(alone).splitlines()[0]
+        header = published_page.as_markdown(alone).splitlines()[0]
         assert 'published' not in header
         assert header.startswith('| recipe | length | training weights | average |')
-        assert [str(column.header) for column in comparison.as_table(alone).columns] == [
+        assert [str(column.header) for column in published_page.as_table(alone).columns] == [
             'recipe',
             'training\nweights',
             'average',
@@ -124,26 +125,57 @@ class TestText:
 
     def test_the_average_of_swa_stands_in_the_column_of_averages(self):
         last = Point(1.0, 0.75, 0.5)
-        swa = Ending.of(Result('swa', 1, 0.9, {'training': [last], 'swa': [Point(1.0, 0.875, 0.25)]}))
+        swa = published.ending_of(Result('swa', 1, 0.9, {'training': [last], 'swa': [Point(1.0, 0.875, 0.25)]}))
         row = Row('swa', '3ep', Published(0.75, 1.0), [swa])
-        assert (row.values('accuracy', 'training'), row.values('accuracy', 'ema')) == ([0.75], [0.875])
-        assert row.values('loss', 'ema') == [0.25]
-        assert row.gain == 0.125
+        assert (row.values('accuracy', 'training weights'), row.values('accuracy', 'average')) == ([0.75], [0.875])
+        assert row.values('loss', 'average') == [0.25]
+        assert row.gain('average') == 0.125
+        header, _, *lines = published_page.as_markdown([self.ROWS[0], row]).splitlines()
+        assert header.count(' average |') == 2, 'one column of accuracies and one of losses'
+        assert [line.split('|')[5].strip() for line in lines] == ['89.00 ± 1.41', '87.50']
+
+    def test_several_averages_of_a_recipe_stand_in_columns_of_their_labels(self):
+        last = {
+            label: [Point(1.0, accuracy, 0.5)] for label, accuracy in (('training', 0.5), ('b', 0.75), ('a', 0.875))
+        }
+        row = Row('two', '3ep', Published(0.5, 1.0), [published.ending_of(Result('two', 1, 0.9, last))])
+        header, _, line = published_page.as_markdown([row]).splitlines()
+        assert header.startswith('| recipe | length | published | training weights | b | a | b − published | a − ')
+        assert line.startswith('| two | 3ep | 50.0 | 50.00 | 75.00 | 87.50 | +25.00 | +37.50 | 1.000 | 0.5000 |')
+        assert published_page.draw([row]).startswith(b'\x89PNG')
 
     def test_the_picture_is_a_png(self):
-        assert comparison.draw(self.ROWS).startswith(b'\x89PNG')
+        assert published_page.draw(self.ROWS).startswith(b'\x89PNG')
 
 
 class TestMake:
+    def test_a_table_that_an_earlier_release_began_is_gone_on_with(self, folder, trained_names):
+        """Its record of a finished run, in its own words, stands for the run."""
+        for each in ('fast-seed1', 'slow-seed1'):
+            values = {
+                **yaml.safe_load((folder / f'{each[:4]}.yaml').read_text()),
+                'runs_folder': f'{folder}/runs/table',
+            }
+            recipe = {**values, 'seed': 1, 'run_name': each, 'autoresume': True, 'progress_bar': False}
+            made_on = {'date': '2026-11-20', 'torch': '2.7.0', 'Composer': '0.32.1', 'threads': '1'}
+            average = {'accuracy': {'training': 0.5, 'ema': 0.75}, 'loss': {'training': 1.0, 'ema': 0.5}}
+            path = folder / f'runs/table/{each}/table.json'
+            path.parent.mkdir(parents=True)
+            ended = {**average, 'made_on': made_on} if each == 'fast-seed1' else None
+            path.write_text(json.dumps({'recipe': recipe, 'ending': ended}))
+        rows = published.make(recipes_of(folder), [1], [].append)
+        assert trained_names == ['slow-seed1']
+        assert rows[0].values('accuracy', 'average') == [0.75]
+
     def test_the_page_keeps_what_is_around_the_markers(self, folder):
         shown: list[Any] = []
-        rows = make(folder, shown, command='composer-ema table x')
+        rows = make(folder, shown, command='python -m benchmarks.published x')
         page = (folder / 'card.md').read_text()
-        assert page.startswith(f'# Card\n\nbefore: `{comparison.BEGIN}`\n\n{comparison.BEGIN}\n')
-        assert page.endswith(f'{comparison.END}\n\nafter\n')
+        assert page.startswith(f'# Card\n\nbefore: `{published_page.BEGIN}`\n\n{published_page.BEGIN}\n')
+        assert page.endswith(f'{published_page.END}\n\nafter\n')
         assert 'old' not in page
-        assert comparison.as_markdown(rows) in page
-        assert 'Made by `composer-ema table x` (date ' in page
+        assert published_page.as_markdown(rows) in page
+        assert 'Made by `python -m benchmarks.published x` (date ' in page
         assert (folder / 'images/card_table.png').exists()
         assert '](images/card_table.png)' in page
         assert [each for each in shown if str(each).startswith('4 of 4: fast-seed2, ')]
@@ -166,8 +198,8 @@ class TestMake:
         assert slow.endings[0].loss != slow.endings[1].loss, 'seeds differ'
 
     def test_without_a_page_the_table_lies_with_the_runs(self, folder):
-        rows = comparison.make(recipes_of(folder), [1], [].append)
-        assert comparison.as_markdown(rows) in (folder / 'runs/table/table.md').read_text()
+        rows = published.make(recipes_of(folder), [1], [].append)
+        assert published_page.as_markdown(rows) in (folder / 'runs/table/table.md').read_text()
         assert (folder / 'runs/table/images/table_table.png').exists()
 
     def test_finished_runs_are_not_trained_again(self, folder, trained_names):
@@ -182,16 +214,19 @@ class TestMake:
         text = (folder / 'fast.yaml').read_text()
         (folder / 'fast.yaml').write_text(text.replace('lr: 0.1', 'lr: 0.2'))
         with pytest.raises(RecipeError, match=r'fast-seed1 holds .* \(optimizer.lr: 0.1 there, 0.2 here\)\. Remove'):
-            comparison.make(recipes_of(folder), [3, 1], [].append)
+            published.make(recipes_of(folder), [3, 1], [].append)
         assert trained_names == []
 
     @pytest.mark.parametrize(
         ('page', 'said'),
         [
             ('no markers', 'must hold'),
-            (f'{comparison.BEGIN} {comparison.END}', 'on a line alone'),
-            (f'{comparison.END}\n{comparison.BEGIN}', 'must hold'),
-            (f'{comparison.BEGIN}\n{comparison.END}\n{comparison.BEGIN}\n{comparison.END}', 'once each'),
+            (f'{published_page.BEGIN} {published_page.END}', 'on a line alone'),
+            (f'{published_page.END}\n{published_page.BEGIN}', 'must hold'),
+            (
+                f'{published_page.BEGIN}\n{published_page.END}\n{published_page.BEGIN}\n{published_page.END}',
+                'once each',
+            ),
             (None, 'cannot be read'),
         ],
     )
@@ -224,17 +259,17 @@ class TestMake:
     def test_two_recipes_of_one_name_are_refused(self, folder):
         twice = [*recipes_of(folder), recipes_of(folder)[0]]
         with pytest.raises(RecipeError, match='has the name of'):
-            comparison.make(twice, [1], [].append)
+            published.make(twice, [1], [].append)
 
     def test_a_recipe_that_cannot_be_followed_is_told_before_the_first_run(self, folder, trained_names):
         with pytest.raises(RecipeError, match='no such argument'):
-            comparison.make([recipes_of(folder)[0], *recipes_of(folder, 'optimizer.leraning=1')[1:]], [1], [].append)
+            published.make([recipes_of(folder)[0], *recipes_of(folder, 'optimizer.leraning=1')[1:]], [1], [].append)
         assert trained_names == []
 
     @pytest.mark.parametrize(('override', 'num_trained'), [('evaluate=[]', 0), ('eval_interval=0', 1)])
     def test_a_recipe_that_evaluates_nothing_is_refused(self, folder, trained_names, override, num_trained):
         with pytest.raises(RecipeError, match='evaluates nothing'):
-            comparison.make(recipes_of(folder, override), [1], [].append)
+            published.make(recipes_of(folder, override), [1], [].append)
         assert len(trained_names) == num_trained
 
 
@@ -242,11 +277,11 @@ def test_killed_in_the_middle_it_keeps_what_is_finished_and_goes_on(folder, trai
     for name in ('fast', 'slow'):
         text = (folder / f'{name}.yaml').read_text()
         (folder / f'{name}.yaml').write_text(text.replace('2ep', '20ep') + 'save_interval: 7ba\n')
-    command = ['table', 'fast.yaml', 'slow.yaml', '--seeds', '1', '--into', 'card.md', '--runs-folder', 'killed']
-    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    command = ['fast.yaml', 'slow.yaml', '--seeds', '1', '--into', 'card.md', '--runs-folder', 'killed']
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
     pipe = subprocess.PIPE
     process = subprocess.Popen(
-        [sys.executable, '-m', 'composer_ema.cli', *command], cwd=folder, env=environment, stdout=pipe, stderr=pipe
+        [sys.executable, '-m', 'benchmarks.published', *command], cwd=folder, env=environment, stdout=pipe, stderr=pipe
     )
     metrics, started = folder / 'killed/table/slow-seed1/metrics.jsonl', time.monotonic()
     while not (metrics.exists() and metrics.read_text().count('\n') > 40):
@@ -267,10 +302,10 @@ def test_killed_in_the_middle_it_keeps_what_is_finished_and_goes_on(folder, trai
     ]
     before = [path.stat().st_mtime_ns for path in kept]
     monkeypatch.chdir(folder)
-    resumed = comparison.make(recipes_of(folder, 'runs_folder=killed'), [1], [].append, into=folder / 'card.md')
+    resumed = published.make(recipes_of(folder, 'runs_folder=killed'), [1], [].append, into=folder / 'card.md')
     assert trained_names == ['slow-seed1']
     assert [path.stat().st_mtime_ns for path in kept] == before, 'neither run began anew'
-    whole = comparison.make(recipes_of(folder), [1], [].append)
+    whole = published.make(recipes_of(folder), [1], [].append)
     assert [row.endings[0].loss for row in resumed] == [row.endings[0].loss for row in whole]
     for name in ('fast', 'slow'):
         interrupted = (folder / f'killed/table/{name}-seed1/metrics.jsonl').read_text()
@@ -279,13 +314,34 @@ def test_killed_in_the_middle_it_keeps_what_is_finished_and_goes_on(folder, trai
 
 def test_the_command_makes_it(folder, capfd, monkeypatch):
     monkeypatch.chdir(folder)
-    arguments = ['table', '.', '--seeds', '1', '--published', 'published.csv', '--into', 'card.md']
-    monkeypatch.setattr(sys, 'argv', ['/somewhere/composer-ema', *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        cli.app(arguments)
+    arguments = ['.', '--seeds', '1', '--published', 'published.csv', '--into', 'card.md']
+    assert published.main(arguments) == 0
     out = capfd.readouterr().out
-    assert stopped.value.code == 0
     assert '2 of 2: fast-seed1' in out
     assert 'written: card.md' in out
-    assert f'Made by `composer-ema {" ".join(arguments)}` (date ' in (folder / 'card.md').read_text()
+    made_by = f'Made by `python -m benchmarks.published {" ".join(arguments)}` (date '
+    assert made_by in (folder / 'card.md').read_text()
     assert (folder / 'runs/table/fast-seed1').is_dir()
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'said'),
+    [
+        (['.'], "the folder '.' holds no recipe, no file that ends in .yaml"),
+        (['a.yaml', 'max_duration=2ep'], "a table takes recipes as they are, got the override 'max_duration=2ep'."),
+        (['a.yaml', '--seeds', '1,1'], 'seeds must differ'),
+        (['a.yaml', '--seeds', 'x'], "seeds must be whole numbers of at least 0 with commas between, got 'x'"),
+        (['missing.yaml'], 'missing.yaml: there is no such file.'),
+    ],
+)
+def test_a_table_of_nothing_or_with_overrides_is_refused(tmp_path, capfd, monkeypatch, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = published.main(arguments)
+    except SystemExit as stopped:  # argparse's own errors
+        code = stopped.code
+    out, err = capfd.readouterr()
+    assert (code, out) == (2, '')
+    assert said in err
+    assert 'Traceback' not in err
+    assert list(tmp_path.iterdir()) == []

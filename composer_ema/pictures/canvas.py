@@ -1,0 +1,152 @@
+"""A figure of panels over one axis, with one legend below them; knows nothing of what the panels show."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import numpy as np
+
+from composer_ema.pictures.style import GREY, RC
+from composer_ema.recipe.outputs import Array, Axis
+
+if TYPE_CHECKING:  # matplotlib takes a second to import, and most of what imports this module never draws
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+_T = TypeVar('_T')
+
+_WIDTH, _ROW_HEIGHT, _LEGEND_LINE_HEIGHT = 10.0, 2.9, 0.21
+# The number of characters that fit over the picture and into its legend; over one of three panels, and one of two.
+_TITLE_CHARACTERS, _LEGEND_CHARACTERS = 110, 125
+PANEL_CHARACTERS, WIDE_PANEL_CHARACTERS = 44, 66
+_TICK_STEPS = [1, 2, 2.5, 5, 10]
+#: Values of which one is this many times the other are drawn over a logarithmic axis.
+LARGE_RATIO = 20.0
+
+
+@dataclass(frozen=True)
+class Panel(Generic[_T]):
+    """One panel of a picture.
+
+    Args:
+        draw: Draws all that is shown into it.
+        has_data: Whether one of what is shown has anything for it.
+    """
+
+    draw: Callable[[Axes, Sequence[_T], Axis], None]
+    has_data: Callable[[_T], bool]
+
+    def is_needed(self, shown: Sequence[_T]) -> bool:
+        """Whether any of what is shown has data for it."""
+        return any(self.has_data(each) for each in shown)
+
+
+def draw(
+    panels: Sequence[Sequence[Panel[_T]]],
+    shown: Sequence[_T],
+    *,
+    axis: Axis,
+    end: float,
+    legend: Callable[[Sequence[_T]], list[tuple[Line2D, str]]],
+    title: str | None,
+) -> Figure:
+    """Draws the panels that are needed, row by row.
+
+    Args:
+        panels: Rows of panels.
+        shown: What they show.
+        axis: What to draw over.
+        end: Where the axis ends.
+        legend: Returns a line and a text for each entry of the legend.
+        title: What stands over the picture; None for nothing.
+    """
+    from matplotlib import rc_context
+
+    rows = [[panel for panel in row if panel.is_needed(shown)] for row in panels]
+    with rc_context(RC):
+        figure, cells = _new_figure([row for row in rows if row])
+        for axes, panel in zip(cells, (panel for row in rows for panel in row), strict=True):
+            panel.draw(axes, shown, axis)
+            axes.set_xlabel(axis)
+            _finish_axes(axes, end=end, whole=axis != 'epoch')
+        _add_legend(figure, legend(shown), title=title)
+    return figure
+
+
+def limit_to(axes: Axes, curves: Sequence[Array]) -> None:
+    """Sets the limits of a loss by all but its first 2 %, which may be high. A loss that jumps gets a log axis."""
+    settled = np.concatenate([curve[len(curve) // 50 :] for curve in curves])
+    known = settled[np.isfinite(settled)]
+    if not len(known):
+        return
+    low, high = known.min(), known.max()
+    if low > 0 and high > LARGE_RATIO * np.median(known):
+        axes.set_yscale('log')
+        axes.set_ylim(low / 1.2, high * 1.2)
+    elif high > low:
+        axes.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
+
+
+def note(axes: Axes, text: str, characters: int = PANEL_CHARACTERS) -> None:
+    """Writes a remark over a panel, in as many lines as it takes."""
+    axes.set_title(textwrap.fill(text, characters), loc='left', color=GREY)
+
+
+def _new_figure(rows: Sequence[Sequence[object]]) -> tuple[Figure, list[Axes]]:
+    """A figure with a cell for each panel; every row is as wide as the figure."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    columns = int(np.lcm.reduce([len(row) for row in rows]))
+    layout = ConstrainedLayoutEngine(h_pad=0.06, w_pad=0.06, hspace=0.04, wspace=0.03)
+    figure = Figure(figsize=(_WIDTH, _ROW_HEIGHT * len(rows)), layout=layout)
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(len(rows), columns)
+    cells = []
+    for index, row in enumerate(rows):
+        width = columns // len(row)
+        cells += [figure.add_subplot(grid[index, i * width : (i + 1) * width]) for i in range(len(row))]
+    return figure, cells
+
+
+def _finish_axes(axes: Axes, *, end: float, whole: bool) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlim(0, end * 1.03 or 1)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=whole or end >= 3, steps=_TICK_STEPS))
+    if axes.get_yscale() == 'linear':
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=_TICK_STEPS))
+    axes.grid(axis='y', color='0.92', linewidth=0.7, zorder=0)
+    axes.set_axisbelow(True)
+
+
+def _add_legend(figure: Figure, entries: Sequence[tuple[Any, str]], *, title: str | None) -> None:
+    """Adds the title over the panels and the legend below them. The figure grows by the height of the legend."""
+    if title is not None:
+        figure.suptitle(_literally(textwrap.fill(title, _TITLE_CHARACTERS)), x=0.01, ha='left', fontsize=10)
+    if not entries:
+        return
+    labels = [_literally('\n'.join(map(_wrapped, text.split('\n')))) for _, text in entries]
+    longest = max(len(line) for text in labels for line in text.split('\n'))
+    columns = max(1, min(len(entries), _LEGEND_CHARACTERS // (longest + 8)))
+    lines = sum(text.count('\n') + 1 for text in labels) / columns
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + _LEGEND_LINE_HEIGHT * (lines + 1))
+    figure.legend(
+        [line for line, _ in entries], labels, loc='outside lower left', ncols=columns, frameon=False, handlelength=3
+    )
+
+
+def _wrapped(line: str) -> str:
+    return textwrap.fill(line, _LEGEND_CHARACTERS, subsequent_indent='  ')
+
+
+def _literally(text: str) -> str:
+    """Escapes what matplotlib would read as mathematics, and a leading underscore, which hides a legend's entry."""
+    text = text.replace('$', r'\$')
+    return f' {text}' if text.startswith('_') else text

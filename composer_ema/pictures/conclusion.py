@@ -1,0 +1,71 @@
+"""What a run shows and leaves when it is over: its tables, and the picture in its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from composer.utils import dist
+
+from composer_ema.files import write_beside
+from composer_ema.pictures import report
+from composer_ema.pictures.curves import CURVES, read_run
+from composer_ema.pictures.errors import PlotError
+from composer_ema.pictures.report import Result
+from composer_ema.pictures.runs import draw_runs
+from composer_ema.pictures.writing import write
+
+if TYPE_CHECKING:
+    from composer_ema.recipe.run import Outcome, Rehearsal
+    from composer_ema.recipe.schema import Recipe
+
+
+def of_run(outcome: Outcome, show: Callable[[Any], None]) -> Result:
+    """Draws a run into its folder, on rank 0 only, then shows its table and where it lies.
+
+    A run that cannot be drawn is reported in words: the run itself is done and saved.
+
+    Args:
+        outcome: What ``run.train`` returned.
+        show: Called with what is to be printed, a string or a rich renderable.
+
+    Returns:
+        Result: The outcome, read for tables.
+    """
+    if dist.get_global_rank() == 0:
+        try:
+            write(draw_runs([read_run(outcome.folder)]), outcome.folder / CURVES)
+        except PlotError as error:
+            show(f'no picture of the run: {error}')
+    result = report.result(outcome)
+    if result.points:
+        show(report.epochs_table(result))
+    show(f'{report.summary(result)}\nrun folder: {outcome.folder}'.lstrip())
+    return result
+
+
+def of_seeds(recipe: Recipe, results: Sequence[Result], show: Callable[[Any], None]) -> None:
+    """Shows the table over seeds, also as Markdown, which rank 0 writes to ``<runs_folder>/<name>-seeds.md``.
+
+    Args:
+        recipe: The recipe that all runs followed.
+        results: One per seed, at least one.
+        show: As for :func:`of_run`.
+    """
+    name = recipe.run_name or recipe.name
+    markdown = report.seeds_markdown(results)
+    path = Path(recipe.values.get('runs_folder') or 'runs') / f'{name}-seeds.md'
+    if dist.get_global_rank() == 0:
+        write_beside(path, markdown)
+    show(report.seeds_table(results, title=f'{name}, {len(results)} seeds'))
+    show(markdown)
+    show(f'the same table as Markdown: {path}')
+
+
+def of_rehearsal(rehearsal: Rehearsal, show: Callable[[Any], None]) -> None:
+    """Shows the resolved recipe, what it builds, and what training would show first."""
+    show(rehearsal.recipe)
+    show(report.parts_table(rehearsal.parts))
+    for remark in rehearsal.remarks:
+        show(remark)

@@ -1,0 +1,76 @@
+"""The panels that runs and recipes share: the learning rate and the momentum of each parameter group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from composer_ema.pictures.canvas import LARGE_RATIO, Panel, note
+from composer_ema.pictures.style import BLACK, DASHES, few, with_pens
+from composer_ema.recipe.outputs import Axis, Curve
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+class Scheduled(Protocol):
+    """A run or a recipe: the learning rate and the momentum of every batch, by the groups that share them."""
+
+    @property
+    def rates(self) -> Mapping[str, Curve]:
+        """Learning rates."""
+        ...
+
+    @property
+    def momenta(self) -> Mapping[str, Curve]:
+        """Momenta; empty for an optimizer without."""
+        ...
+
+
+def _draw_rates(axes: Axes, runs: Sequence[Scheduled], axis: Axis) -> None:
+    _draw_groups(axes, runs, axis, lambda run: run.rates)
+    axes.set_ylabel('learning rate')
+    peaks = [
+        max(np.nanmax(curve.value) for curve in run.rates.values()) for run in runs if any(map(len, run.rates.values()))
+    ]
+    if len(peaks) > 1 and min(peaks) > 0 and max(peaks) > LARGE_RATIO * min(peaks):
+        # A rate that is annealed to nothing would stretch the axis without end.
+        axes.set_yscale('log', nonpositive='mask')
+        axes.set_ylim(min(peaks) / 100, max(peaks) * 2)
+    elif peaks and max(peaks) > 0:
+        axes.set_ylim(0, 1.08 * max(peaks))
+
+
+def _draw_momenta(axes: Axes, runs: Sequence[Scheduled], axis: Axis) -> None:
+    _draw_groups(axes, runs, axis, lambda run: run.momenta)
+    axes.set_ylabel('momentum, β₁')
+    low, high = axes.get_ylim()
+    if high - low < 0.1:  # the ticks of a constant momentum would differ in their last digits
+        axes.set_ylim(0, 1.03)
+
+
+def _draw_groups(
+    axes: Axes,
+    runs: Sequence[Scheduled],
+    axis: Axis,
+    curves: Callable[[Scheduled], Mapping[str, Curve]],
+) -> None:
+    """Draws one line for each parameter group that differs; the first is solid."""
+    for run, pen in with_pens(runs):
+        for dashes, (group, curve) in zip(cycle(DASHES), curves(run).items(), strict=False):
+            style = pen.along() if len(runs) > 1 else {'color': BLACK, 'marker': few(curve, 'o'), 'markersize': 4}
+            if dashes != '-':
+                style['marker'] = ''
+            axes.plot(curve.over(axis), curve.value, linestyle=dashes, label=group, **style)
+    if any(len(curves(run)) > 1 for run in runs):
+        if len(runs) == 1:
+            axes.legend(frameon=False, handlelength=2.6)
+        else:
+            note(axes, 'dashed: further parameter groups')
+
+
+RATES: Panel[Scheduled] = Panel(_draw_rates, lambda run: bool(run.rates))
+MOMENTA: Panel[Scheduled] = Panel(_draw_momenta, lambda run: any(curve.value.any() for curve in run.momenta.values()))

@@ -1,0 +1,190 @@
+"""The picture of what runs did: loss, accuracy, learning rate, momentum, and how far averages lie from the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from composer_ema.pictures import canvas
+from composer_ema.pictures.canvas import Panel, limit_to, note
+from composer_ema.pictures.curves import Point, RunCurves, first_reaching
+from composer_ema.pictures.rates import MOMENTA, RATES
+from composer_ema.pictures.smoothing import smoothed
+from composer_ema.pictures.style import GREY, VERMILION, Stroke, few, strokes, with_pens
+from composer_ema.pictures.weights import in_words
+from composer_ema.recipe.outputs import Axis
+
+if TYPE_CHECKING:  # matplotlib takes a second to import
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+
+def draw_runs(runs: Sequence[RunCurves], *, axis: Axis | None = None) -> Figure:
+    """Draws runs over one another, each panel for which one of them has data.
+
+    Args:
+        runs: At least one; their names label them.
+        axis: What to draw over. Default: epochs if every run has trained for at least one, else batches.
+    """
+    axis = _natural_axis(runs) if axis is None else axis
+    title = runs[0].name if len(runs) == 1 else None
+    return canvas.draw(_PANELS, runs, axis=axis, end=_end(runs, axis), legend=_legend, title=title)
+
+
+def _natural_axis(runs: Sequence[RunCurves]) -> Axis:
+    return 'epoch' if all(_end([run], 'epoch') >= 1 and _has_fractions(run) for run in runs) else 'batch'
+
+
+def _has_fractions(run: RunCurves) -> bool:
+    """Whether epochs grow from batch to batch. They do not if the run did not know the length of an epoch."""
+    return len(run.loss) < 2 or bool(np.any(run.loss.epoch % 1))
+
+
+def _end(runs: Sequence[RunCurves], axis: Axis) -> float:
+    ends = [getattr(point, axis) for run in runs for points in run.evaluations.values() for point in points]
+    ends += [curve.over(axis)[-1] for run in runs for curve in (run.loss, *run.rates.values()) if len(curve)]
+    return float(max(ends, default=0))
+
+
+def _strokes(runs: Sequence[RunCurves]) -> dict[str, Stroke]:
+    return strokes(label for run in runs for label in run.weights)
+
+
+def _draw_training_loss(axes: Axes, runs: Sequence[RunCurves], axis: Axis) -> None:
+    widths, drawn = set(), []
+    for run, pen in with_pens(runs):
+        if not len(run.loss):
+            continue
+        values, width = smoothed(run.loss.value)
+        widths.add(width)
+        drawn.append(values)
+        x = run.loss.over(axis)
+        if len(runs) > 1:
+            axes.plot(x, values, **pen.along())
+            continue
+        if width > 1:
+            # As a picture inside an SVG: every batch of a long run would be a megabyte of path.
+            axes.plot(x, run.loss.value, color='0.8', linewidth=0.6, rasterized=len(x) > 2000, zorder=1)
+            settled = run.loss.value[len(x) // 50 :]
+            drawn.append(np.repeat(np.percentile(settled[np.isfinite(settled)], [0.5, 99.5]), 2))
+        axes.plot(x, values, color=VERMILION, marker=few(run.loss, 's'), markersize=4)
+    axes.set_ylabel('training loss')
+    limit_to(axes, drawn)
+    if widths != {1}:
+        over = f'{max(widths)} batches' if len(widths) == 1 else f'2 % of a run, {min(widths - {1})} batches or more'
+        note(axes, f'mean over {over}' + (', each batch in grey' if len(runs) == 1 else ''))
+
+
+def _draw_evaluation_loss(axes: Axes, runs: Sequence[RunCurves], axis: Axis) -> None:
+    _draw_points(axes, runs, axis, lambda point: point.loss)
+    axes.set_ylabel('evaluation loss (nats)')
+
+
+def _draw_accuracy(axes: Axes, runs: Sequence[RunCurves], axis: Axis) -> None:
+    _draw_points(axes, runs, axis, lambda point: None if point.accuracy is None else 100 * point.accuracy)
+    axes.set_ylabel('accuracy (%)')
+    targets = {run.target_accuracy for run in runs if run.target_accuracy is not None}
+    if len(targets) == 1:
+        _draw_target(axes, runs, axis, targets.pop())
+
+
+def _draw_points(axes: Axes, runs: Sequence[RunCurves], axis: Axis, value: Callable[[Point], float | None]) -> None:
+    of_weights = _strokes(runs)
+    for run, pen in with_pens(runs):
+        for label, points in run.evaluations.items():
+            drawn = [(getattr(point, axis), number) for point in points if (number := value(point)) is not None]
+            stroke = of_weights[label]
+            if len(runs) > 1:
+                stroke = Stroke(pen.colour, pen.marker, stroke.dashes, stroke.is_hollow)
+            axes.plot(
+                [x for x, _ in drawn], [y for _, y in drawn], color=stroke.colour, linestyle=stroke.dashes,
+                marker=stroke.marker, markerfacecolor=stroke.face, **pen.sparse(len(drawn)),
+            )  # fmt: skip
+
+
+def _draw_target(axes: Axes, runs: Sequence[RunCurves], axis: Axis, target: float) -> None:
+    """Draws a line at the target accuracy, unless it is so far away that it would squeeze the curves."""
+    low, high = axes.get_ylim()
+    height = 100 * target
+    if not low - (high - low) <= height <= high + (high - low):
+        return
+    axes.axhline(height, color='0.45', linewidth=0.9, zorder=0)
+    # At the left end, where a curve is still far below its target.
+    axes.annotate(
+        f'{height:g} %', (0, height), xycoords=('axes fraction', 'data'), xytext=(3, 3), textcoords='offset points',
+        fontsize=8, color=GREY,
+    )  # fmt: skip
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, max(high, height + 0.1 * (height - low)))
+    if len(runs) == 1:
+        _draw_first_reaching(axes, runs[0], axis, target, low)
+
+
+def _draw_first_reaching(axes: Axes, run: RunCurves, axis: Axis, target: float, low: float) -> None:
+    of_weights = _strokes([run])
+    for label, points in run.evaluations.items():
+        first = first_reaching(points, target)
+        if first is not None:
+            x, colour = getattr(first, axis), of_weights[label].colour
+            axes.vlines(x, low, 100 * (first.accuracy or 0.0), color=colour, linestyle=':', linewidth=1.2)
+
+
+def _draw_distances(axes: Axes, runs: Sequence[RunCurves], axis: Axis) -> None:
+    of_weights = _strokes(runs)
+    for run, pen in with_pens(runs):
+        for label, curve in run.distances.items():
+            stroke = of_weights[label]
+            style: dict[str, Any] = {'color': stroke.colour, 'marker': stroke.marker, 'linestyle': stroke.dashes}
+            if len(runs) > 1:
+                dashes = stroke.dashes if len(run.distances) > 1 else '-'
+                style = {'color': pen.colour, 'marker': pen.marker, 'linestyle': dashes}
+            axes.plot(curve.over(axis), curve.value, **style, **pen.sparse(len(curve)))
+    axes.set_ylabel('distance of the average from\nthe weights, share of their norm')
+    axes.set_ylim(bottom=0)
+
+
+def _is_evaluated(run: RunCurves, quantity: str) -> bool:
+    return any(getattr(point, quantity) is not None for points in run.evaluations.values() for point in points)
+
+
+_PANELS: tuple[tuple[Panel[Any], ...], ...] = (
+    (
+        Panel(_draw_training_loss, lambda run: len(run.loss) > 0),
+        Panel(_draw_evaluation_loss, lambda run: _is_evaluated(run, 'loss')),
+        Panel(_draw_accuracy, lambda run: _is_evaluated(run, 'accuracy')),
+    ),
+    (RATES, MOMENTA, Panel(_draw_distances, lambda run: bool(run.distances))),
+)
+
+
+def _legend(runs: Sequence[RunCurves]) -> list[tuple[Line2D, str]]:
+    """A line for each of several runs, then one for each set of weights that was evaluated."""
+    from matplotlib.lines import Line2D
+
+    entries = []
+    if len(runs) > 1:
+        for run, pen in with_pens(runs):
+            entries.append((Line2D([], [], color=pen.colour, marker=pen.marker, markersize=4.5), run.name))
+    of_weights = _strokes(runs)
+    for label, words in in_words(label for run in runs for label in run.evaluations).items():
+        stroke = of_weights[label]
+        if len(runs) > 1:
+            stroke = Stroke(GREY, 'o', stroke.dashes, stroke.is_hollow)
+        line = Line2D(
+            [], [], color=stroke.colour, marker=stroke.marker, linestyle=stroke.dashes, markersize=4.5,
+            markerfacecolor=stroke.face,
+        )  # fmt: skip
+        entries.append((line, f'evaluated: {words}{_first_epoch(runs, label)}'))
+    return entries
+
+
+def _first_epoch(runs: Sequence[RunCurves], label: str) -> str:
+    """When a single run first reached its target accuracy, in words; nothing for several runs."""
+    target = runs[0].target_accuracy
+    if len(runs) > 1 or target is None or all(point.accuracy is None for point in runs[0].evaluations[label]):
+        return ''
+    first = first_reaching(runs[0].evaluations[label], target)
+    return f', {"never" if first is None else f"in epoch {round(first.epoch, 2):g} first"} at {100 * target:g} %'

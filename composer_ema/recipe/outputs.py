@@ -1,0 +1,83 @@
+"""What a run leaves in its folder: the names of the files, and the numbers of the metrics file as curves over training.
+
+Imports nothing heavy, so that a command that reads runs need not wait for torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+#: The run's metrics, one JSON object a line; see :class:`composer_ema.recipe.recorder.Recorder`.
+METRICS_FILE = 'metrics.jsonl'
+#: The recipe as it was trained, with every value filled in.
+RECIPE_FILE = 'recipe.yaml'
+#: What values over training can be plotted against.
+Axis = Literal['epoch', 'batch', 'sample']
+Array = np.ndarray[Any, np.dtype[np.float64]]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Values over training; arrays of one length.
+
+    Args:
+        epoch: Epochs done after each value's batch, with fractions where the run knows its length.
+        batch: Batches done.
+        sample: Samples done.
+        value: float64.
+    """
+
+    epoch: Array
+    batch: Array
+    sample: Array
+    value: Array
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+    def over(self, axis: Axis) -> Array:
+        """The position of each value along ``axis``."""
+        return {'epoch': self.epoch, 'batch': self.batch, 'sample': self.sample}[axis]
+
+
+def curve(lines: Iterable[Mapping[str, Any]], key: str, otherwise: str | None = None) -> Curve:
+    """The values of ``key`` over training. A line without it gives the value of ``otherwise``, or is left out."""
+    rows = [
+        (line['epoch'], line['batch'], line['sample'], value)
+        for line in lines
+        if is_number(value := line.get(key, line.get(otherwise) if otherwise else None))
+    ]
+    epoch, batch, sample, value = np.asarray(rows, dtype=np.float64).reshape(-1, 4).T
+    return Curve(epoch, batch, sample, value)
+
+
+def curves_by_group(lines: Sequence[Mapping[str, Any]], name: str) -> dict[str, Curve]:
+    """One curve of ``name`` (``'lr'`` or ``'momentum'``) for each set of parameter groups with equal values.
+
+    Args:
+        lines: Lines of a metrics file.
+        name: The part of the keys before ``/group0``.
+
+    Returns:
+        dict: Label to curve, such as ``'group 0'`` or ``'groups 0, 2'``.
+    """
+    prefix = f'{name}/group'
+    groups = sorted({int(key.removeprefix(prefix)) for line in lines for key in line if key.startswith(prefix)})
+    found: list[tuple[list[int], Curve]] = []
+    for group in groups:
+        own = curve(lines, f'{name}/group{group}', otherwise=f'{name}/group0')
+        same = next((members for members, other in found if np.array_equal(other.value, own.value, True)), None)
+        if same is None:
+            found.append(([group], own))
+        else:
+            same.append(group)
+    return {f'group{"s" * (len(members) > 1)} {", ".join(map(str, members))}': own for members, own in found}
+
+
+def is_number(value: Any) -> bool:
+    """Whether ``value`` is an int or a float; a boolean is none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
