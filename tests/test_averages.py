@@ -221,7 +221,7 @@ class TestHalfLife:
 
 
 class TestSmoothing:
-    @pytest.mark.parametrize('smoothing', [0, 0.25, 0.1, 0.999, 0.9999, 1])
+    @pytest.mark.parametrize('smoothing', [0, 0.25, 0.3, 0.9, 0.999, 0.9999, 1])
     def test_a_single_step_has_the_exact_weight(self, smoothing):
         assert Smoothing(smoothing).weight_at(5) == 1 - smoothing
 

@@ -184,6 +184,7 @@ class TestOtherAverages:
         def exponential(averaged, current, num_averaged):
             return averaged + num_averaged
 
+        exponential.__qualname__ = 'exponential'
         model = One(8.0)
         optimizer = EMAOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), every_n_steps=2, avg_fn=exponential)
         found = []

@@ -165,6 +165,14 @@ class TestParameterGroups:
         assert list(self.names(groups)) == ['0.0', '1.0']
         assert self.names(groups)['0.0'] is third
 
+    def test_refresh_forgets_a_group_that_is_gone(self):
+        first, second = (torch.ones(1, requires_grad=True) for _ in range(2))
+        optimizer = torch.optim.SGD([{'params': [first]}, {'params': [second]}], lr=0.1)
+        groups = ParameterGroups(optimizer)
+        optimizer.param_groups.pop()
+        groups.refresh()
+        assert list(self.names(groups)) == ['0.0']
+
     def test_refresh_keeps_the_children_when_nothing_has_changed(self):
         groups = ParameterGroups(sgd(Net()))
         child = groups.get_submodule('0')
