@@ -278,7 +278,8 @@ class TestForeignFiles:
 
     @pytest.mark.parametrize(
         'state',
-        [{}, {'model': 3}, {'model': {}, 'algorithms': 3}, {'model': {}, 'algorithms': [('EMA', {'version': 2, 'averages': 3})]},
+        [{}, {'model': 3}, {'model': {}, 'algorithms': 3},
+         {'model': {}, 'algorithms': [('EMA', {'version': 2, 'averages': 3})]},
          {'model': {}, 'algorithms': [('EMA', {'version': 99, 'averages': {}})]}, {'model': {}, 'timestamp': 3},
          {'model': {}, 'optimizers': [1]}],
     )  # fmt: skip

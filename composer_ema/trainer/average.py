@@ -244,7 +244,7 @@ class Averages:
     @property
     def is_pending(self) -> bool:
         """Whether an update may still be reading the weights."""
-        for average in self._averages.values():  # any() would build a generator at every batch
+        for average in self._averages.values():  # noqa: SIM110 - any() would build a generator at every batch
             if average.shadow.is_pending:
                 return True
         return False

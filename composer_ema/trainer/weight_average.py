@@ -236,7 +236,7 @@ class WeightAverage(Algorithm):
             return False
         if not self._has_started:
             return self._start.has_come(look)
-        for _, average in self._averages:  # any() would build a generator at every batch
+        for _, average in self._averages:  # noqa: SIM110 - any() would build a generator at every batch
             if self._interval.has_passed(look, average.last_update):
                 return True
         return False
