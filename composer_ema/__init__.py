@@ -6,7 +6,8 @@ from composer_ema.version import __version__  # the package's version
 
 if TYPE_CHECKING:
     from composer_ema.batchnorm import update_bn  # BatchNorm's statistics for the weights held now, or for an average
-    from composer_ema.checkpoints.reading import CheckpointError, export, load_average  # the average of a checkpoint
+    from composer_ema.checkpoints.export import export  # the average of a checkpoint as safetensors
+    from composer_ema.checkpoints.reading import CheckpointError, load_average  # the average of a checkpoint
     from composer_ema.functional import compute_ema  # one functional update
     from composer_ema.optimizer import EMAOptimizer  # averages after each step of any optimizer, in any loop
     from composer_ema.shadow.shadow_model import ShadowModel  # the averaged copy: update, swap, state
@@ -34,7 +35,7 @@ _LAZY = {
     'EMAOptimizer': 'composer_ema.optimizer',
     'ShadowModel': 'composer_ema.shadow.shadow_model',
     'compute_ema': 'composer_ema.functional',
-    'export': 'composer_ema.checkpoints.reading',
+    'export': 'composer_ema.checkpoints.export',
     'load_average': 'composer_ema.checkpoints.reading',
     'update_bn': 'composer_ema.batchnorm',
 }

@@ -68,15 +68,18 @@ def export(
         Path, typer.Argument(help='A checkpoint, of Composer or another library.', show_default=False)
     ],
     out: Annotated[Path, typer.Argument(help='The safetensors file to write.', show_default=False)],
+    average: Annotated[
+        str | None, typer.Option(help='Which average to write, if the checkpoint holds several.', show_default=False)
+    ] = None,
 ) -> None:
     """Write the average of a checkpoint to a safetensors file."""
     with _usage_errors():
         from rich.table import Table
 
-        from composer_ema.checkpoints import reading as checkpoints
+        from composer_ema.checkpoints.export import export
 
         table = Table(title=str(out), title_justify='left', show_header=False)
-        for key, value in checkpoints.export(checkpoint, out).items():
+        for key, value in export(checkpoint, out, average=average).items():
             table.add_row(escape(str(key)), escape(str(value)))
         show(table)
 

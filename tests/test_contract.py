@@ -1062,6 +1062,8 @@ def all_of(ema: EMA) -> tuple:
         bits({**average['parameters'], **average['buffers']}),
         average['num_updates'],
         average['last_update'],
+        average['started_at'],
+        average['profile'],
         average['aliases'],
         state['started'],
         None if stash is None else bits(stash),
@@ -1173,12 +1175,14 @@ def check_loaded(ema: EMA, state: dict[str, Any], before: tuple) -> None:
     assert type(got['num_updates']) is int
     assert got['num_updates'] == wanted['num_updates'] >= 0
     assert loaded['started'] is state['started']
-    if wanted.get('last_update') is None:
-        assert got['last_update'] is None
-    else:
-        clock = {unit: wanted['last_update'][unit] for unit in ('iter', 'ep', 'ba', 'sp', 'tok')}
+    for moment in ('last_update', 'started_at'):
+        if wanted[moment] is None:
+            assert got[moment] is None
+            continue
+        clock = {unit: wanted[moment][unit] for unit in ('iter', 'ep', 'ba', 'sp', 'tok')}
         assert all(type(value) in (int, float) and 0 <= value < math.inf for value in clock.values())
-        assert {unit: got['last_update'][unit] for unit in clock} == clock
+        assert {unit: got[moment][unit] for unit in clock} == clock
+    assert isinstance(wanted['profile']['description'], str)
     for group in ('parameters', 'buffers'):
         assert got[group].keys() == wanted[group].keys()
         for name, tensor in got[group].items():
@@ -1208,10 +1212,13 @@ def same(loaded: Tensor, saved: Tensor) -> None:
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
-        (lambda s: s['parameters'].pop('module.5.bias'), 'missing: module.5.bias'),
-        (lambda s: s['parameters'].update(new=torch.ones(1)), 'unexpected: new'),
-        (lambda s: s['parameters'].update({'module.5.bias': torch.ones(7)}), r'5\.bias \(expected \(3,\), got \(7,\)'),
-        (lambda s: s['buffers'].pop('module.1.running_var'), 'missing: module.1.running_var'),
+        (lambda s: average_in(s)['parameters'].pop('module.5.bias'), 'missing: module.5.bias'),
+        (lambda s: average_in(s)['parameters'].update(new=torch.ones(1)), 'unexpected: new'),
+        (
+            lambda s: average_in(s)['parameters'].update({'module.5.bias': torch.ones(7)}),
+            r'5\.bias \(expected \(3,\), got \(7,\)',
+        ),
+        (lambda s: average_in(s)['buffers'].pop('module.1.running_var'), 'missing: module.1.running_var'),
         (lambda s: s.update(version=99), 'version 99'),
     ],
     ids=['missing parameter', 'new parameter', 'other shape', 'missing buffer', 'newer version'],
@@ -1221,11 +1228,15 @@ def test_a_checkpoint_that_does_not_fit_fails_by_name_when_the_trainer_is_built(
     run.fit()
     run.save_checkpoint(str(tmp_path / 'good.pt'))
     checkpoint = torch.load(tmp_path / 'good.pt', weights_only=False)
-    change(dict(checkpoint['state']['algorithms'])['EMA']['averages']['ema'])
+    change(dict(checkpoint['state']['algorithms'])['EMA'])
     torch.save(checkpoint, tmp_path / 'changed.pt')
 
     with pytest.raises(ValueError, match=message):
         trainer([EMA('2ba')], load_path=str(tmp_path / 'changed.pt'))
+
+
+def average_in(state: dict[str, Any]) -> dict[str, Any]:
+    return state['averages']['ema']
 
 
 # 6, damaged files

@@ -278,13 +278,24 @@ class TestForeignFiles:
 
     @pytest.mark.parametrize(
         'state',
-        [{}, {'model': 3}, {'model': {}, 'algorithms': 3}, {'model': {}, 'algorithms': [('EMA', {})]},
-         {'model': {}, 'algorithms': [('EMA', {'version': 99})]}, {'model': {}, 'timestamp': 3},
+        [{}, {'model': 3}, {'model': {}, 'algorithms': 3},
+         {'model': {}, 'algorithms': [('EMA', {'version': 2, 'averages': 3})]},
+         {'model': {}, 'algorithms': [('EMA', {'version': 99, 'averages': {}})]}, {'model': {}, 'timestamp': 3},
          {'model': {}, 'optimizers': [1]}],
     )  # fmt: skip
     def test_a_state_of_another_kind_is_an_error_that_names_the_file(self, tmp_path, state):
         with pytest.raises(CheckpointError, match=r'a\.pt'):
             describe(save(tmp_path / 'a.pt', **state))
+
+    @pytest.mark.parametrize('state', [{}, None, {'repr': 'EMA()'}, {'version': 3}])
+    def test_a_state_that_looks_like_no_average_is_named_among_the_algorithms_alone(self, tmp_path, state):
+        path = save(tmp_path / 'a.pt', model={'a': torch.ones(1)}, algorithms=[('EMA', state)])
+        found = describe(path)
+        assert (found.algorithms, found.averages) == (['EMA'], [])
+        with pytest.raises(
+            CheckpointError, match=r'holds no average: .* EMA \(.*\), whose states are of no known format'
+        ):
+            load_average(path)
 
     @given(share=st.floats(0, 0.999), flipped=st.booleans())
     def test_a_damaged_file_is_an_error(self, tmp_path_factory, share, flipped):

@@ -122,6 +122,8 @@ def snapshot(trainer: Trainer) -> dict[str, Any]:
         'average': bits({**average['parameters'], **average['buffers']}),
         'num_updates': average['num_updates'],
         'last_update': average['last_update'],
+        'started_at': average['started_at'],
+        'profile': average['profile'],
         'started': state['started'],
         'is_swapped': 'training_weights' in state,
         'momentum': bits(momentum),

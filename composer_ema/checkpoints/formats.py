@@ -1,17 +1,20 @@
-"""The algorithm's state in a checkpoint: its version, and one function that upgrades every older format.
+"""The state of an averaging algorithm in a checkpoint: its format, and the upgrade of every older or foreign one.
 
 A state is plain strings, numbers, lists, dictionaries and tensors, so that ``torch.load(weights_only=True)`` reads it::
 
-    {'version': 1, 'repr': ..., 'config': {...}, 'started': bool,
-     'averages': {'ema': {'version', 'parameters', 'buffers', 'num_updates', 'aliases', 'last_update'}},
-     'training_weights': {...}}          # only in a checkpoint taken while a model held the average
+    {'version': 2, 'repr': ..., 'config': {...}, 'started': bool,
+     'averages': {label: {'parameters', 'buffers', 'aliases', 'num_updates', 'seed',
+                          'last_update', 'started_at', 'profile'}},
+     'training_weights': {...}}          # only in a checkpoint taken while a model held an average
 
-The average of :class:`composer_ema.SWA` is called ``'swa'``, and its state has further keys that are named there.
+``last_update`` and ``started_at`` are clocks, time by unit, or None where they are not known. ``profile`` holds the
+profile's ``description`` and what it remembers. An algorithm may add further keys of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -20,88 +23,143 @@ from composer_ema.model.names import listed
 from composer_ema.model.sharding import canonical_name
 
 #: The format that this release writes, and reads without upgrading.
-VERSION = 1
-#: The name under which the one average of :class:`composer_ema.EMA` is stored.
-AVERAGE = 'ema'
-#: The algorithms that keep an average, by the name under which each stores its own.
-ALGORITHMS = {AVERAGE: 'EMA', 'swa': 'SWA'}
+VERSION = 2
+VERSION_KEY, STASH = 'version', 'training_weights'
 
-_BUILTIN_EMA, _BUILTIN_SWA = 'the saved EMA state', 'the saved SWA state'
+State = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ModelSlot:
+    """What came with a state in a checkpoint's place for the model, and what is known of that model.
+
+    Args:
+        tensors: the weights, by canonical name.
+        tracked: names of the parameters to take from formats that hold more. Default: all that the state has.
+        buffers: names of the model's buffers, which some formats do not tell from parameters.
+    """
+
+    tensors: Mapping[str, Tensor]
+    tracked: Collection[str] | None = None
+    buffers: Collection[str] = ()
+
+    def takes(self, name: str) -> bool:
+        """Whether ``name`` is a parameter to take."""
+        return name not in self.buffers and (self.tracked is None or name in self.tracked)
+
+
+@dataclass(frozen=True)
+class Format:
+    """One row of :data:`FORMATS`.
+
+    Args:
+        written_as: the format in words.
+        matches: whether a state is of this format, as far as its keys tell.
+        label: what the average is called in the upgraded state. None: the state has labels of its own.
+        upgrade: ``upgrade(state, slot, label, what)`` returns the state in the current format and does not change the
+            given one; ``what`` is the state in the words of an error.
+        counts_updates: whether the number of updates is known.
+        tells_slot: whether the state says when the model slot holds the average.
+        copies_whole_buffers: whether buffers of whole numbers are copies. Composer averages and cuts them.
+    """
+
+    written_as: str
+    matches: Callable[[State], bool]
+    label: str | None
+    upgrade: Callable[[State, ModelSlot, str | None, str], dict[str, Any]]
+    counts_updates: bool = True
+    tells_slot: bool = True
+    copies_whole_buffers: bool = True
+
+
+def recognise(state: Any) -> Format | None:
+    """The format of an algorithm's state; None if it is not the state of an averaging algorithm."""
+    return next((row for row in FORMATS if row.matches(state)), None) if isinstance(state, Mapping) else None
+
+
+def find(algorithms: Mapping[str, Any]) -> dict[str, Format]:
+    """The averaging algorithms among the states of a checkpoint, found by what their states look like."""
+    found = {name: recognise(state) for name, state in algorithms.items()}
+    return {name: row for name, row in found.items() if row is not None}
 
 
 def upgrade(
-    state: Mapping[str, Any],
+    state: State,
     *,
     model_slot: Mapping[str, Tensor],
     tracked: Collection[str] | None = None,
     buffers: Collection[str] = (),
-    name: str = AVERAGE,
+    labels: Collection[str] | None = None,
+    what: str = 'the saved state',
 ) -> dict[str, Any]:
     """Returns ``state`` in the current format; the given one is not changed.
 
-    Read besides our own are the formats of Composer's built-in algorithms of the same names. Both formats of its EMA
-    store the average in a checkpoint's model slot, and the training weights in the algorithm's, when they were saved at
-    a checkpoint event; that is undone here, so the average is always the average and the training weights become the
-    stash. Its SWA stores a whole averaged model.
+    Read are our own versions and the formats of Composer's built-in EMA and SWA. Composer's EMA stores the average in a
+    checkpoint's model slot, and the training weights in the algorithm's state, if it saves at a checkpoint event. That
+    is undone here: the average is always the average, and the training weights become the stash. Composer's SWA stores
+    a whole averaged model.
 
     Args:
         state: an algorithm state, as ``state['algorithms']`` of a checkpoint holds it.
         model_slot: the weights that came with it in the model slot, by canonical name.
-        tracked: names of the parameters to take; None takes whatever the state has.
+        tracked: names of the parameters to take. Default: all that the state has.
         buffers: names of the model's buffers, which some formats do not tell from parameters.
-        name: what the algorithm calls its average, a key of :data:`ALGORITHMS`.
+        labels: of the averages that the state must hold if it holds any. Default: whatever it holds.
+        what: the state, in the words of an error.
 
     Raises:
-        ValueError: no known format, or a newer version.
+        ValueError: no known format, a newer version, averages of other names, or a part of the wrong type.
     """
-    what = f'the saved {ALGORITHMS[name]} state'
     if not isinstance(state, Mapping):
         raise ValueError(f'{what} is a {type(state).__name__}, not a dictionary.')
-    if 'version' in state:
-        upgraded = {'config': {}, **state}
-        version = state['version']
-        if type(version) is not int or version != VERSION:
-            raise ValueError(
-                f'{what} has format version {version!r}, this release reads up to {VERSION}. '
-                'Install a newer composer_ema.'
-            )
-    elif name == 'swa' and {'swa_model', 'swa_started'} <= state.keys():
-        upgraded = _upgrade_builtin_swa(state, model_slot, tracked, buffers)
-    elif name == AVERAGE and {'ema_model', 'ema_weights_active', 'ema_started'} <= state.keys():
-        upgraded = _upgrade_builtin(state, model_slot, tracked, buffers)
-    else:
+    row = recognise(state)
+    if row is None:
+        if VERSION_KEY in state:
+            _refuse_version(state, what)
         raise ValueError(f'{what} is of no known format: it has the keys {listed(sorted(map(str, state)))}.')
-    _check(upgraded, name, what)
+    upgraded = row.upgrade(state, ModelSlot(model_slot, tracked, buffers), row.label, what)
+    held = _expect(upgraded, 'averages', Mapping, what)
+    if labels is not None and held and held.keys() != set(labels):
+        expected = ' and '.join(map(repr, labels))
+        raise ValueError(f'{what} holds the averages {listed(sorted(map(str, held)))}, not {expected}.')
+    _check(upgraded, what)
     return upgraded
 
 
-def _check(state: Mapping[str, Any], name: str, what: str) -> None:
+def _refuse_version(state: State, what: str) -> None:
+    version = state[VERSION_KEY]
+    if not (_has_version(state, version) and 1 <= version <= VERSION):
+        raise ValueError(
+            f'{what} has format version {version!r}, this release reads up to {VERSION}. Install a newer composer_ema.'
+        )
+
+
+def _check(state: State, what: str) -> None:
     """Raises a ValueError unless every part of a current state is of its type."""
     _expect(state, 'config', Mapping, what)
     _expect(state, 'started', bool, what)
-    averages = _expect(state, 'averages', Mapping, what)
-    if averages and averages.keys() != {name}:
-        raise ValueError(f'{what} holds the averages {listed(sorted(map(str, averages)))}, not {name!r}.')
-    for average in averages.values():
+    for label, average in _expect(state, 'averages', Mapping, what).items():
         if not isinstance(average, Mapping):
-            raise ValueError(f'the saved average {name!r} is a {type(average).__name__}, not a dictionary.')
+            raise ValueError(f'the saved average {label!r} is a {type(average).__name__}, not a dictionary.')
         _expect(average, 'num_updates', int, what)
         for key, kind in (('parameters', Tensor), ('buffers', Tensor), ('aliases', str)):
             _expect_named(average, key, kind, what)
-        if 'last_update' not in average:
-            raise ValueError(f"{what} lacks 'last_update'.")
-    if 'training_weights' in state:
-        _expect_named(state, 'training_weights', Tensor, what)
+        _expect(_expect(average, 'profile', Mapping, what), 'description', str, f"'profile' of {what}")
+        for key in ('last_update', 'started_at'):
+            if key not in average:
+                raise ValueError(f'{what} lacks {key!r}.')
+    if STASH in state:
+        _expect_named(state, STASH, Tensor, what)
 
 
-def _expect(state: Mapping[str, Any], key: str, kind: type, what: str) -> Any:
+def _expect(state: State, key: str, kind: type, what: str) -> Any:
     value = state.get(key)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ValueError(f'{key!r} of {what} is a {type(value).__name__}, not a {kind.__name__}.')
     return value
 
 
-def _expect_named(state: Mapping[str, Any], key: str, kind: type, what: str) -> Mapping[str, Any]:
+def _expect_named(state: State, key: str, kind: type, what: str) -> Mapping[str, Any]:
     named = _expect(state, key, Mapping, what)
     for name, value in named.items():
         if not isinstance(name, str) or not isinstance(value, kind):
@@ -111,70 +169,126 @@ def _expect_named(state: Mapping[str, Any], key: str, kind: type, what: str) -> 
     return named
 
 
-def _upgrade_builtin(
-    state: Mapping[str, Any],
-    model_slot: Mapping[str, Tensor],
-    tracked: Collection[str] | None,
-    buffers: Collection[str],
-) -> dict[str, Any]:
-    is_swapped = bool(state['ema_weights_active'])
-    if 'training_model' in state:  # up to Composer 0.12, which kept two whole models
-        average = _expect_named(state, 'ema_model', Tensor, _BUILTIN_EMA)
-        training = _expect_named(state, 'training_model', Tensor, _BUILTIN_EMA) if is_swapped else None
-    else:
-        ema_model = _expect(state, 'ema_model', Mapping, _BUILTIN_EMA)
-        held_buffers = _expect_named(ema_model, 'named_buffers_dict', Tensor, _BUILTIN_EMA)
-        held = {**_expect_named(ema_model, 'named_parameters_dict', Tensor, _BUILTIN_EMA), **held_buffers}
-        buffers = {*buffers, *_user_names(held_buffers, model_slot)}
-        average, training = (model_slot, held) if is_swapped else (held, None)
+# The formats, newest first
 
-    average = _user_names(average, model_slot)
-    training = None if training is None else _user_names(training, model_slot)
+
+def _has_version(state: State, version: Any) -> bool:
+    return type(state[VERSION_KEY]) is int and state[VERSION_KEY] == version
+
+
+def _is_ours(state: State) -> bool:
+    return {VERSION_KEY, 'averages'} <= state.keys()
+
+
+def _pass_through(state: State, slot: ModelSlot, label: str | None, what: str) -> dict[str, Any]:
+    del slot, label, what
+    return {'config': {}, **state}
+
+
+def _upgrade_version_1(state: State, slot: ModelSlot, label: str | None, what: str) -> dict[str, Any]:
+    """Version 1 versioned each average as well, and did not keep when it started or by which profile."""
+    del slot, label
+    config = _expect({'config': {}, **state}, 'config', Mapping, what)
+    averages = {}
+    for name, average in _expect(state, 'averages', Mapping, what).items():
+        if not isinstance(average, Mapping):
+            raise ValueError(f'the saved average {name!r} is a {type(average).__name__}, not a dictionary.')
+        if not _has_version({VERSION_KEY: None, **average}, 1):
+            raise ValueError(f'the saved average {name!r} has format version {average.get(VERSION_KEY)!r}, not 1.')
+        kept = {key: value for key, value in average.items() if key != VERSION_KEY}
+        averages[name] = {**kept, 'started_at': None, 'profile': {'description': _description(config)}}
+    return {**state, VERSION_KEY: VERSION, 'config': config, 'averages': averages}
+
+
+def _refuse_newer(state: State, slot: ModelSlot, label: str | None, what: str) -> dict[str, Any]:
+    del slot, label
+    _refuse_version(state, what)
+    raise AssertionError('every version up to the current one has a row')
+
+
+def _description(config: State) -> str:
+    """The profile of an average of version 1, as far as its arguments tell."""
+    for name in ('half_life', 'smoothing'):
+        if config.get(name) is not None:
+            return f'{name}={config[name]}'
+    return 'function' if config.get('avg_fn') or config.get('multi_avg_fn') else 'equal'
+
+
+def _upgrade_builtin_ema(state: State, slot: ModelSlot, label: str | None, what: str) -> dict[str, Any]:
+    is_swapped = bool(state['ema_weights_active'])
+    buffers = set(slot.buffers)
+    if _keeps_two_models(state):
+        average = _expect_named(state, 'ema_model', Tensor, what)
+        training = _expect_named(state, 'training_model', Tensor, what) if is_swapped else None
+    else:
+        ema_model = _expect(state, 'ema_model', Mapping, what)
+        held_buffers = _expect_named(ema_model, 'named_buffers_dict', Tensor, what)
+        held = {**_expect_named(ema_model, 'named_parameters_dict', Tensor, what), **held_buffers}
+        buffers |= _user_names(held_buffers, slot.tensors).keys()
+        average, training = (slot.tensors, held) if is_swapped else (held, None)
+
+    average = _user_names(average, slot.tensors)
+    training = None if training is None else _user_names(training, slot.tensors)
     wanted = set(average if training is None else training)
-    parameters = {name for name in wanted if name not in buffers and (tracked is None or name in tracked)}
-    upgraded = _first_of_ours(
-        AVERAGE,
+    known = ModelSlot(slot.tensors, slot.tracked, buffers)
+    parameters = {name for name in wanted if known.takes(name)}
+    upgraded = _as_ours(
+        label,
         bool(state['ema_started']),
         # The built-in does not count; one is enough for the average to be used.
         int(bool(state['ema_started'])),
         {name: average[name] for name in sorted(parameters) if name in average},
-        {name: average[name] for name in sorted(wanted.intersection(buffers)) if name in average},
+        {name: average[name] for name in sorted(wanted & buffers) if name in average},
+        'exponential',
     )
     if training is not None:
-        names = parameters | wanted.intersection(buffers)
-        upgraded['training_weights'] = {name: tensor for name, tensor in training.items() if name in names}
+        names = parameters | (wanted & buffers)
+        upgraded[STASH] = {name: tensor for name, tensor in training.items() if name in names}
     return upgraded
 
 
-def _upgrade_builtin_swa(
-    state: Mapping[str, Any],
-    model_slot: Mapping[str, Tensor],
-    tracked: Collection[str] | None,
-    buffers: Collection[str],
-) -> dict[str, Any]:
-    averaged = _expect_named(state, 'swa_model', Tensor, _BUILTIN_SWA)
-    count, started = averaged.get('n_averaged'), _expect(state, 'swa_started', bool, _BUILTIN_SWA)
+def _is_builtin_ema(state: State) -> bool:
+    return {'ema_model', 'ema_weights_active', 'ema_started'} <= state.keys()
+
+
+def _keeps_two_models(state: State) -> bool:
+    return 'training_model' in state
+
+
+def _upgrade_builtin_swa(state: State, slot: ModelSlot, label: str | None, what: str) -> dict[str, Any]:
+    started = _expect(state, 'swa_started', bool, what)
+    if state['swa_model'] is None and not started:
+        return {VERSION_KEY: VERSION, 'config': {}, 'started': False, 'averages': {}}
+    averaged = _expect_named(state, 'swa_model', Tensor, what)
+    count = averaged.get('n_averaged')
     if count is None:
-        raise ValueError(f"'swa_model' of {_BUILTIN_SWA} lacks 'n_averaged'.")
+        raise ValueError(f"'swa_model' of {what} lacks 'n_averaged'.")
     # An AveragedModel keeps the model that it was given as `module`.
     held = {name.removeprefix('module.'): tensor for name, tensor in averaged.items() if name != 'n_averaged'}
-    average = _user_names(held, model_slot)
-    parameters = {n: t for n, t in average.items() if n not in buffers and (tracked is None or n in tracked)}
-    return _first_of_ours('swa', started, int(count), parameters, {n: average[n] for n in buffers if n in average})
+    average = _user_names(held, slot.tensors)
+    parameters = {name: tensor for name, tensor in average.items() if slot.takes(name)}
+    buffers = {name: average[name] for name in slot.buffers if name in average}
+    return _as_ours(label, started, int(count), parameters, buffers, 'equal')
 
 
-def _first_of_ours(
-    name: str, started: bool, num_updates: int, parameters: dict[str, Tensor], buffers: dict[str, Tensor]
+def _as_ours(
+    label: str | None,
+    started: bool,
+    num_updates: int,
+    parameters: dict[str, Tensor],
+    buffers: dict[str, Tensor],
+    description: str,
 ) -> dict[str, Any]:
     average = {
-        'version': VERSION,
         'num_updates': num_updates,
         'parameters': parameters,
         'buffers': buffers,
         'aliases': {},
         'last_update': None,
+        'started_at': None,
+        'profile': {'description': description},
     }
-    return {'version': VERSION, 'config': {}, 'started': started, 'averages': {name: average}}
+    return {VERSION_KEY: VERSION, 'config': {}, 'started': started, 'averages': {label: average}}
 
 
 def _user_names(tensors: Mapping[str, Tensor], model_slot: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -185,3 +299,35 @@ def _user_names(tensors: Mapping[str, Tensor], model_slot: Mapping[str, Tensor])
         named.keys() & model_slot.keys()
     )
     return stripped if is_wrapped else named
+
+
+#: Every format that is read; the first that matches counts.
+FORMATS: tuple[Format, ...] = (
+    Format('composer_ema, version 2', lambda s: _is_ours(s) and _has_version(s, VERSION), None, _pass_through),
+    Format('composer_ema, version 1', lambda s: _is_ours(s) and _has_version(s, 1), None, _upgrade_version_1),
+    Format('a newer composer_ema', _is_ours, None, _refuse_newer),
+    Format(
+        "Composer's own, up to 0.12, which kept two models",
+        lambda s: _is_builtin_ema(s) and _keeps_two_models(s),
+        'ema',
+        _upgrade_builtin_ema,
+        counts_updates=False,
+        copies_whole_buffers=False,
+    ),
+    Format(
+        "Composer's own",
+        _is_builtin_ema,
+        'ema',
+        _upgrade_builtin_ema,
+        counts_updates=False,
+        copies_whole_buffers=False,
+    ),
+    Format(
+        "Composer's own",
+        lambda s: {'swa_model', 'swa_started'} <= s.keys(),
+        'swa',
+        _upgrade_builtin_swa,
+        tells_slot=False,  # it ends by putting its average there
+        copies_whole_buffers=False,
+    ),
+)

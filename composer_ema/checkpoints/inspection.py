@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from composer_ema.checkpoints import formats
+from composer_ema.checkpoints.formats import Format
 from composer_ema.checkpoints.reading import CheckpointError, is_of_composer, read_file
 from composer_ema.model.sharding import canonical_name
 from composer_ema.shadow import foreign
@@ -73,6 +74,7 @@ class AverageInfo:
         relative_distance: Norm of average minus training weights over norm of the training weights, over all averaged
             parameters, as ``ema/relative_distance`` is logged; None where there is nothing to compare.
         tensors: Every tensor of the model, and of the average.
+        label: What the algorithm calls the average; None for another library.
     """
 
     algorithm: str
@@ -83,6 +85,7 @@ class AverageInfo:
     last_update: dict[str, float] | None
     relative_distance: float | None
     tensors: list[TensorInfo]
+    label: str | None = None
 
 
 @dataclass(frozen=True)
@@ -205,22 +208,22 @@ def _describe(path: Path, state: Mapping[str, Any]) -> Description:
         canonical_name(name): tensor for name, tensor in _mapping(state, 'model').items() if isinstance(tensor, Tensor)
     }
     algorithms = dict(state.get('algorithms') or {})
+    rows = formats.find(algorithms)
     buffers = {name for name in model if name.rpartition('.')[2] in _NAMES_OF_BUFFERS}
     averages, has_stash = [], False
-    for average_name, name in formats.ALGORITHMS.items():
-        if name in algorithms:
-            saved = formats.upgrade(algorithms[name], model_slot=model, buffers=buffers, name=average_name)
-            has_stash |= 'training_weights' in saved
-            averages += [
-                _average(name, algorithms[name], saved, average, model) for average in saved['averages'].values()
-            ]
+    for algorithm, row in rows.items():
+        saved = formats.upgrade(
+            algorithms[algorithm], model_slot=model, buffers=buffers, what=f'the saved {algorithm} state'
+        )
+        has_stash |= formats.STASH in saved
+        averages += [_average(algorithm, row, saved, label, model) for label in saved['averages']]
     return Description(
         path=str(path),
         num_bytes=path.stat().st_size,
         run_name=state.get('run_name'),
         trained=_trained(state),
         versions=_versions(state),
-        model_slot=_model_slot(state, algorithms, has_stash),
+        model_slot=_model_slot(state, rows, has_stash),
         has_stash=has_stash,
         averages=averages,
         tensors=[] if averages else [_info(name, tensor, UNTRACKED) for name, tensor in model.items()],
@@ -249,55 +252,43 @@ def _describe_foreign(path: Path, found: Foreign) -> Description:
     return Description(str(path), size, None, {}, {}, NOT_READ, has_stash=False, averages=[average], tensors=[])
 
 
-def _model_slot(state: Mapping[str, Any], algorithms: Mapping[str, Any], has_stash: bool) -> str:
+def _model_slot(state: Mapping[str, Any], rows: Mapping[str, Format], has_stash: bool) -> str:
     if has_stash:
         return AVERAGE
-    # Saved without the algorithms, as for inference, it may be either; Composer's own SWA ends by putting its average
-    # there, and does not say in its state that it has.
-    is_told = 'algorithms' in state and 'version' in algorithms.get('SWA', {'version': None})
+    # Saved without the algorithms, as for inference, it may be either.
+    is_told = 'algorithms' in state and all(row.tells_slot for row in rows.values())
     return TRAINING_WEIGHTS if is_told else UNKNOWN
 
 
-def _average(
-    algorithm: str, written: Mapping[str, Any], saved: Mapping[str, Any], average: Mapping[str, Any], model: Tensors
-) -> AverageInfo:
-    training = {**model, **saved.get('training_weights', {})}
+def _average(algorithm: str, row: Format, saved: Mapping[str, Any], label: str, model: Tensors) -> AverageInfo:
+    average = saved['averages'][label]
+    training = {**model, **saved.get(formats.STASH, {})}
     parameters, buffers, aliases = average['parameters'], average['buffers'], average['aliases']
     tensors, distances = [], []
     for name in dict.fromkeys([*model, *parameters, *buffers]):
         averaged = {**parameters, **buffers}.get(aliases.get(name, name))
         role = ALIAS if name in aliases else PARAMETER if name in parameters else UNTRACKED
         if name in buffers:
-            role = COPY if _is_copied(buffers[name], written) else BUFFER
+            role = COPY if row.copies_whole_buffers and _is_copied(buffers[name], saved['config']) else BUFFER
         norms = _norms(averaged, training.get(name))
         if role == PARAMETER and norms is not None:
             distances.append(norms)
         tensors.append(_info(name, model.get(name), role, averaged, norms))
     return AverageInfo(
         algorithm=algorithm,
-        written_as=_written_as(written),
+        written_as=row.written_as,
         is_started=saved['started'],
         config=dict(saved['config']),
-        num_updates=average['num_updates'] if 'version' in written or algorithm == 'SWA' else None,
+        num_updates=average['num_updates'] if row.counts_updates else None,
         last_update=average['last_update'],
         relative_distance=_ratio(*(math.hypot(*each) for each in zip(*distances, strict=True))) if distances else None,
         tensors=tensors,
+        label=label,
     )
 
 
-def _is_copied(buffer: Tensor, written: Mapping[str, Any]) -> bool:
-    """Composer's own averages every buffer, and cuts whole numbers."""
-    return 'version' in written and (
-        not buffer.dtype.is_floating_point or written.get('config', {}).get('buffers') == 'copy'
-    )
-
-
-def _written_as(written: Mapping[str, Any]) -> str:
-    if 'version' in written:
-        return f'composer_ema, version {written["version"]}'
-    if 'training_model' in written:
-        return "Composer's own, up to 0.12, which kept two models"
-    return "Composer's own"
+def _is_copied(buffer: Tensor, config: Mapping[str, Any]) -> bool:
+    return not buffer.dtype.is_floating_point or config.get('buffers') == 'copy'
 
 
 def _info(

@@ -1,4 +1,4 @@
-"""Reads the average out of a checkpoint, Composer's or another library's, and writes it as safetensors.
+"""Reads the average out of a checkpoint, Composer's or another library's.
 
 Invariant: what a file holds is never executed.
 """
@@ -9,23 +9,21 @@ import argparse
 import datetime
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
 from composer_ema.checkpoints import formats
-from composer_ema.files import beside
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import check_same, listed
 from composer_ema.model.sharding import canonical_name, unwrap
 from composer_ema.shadow import foreign
-from composer_ema.version import __version__
 
 # The two functions that pickled arrays and scalars name, under numpy 1's name and under numpy 2's.
 _RECONSTRUCT, _SCALAR = np.zeros(0).__reduce__()[0], np.float64(0).__reduce__()[0]
@@ -46,71 +44,69 @@ _SAFE_TYPES: list[Any] = [
 ]
 
 
-# What the metadata of an exported average says of it.
-_KINDS = {'ema': 'exponential moving average', 'swa': 'equal average'}
-_DESCRIBING = ('half_life', 'smoothing', 'update_interval', 'ema_start', 'swa_start', 'buffers')
-
-
 class CheckpointError(ValueError):
     """A checkpoint cannot be read or holds no average. The message says which file and why."""
 
 
-def load_average(checkpoint: str | os.PathLike[str], model: nn.Module | None = None) -> dict[str, Tensor]:
-    """The averaged weights in a file, for ``model.load_state_dict``.
+def load_average(
+    checkpoint: str | os.PathLike[str], model: nn.Module | None = None, *, average: str | None = None
+) -> dict[str, Tensor]:
+    """Returns the averaged weights in a file, for ``model.load_state_dict``.
 
     Reads checkpoints of :class:`composer_ema.EMA`, of :class:`composer_ema.SWA` and of Composer's built-in algorithms
     of these names, whichever weights their model slot holds. Frozen parameters, and buffers that were not averaged,
-    come from the model slot. Reads as well what other libraries save, told by its keys, see
+    come from the model slot. Also reads what other libraries save, recognised by its keys; see
     :meth:`composer_ema.ShadowModel.load_foreign`.
 
     Args:
         checkpoint: a ``.pt`` file that Composer's Trainer saved, with one or several processes under DDP, or another
             library's file.
-        model: what the weights are for; all names and shapes are checked against it. diffusers and torch-ema keep the
-            order of the parameters alone, so their files need it: buffers come from it then, too. Only read.
+        model: what the weights are for. All names and shapes are checked against it. diffusers and torch-ema keep only
+            the order of the parameters, so their files need it; their buffers then come from it, too. Only read.
+        average: which average to take if the checkpoint holds several, such as ``'ema'``. Default: the only one.
 
     Returns:
         Canonical names and CPU tensors, in the order of the model. Averaged ones have the average's dtype, float32
         for a 16-bit model.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or of another kind; it would run code; it holds no average, or
-            one that does not fit ``model`` or needs one.
+        CheckpointError: the file is missing, damaged, or of another kind; it would run code; it holds no average,
+            several, or one that does not fit ``model`` or needs one.
 
     Example:
         .. code:: python
 
             model.load_state_dict(load_average('runs/fashion_mnist/latest-rank0.pt'))
     """
-    return _average_and_metadata(Path(checkpoint), model)[0]
+    return read_average(Path(checkpoint), model, label=average)[0]
 
 
-def export(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str]) -> dict[str, str]:
-    """Writes the averaged weights of ``checkpoint`` to ``out`` as safetensors, beside and renamed into place.
+def read_average(
+    path: Path, model: nn.Module | None = None, *, label: str | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The averaged weights in a file, and what the file says of them: whose they are, how averaged, how often.
 
     Args:
-        checkpoint: as for :func:`load_average`.
-        out: file to write; its folder is made where it is missing.
-
-    Returns:
-        The metadata written with the tensors: the run, the horizon, the number of updates, how far training had come.
+        path: of the file.
+        model: as for :func:`load_average`.
+        label: as ``average`` for :func:`load_average`.
 
     Raises:
-        CheckpointError: as for :func:`load_average`, or safetensors cannot hold a tensor. ``out`` is not touched.
+        CheckpointError: as for :func:`load_average`.
     """
-    average, metadata = _average_and_metadata(Path(checkpoint))
-    # Tied weights share memory, which safetensors refuses: each name gets its own copy.
-    tensors = {name: tensor.contiguous().clone() for name, tensor in average.items() if isinstance(tensor, Tensor)}
-    if left_out := sorted(average.keys() - tensors.keys()):
-        metadata['left_out'] = ', '.join(left_out)  # the extra state of modules, which safetensors cannot hold
+    checkpoint = read_file(path)
     try:
-        with beside(Path(out)) as written:
-            safetensors.torch.save_file(tensors, written, metadata=metadata)
-    except (ValueError, KeyError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f'{checkpoint} cannot be written as safetensors: {error}') from error
-    except OSError as error:
-        raise CheckpointError(f'{out} cannot be written: {error.strerror or error}.') from error
-    return metadata
+        if not is_of_composer(checkpoint):
+            return _foreign_average_in(checkpoint, path, model)
+        weights, facts = _average_in(checkpoint['state'], path, label)
+        if model is not None:
+            _check_fits(weights, model)
+        return weights, facts
+    except CheckpointError:
+        raise
+    # The file is sound, so something other than a Trainer with an average wrote what it holds.
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f'{path} holds no average that can be read: {error}') from error
 
 
 def read_file(path: Path) -> Any:
@@ -152,25 +148,9 @@ def is_of_composer(checkpoint: Any) -> bool:
     return isinstance(checkpoint, Mapping) and isinstance(checkpoint.get('state'), Mapping)
 
 
-def _average_and_metadata(path: Path, model: nn.Module | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
-    checkpoint = read_file(path)
-    try:
-        if not is_of_composer(checkpoint):
-            return _foreign_average_in(checkpoint, path, model)
-        average, metadata = _average_in(checkpoint['state'], path)
-        if model is not None:
-            _check_fits(average, model)
-        return average, metadata
-    except CheckpointError:
-        raise
-    # The file is sound, so what it holds was written by something else than a Trainer with an average.
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f'{path} holds no average that can be read: {error}') from error
-
-
 def _foreign_average_in(
     checkpoint: Any, path: Path, model: nn.Module | None
-) -> tuple[dict[str, Tensor], dict[str, str]]:
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     found = foreign.read(checkpoint)
     if found.num_updates == 0:
         raise CheckpointError(f'{path} holds no average yet: {found.source} counts no update.')
@@ -183,8 +163,12 @@ def _foreign_average_in(
             f'{path} holds an average of {found.source}, which keeps the order of the parameters and no names. '
             'Pass the model that was averaged: load_average(file, model=model).'
         )
-    described = {'source': found.source, 'num_updates': found.num_updates, 'smoothing': found.smoothing}
-    return weights, _described(path, 'average', described)
+    return weights, {
+        'weights': 'average',
+        'source': found.source,
+        'num_updates': found.num_updates,
+        'smoothing': found.smoothing,
+    }
 
 
 def _for_model(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Any]:
@@ -212,27 +196,68 @@ def _is_tensor(value: object) -> bool:
     return isinstance(value, Tensor)
 
 
-def _average_in(state: Mapping[str, Any], path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+@dataclass(frozen=True)
+class _Saved:
+    """An average in a checkpoint, and the state that it stands in."""
+
+    algorithm: str
+    label: str
+    row: formats.Format
+    state: Mapping[str, Any]
+
+    @property
+    def average(self) -> Mapping[str, Any]:
+        return self.state['averages'][self.label]
+
+
+def _average_in(state: Mapping[str, Any], path: Path, label: str | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     model = {canonical_name(name): tensor for name, tensor in _mapping(state, 'model').items()}
+    saved = _choose(_saved_in(state, model, path), label, path)
+    parameters, aliases = saved.average['parameters'], saved.average['aliases']
+    buffers = {name: buffer for name, buffer in saved.average['buffers'].items() if name in model}
+    averaged = {**parameters, **buffers}
+    check_same('the average', model, averaged, optional=model, remedy='The checkpoint is damaged.')
+    averaged |= {alias: averaged[name] for alias, name in aliases.items() if name in averaged}
+    return {name: averaged.get(name, tensor) for name, tensor in model.items()}, _facts(state, saved)
+
+
+def _saved_in(state: Mapping[str, Any], model: Mapping[str, Tensor], path: Path) -> list[_Saved]:
+    """Every average of a checkpoint that has started."""
     algorithms = _algorithms(state)
-    name = next((name for name, algorithm in formats.ALGORITHMS.items() if algorithm in algorithms), None)
-    if name is None:
-        found = f'the algorithms {listed(sorted(algorithms))}' if algorithms else 'no algorithms'
+    rows = formats.find(algorithms)
+    if not rows:
+        listing = ', '.join(f'{name} ({_outline(state)})' for name, state in sorted(algorithms.items()))
+        found = f'the algorithms {listing}, whose states are of no known format' if algorithms else 'no algorithms'
         raise CheckpointError(
             f'{path} holds no average: it was saved with {found}. '
             'Train with algorithms=[EMA()] or [SWA()], and without save_weights_only.'
         )
-    saved = formats.upgrade(algorithms[formats.ALGORITHMS[name]], model_slot=model, name=name)
-    if not saved['started'] or not saved['averages']:
-        raise CheckpointError(f'{path} holds no average yet: {name}_start had not come when it was saved.')
-    average = saved['averages'][name]
-    parameters, aliases = average['parameters'], average['aliases']
-    buffers = {name: buffer for name, buffer in average['buffers'].items() if name in model}
-    averaged = {**parameters, **buffers}
-    check_same('the average', model, averaged, optional=model, remedy='The checkpoint is damaged.')
-    averaged |= {alias: averaged[name] for alias, name in aliases.items() if name in averaged}
-    weights = {name: averaged.get(name, tensor) for name, tensor in model.items()}
-    return weights, _metadata(path, state, name, saved['config'], average)
+    upgraded = {
+        name: formats.upgrade(algorithms[name], model_slot=model, what=f'the saved {name} state') for name in rows
+    }
+    saved = [_Saved(name, label, rows[name], upgraded[name]) for name in rows for label in upgraded[name]['averages']]
+    started = [each for each in saved if each.state['started']]
+    if not started:
+        starts = ' and '.join(f'{each.label}_start' for each in saved) or 'the start'
+        raise CheckpointError(f'{path} holds no average yet: {starts} had not come when it was saved.')
+    return started
+
+
+def _outline(state: Any) -> str:
+    """What a state looks like, in a few words."""
+    return f'keys: {", ".join(map(str, state)) or "none"}' if isinstance(state, Mapping) else type(state).__name__
+
+
+def _choose(saved: Sequence[_Saved], label: str | None, path: Path) -> _Saved:
+    chosen = [each for each in saved if label is None or each.label == label]
+    if len(chosen) == 1:
+        return chosen[0]
+    names = ', '.join(f'{each.label!r} of {each.algorithm}' for each in saved)
+    if chosen:
+        raise CheckpointError(
+            f'{path} holds {len(saved)} averages: {names}. Say which to take, for example average={saved[0].label!r}.'
+        )
+    raise CheckpointError(f'{path} holds no average called {label!r}, but {names}.')
 
 
 def _algorithms(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -243,28 +268,25 @@ def _algorithms(state: Mapping[str, Any]) -> dict[str, Any]:
     return dict(algorithms)
 
 
-def _metadata(
-    path: Path, state: Mapping[str, Any], name: str, config: Mapping[str, Any], average: Mapping[str, Any]
-) -> dict[str, str]:
+def _facts(state: Mapping[str, Any], saved: _Saved) -> dict[str, Any]:
     timestamp = (state.get('timestamp') or {}).get('Timestamp') or {}
-    function = config.get('avg_fn') or config.get('multi_avg_fn')
-    described = {
+    config = saved.state['config']
+    return {
+        'weights': _kind(config, saved.average['profile']['description']),
         'run_name': state.get('run_name'),
-        'num_updates': average.get('num_updates') if config else None,
-        **{argument: config.get(argument) for argument in _DESCRIBING},
+        'num_updates': saved.average['num_updates'] if saved.row.counts_updates else None,
+        **{name: config.get(name) for name in ('half_life', 'smoothing', 'update_interval')},
+        f'{saved.label}_start': config.get(f'{saved.label}_start'),
+        'buffers': config.get('buffers'),
         **{f'trained_{unit}': timestamp.get(unit) for unit in ('epoch', 'batch', 'sample', 'token')},
     }
-    return _described(path, _KINDS[name] if function is None else f'average by {function}', described)
 
 
-def _described(path: Path, weights: str, more: Mapping[str, Any]) -> dict[str, str]:
-    written = {
-        'format': 'pt',
-        'weights': weights,
-        'written_by': f'composer_ema {__version__}',
-        'checkpoint': path.name,
-    }
-    return {name: str(value) for name, value in {**written, **more}.items() if value is not None}
+def _kind(config: Mapping[str, Any], profile: str) -> str:
+    function = config.get('avg_fn') or config.get('multi_avg_fn')
+    if function is not None:
+        return f'average by {function}'
+    return 'equal average' if profile == 'equal' else 'exponential moving average'
 
 
 def _mapping(of: Mapping[str, Any], key: str) -> Mapping[str, Any]:

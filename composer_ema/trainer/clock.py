@@ -1,8 +1,13 @@
-"""How far a Composer run has come, in plain numbers of every unit a half-life can have."""
+"""How far a Composer run has come, in plain numbers of every unit that a time string can have.
+
+A clock is a dictionary of plain numbers, so that it can stand in a checkpoint.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from composer.core import State, Time, Timestamp
@@ -10,9 +15,82 @@ from composer.utils import dist
 
 from composer_ema.spans import UNITS, Span
 
-#: Units that a clock carries; a share of the run is turned into the run's own unit first.
+#: The units that a clock counts. A share of the run, ``dur``, is measured in the unit of ``max_duration``.
 CLOCK_UNITS = ('iter', 'ep', 'ba', 'sp', 'tok')
 Clock = dict[str, float]
+#: The clock before the first batch.
+START_OF_TRAINING: Mapping[str, float] = dict.fromkeys(CLOCK_UNITS, 0)
+# The units in which Composer's timestamp counts the whole run.
+_COUNTED = {'ba': 'batch', 'sp': 'sample', 'tok': 'token'}
+
+
+@dataclass(frozen=True)
+class TimeArgument:
+    """A time that the user passed, with the name of the argument, so that errors can quote both.
+
+    Args:
+        name: of the argument.
+        span: its value.
+
+    Example:
+        >>> str(TimeArgument('half_life', Span(9, 'tok')))
+        "half_life='9tok'"
+    """
+
+    name: str
+    span: Span
+
+    def __str__(self) -> str:
+        return f"{self.name}='{self.span}'"
+
+    def resolve(self, state: State) -> Span:
+        """The span in a unit that the clock counts; see :func:`resolve_share`."""
+        return resolve_share(self.span, state, self.name)
+
+
+class Look:
+    """What the clock shows at one event. The clock is read at most once, however many ask.
+
+    Args:
+        state: of the run, at the event.
+    """
+
+    __slots__ = ('_before', '_now', 'state')
+
+    def __init__(self, state: State) -> None:
+        self.state = state
+        self._now: Clock | None = None
+        self._before: Mapping[str, float] | None = None
+
+    @property
+    def now(self) -> Clock:
+        """The clock at the event."""
+        if self._now is None:
+            self._now = read_clock(self.state)
+        return self._now
+
+    def time(self, unit: str) -> float:
+        """The time so far in one unit; cheaper than :attr:`now` for units that Composer counts itself."""
+        counted = _COUNTED.get(unit)
+        if self._now is not None or counted is None:
+            return self.now[unit]
+        return getattr(self.state.timestamp, counted).value
+
+    @property
+    def before(self) -> Mapping[str, float]:
+        """The clock one batch, epoch or iteration ago."""
+        if self._before is None:
+            previous = self.state.previous_timestamp
+            self._before = START_OF_TRAINING if previous is None else read_clock(self.state, previous)
+        return self._before
+
+    def check_counts(self, unit: str, argument: TimeArgument) -> None:
+        """Raises a ValueError where ``argument`` needs ``unit`` and the dataloader does not report it."""
+        if unit == 'tok' and self.time('tok') == 0 and self.time('ba') > 0:
+            raise ValueError(
+                f'{argument} counts tokens, but the dataloader reports none. '
+                'Pass samples or batches, or a DataSpec with get_num_tokens_in_batch.'
+            )
 
 
 def read_clock(state: State, timestamp: Timestamp | None = None) -> Clock:
@@ -23,8 +101,8 @@ def read_clock(state: State, timestamp: Timestamp | None = None) -> Clock:
         timestamp: the moment to read. Default: now.
 
     Returns:
-        Whole numbers of batches, samples and tokens; epochs and iterations as fractions, or as the whole ones only
-        where the dataloader or the run does not tell their length.
+        Whole numbers of batches, samples and tokens. Epochs and iterations are fractions where their length is known,
+        else whole numbers.
     """
     now = state.timestamp if timestamp is None else timestamp
     epochs = now.epoch.value
@@ -45,8 +123,26 @@ def read_clock(state: State, timestamp: Timestamp | None = None) -> Clock:
     }
 
 
+def check_clock(clock: Any, what: str) -> Clock | None:
+    """Returns a clock that was read from a checkpoint, or None if there is none.
+
+    Raises:
+        ValueError: ``clock`` is neither. The message starts with ``what``.
+    """
+    if clock is None:
+        return None
+    is_clock = isinstance(clock, Mapping) and all(_is_time(clock.get(unit)) for unit in CLOCK_UNITS)
+    if not is_clock:
+        raise ValueError(f'{what} must give {", ".join(CLOCK_UNITS)}, got {clock!r}.')
+    return dict(clock)
+
+
+def _is_time(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
 def knows_fractions(unit: str, state: State) -> bool:
-    """Whether a clock can count parts of ``unit`` in this run."""
+    """Whether the clock can count fractions of ``unit`` in this run."""
     if unit == 'ep':
         return state.dataloader_len is not None
     if unit == 'iter':
@@ -56,10 +152,15 @@ def knows_fractions(unit: str, state: State) -> bool:
 
 
 def resolve_share(span: Span, state: State, name: str) -> Span:
-    """Turns a share of the run into the unit of ``max_duration``; returns any other span as it is.
+    """Converts a share of the run to the unit of ``max_duration``; returns any other span unchanged.
+
+    Args:
+        span: the time to convert.
+        state: gives ``max_duration``.
+        name: of the argument, for the error message.
 
     Raises:
-        ValueError: the run has no end yet.
+        ValueError: the run has no ``max_duration``.
     """
     if span.unit != 'dur':
         return span
@@ -69,7 +170,7 @@ def resolve_share(span: Span, state: State, name: str) -> Span:
 
 
 def run_length(unit: str, state: State) -> float | None:
-    """Length of the whole run in ``unit``, or None where it cannot be told before training."""
+    """Length of the whole run in ``unit``, or None if it is not known before training."""
     if state.max_duration is None:
         return None
     end, end_unit = state.max_duration.value, state.max_duration.unit.value
@@ -94,18 +195,6 @@ def _samples_per_epoch(state: State) -> int | None:
     if isinstance(batch_size, int) and state.dataloader_len is not None:  # a subset, or a last batch that is dropped
         return min(len(dataset), state.dataloader_len.value * batch_size * dist.get_world_size())
     return len(dataset)
-
-
-def has_crossed(earlier: float, now: float, interval: float) -> bool:
-    """Whether a multiple of ``interval`` lies in (earlier, now]. Forgives the last digits of fractions.
-
-    Example:
-        >>> has_crossed(9, 10, 10), has_crossed(10, 11, 10), has_crossed(2.9, 3.1, 0.5)
-        (True, False, True)
-    """
-    if now <= earlier or now - earlier >= interval:
-        return now > earlier
-    return math.floor(now / interval + 1e-9) > math.floor(earlier / interval + 1e-9)
 
 
 def words(unit: str) -> str:

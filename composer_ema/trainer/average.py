@@ -1,0 +1,325 @@
+"""The averages of a run: for each its profile, its shadow and the clock at its last update; and the model they follow.
+
+Updates read the model, loans put an average into it and take it out. When either happens is decided elsewhere.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from composer.core import State
+from torch import nn
+
+from composer_ema.averages import UPDATES, Moment, Profile
+from composer_ema.model.inventory import Inventory
+from composer_ema.model.names import check_same
+from composer_ema.model.sharding import unwrap
+from composer_ema.settings import Settings
+from composer_ema.shadow import shadow_model
+from composer_ema.shadow.shadow_model import ShadowModel
+from composer_ema.trainer.clock import CLOCK_UNITS, START_OF_TRAINING, Clock, Look, TimeArgument, check_clock
+from composer_ema.trainer.due import Interval
+
+# Keys of the state that do not belong to the shadow.
+_LAST_UPDATE, _STARTED_AT, _PROFILE, _DESCRIPTION = 'last_update', 'started_at', 'profile', 'description'
+_VERSION, _STASH = 'version', 'training_weights'
+_BY_FUNCTION = 'function'
+
+
+@dataclass
+class Average:
+    """An average that a run keeps.
+
+    Args:
+        profile: chooses the weight of each update. None: the shadow's own function makes the average.
+        horizon: the argument that gives the profile its unit, for errors. None: the profile counts updates.
+        shadow: the averaged tensors.
+        last_update: the clock at the last update; None before the first, and where a loaded state does not say.
+        started_at: the clock from which the age of the average counts. None counts from the start of training.
+    """
+
+    profile: Profile | None
+    horizon: TimeArgument | None
+    shadow: ShadowModel
+    last_update: Clock | None = None
+    started_at: Clock | None = None
+
+    def begin(self, model: nn.Module, look: Look, interval: Interval, *, at: Clock) -> float | None:
+        """Copies the weights of ``model``: the first update, of an average whose age counts from ``at``.
+
+        Returns:
+            The weight of the update, which is 1, or None if a function made the average.
+        """
+        self.started_at = dict(at)
+        return self._update(model, look, interval, is_first=True)
+
+    def update(self, model: nn.Module, look: Look, interval: Interval) -> float | None:
+        """Moves the average towards the weights of ``model``.
+
+        Args:
+            model: in training. Only read.
+            look: at the clock of the run, now.
+            interval: of the updates; how much time passed if the last update is unknown.
+
+        Returns:
+            The weight of the update, or None if a function made the average.
+        """
+        return self._update(model, look, interval, is_first=False)
+
+    def _update(self, model: nn.Module, look: Look, interval: Interval, *, is_first: bool) -> float | None:
+        weight = None
+        if self.profile is None:
+            self.shadow.update(model)
+        else:
+            moment = self._moment(self.profile.unit, look, interval)
+            weight = 1.0 if is_first else self.profile.weight(moment)
+            self.shadow.update(model, weight=weight)
+            self.profile.record(moment)
+        self.last_update = look.now
+        return weight
+
+    def _moment(self, unit: str, look: Look, interval: Interval) -> Moment:
+        """The moment of an update now, in the unit of the profile."""
+        num_updates = self.shadow.num_updates
+        if unit == UPDATES:
+            return Moment.of_update(num_updates)
+        length, unit = _unit_of_clock(unit, look.state)
+        if self.horizon is not None:
+            look.check_counts(unit, self.horizon)
+        now = look.now[unit]
+        if self.last_update is not None:
+            elapsed = now - self.last_update[unit]
+        elif unit == interval.span.unit:
+            # An average that came without its clock: Composer's own, or one that the user set.
+            elapsed = interval.span.value
+        else:
+            elapsed = now - look.before[unit]
+        elapsed = max(elapsed, 0.0)
+        since_start = max(now - (self.started_at or START_OF_TRAINING)[unit], elapsed)
+        return Moment(elapsed / length, since_start / length, num_updates)
+
+    def follow_clock(self, now: Clock) -> None:
+        """Lets time pass from ``now`` on if the run's clock was set back since the last update."""
+        if self.last_update is not None and any(self.last_update[unit] > now[unit] for unit in CLOCK_UNITS):
+            self.last_update = self.started_at = now
+
+    def state_dict(self) -> dict[str, Any]:
+        """The average as plain types and tensors, which alias the shadow; see ``checkpoints.formats``.
+
+        The state of the shadow without its version: what an algorithm saves has one version, that of its own format.
+        """
+        state = self.shadow.state_dict()
+        del state[_VERSION]
+        profile = {_DESCRIPTION: _BY_FUNCTION} if self.profile is None else self._profile_state(self.profile)
+        return {**state, _LAST_UPDATE: self.last_update, _STARTED_AT: self.started_at, _PROFILE: profile}
+
+    def load_state_dict(self, state: Mapping[str, Any], what: str) -> None:
+        """Loads what :meth:`state_dict` returned; all is checked first.
+
+        Args:
+            state: of the current format. ``training_weights`` in it are those of a model that holds the average.
+            what: the state, in the words of an error.
+
+        Raises:
+            ValueError: a part that does not fit. Nothing is changed then.
+        """
+        last_update = check_clock(state[_LAST_UPDATE], f'{_LAST_UPDATE} of {what}')
+        started_at = check_clock(state[_STARTED_AT], f'{_STARTED_AT} of {what}')
+        profile = copy.deepcopy(self.profile)
+        if profile is not None:
+            profile.load_state_dict({key: value for key, value in state[_PROFILE].items() if key != _DESCRIPTION})
+        of_shadow = {key: value for key, value in state.items() if key not in (_LAST_UPDATE, _STARTED_AT, _PROFILE)}
+        self.shadow.load_state_dict({**of_shadow, _VERSION: shadow_model.STATE_VERSION})
+        self.profile, self.last_update, self.started_at = profile, last_update, started_at
+
+    def _profile_state(self, profile: Profile) -> dict[str, Any]:
+        return {_DESCRIPTION: str(profile), **profile.state_dict()}
+
+
+def _unit_of_clock(unit: str, state: State) -> tuple[float, str]:
+    """How much one ``unit`` of a profile is in a unit that the clock counts, and that unit."""
+    if unit != 'dur':
+        return 1, unit
+    assert state.max_duration is not None  # checked when training started
+    return state.max_duration.value, state.max_duration.unit.value
+
+
+class Averages:
+    """The averages of the model in training, by label. There are none before :meth:`build`.
+
+    Args:
+        profiles: for each label the profile, or None for a function's average, and the argument that gives its unit.
+        settings: which tensors are kept, and how.
+    """
+
+    def __init__(self, profiles: Mapping[str, tuple[Profile | None, TimeArgument | None]], settings: Settings) -> None:
+        self._profiles, self._settings = dict(profiles), settings
+        self._averages: dict[str, Average] = {}
+        self._model: weakref.ref[nn.Module] | None = None
+        self._overlap = True
+
+    def __bool__(self) -> bool:
+        return bool(self._averages)
+
+    def __iter__(self) -> Iterator[tuple[str, Average]]:
+        return iter(self._averages.items())
+
+    @property
+    def live(self) -> nn.Module | None:
+        """The model in training; None if there is none or it is gone."""
+        return None if self._model is None else self._model()
+
+    @live.setter
+    def live(self, model: nn.Module) -> None:
+        self._model = weakref.ref(unwrap(model))
+
+    def shadow(self, label: str) -> ShadowModel | None:
+        """The averaged tensors; None before :meth:`build`."""
+        return self._averages[label].shadow if self._averages else None
+
+    def required(self, label: str) -> ShadowModel:
+        """The averaged tensors.
+
+        Raises:
+            RuntimeError: there are none yet.
+        """
+        if not self._averages:
+            raise RuntimeError('there is no average yet. Build a Trainer with this algorithm first.')
+        return self._averages[label].shadow
+
+    def take_over(self, label: str, shadow: ShadowModel | None) -> None:
+        """Replaces an average by another, of which it is not known when it was updated; None takes it away."""
+        if shadow is None:
+            self._averages.pop(label, None)
+        else:
+            self._averages[label] = self._new(label, shadow)
+
+    def build(self, model: nn.Module, *, overlap: bool) -> None:
+        """Starts every average anew, at the weights of ``model``.
+
+        Args:
+            model: the model in training.
+            overlap: as for :class:`~composer_ema.ShadowModel`.
+        """
+        self._overlap, self.live = overlap, model
+        arguments = self._settings.as_arguments()
+        self._averages = {
+            label: self._new(label, ShadowModel(model, overlap=overlap, **arguments)) for label in self._profiles
+        }
+
+    def _new(self, label: str, shadow: ShadowModel) -> Average:
+        profile, horizon = self._profiles[label]
+        return Average(copy.deepcopy(profile), horizon, shadow)
+
+    def follow_surgery(self, model: nn.Module, *, may_rebuild: bool) -> None:
+        """Pairs the averages with ``model``, in which another algorithm may have replaced layers.
+
+        Args:
+            model: the model in training.
+            may_rebuild: whether nothing has been averaged yet, so that a model that does not fit starts them anew.
+
+        Raises:
+            ValueError: the averages do not fit and may not be built anew.
+        """
+        try:
+            for average in self._averages.values():
+                average.shadow.resolve(model)
+        except ValueError:
+            if not may_rebuild:
+                raise
+            self.build(model, overlap=self._overlap)
+
+    def follow_clock(self, look: Look) -> None:
+        """See :meth:`Average.follow_clock`."""
+        for average in self._averages.values():
+            average.follow_clock(look.now)
+
+    # Beside training
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether an update may still be reading the weights."""
+        for average in self._averages.values():  # noqa: SIM110 - any() would build a generator at every batch
+            if average.shadow.is_pending:
+                return True
+        return False
+
+    def wait_for_reads(self) -> None:
+        """Orders what follows after the last update has read the weights; see :class:`~composer_ema.ShadowModel`."""
+        for average in self._averages.values():
+            average.shadow.wait_for_reads()
+
+    def share_buffers(self) -> None:
+        """Waits for the last update and, under DDP, gives every rank the averaged buffers of rank 0.
+
+        A checkpoint keeps those of rank 0. A collective call.
+        """
+        for average in self._averages.values():
+            average.shadow.wait()
+            average.shadow.broadcast_buffers()
+
+    # Loans
+
+    @property
+    def lent(self) -> str | None:
+        """The label of the average that a model holds; None if every model holds its training weights."""
+        for label, average in self._averages.items():
+            if average.shadow.is_swapped:
+                return label
+        return None
+
+    def lend(self, label: str, model: nn.Module) -> None:
+        """Puts an average into ``model``, over a stash of its training weights."""
+        self.share_buffers()
+        self._averages[label].shadow.swap_in(model)
+
+    def take_back(self, model: nn.Module) -> None:
+        """Restores the training weights of ``model`` if it holds an average."""
+        if (lent := self.lent) is not None:
+            self._averages[lent].shadow.swap_out(model)
+
+    def put(self, label: str, model: nn.Module) -> nn.Module:
+        """Puts an average into ``model`` and returns it.
+
+        The model in training is lent the average; any other model of the architecture is overwritten.
+
+        Raises:
+            RuntimeError: there is no average yet.
+            ValueError: ``model`` does not fit. Nothing is written then.
+        """
+        shadow = self.required(label)
+        if self.live is not unwrap(model):
+            shadow.copy_to(model)
+        elif self.lent is None:
+            shadow.swap_in(model)
+        return model
+
+    def put_training_weights(self, label: str, model: nn.Module) -> nn.Module:
+        """Puts the training weights that the average ``label`` follows into ``model`` and returns it.
+
+        Raises:
+            RuntimeError: there is no average yet, or the model in training is gone.
+            ValueError: ``model`` does not fit. Nothing is written then.
+        """
+        shadow, live = self.required(label), self.live
+        if live is not None and live is unwrap(model):
+            self.take_back(model)
+            return model
+        if live is None:
+            raise RuntimeError('the model in training is gone, and its weights with it. Load them from a checkpoint.')
+        weights, tensors = shadow.training_weights(live), Inventory.of(unwrap(model)).tensors()
+        tensors = {name: tensors[name] for name in weights if name in tensors}
+        check_same('the given model', weights, tensors, remedy='Nothing was changed. Pass the same architecture.')
+        with torch.no_grad():
+            for name, weight in weights.items():
+                tensors[name].copy_(weight)
+        return model
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and deepcopy: without the tie to the model in training."""
+        return {**self.__dict__, '_model': None}

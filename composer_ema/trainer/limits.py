@@ -1,0 +1,182 @@
+"""Settings that cannot work in a Composer run: refused before the first batch, or warned of where they do no harm."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from composer.core import Algorithm, Event, State
+
+from composer_ema.model.sharding import is_sharded
+from composer_ema.trainer.clock import TimeArgument, knows_fractions, run_length, words
+from composer_ema.trainer.due import Interval, Start
+from composer_ema.trainer.evaluation import PREDICT
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A time that the run must be able to count.
+
+    Args:
+        time: the argument.
+        effect: what happens if the time is longer than the run, for the warning. Default: no warning.
+        measured_at: for a time that is measured from update to update, the interval of the updates. Default: the clock
+            is compared with the time itself.
+    """
+
+    time: TimeArgument
+    effect: str | None = None
+    measured_at: Interval | None = None
+
+
+def warn(message: str) -> None:
+    """Warns on behalf of the caller's caller."""
+    warnings.warn(message, stacklevel=2)
+
+
+def check_times(limits: Iterable[Limit], state: State) -> None:
+    """Refuses times that this run cannot count, then warns of times longer than the run.
+
+    Raises:
+        ValueError: a time in a unit that the run does not have, or needs fractions of a unit of unknown length.
+    """
+    limits = list(limits)
+    for limit in limits:
+        if limit.time.span.value != 0:
+            _check_time(limit, state)
+    for limit in limits:
+        if limit.effect is not None:
+            _warn_if_longer(limit.time, limit.effect, state)
+
+
+def _check_time(limit: Limit, state: State) -> None:
+    time, interval = limit.time, limit.measured_at
+    resolved = time.resolve(state)
+    if resolved.unit == 'iter' and state._iteration_length is None:
+        raise ValueError(f'{time} counts iterations, but this run has none. Pass epochs or batches.')
+    if interval is None:
+        is_whole = float(resolved.value).is_integer()
+    else:  # what passes between two updates is whole if they come at the ends of whole epochs or iterations
+        is_whole = interval.event is not Event.BATCH_END and resolved.unit == interval.span.unit
+    if not is_whole and not knows_fractions(resolved.unit, state):
+        raise ValueError(
+            f'{time} needs parts of {words(resolved.unit)}, but the dataloader has no length. '
+            'Pass batches or samples, or set train_subset_num_batches.'
+        )
+
+
+def _warn_if_longer(time: TimeArgument, effect: str, state: State) -> None:
+    span = time.resolve(state)
+    length = run_length(span.unit, state)
+    if length is not None and span.value > length:
+        warn(
+            f'{time} is longer than the run of {length:g} {words(span.unit)}: {effect}. '
+            f"Pass a shorter {time.name}, for example a share of the run such as {time.name}='0.1dur'."
+        )
+
+
+def warn_of_unknown_labels(evaluate_with: Collection[str], state: State) -> None:
+    """Warns of labels in ``evaluate_with`` that no evaluator of the run has."""
+    labels = [evaluator.label for evaluator in state.evaluators]
+    for label in evaluate_with:
+        if labels and label not in labels and label != PREDICT:
+            near = get_close_matches(label, labels, n=1) or labels
+            warn(
+                f'evaluate_with names the evaluator {label!r}, which this Trainer does not have. '
+                f'Did you mean {near[0]!r}? Its evaluators are {", ".join(labels)}.'
+            )
+
+
+def warn_of_other_arguments(names: Iterable[str], saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Warns of arguments in ``names`` that differ from those that a loaded average was ``saved`` with."""
+    for name in names:
+        if name in saved and saved[name] != given[name]:
+            warn(
+                f'the checkpoint was averaged with {name}={saved[name]!r}, this run continues with '
+                f'{name}={given[name]!r}.'
+            )
+
+
+def warn_of_no_update(start: Start, interval: Interval) -> None:
+    """Warns that training has ended without an average."""
+    warn(
+        f'training ended before the first update: {start}, {interval}. Evaluation uses the training weights. '
+        'Start earlier, or update more often.'
+    )
+
+
+def warn_without_exporter(export_weights: str) -> None:
+    """Warns that ``export_weights`` asks for an average and no callback exports the model."""
+    warn(
+        f'export_weights={export_weights!r} has no effect: no callback of this Trainer exports the model. '
+        'Add ExportForInferenceCallback, or leave export_weights out.'
+    )
+
+
+def warn_without_rate(name: str, value: str) -> None:
+    """Warns that an argument of the annealing was given without a learning rate to anneal to."""
+    warn(
+        f'{name}={value!r} has no effect without swa_lr: the learning rate is left alone. '
+        f'Pass swa_lr, or leave {name} out.'
+    )
+
+
+def warn_if_not_reached(length: TimeArgument, start: Start, state: State) -> None:
+    """Warns if the learning rate cannot reach ``swa_lr`` before the run ends."""
+    span, begin = length.resolve(state), start.resolve(state)
+    whole, until_start = run_length(span.unit, state), run_length(begin.unit, state)
+    if whole is None or until_start is None or not until_start:
+        return
+    left = whole * max(0.0, 1 - begin.value / until_start)
+    if span.value > left * (1 + 1e-9):
+        warn(
+            f'{length} is longer than what is left of the run after {start}: '
+            f'swa_lr is not reached. Pass a shorter {length.name}, or start earlier.'
+        )
+
+
+def warn_of_a_single_update(start: Start, interval: Interval, state: State) -> None:
+    """Warns if only one update fits between the start of the average and the end of the run."""
+    span, begin = interval.resolve(state), start.resolve(state)
+    whole, until_start = run_length(span.unit, state), run_length(begin.unit, state)
+    if whole is None or not until_start or begin.value > until_start or span.value > whole:
+        return  # longer than the run, which is warned of already
+    first = begin.value / until_start * whole
+    if interval.event is not Event.BATCH_END:
+        first = max(1, math.ceil(first - 1e-9))
+    if math.floor(whole / span.value + 1e-9) <= math.floor(first / span.value + 1e-9) and first > 0:
+        warn(
+            f'{start} with {interval} takes a single moment of this run into the average, which is then the training '
+            'weights of that moment. Start earlier, or pass a shorter update_interval, for example '
+            "update_interval='100ba'."
+        )
+
+
+def refuse_rivals(algorithm: Algorithm, rivals: tuple[type[Algorithm], ...], state: State) -> None:
+    """Raises a ValueError if another algorithm of the run keeps an average that ``algorithm`` cannot stand beside."""
+    name = type(algorithm).__qualname__
+    namesakes = [each for each in state.algorithms if type(each).__qualname__ == name]
+    if len(namesakes) > 1:
+        raise ValueError(
+            f'{len(namesakes)} algorithms called {name} in one Trainer, {namesakes}: '
+            'a checkpoint would keep the state of only one. Pass one.'
+        )
+    found = [each for each in state.algorithms if each is not algorithm and isinstance(each, rivals)]
+    if found:
+        raise ValueError(
+            f'{name} and {type(found[0]).__module__}.{type(found[0]).__qualname__} in one Trainer: both keep an '
+            'average, and an evaluation could use only one. Pass one to the Trainer, and for a second average keep a '
+            'composer_ema.ShadowModel in a callback of yours.'
+        )
+
+
+def refuse_sharded(state: State) -> None:
+    """Raises a NotImplementedError if the model is sharded."""
+    if state.fsdp_config is not None or is_sharded(state.model):
+        raise NotImplementedError(
+            'this release does not average sharded models (FSDP, tensor parallel). Train with DDP, or without EMA.'
+        )
