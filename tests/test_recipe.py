@@ -29,7 +29,6 @@ from composer_ema.recipe.schema import Plan
 from composer_ema.trainer.ema import EMA
 from composer_ema.trainer.swa import SWA
 from composer_ema.zoo import fetch
-from composer_ema.zoo.data import DATASETS
 
 YAML_FOLDER = Path(__file__).parent.parent / 'yamls'
 YAMLS = sorted(YAML_FOLDER.rglob('*.yaml'))
@@ -67,7 +66,7 @@ def write(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def data_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
+def data_untouched(register: Callable[..., None]) -> None:
     """Makes every data set fail the test when it is built."""
 
     def refuse(builder: Callable[..., Any]) -> Callable[..., Any]:
@@ -77,8 +76,8 @@ def data_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return touched
 
-    for name, builder in list(DATASETS.items()):
-        monkeypatch.setitem(DATASETS, name, refuse(builder))
+    for name, builder in registry.datasets().classes.items():
+        register('datasets', name, refuse(builder))
 
 
 def quiet(renderable: Any) -> None:
@@ -223,7 +222,7 @@ class TestRefused:
     def test_checkpoint_to_load_that_is_missing_or_damaged(
         self, write, data_untouched, tmp_path, monkeypatch, name, damage, said
     ):
-        monkeypatch.setattr('composer_ema.zoo.models.MODELS', {})  # no model is built either
+        monkeypatch.setattr('composer_ema.recipe.schema.classifier', lambda *_, **__: pytest.fail('a model was built'))
         checkpoint = tmp_path / name
         torch.save({'state': torch.full((64,), 0x81, dtype=torch.uint8)}, checkpoint)
         content = damage(checkpoint.read_bytes())

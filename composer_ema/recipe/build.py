@@ -19,13 +19,15 @@ from composer.utils.compression import is_compressed_pt
 from composer.utils.file_helpers import is_tar
 
 from composer_ema.checkpoints.reading import CheckpointError, check_sums, is_of_composer, load_safely
-from composer_ema.recipe import groups, schedules
-from composer_ema.recipe.arguments import REFUSALS, Named, Place, RecipeError, said
+from composer_ema.recipe import groups
+from composer_ema.recipe.arguments import Place, RecipeError, said, signature
+from composer_ema.recipe.fitting import Fitted, fit
+from composer_ema.recipe.named import REFUSALS, Named
 from composer_ema.recipe.outputs import METRICS_FILE
 from composer_ema.recipe.recorder import Recorder
-from composer_ema.recipe.schedules import Length, Scheduled
-from composer_ema.recipe.schema import AVERAGES, Plan, Recipe, plan
-from composer_ema.zoo.data import Data
+from composer_ema.recipe.scheduled import Length, Scheduled
+from composer_ema.recipe.schema import Plan, Recipe, plan
+from composer_ema.zoo.dataset import Data
 
 CHECKPOINT_FOLDER = 'checkpoints'
 DEFAULT_SEED = 0
@@ -82,20 +84,21 @@ def build(recipe: Recipe, *, scratch: Path | None = None, callbacks: Sequence[Ca
     reproducibility.seed_all(seed)
     model = checked.model.build()
     optimizer = groups.build_optimizer(checked.optimizer, checked.param_groups, model) if checked.optimizer else None
-    scheduled = schedules.check_metrics(checked.schedulers, model)
-    if optimizer is not None:
-        schedules.rehearse(scheduled, optimizer)
-    algorithms = [_algorithm(each, checked.evaluate) for each in checked.algorithms]
+    # Before the data are touched, unless only they tell how long an epoch is.
+    extent = checked.extent()
+    stepped = _fit(checked, extent.batches, model, optimizer) if extent is not None else None
+    algorithms = [_algorithm(each, checked) for each in checked.algorithms]
     callbacks = [*(each.build() for each in checked.callbacks), *callbacks]
     loggers = [each.build() for each in checked.loggers]
 
-    if dist.get_world_size() == 1:  # several processes may round the length of an epoch up
-        schedules.fill(scheduled, _length(checked, checked.extent().batches), checked.trainer)
-    data = checked.data.build(**({} if 'seed' in checked.data.arguments else {'seed': seed}))
+    data = checked.data.build(**_seed_of_data(checked.data, seed))
     _check_fit(model, data, checked.model.place)
-    length = _length(checked, len(data.train))
-    scheduled = schedules.fill(scheduled, length, checked.trainer)
-    stepped = schedules.for_trainer(scheduled, optimizer)
+    if extent is not None and extent.batches != len(data.train):
+        raise checked.data.place.error(
+            f'{checked.data.name} is registered with {extent.samples} samples, {extent.batches} batches an epoch, and '
+            f'its loader has {len(data.train)}. Correct what samples= of its registration returns.'
+        )
+    stepped = stepped or _fit(checked, len(data.train), model, optimizer)
     recorder = Recorder(folder / METRICS_FILE if scratch is None else None)
     arguments = {
         **_trainer_arguments(checked.trainer, folder, scratch),
@@ -117,21 +120,25 @@ def build(recipe: Recipe, *, scratch: Path | None = None, callbacks: Sequence[Ca
         try:
             trainer = Trainer(**arguments)
         except REFUSALS as error:
-            raise blame(checked, error, Named(place, 'Trainer', Trainer, arguments)).error(said(error)) from error
+            raise blame(checked, error).error(said(error)) from error
         try:
             stepped.check_unchanged(settings)
         except RecipeError:
             trainer.close()
             raise
-    resolved = recipe.replace(seed=seed, run_name=run_name, **_schedule_values(recipe, scheduled))
-    return Run(resolved, checked, folder, trainer, recorder, _remarks(checked, scheduled, length, optimizer))
+    length = checked.length(len(data.train))
+    resolved = recipe.replace(seed=seed, run_name=run_name, **_schedule_values(recipe, stepped.scheduled))
+    return Run(resolved, checked, folder, trainer, recorder, _remarks(checked, stepped.scheduled, length, optimizer))
 
 
-def blame(checked: Plan, error: Exception, otherwise: Named | None = None) -> Place:
-    """The one argument of an algorithm that the message speaks of, or else of ``otherwise``, or else the recipe."""
-    blamed = ((each.blame(error), each.place) for each in checked.algorithms)
-    of_algorithms = next((place for place, whole in blamed if place != whole), None)
-    return of_algorithms or (otherwise.blame(error) if otherwise else checked.place)
+def blame(checked: Plan, error: Exception) -> Place:
+    """The key of what an error in a run is about: an argument of an algorithm, an algorithm, or the whole recipe.
+
+    Only errors that carry the name of the argument tell it; see :class:`composer_ema.spans.ArgumentError`.
+    """
+    argument = getattr(error, 'argument', None)
+    owners = [each for each in checked.algorithms if argument in signature(each.factory)]
+    return owners[0].blame(error) if len(owners) == 1 else checked.place
 
 
 def _start_processes(checked: Plan) -> None:
@@ -272,10 +279,14 @@ def _refuse_to_overwrite(checked: Plan, folder: Path, place: Place) -> None:
         )
 
 
-def _length(checked: Plan, batches_per_epoch: int) -> Length | None:
-    subset = checked.trainer.get('train_subset_num_batches', -1)
-    batches = batches_per_epoch if subset < 0 else min(subset, batches_per_epoch)
-    return Length.of(checked.trainer['max_duration'], batches)
+def _seed_of_data(data: Named, seed: int) -> dict[str, int]:
+    """The recipe's seed, for a data set that takes one and is given none of its own."""
+    return {'seed': seed} if 'seed' in signature(data.factory) and 'seed' not in data.arguments else {}
+
+
+def _fit(checked: Plan, batches_per_epoch: int, model: Any, optimizer: torch.optim.Optimizer | None) -> Fitted:
+    length = checked.length(batches_per_epoch)
+    return fit(checked.schedulers, length, trainer=checked.trainer, model=model, optimizer=optimizer)
 
 
 def _schedule_values(recipe: Recipe, scheduled: Sequence[Scheduled]) -> dict[str, Any]:
@@ -297,10 +308,10 @@ def _remarks(
     return remarks
 
 
-def _algorithm(named: Named, evaluate: list[str]) -> Algorithm:
-    if named.name not in AVERAGES or not evaluate:
+def _algorithm(named: Named, checked: Plan) -> Algorithm:
+    if named not in checked.averages.values() or not checked.evaluate:
         return named.build()
-    return named.build(evaluate_with={f'eval_{weights}': weights for weights in evaluate})
+    return named.build(evaluate_with={f'eval_{weights}': weights for weights in checked.evaluate})
 
 
 def _trainer_arguments(given: Mapping[str, Any], folder: Path, scratch: Path | None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 from composer.core import State, Time, Timestamp
 from composer.utils import dist
 
-from composer_ema.spans import UNITS, Span
+from composer_ema.spans import UNITS, ArgumentError, Span
 
 #: Units that a clock carries; a share of the run is turned into the run's own unit first.
 CLOCK_UNITS = ('iter', 'ep', 'ba', 'sp', 'tok')
@@ -64,7 +64,8 @@ def resolve_share(span: Span, state: State, name: str) -> Span:
     if span.unit != 'dur':
         return span
     if state.max_duration is None:
-        raise ValueError(f"{name}='{span}' is a share of the run, but the run has no max_duration. Set it.")
+        message = f"{name}='{span}' is a share of the run, but the run has no max_duration. Set it."
+        raise ArgumentError(message, name)
     return Span(span.value * state.max_duration.value, state.max_duration.unit.value)
 
 

@@ -23,7 +23,7 @@ from composer_ema.model.names import listed
 from composer_ema.model.sharding import unwrap
 from composer_ema.settings import TrainerSettings, takes_settings
 from composer_ema.shadow.shadow_model import ShadowModel
-from composer_ema.spans import Span
+from composer_ema.spans import ArgumentError, Span
 from composer_ema.trainer.annealing import Annealing, check_state, check_strategy
 from composer_ema.trainer.clock import Clock, read_clock, resolve_share, run_length
 from composer_ema.trainer.weight_average import WeightAverage, check_clock, warn
@@ -272,9 +272,10 @@ class SWA(WeightAverage):
         tracked = {name for name, _ in self._require_shadow().named_buffers()}
         untracked = [name for name in statistics if name not in tracked]
         if untracked:
-            raise ValueError(
+            raise ArgumentError(
                 f'refresh_batchnorm={self._arguments["refresh_batchnorm"]} needs statistics that include and exclude '
-                f'leave out: {listed(untracked)}. Let them pass, or set refresh_batchnorm=False.'
+                f'leave out: {listed(untracked)}. Let them pass, or set refresh_batchnorm=False.',
+                'refresh_batchnorm',
             )
         # Both raise where they cannot tell.
         self._batches_to_refresh(state)
@@ -285,9 +286,10 @@ class SWA(WeightAverage):
         if isinstance(refresh, int) and not isinstance(refresh, bool):
             return refresh if epoch is None else min(refresh, epoch.value)
         if epoch is None:
-            raise ValueError(
+            raise ArgumentError(
                 f'refresh_batchnorm={self._arguments["refresh_batchnorm"]!r} is a share of an epoch, but the '
-                "dataloader has no length. Pass a number of batches, such as refresh_batchnorm='100ba'."
+                "dataloader has no length. Pass a number of batches, such as refresh_batchnorm='100ba'.",
+                'refresh_batchnorm',
             )
         share = refresh.value if isinstance(refresh, Span) else 1.0
         return max(1, math.ceil(share * epoch.value - 1e-9))

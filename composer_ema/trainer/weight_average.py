@@ -30,7 +30,7 @@ from composer_ema.model.names import check_same
 from composer_ema.model.sharding import is_sharded, unwrap
 from composer_ema.settings import Settings, settings_of
 from composer_ema.shadow.shadow_model import ShadowModel
-from composer_ema.spans import Span
+from composer_ema.spans import ArgumentError, Span
 from composer_ema.trainer.clock import (
     CLOCK_UNITS,
     Clock,
@@ -290,14 +290,16 @@ class WeightAverage(Algorithm):
                 continue
             resolved = resolve_share(span, state, name)
             if resolved.unit == 'iter' and state._iteration_length is None:
-                raise ValueError(f"{name}='{span}' counts iterations, but this run has none. Pass epochs or batches.")
+                message = f"{name}='{span}' counts iterations, but this run has none. Pass epochs or batches."
+                raise ArgumentError(message, name)
             is_whole = float(resolved.value).is_integer()
             if name in self._elapsing:  # elapse by what passes between two updates
                 is_whole = self._update_event is not Event.BATCH_END and resolved.unit == self.update_interval.unit
             if not is_whole and not knows_fractions(resolved.unit, state):
-                raise ValueError(
+                raise ArgumentError(
                     f"{name}='{span}' needs parts of {words(resolved.unit)}, but the dataloader has no length. "
-                    'Pass batches or samples, or set train_subset_num_batches.'
+                    'Pass batches or samples, or set train_subset_num_batches.',
+                    name,
                 )
         interval = resolve_share(self.update_interval, state, 'update_interval')
         start_name = f'{self.name}_start'
@@ -535,9 +537,10 @@ def read(unit: str, state: State, name: str, span: Span) -> float:
     """The time so far in ``unit``; raises where the run does not count it."""
     now = read_clock(state)
     if unit == 'tok' and now['tok'] == 0 and now['ba'] > 0:
-        raise ValueError(
+        raise ArgumentError(
             f"{name}='{span}' counts tokens, but the dataloader reports none. "
-            'Pass samples or batches, or a DataSpec with get_num_tokens_in_batch.'
+            'Pass samples or batches, or a DataSpec with get_num_tokens_in_batch.',
+            name,
         )
     return now[unit]
 
