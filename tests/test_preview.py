@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from composer.utils import dist
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -255,6 +256,19 @@ def test_extent_is_that_of_the_loader(name, arguments):
     assert found.samples == len(loader.dataset)  # pyright: ignore[reportArgumentType]
     assert found.batches == len(loader)
     assert sorted(found.samples_of(i) for i in range(found.batches)) == sorted(len(batch[1]) for batch in loader)
+
+
+@pytest.mark.parametrize('processes', [2, 3])
+@pytest.mark.parametrize('size', [6, 7, 11, 12, 13])
+@pytest.mark.parametrize('drop_last', [False, True])
+def test_extent_is_that_of_the_loader_in_several_processes(monkeypatch, processes, size, drop_last):
+    monkeypatch.setattr(dist, 'get_world_size', lambda: processes)
+    arguments = {'size': size, 'eval_size': 6, 'batch_size': 6, 'eval_batch_size': 6, 'image_size': [1, 2, 2]}
+    for rank in range(processes):
+        monkeypatch.setattr(dist, 'get_global_rank', lambda rank=rank: rank)
+        found = extent(DATASETS['fake'], {**arguments, 'drop_last': drop_last})
+        assert found is not None
+        assert found.batches == len(DATASETS['fake'](**arguments, drop_last=drop_last).train)
 
 
 def test_every_data_set_tells_its_extent():

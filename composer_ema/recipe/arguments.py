@@ -5,29 +5,21 @@ Each error becomes one :class:`RecipeError` that names the key, the value, the r
 
 from __future__ import annotations
 
-import collections.abc
-import enum
 import functools
 import inspect
 import json
 import math
-import types
 import typing
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 from composer.core import Callback
 from composer.loggers import LoggerDestination
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
-from pydantic.errors import PydanticUndefinedAnnotation, PydanticUserError
-from pydantic.json_schema import GenerateJsonSchema, JsonSchemaWarningKind
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
+from composer_ema.recipe.kinds import CONFIG, Kind, kind_of, list_adapter
 from composer_ema.recipe.registry import nearest
-
-#: In JSON mode a list may stand for a tuple, and strict means that a string is never taken for a number.
-_CONFIG = ConfigDict(strict=True, arbitrary_types_allowed=True, extra='forbid')
-_NOTHING: dict[str, Any] = {'not': {}}  # JSON Schema for a kind that no value has
 
 
 class RecipeError(ValueError):
@@ -90,9 +82,9 @@ def check_arguments(
 
 def check_value(annotation: Any, value: Any, place: Place) -> Any:
     """Returns ``value`` unchanged, or raises a :class:`RecipeError` where it is not of the annotated kind."""
-    kind = _kind(annotation)
+    kind = Kind.of(annotation)
     try:
-        TypeAdapter(_list_of(kind.annotation), config=_CONFIG).validate_json(json.dumps([value]))
+        list_adapter(kind.annotation).validate_json(json.dumps([value]))
     except ValidationError:
         raise _wrong_kind(kind, value, place) from None
     return value
@@ -139,7 +131,7 @@ def _model(owner: Callable[..., Any], given: frozenset[str]) -> type[BaseModel]:
         for index, (name, each) in enumerate(parameters.items())
         if each.kind is not each.VAR_KEYWORD
     }
-    config = ConfigDict(**{**_CONFIG, 'extra': 'allow' if takes_any_name else 'forbid'})
+    config = ConfigDict(**{**CONFIG, 'extra': 'allow' if takes_any_name else 'forbid'})
     return create_model('Arguments', __config__=config, **fields)
 
 
@@ -167,142 +159,15 @@ def _first_error(
     return place.error(f'{_name(owner)} needs {", ".join(missing)}. Write {missing[0]}: ... under {place.key}.')
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """What an annotation lets YAML say.
-
-    Args:
-        annotation: What pydantic checks.
-        schema: The same as JSON Schema, without the alternatives that no YAML value has, such as functions.
-    """
-
-    annotation: Any
-    schema: Mapping[str, Any]
-
-
 @functools.cache
-def _kinds(owner: Callable[..., Any]) -> dict[str, _Kind]:
-    return {name: _kind(each.annotation) for name, each in signature(owner).items()}
+def _kinds(owner: Callable[..., Any]) -> dict[str, Kind]:
+    return {name: Kind.of(each.annotation) for name, each in signature(owner).items()}
 
 
-def _kind(annotation: Any) -> _Kind:
-    annotation = _without_loose_ends(annotation)
-    try:
-        described = TypeAdapter(_list_of(annotation), config=_CONFIG).json_schema(schema_generator=_YamlSchema)
-    except (PydanticUserError, PydanticUndefinedAnnotation):
-        return _Kind(Any, {})  # pydantic cannot describe the class: its constructor must judge the values
-    schema = _pruned(described['items'], described.get('$defs', {}))
-    # Where no YAML value fits, as for an optimizer, the constructor must judge the values, too.
-    return _Kind(Any, {}) if schema is None else _Kind(annotation, schema)
-
-
-def _list_of(annotation: Any) -> Any:
-    # pydantic takes a configuration for every annotation but a bare dataclass or model, so these go into a list.
-    return types.GenericAlias(list, (annotation,))
-
-
-class _YamlSchema(GenerateJsonSchema):
-    """Describes classes and functions, of which JSON has no values, as kinds without any value."""
-
-    ignored_warning_kinds: set[JsonSchemaWarningKind] = {'skipped-choice', 'non-serializable-default'}  # noqa: RUF012
-
-    def handle_invalid_for_json_schema(self, schema: Any, error_info: str) -> dict[str, Any]:
-        return _NOTHING
-
-
-def _without_loose_ends(annotation: Any) -> Any:
-    """The annotation, made stricter in three places.
-
-    An enumeration becomes its values, since Composer's raise errors of their own; ``str | Precision`` means a string
-    that names a precision; and pydantic would check the entries of an ``Iterable`` only when they are used.
-    """
-    origin, inner = get_origin(annotation), get_args(annotation)
-    if annotation is inspect.Parameter.empty:
-        return Any
-    if _is_enum(annotation):
-        return Literal[tuple(each.value for each in annotation)]
-    if origin in (Union, types.UnionType):
-        has_enum = any(map(_is_enum, inner))
-        kept = [_without_loose_ends(each) for each in inner if not (has_enum and each is str)]
-        return Union[tuple(kept)]  # noqa: UP007 - built from a list
-    if collections.abc.Iterable in (origin, annotation):
-        return _list_of(_without_loose_ends(inner[0]) if inner else Any)
-    if origin in (list, tuple, dict, collections.abc.Sequence, collections.abc.Mapping):
-        return types.GenericAlias(origin, tuple(map(_without_loose_ends, inner)))
-    return annotation
-
-
-def _is_enum(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, enum.Enum)
-
-
-def _pruned(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The JSON Schema without alternatives that no value has, references resolved; None where nothing is left."""
-    if schema == _NOTHING:
-        return None
-    if '$ref' in schema:
-        name = schema['$ref'].rpartition('/')[2]
-        others = {key: value for key, value in definitions.items() if key != name}  # a kind may contain itself
-        return _pruned(definitions.get(name, {}), others)
-    if 'anyOf' in schema:
-        options = [option for each in schema['anyOf'] if (option := _pruned(each, definitions)) is not None]
-        return {'anyOf': options} if options else None
-    pruned = dict(schema)
-    for key in ('items', 'additionalProperties'):
-        if isinstance(schema.get(key), Mapping):
-            pruned[key] = _pruned(schema[key], definitions)
-    if 'prefixItems' in schema:
-        pruned['prefixItems'] = [_pruned(each, definitions) for each in schema['prefixItems']]
-    parts = [pruned.get('items', ()), pruned.get('additionalProperties', ()), *pruned.get('prefixItems', ())]
-    return None if None in parts else pruned
-
-
-def _wrong_kind(kind: _Kind, value: Any, place: Place) -> RecipeError:
-    choices = [each for each in _choices(kind.schema) if isinstance(each, str)]
+def _wrong_kind(kind: Kind, value: Any, place: Place) -> RecipeError:
+    choices = [each for each in kind.choices if isinstance(each, str)]
     near = f' The nearest legal one is {nearest(value, choices)}.' if choices and isinstance(value, str) else ''
-    return place.error(f'must be {_in_words(kind.schema)}, got {value!r} ({_kind_of(value)}).{near}')
-
-
-def _choices(schema: Mapping[str, Any]) -> list[Any]:
-    if 'anyOf' in schema:
-        return [choice for each in schema['anyOf'] for choice in _choices(each)]
-    return [schema['const']] if 'const' in schema else list(schema.get('enum', ()))
-
-
-def _in_words(schema: Mapping[str, Any]) -> str:
-    if 'anyOf' in schema:
-        return ' or '.join(dict.fromkeys(_in_words(each) for each in schema['anyOf']))
-    if 'enum' in schema or 'const' in schema:
-        return 'one of ' + ', '.join(str(each) for each in _choices(schema))
-    if 'prefixItems' in schema:
-        first, *_ = parts = schema['prefixItems']
-        return f'a list of {len(parts)} values, the first {_in_words(first)}'
-    if schema.get('items'):
-        return f'a list, each entry {_in_words(schema["items"])}'
-    return _WORDS.get(schema.get('type', ''), 'of another kind')
-
-
-_WORDS = {
-    'string': 'a string',
-    'integer': 'an integer',
-    'number': 'a number',
-    'boolean': 'true or false',
-    'null': 'null',
-    'array': 'a list',
-    'object': 'a mapping',
-}
-
-
-def _kind_of(value: Any) -> str:
-    kinds = {
-        str: 'a string',
-        int: 'an integer',
-        float: 'a number',
-        bool: 'a boolean',
-        dict: 'a mapping',
-        list: 'a list',
-    }
-    return kinds.get(type(value), 'null')
+    return place.error(f'must be {kind}, got {value!r} ({kind_of(value)}).{near}')
 
 
 def _annotation(parameter: inspect.Parameter, hints: Mapping[str, Any]) -> Any:

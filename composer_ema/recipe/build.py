@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import re
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,24 +12,20 @@ from typing import Any
 import torch
 from composer import Evaluator, Trainer
 from composer.core import Algorithm, Callback
-from composer.utils import dist, format_name_with_dist, get_device, reproducibility
-from composer.utils.compression import is_compressed_pt
-from composer.utils.file_helpers import is_tar
+from composer.utils import dist, get_device, reproducibility
 
-from composer_ema.checkpoints.reading import CheckpointError, check_sums, is_of_composer, load_safely
 from composer_ema.recipe import groups
 from composer_ema.recipe.arguments import Place, RecipeError, said, signature
 from composer_ema.recipe.fitting import Fitted, fit
+from composer_ema.recipe.loaded import check_loaded, latest_checkpoint
 from composer_ema.recipe.named import REFUSALS, Named
-from composer_ema.recipe.outputs import METRICS_FILE
+from composer_ema.recipe.outputs import CHECKPOINT_FOLDER, METRICS_FILE
 from composer_ema.recipe.recorder import Recorder
 from composer_ema.recipe.scheduled import Length, Scheduled
 from composer_ema.recipe.schema import Plan, Recipe, plan
 from composer_ema.zoo.dataset import Data
 
-CHECKPOINT_FOLDER = 'checkpoints'
 DEFAULT_SEED = 0
-_DEFAULT_LATEST = inspect.signature(Trainer).parameters['save_latest_filename'].default
 
 
 @dataclass(frozen=True)
@@ -77,7 +71,7 @@ def build(recipe: Recipe, *, scratch: Path | None = None, callbacks: Sequence[Ca
     seed = _seed(checked)
     run_name = _run_name(checked)
     folder = Path(checked.runs_folder) / run_name
-    _check_what_is_loaded(checked, run_name)
+    check_loaded(checked, run_name)
     if scratch is None:
         _refuse_to_overwrite(checked, folder, place)
 
@@ -179,75 +173,9 @@ def _numbered_name(checked: Plan, *, resumes: bool) -> str:
     numbers = [int(match[1] or 1) for name in taken if (match := re.fullmatch(rf'{re.escape(stem)}(?:-(\d+))?', name))]
     names = [stem if number == 1 else f'{stem}-{number}' for number in sorted({1, *numbers})]
     if resumes:
-        return next((name for name in reversed(names) if _latest_checkpoint(checked, name)), names[-1])
+        return next((name for name in reversed(names) if latest_checkpoint(checked, name)), names[-1])
     number = max(numbers, default=0) + 1
     return stem if number == 1 else f'{stem}-{number}'
-
-
-def _latest_checkpoint(checked: Plan, run_name: str) -> Path | None:
-    """What autoresume loads for a run of this name; None where there is nothing, or not on this machine's disks."""
-    in_run_folder = str(Path(checked.runs_folder) / run_name / CHECKPOINT_FOLDER)
-    folder = checked.trainer.get('save_folder', in_run_folder)
-    latest = checked.trainer.get('save_latest_filename', _DEFAULT_LATEST)
-    if not folder or not latest or '://' in folder:
-        return None
-    path = Path(format_name_with_dist(folder, run_name), format_name_with_dist(latest, run_name))
-    return path if path.exists() else None
-
-
-def _check_what_is_loaded(checked: Plan, run_name: str) -> None:
-    """Tells of a missing or damaged checkpoint before anything is built."""
-    complaint: list[Any] = [None]
-    # Rank 0 reads it through, which takes a while for a large one; all processes then stop with the same words.
-    if dist.get_global_rank() == 0:
-        complaint[0] = _complaint_about_what_is_loaded(checked, run_name)
-    dist.broadcast_object_list(complaint)
-    if complaint[0] is not None:
-        key, message = complaint[0]
-        raise (checked.place / key).error(message)
-
-
-def _complaint_about_what_is_loaded(checked: Plan, run_name: str) -> tuple[str, str] | None:
-    """The key to blame and why; None when the checkpoint is sound, there is none, or only Composer can judge it."""
-    latest = _latest_checkpoint(checked, run_name) if checked.trainer.get('autoresume') else None
-    given = checked.trainer.get('load_path')
-    if latest is not None:
-        reason = _damage(latest)
-        remedy = 'To do so, give load_path=... and leave autoresume out.'
-        return ('autoresume', f'{reason} {remedy}') if reason else None
-    if not given or '://' in given or '{' in given or checked.trainer.get('load_object_store') is not None:
-        return None
-    if Path(given).is_dir() and not checked.trainer.get('parallelism_config'):
-        return 'load_path', f'{given} is a folder. Give one file of it, as in {Path(given) / "latest-rank0.pt"}.'
-    reason = _damage(Path(given))
-    return ('load_path', reason) if reason else None
-
-
-def _damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, as far as can be told without unpickling it."""
-    if not path.exists():
-        return f'there is no file {path}.'
-    # Shards, archives and links to remote files.
-    if path.is_dir() or is_tar(path) or is_compressed_pt(str(path)) or path.suffix == '.symlink':
-        return None
-    # torch.save writes a zip archive, whose directory comes last and is what a cut-off file lacks.
-    if not zipfile.is_zipfile(path):
-        return f'{path} is no checkpoint, or only the beginning of one. Load an earlier one.'
-    try:
-        check_sums(path)
-    except CheckpointError as error:
-        return str(error)
-    with zipfile.ZipFile(path) as archive:
-        is_from_torch = any(name.endswith('data.pkl') for name in archive.namelist())
-    if not is_from_torch:
-        return f'{path} is an archive of another kind, no checkpoint.'
-    try:
-        content = load_safely(path, mmap=True)
-    except Exception:  # it holds types of the user's own, which only Composer's loading takes
-        return None
-    if not is_of_composer(content):
-        return f'{path} was not saved by Composer: it has no state of a run. load_average() reads averages of others.'
-    return None
 
 
 @contextlib.contextmanager
