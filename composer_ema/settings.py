@@ -20,6 +20,8 @@ from typing import Any, Literal, TypedDict, TypeVar
 import torch
 from torch import Tensor
 
+from composer_ema.spans import ArgumentError
+
 BufferMode = Literal['average', 'copy']
 Rounding = Literal['nearest', 'stochastic']
 Backend = Literal['auto', 'fused', 'foreach', 'reference']
@@ -257,7 +259,7 @@ def settings_of(cls: type) -> list[str]:
 def check_seed(seed: int) -> int:
     """Returns ``seed`` or raises a ValueError: it is a whole number in [0, 2**63)."""
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise ValueError(f'seed must be a whole number in [0, 2**63), got {seed!r}.')
+        raise ArgumentError(f'seed must be a whole number in [0, 2**63), got {seed!r}.', 'seed')
     return seed
 
 
@@ -297,7 +299,7 @@ def name_of(function: Callable[..., Any]) -> str:
 def _check_choice(name: str, value: object, legal: Sequence[str]) -> None:
     if value not in legal:
         *first, last = (repr(each) for each in legal)
-        raise ValueError(f'{name} must be {", ".join(first)} or {last}, got {value!r}.')
+        raise ArgumentError(f'{name} must be {", ".join(first)} or {last}, got {value!r}.', name)
 
 
 def _check_rounding(rounding: Rounding, dtype: object) -> None:
@@ -331,8 +333,9 @@ def _compile(argument: str, patterns: str | Sequence[str] | None) -> tuple[re.Pa
         try:
             compiled.append(re.compile(pattern))
         except re.error as error:
-            raise ValueError(
+            raise ArgumentError(
                 f'{argument} pattern {pattern!r} is not a regular expression: {error}. '
-                f'To match it literally pass {re.escape(pattern)!r}.'
+                f'To match it literally pass {re.escape(pattern)!r}.',
+                argument,
             ) from error
     return tuple(compiled)

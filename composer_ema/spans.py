@@ -1,4 +1,4 @@
-"""Time strings such as ``'1000ba'``, read and checked without importing Composer."""
+"""Time strings such as ``'1000ba'``, read and checked without importing Composer, and the error of an argument."""
 
 from __future__ import annotations
 
@@ -21,6 +21,19 @@ UNITS = {
 FRACTIONAL_UNITS = frozenset({'iter', 'ep', 'dur'})
 
 _TIME_STRING = re.compile(r'\s*(?P<value>[^a-zA-Z]*(?:[eE][^a-zA-Z]+)?)(?P<unit>[a-zA-Z]*)\s*')
+
+
+class ArgumentError(ValueError):
+    """A value that an argument cannot have.
+
+    Args:
+        message: The value, the rule and the remedy.
+        argument: The name of the argument, so that a caller can tell the user where it was given.
+    """
+
+    def __init__(self, message: str, argument: str = '') -> None:
+        super().__init__(message)
+        self.argument = argument
 
 
 @dataclass(frozen=True)
@@ -56,22 +69,22 @@ class Span:
 
         Raises:
             TypeError: ``time`` is no time at all.
-            ValueError: it does not parse, its unit is not in ``units``, or its value is out of range.
+            ArgumentError: it does not parse, its unit is not in ``units``, or its value is out of range.
         """
         value, unit = _split(time, name)
         example = f"Pass for example {name}='{_EXAMPLES[next(iter(units))]}'."
         if unit not in units:
             legal = ', '.join(f'{unit} ({UNITS[unit]})' for unit in units)
-            raise ValueError(f'{name} takes the units {legal}, got {str(time)!r}. {example}')
+            raise ArgumentError(f'{name} takes the units {legal}, got {str(time)!r}. {example}', name)
         if not math.isfinite(value):
-            raise ValueError(f'{name} must be finite, got {str(time)!r}. {example}')
+            raise ArgumentError(f'{name} must be finite, got {str(time)!r}. {example}', name)
         if value < 0 or (positive and value == 0):
-            raise ValueError(
-                f'{name} must {"be above zero" if positive else "not be negative"}, got {str(time)!r}. {example}'
+            raise ArgumentError(
+                f'{name} must {"be above zero" if positive else "not be negative"}, got {str(time)!r}. {example}', name
             )
         if unit not in FRACTIONAL_UNITS and value != int(value):
-            raise ValueError(
-                f'{name} counts whole {UNITS[unit]}, got {str(time)!r}. Round it, or pass a share of epochs.'
+            raise ArgumentError(
+                f'{name} counts whole {UNITS[unit]}, got {str(time)!r}. Round it, or pass a share of epochs.', name
             )
         return cls(int(value) if value == int(value) and unit != 'dur' else float(value), unit)
 
@@ -84,7 +97,7 @@ def _split(time: Any, name: str) -> tuple[float, str]:
         match = _TIME_STRING.fullmatch(time)
         value = match and _number(match['value'])
         if match is None or value is None:
-            raise ValueError(f"{name} must be a number followed by a unit, such as '1000ba', got {time!r}.")
+            raise ArgumentError(f"{name} must be a number followed by a unit, such as '1000ba', got {time!r}.", name)
         return value, match['unit'].lower()
     value, unit = getattr(time, 'value', None), getattr(time, 'unit', None)
     unit = getattr(unit, 'value', unit)

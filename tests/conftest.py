@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections import ChainMap
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 # Triton chooses when it is imported: without a CUDA device its interpreter checks the kernels.
 if not list(Path('/dev').glob('nvidia[0-9]*')):
@@ -35,6 +37,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if 'gpu' in item.keywords:
                 item.add_marker(pytest.mark.skip(reason='needs a CUDA device, and this machine has none'))
+
+
+@pytest.fixture
+def register(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str, Any], None]:
+    """Lets recipes name one more thing: ``register('models', 'sparse', SparseNetwork)``."""
+
+    def register(kind: str, name: str, value: Any) -> None:
+        from composer_ema.recipe import registry
+
+        known = getattr(registry, kind)()
+        classes = ChainMap({name: value}, known.classes)  # pyright: ignore[reportArgumentType]: only read
+        wider = registry.Registry(known.kind, classes, {**known.aliases, name.replace('_', ''): name})
+        monkeypatch.setattr(registry, kind, lambda: wider)
+
+    return register
 
 
 @pytest.fixture

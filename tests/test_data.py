@@ -22,9 +22,13 @@ from composer import Callback, Trainer
 from composer.utils import dist
 from torch.utils.data import DistributedSampler
 
+from composer_ema.recipe import registry
 from composer_ema.zoo import fetch
-from composer_ema.zoo.data import DATASETS, CropAndMirror, Normalise, cifar10, fake, fashion_mnist, mnist1d
+from composer_ema.zoo.data import cifar10, fake, fashion_mnist, mnist1d
 from composer_ema.zoo.models import build_model
+from composer_ema.zoo.transforms import CropAndMirror, Normalise
+
+DATASETS = registry.datasets().classes
 
 pytestmark = pytest.mark.filterwarnings(
     'error',
@@ -257,7 +261,7 @@ class TestLookUp:
         script = tmp_path / 'race.py'
         script.write_text(
             'import hashlib, os, pathlib, shutil, sys, time\n'
-            'from composer_ema.recipe import fetch\n'
+            'from composer_ema.zoo import fetch\n'
             'here = pathlib.Path(sys.argv[1])\n'
             "mirror = here / 'mirror'\n"
             "fetch.DEBIAN_FOLDER = here / 'debian'\n"

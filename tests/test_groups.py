@@ -16,7 +16,7 @@ from composer_ema.pictures import conclusion
 from composer_ema.recipe import groups, registry, run, schema
 from composer_ema.recipe.arguments import RecipeError
 from composer_ema.recipe.build import build
-from composer_ema.zoo.models import MODELS
+from composer_ema.zoo.models import FashionCNN
 
 RECIPE: dict[str, Any] = {
     'max_duration': '2ba',
@@ -46,9 +46,9 @@ class SparseNetwork(nn.Module):
 
 
 @pytest.fixture
-def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., schema.Recipe]:
+def recipe(tmp_path: Path, register: Callable[..., None]) -> Callable[..., schema.Recipe]:
     """Writes the recipe with an optimizer and loads it; ``sparse`` is among the models."""
-    monkeypatch.setitem(MODELS, 'sparse', SparseNetwork)
+    register('models', 'sparse', SparseNetwork)
 
     def recipe(optimizer: dict[str, Any], **values: Any) -> schema.Recipe:
         path = tmp_path / 'recipe.yaml'
@@ -164,7 +164,7 @@ def test_what_cannot_work_is_refused_before_data_is_touched(
     def touched(self: Any) -> None:
         raise AssertionError('data was touched')
 
-    monkeypatch.setattr('composer_ema.zoo.data._Loading.__post_init__', touched)
+    monkeypatch.setattr('composer_ema.zoo.dataset.Batching.__post_init__', touched)
     with pytest.raises(RecipeError, match=said) as refused:
         build(recipe(optimizer, **values))
     assert refused.value.key == key
@@ -241,7 +241,7 @@ class TestGroups:
         assert [len(group['params']) for group in built.trainer.state.optimizers[0].param_groups] == [5, 9]
 
     def test_hold_frozen_parameters_as_model_parameters_does(self):
-        model = MODELS['fashion_cnn']()
+        model = FashionCNN()
         model.layers[0].weight.requires_grad_(False)
         place = schema.Place('a.yaml', 'optimizer')
         optimizer = schema.Named(place, 'sgd', torch.optim.SGD, {'lr': 0.1})

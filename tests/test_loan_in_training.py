@@ -97,7 +97,7 @@ def test_a_second_trainer_starts_from_the_training_weights_that_a_broken_evaluat
     with pytest.warns(UserWarning, match=r'still held an average.*ShadowModel'):
         second = trainer([average()], model=model)
     assert bits(model) == history.weights[2]
-    second.fit(duration='1ba')
+    second.fit()
     assert not loan.borrowers(model)
 
 

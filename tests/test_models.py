@@ -10,7 +10,10 @@ from composer.metrics import CrossEntropy
 from composer.models import ComposerClassifier
 from torchmetrics.classification import MulticlassAccuracy
 
-from composer_ema.zoo.models import MNIST1DCNN, MNIST1DMLP, MODELS, FashionCNN, build_model
+from composer_ema.recipe import registry
+from composer_ema.zoo.models import MNIST1DCNN, MNIST1DMLP, FashionCNN, build_model
+
+MODELS = registry.models().classes
 
 pytestmark = pytest.mark.filterwarnings(
     'error',

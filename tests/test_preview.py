@@ -8,16 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from composer.utils import dist
 from hypothesis import given
 from hypothesis import strategies as st
 
 from composer_ema.averages import HalfLife, Moment
 from composer_ema.pictures.curves import read_run
-from composer_ema.recipe import schema
+from composer_ema.recipe import registry, schema
 from composer_ema.recipe.arguments import RecipeError
 from composer_ema.recipe.build import build
 from composer_ema.recipe.preview import Preview, Profile, distinct_names, preview, shares
-from composer_ema.zoo.data import DATASETS, extent
+from composer_ema.zoo.dataset import extent
+
+DATASETS = registry.datasets().classes
 
 # 80 samples in 7 batches, 8 of them in the last.
 TINY: dict[str, Any] = {
@@ -231,7 +234,6 @@ class TestSchedule:
         assert raised.value.key == key
 
     def test_no_data_is_read(self, monkeypatch):
-        monkeypatch.setitem(DATASETS, 'fashion_mnist', DATASETS['fashion_mnist'])
         monkeypatch.setattr('composer_ema.zoo.fetch.load_fashion_mnist', lambda root: pytest.fail('it was read'))
         found = look(data={'name': 'fashion_mnist', 'batch_size': 512}, model={'name': 'fashion_cnn'})
         assert (found.batches, found.batches_per_epoch) == (236, 118)
@@ -249,19 +251,34 @@ class TestSchedule:
     ],
 )  # fmt: skip
 def test_extent_is_that_of_the_loader(name, arguments):
-    found, loader = extent(name, arguments), DATASETS[name](**arguments).train
+    found, loader = extent(DATASETS[name], arguments), DATASETS[name](**arguments).train
+    assert found is not None
     assert found.samples == len(loader.dataset)  # pyright: ignore[reportArgumentType]
     assert found.batches == len(loader)
     assert sorted(found.samples_of(i) for i in range(found.batches)) == sorted(len(batch[1]) for batch in loader)
 
 
+@pytest.mark.parametrize('processes', [2, 3])
+@pytest.mark.parametrize('size', [6, 7, 11, 12, 13])
+@pytest.mark.parametrize('drop_last', [False, True])
+def test_extent_is_that_of_the_loader_in_several_processes(monkeypatch, processes, size, drop_last):
+    monkeypatch.setattr(dist, 'get_world_size', lambda: processes)
+    arguments = {'size': size, 'eval_size': 6, 'batch_size': 6, 'eval_batch_size': 6, 'image_size': [1, 2, 2]}
+    for rank in range(processes):
+        monkeypatch.setattr(dist, 'get_global_rank', lambda rank=rank: rank)
+        found = extent(DATASETS['fake'], {**arguments, 'drop_last': drop_last})
+        assert found is not None
+        assert found.batches == len(DATASETS['fake'](**arguments, drop_last=drop_last).train)
+
+
 def test_every_data_set_tells_its_extent():
-    assert [extent(name, {}).samples for name in ('fashion_mnist', 'cifar10', 'mnist1d', 'fake')] == [
-        60_000, 50_000, 4000, 1024,
-    ]  # fmt: skip
-    assert all(extent(name, {}).batches > 0 for name in DATASETS)
+    found = {name: extent(builder, {}) for name, builder in DATASETS.items()}
+    assert {name: each and each.samples for name, each in found.items()} == {
+        'fashion_mnist': 60_000, 'cifar10': 50_000, 'mnist1d': 4000, 'fake': 1024,
+    }  # fmt: skip
+    assert all(each is not None and each.batches > 0 for each in found.values())
     with pytest.raises(ValueError, match='every batch would be dropped'):
-        extent('fake', {'size': 3, 'batch_size': 4, 'drop_last': True})
+        extent(DATASETS['fake'], {'size': 3, 'batch_size': 4, 'drop_last': True})
 
 
 def test_names_differ_by_what_was_asked():

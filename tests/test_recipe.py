@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import functools
 import json
+import pickle
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 import yaml
-from composer.core import Callback
+from composer.core import Callback, Precision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
@@ -22,14 +23,16 @@ from composer_ema.files import write_beside
 from composer_ema.pictures import conclusion, report
 from composer_ema.pictures.report import Point, Result
 from composer_ema.recipe import registry, run, schema
-from composer_ema.recipe.arguments import Place, RecipeError, check_arguments
+from composer_ema.recipe.arguments import Place, RecipeError, check_arguments, check_value
 from composer_ema.recipe.build import build
+from composer_ema.recipe.kinds import Kind
+from composer_ema.recipe.named import Named
 from composer_ema.recipe.recorder import Recorder
 from composer_ema.recipe.schema import Plan
+from composer_ema.spans import ArgumentError
 from composer_ema.trainer.ema import EMA
 from composer_ema.trainer.swa import SWA
 from composer_ema.zoo import fetch
-from composer_ema.zoo.data import DATASETS
 
 YAML_FOLDER = Path(__file__).parent.parent / 'yamls'
 YAMLS = sorted(YAML_FOLDER.rglob('*.yaml'))
@@ -67,7 +70,7 @@ def write(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def data_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
+def data_untouched(register: Callable[..., None]) -> None:
     """Makes every data set fail the test when it is built."""
 
     def refuse(builder: Callable[..., Any]) -> Callable[..., Any]:
@@ -77,8 +80,8 @@ def data_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return touched
 
-    for name, builder in list(DATASETS.items()):
-        monkeypatch.setitem(DATASETS, name, refuse(builder))
+    for name, builder in registry.datasets().classes.items():
+        register('datasets', name, refuse(builder))
 
 
 def quiet(renderable: Any) -> None:
@@ -228,7 +231,7 @@ class TestRefused:
     def test_checkpoint_to_load_that_is_missing_or_damaged(
         self, write, data_untouched, tmp_path, monkeypatch, name, damage, said
     ):
-        monkeypatch.setattr('composer_ema.zoo.models.MODELS', {})  # no model is built either
+        monkeypatch.setattr('composer_ema.recipe.schema.classifier', lambda *_, **__: pytest.fail('a model was built'))
         checkpoint = tmp_path / name
         torch.save({'state': torch.full((64,), 0x81, dtype=torch.uint8)}, checkpoint)
         content = damage(checkpoint.read_bytes())
@@ -317,6 +320,93 @@ class TestArguments:
         with pytest.raises(RecipeError) as refused:
             check_arguments(self.takes, arguments, Place('f', 'k'))
         assert refused.value.key == key
+
+    @pytest.mark.parametrize(
+        ('annotation', 'words', 'legal', 'illegal'),
+        [
+            (str | None, 'a string or null', ['a', None], [1, True, []]),
+            (tuple[float, float], 'a list of 2 values, the first a number', [[1, 0.5]], [[1], [1, 2, 3], 'ab', 1]),
+            (Iterable[int], 'a list, each entry an integer', [[1]], [['a'], [1.5], 3]),
+            (Mapping[str, Literal['ema']], 'a mapping', [{'a': 'ema'}], [{'a': 'emma'}, ['ema']]),
+            (str | Precision, 'one of fp32, amp_fp16, amp_bf16, amp_fp8', ['fp32'], ['fp33', [], 3]),
+            (list[Precision], 'a list, each entry one of fp32, amp_fp16', [['fp32']], [['fp33'], [[]]]),
+            (Callable | None, 'null', [None], ['x']),
+            (list[Callable] | float, 'a number', [1], ['x']),
+        ],
+    )
+    def test_kinds_are_what_yaml_can_say_of_an_annotation(self, annotation, words, legal, illegal):
+        assert str(Kind.of(annotation)).startswith(words)
+        for value in legal:
+            assert check_value(annotation, value, Place('f')) == value
+        for value in illegal:
+            with pytest.raises(RecipeError, match='must be '):
+                check_value(annotation, value, Place('f'))
+
+    @pytest.mark.parametrize('annotation', [Callable, torch.optim.Optimizer, list[Callable], Any, Point])
+    def test_what_yaml_cannot_say_is_left_to_the_constructor(self, annotation):
+        assert check_value(annotation, 'x', Place('f')) == 'x'
+
+    def test_names_that_pydantic_keeps_for_itself_are_names_like_others(self):
+        def takes(*, copy: int = 1, model_config: int = 1, _x: int = 1) -> None: ...
+
+        assert check_arguments(takes, {'copy': 1, '_x': 2}, Place('f', 'k')) == {'copy': 1, '_x': 2}
+        with pytest.raises(RecipeError, match=r'k\.model_config: must be an integer'):
+            check_arguments(takes, {'model_config': 'x'}, Place('f', 'k'))
+
+    def test_a_function_that_takes_any_name_may_be_given_any(self):
+        def takes(a: int = 1, **others: Any) -> None: ...
+
+        assert check_arguments(takes, {'b': 'x'}, Place('f', 'k')) == {'b': 'x'}
+
+
+class TestBlame:
+    @staticmethod
+    def built(factory: Callable[..., Any], *, is_cheap: bool = True, **arguments: Any) -> RecipeError:
+        with pytest.raises(RecipeError) as refused:
+            Named(Place('f', 'k'), 'name', factory, arguments, is_cheap).build()
+        return refused.value
+
+    @staticmethod
+    def picky(a: int = 1, b: int = 1, *, c: int = 1) -> None:
+        if a < 0 or b < 0:
+            raise ValueError('something is negative, and this message does not say what, though it speaks of c')
+
+    def test_finds_the_one_argument_without_which_it_can_be_built(self):
+        assert self.built(self.picky, a=-1, b=2, c=3).key == 'k.a'
+        assert self.built(self.picky, a=-1, b=2, c=3).message.endswith('got -1.')
+
+    def test_of_several_arguments_is_that_of_the_entry(self):
+        assert self.built(self.picky, a=-1, b=-1).key == 'k'
+
+    def test_of_no_given_argument_is_that_of_the_entry(self):
+        def never(a: int = 1) -> None:
+            raise ValueError('a')
+
+        assert self.built(never, a=1).key == 'k'
+
+    def test_of_an_argument_that_cannot_be_left_out_is_found_by_another_value(self):
+        def needs(a: int) -> None:
+            if a < 0:
+                raise ValueError('no')
+
+        assert self.built(needs, a=-1).key == 'k.a'
+
+    @pytest.mark.parametrize(('argument', 'key'), [('a', 'k.a'), ('nothing', 'k')])
+    def test_is_carried_by_the_error(self, argument, key):
+        calls = []
+
+        def refuses(**arguments: Any) -> None:
+            calls.append(arguments)
+            raise ArgumentError('no', argument)
+
+        assert self.built(refuses, is_cheap=False, a=1, b=2).key == key
+        assert calls == [{'a': 1, 'b': 2}], 'what may touch data is called once'
+
+    def test_errors_survive_another_process(self):
+        error = pickle.loads(pickle.dumps(ArgumentError('must be 1', 'half_life')))
+        assert (str(error), error.argument) == ('must be 1', 'half_life')
+        recipe = pickle.loads(pickle.dumps(Place('f', 'k').error('no')))
+        assert str(recipe) == 'f: k: no'
 
 
 class TestRegistry:

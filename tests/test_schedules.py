@@ -21,8 +21,8 @@ from composer_ema.recipe import registry, run, schema
 from composer_ema.recipe.arguments import RecipeError
 from composer_ema.recipe.build import build
 from composer_ema.recipe.outline import Outline
-from composer_ema.recipe.schedules import Length
-from composer_ema.zoo.data import DATASETS
+from composer_ema.recipe.scheduled import Length
+from composer_ema.zoo.data import fake
 
 PER_EPOCH, EPOCHS = 5, 3
 # torch's own word on what SequentialLR does at a milestone, and on a step without gradients.
@@ -400,11 +400,12 @@ REFUSED: list[tuple[Any, dict[str, Any], str, str]] = [
 
 
 @pytest.mark.parametrize(('scheduler', 'values', 'key', 'said'), REFUSED)
-def test_refused_before_data_is_touched(tmp_path, monkeypatch, scheduler, values, key, said):
-    def touched(self: Any) -> None:
+def test_refused_before_data_is_touched(tmp_path, register, scheduler, values, key, said):
+    @functools.wraps(fake)
+    def touched(**_: Any) -> None:
         raise AssertionError('data was touched')
 
-    monkeypatch.setattr('composer_ema.zoo.data._Loading.__post_init__', touched)
+    register('datasets', 'fake', touched)
     values = {**RECIPE, 'evaluate': ['training'], 'runs_folder': str(tmp_path / 'runs'), **values}
     with pytest.raises(RecipeError) as refused:
         build(schema.Recipe('a.yaml', 'a', {**values, 'scheduler': scheduler}))
@@ -429,12 +430,13 @@ def test_refused_before_data_is_touched(tmp_path, monkeypatch, scheduler, values
     ],
 )
 def test_what_does_not_fit_the_length_of_the_run_is_refused_before_data_is_touched(
-    tmp_path, monkeypatch, scheduler, values, key, said
+    tmp_path, register, scheduler, values, key, said
 ):
+    @functools.wraps(fake)
     def touched(**_: Any) -> None:
         raise AssertionError('data was touched')
 
-    monkeypatch.setitem(DATASETS, 'fake', functools.wraps(DATASETS['fake'])(touched))
+    register('datasets', 'fake', touched)
     values = {**RECIPE, 'runs_folder': str(tmp_path / 'runs'), **values, 'scheduler': scheduler}
     with pytest.raises(RecipeError) as refused:
         build(schema.Recipe('a.yaml', 'a', values))

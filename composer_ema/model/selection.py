@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from composer_ema.model.names import listed
+from composer_ema.spans import ArgumentError
 
 
 class Selection:
@@ -29,9 +30,10 @@ class Selection:
         for argument, patterns in (('include', self._include), ('exclude', self._exclude)):
             for pattern in patterns:
                 if not any(pattern.search(name) for name in names):
-                    raise ValueError(
+                    raise ArgumentError(
                         f'{argument} pattern {pattern.pattern!r} matches none of the {len(names)} names of the model, '
-                        f'which begin with {listed(names)}. Correct it or leave it out.'
+                        f'which begin with {listed(names)}. Correct it or leave it out.',
+                        argument,
                     )
         if names and not any(name in self for name in names):
             raise ValueError('include and exclude together leave no name to average. Widen include or narrow exclude.')

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import re
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,22 +12,20 @@ from typing import Any
 import torch
 from composer import Evaluator, Trainer
 from composer.core import Algorithm, Callback
-from composer.utils import dist, format_name_with_dist, get_device, reproducibility
-from composer.utils.compression import is_compressed_pt
-from composer.utils.file_helpers import is_tar
+from composer.utils import dist, get_device, reproducibility
 
-from composer_ema.checkpoints.reading import CheckpointError, check_sums, is_of_composer, load_safely
-from composer_ema.recipe import groups, schedules
-from composer_ema.recipe.arguments import REFUSALS, Named, Place, RecipeError, said
-from composer_ema.recipe.outputs import METRICS_FILE
+from composer_ema.recipe import groups
+from composer_ema.recipe.arguments import Place, RecipeError, said, signature
+from composer_ema.recipe.fitting import Fitted, fit
+from composer_ema.recipe.loaded import check_loaded, latest_checkpoint
+from composer_ema.recipe.named import REFUSALS, Named
+from composer_ema.recipe.outputs import CHECKPOINT_FOLDER, METRICS_FILE
 from composer_ema.recipe.recorder import Recorder
-from composer_ema.recipe.schedules import Length, Scheduled
-from composer_ema.recipe.schema import AVERAGES, Plan, Recipe, plan
-from composer_ema.zoo.data import Data
+from composer_ema.recipe.scheduled import Length, Scheduled
+from composer_ema.recipe.schema import Plan, Recipe, plan
+from composer_ema.zoo.dataset import Data
 
-CHECKPOINT_FOLDER = 'checkpoints'
 DEFAULT_SEED = 0
-_DEFAULT_LATEST = inspect.signature(Trainer).parameters['save_latest_filename'].default
 
 
 @dataclass(frozen=True)
@@ -75,27 +71,28 @@ def build(recipe: Recipe, *, scratch: Path | None = None, callbacks: Sequence[Ca
     seed = _seed(checked)
     run_name = _run_name(checked)
     folder = Path(checked.runs_folder) / run_name
-    _check_what_is_loaded(checked, run_name)
+    check_loaded(checked, run_name)
     if scratch is None:
         _refuse_to_overwrite(checked, folder, place)
 
     reproducibility.seed_all(seed)
     model = checked.model.build()
     optimizer = groups.build_optimizer(checked.optimizer, checked.param_groups, model) if checked.optimizer else None
-    scheduled = schedules.check_metrics(checked.schedulers, model)
-    if optimizer is not None:
-        schedules.rehearse(scheduled, optimizer)
-    algorithms = [_algorithm(each, checked.evaluate) for each in checked.algorithms]
+    # Before the data are touched, unless only they tell how long an epoch is.
+    extent = checked.extent()
+    stepped = _fit(checked, extent.batches, model, optimizer) if extent is not None else None
+    algorithms = [_algorithm(each, checked) for each in checked.algorithms]
     callbacks = [*(each.build() for each in checked.callbacks), *callbacks]
     loggers = [each.build() for each in checked.loggers]
 
-    if dist.get_world_size() == 1:  # several processes may round the length of an epoch up
-        schedules.fill(scheduled, _length(checked, checked.extent().batches), checked.trainer)
-    data = checked.data.build(**({} if 'seed' in checked.data.arguments else {'seed': seed}))
+    data = checked.data.build(**_seed_of_data(checked.data, seed))
     _check_fit(model, data, checked.model.place)
-    length = _length(checked, len(data.train))
-    scheduled = schedules.fill(scheduled, length, checked.trainer)
-    stepped = schedules.for_trainer(scheduled, optimizer)
+    if extent is not None and extent.batches != len(data.train):
+        raise checked.data.place.error(
+            f'{checked.data.name} is registered with {extent.samples} samples, {extent.batches} batches an epoch, and '
+            f'its loader has {len(data.train)}. Correct what samples= of its registration returns.'
+        )
+    stepped = stepped or _fit(checked, len(data.train), model, optimizer)
     recorder = Recorder(folder / METRICS_FILE if scratch is None else None)
     arguments = {
         **_trainer_arguments(checked.trainer, folder, scratch),
@@ -117,21 +114,25 @@ def build(recipe: Recipe, *, scratch: Path | None = None, callbacks: Sequence[Ca
         try:
             trainer = Trainer(**arguments)
         except REFUSALS as error:
-            raise blame(checked, error, Named(place, 'Trainer', Trainer, arguments)).error(said(error)) from error
+            raise blame(checked, error).error(said(error)) from error
         try:
             stepped.check_unchanged(settings)
         except RecipeError:
             trainer.close()
             raise
-    resolved = recipe.replace(seed=seed, run_name=run_name, **_schedule_values(recipe, scheduled))
-    return Run(resolved, checked, folder, trainer, recorder, _remarks(checked, scheduled, length, optimizer))
+    length = checked.length(len(data.train))
+    resolved = recipe.replace(seed=seed, run_name=run_name, **_schedule_values(recipe, stepped.scheduled))
+    return Run(resolved, checked, folder, trainer, recorder, _remarks(checked, stepped.scheduled, length, optimizer))
 
 
-def blame(checked: Plan, error: Exception, otherwise: Named | None = None) -> Place:
-    """The one argument of an algorithm that the message speaks of, or else of ``otherwise``, or else the recipe."""
-    blamed = ((each.blame(error), each.place) for each in checked.algorithms)
-    of_algorithms = next((place for place, whole in blamed if place != whole), None)
-    return of_algorithms or (otherwise.blame(error) if otherwise else checked.place)
+def blame(checked: Plan, error: Exception) -> Place:
+    """The key of what an error in a run is about: an argument of an algorithm, an algorithm, or the whole recipe.
+
+    Only errors that carry the name of the argument tell it; see :class:`composer_ema.spans.ArgumentError`.
+    """
+    argument = getattr(error, 'argument', None)
+    owners = [each for each in checked.algorithms if argument in signature(each.factory)]
+    return owners[0].blame(error) if len(owners) == 1 else checked.place
 
 
 def _start_processes(checked: Plan) -> None:
@@ -172,75 +173,9 @@ def _numbered_name(checked: Plan, *, resumes: bool) -> str:
     numbers = [int(match[1] or 1) for name in taken if (match := re.fullmatch(rf'{re.escape(stem)}(?:-(\d+))?', name))]
     names = [stem if number == 1 else f'{stem}-{number}' for number in sorted({1, *numbers})]
     if resumes:
-        return next((name for name in reversed(names) if _latest_checkpoint(checked, name)), names[-1])
+        return next((name for name in reversed(names) if latest_checkpoint(checked, name)), names[-1])
     number = max(numbers, default=0) + 1
     return stem if number == 1 else f'{stem}-{number}'
-
-
-def _latest_checkpoint(checked: Plan, run_name: str) -> Path | None:
-    """What autoresume loads for a run of this name; None where there is nothing, or not on this machine's disks."""
-    in_run_folder = str(Path(checked.runs_folder) / run_name / CHECKPOINT_FOLDER)
-    folder = checked.trainer.get('save_folder', in_run_folder)
-    latest = checked.trainer.get('save_latest_filename', _DEFAULT_LATEST)
-    if not folder or not latest or '://' in folder:
-        return None
-    path = Path(format_name_with_dist(folder, run_name), format_name_with_dist(latest, run_name))
-    return path if path.exists() else None
-
-
-def _check_what_is_loaded(checked: Plan, run_name: str) -> None:
-    """Tells of a missing or damaged checkpoint before anything is built."""
-    complaint: list[Any] = [None]
-    # Rank 0 reads it through, which takes a while for a large one; all processes then stop with the same words.
-    if dist.get_global_rank() == 0:
-        complaint[0] = _complaint_about_what_is_loaded(checked, run_name)
-    dist.broadcast_object_list(complaint)
-    if complaint[0] is not None:
-        key, message = complaint[0]
-        raise (checked.place / key).error(message)
-
-
-def _complaint_about_what_is_loaded(checked: Plan, run_name: str) -> tuple[str, str] | None:
-    """The key to blame and why; None when the checkpoint is sound, there is none, or only Composer can judge it."""
-    latest = _latest_checkpoint(checked, run_name) if checked.trainer.get('autoresume') else None
-    given = checked.trainer.get('load_path')
-    if latest is not None:
-        reason = _damage(latest)
-        remedy = 'To do so, give load_path=... and leave autoresume out.'
-        return ('autoresume', f'{reason} {remedy}') if reason else None
-    if not given or '://' in given or '{' in given or checked.trainer.get('load_object_store') is not None:
-        return None
-    if Path(given).is_dir() and not checked.trainer.get('parallelism_config'):
-        return 'load_path', f'{given} is a folder. Give one file of it, as in {Path(given) / "latest-rank0.pt"}.'
-    reason = _damage(Path(given))
-    return ('load_path', reason) if reason else None
-
-
-def _damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, as far as can be told without unpickling it."""
-    if not path.exists():
-        return f'there is no file {path}.'
-    # Shards, archives and links to remote files.
-    if path.is_dir() or is_tar(path) or is_compressed_pt(str(path)) or path.suffix == '.symlink':
-        return None
-    # torch.save writes a zip archive, whose directory comes last and is what a cut-off file lacks.
-    if not zipfile.is_zipfile(path):
-        return f'{path} is no checkpoint, or only the beginning of one. Load an earlier one.'
-    try:
-        check_sums(path)
-    except CheckpointError as error:
-        return str(error)
-    with zipfile.ZipFile(path) as archive:
-        is_from_torch = any(name.endswith('data.pkl') for name in archive.namelist())
-    if not is_from_torch:
-        return f'{path} is an archive of another kind, no checkpoint.'
-    try:
-        content = load_safely(path, mmap=True)
-    except Exception:  # it holds types of the user's own, which only Composer's loading takes
-        return None
-    if not is_of_composer(content):
-        return f'{path} was not saved by Composer: it has no state of a run. load_average() reads averages of others.'
-    return None
 
 
 @contextlib.contextmanager
@@ -272,10 +207,14 @@ def _refuse_to_overwrite(checked: Plan, folder: Path, place: Place) -> None:
         )
 
 
-def _length(checked: Plan, batches_per_epoch: int) -> Length | None:
-    subset = checked.trainer.get('train_subset_num_batches', -1)
-    batches = batches_per_epoch if subset < 0 else min(subset, batches_per_epoch)
-    return Length.of(checked.trainer['max_duration'], batches)
+def _seed_of_data(data: Named, seed: int) -> dict[str, int]:
+    """The recipe's seed, for a data set that takes one and is given none of its own."""
+    return {'seed': seed} if 'seed' in signature(data.factory) and 'seed' not in data.arguments else {}
+
+
+def _fit(checked: Plan, batches_per_epoch: int, model: Any, optimizer: torch.optim.Optimizer | None) -> Fitted:
+    length = checked.length(batches_per_epoch)
+    return fit(checked.schedulers, length, trainer=checked.trainer, model=model, optimizer=optimizer)
 
 
 def _schedule_values(recipe: Recipe, scheduled: Sequence[Scheduled]) -> dict[str, Any]:
@@ -297,10 +236,10 @@ def _remarks(
     return remarks
 
 
-def _algorithm(named: Named, evaluate: list[str]) -> Algorithm:
-    if named.name not in AVERAGES or not evaluate:
+def _algorithm(named: Named, checked: Plan) -> Algorithm:
+    if named not in checked.averages.values() or not checked.evaluate:
         return named.build()
-    return named.build(evaluate_with={f'eval_{weights}': weights for weights in evaluate})
+    return named.build(evaluate_with={f'eval_{weights}': weights for weights in checked.evaluate})
 
 
 def _trainer_arguments(given: Mapping[str, Any], folder: Path, scratch: Path | None) -> dict[str, Any]:

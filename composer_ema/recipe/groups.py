@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from rich.text import Text
 from torch import nn
 
 from composer_ema.model.names import listed
-from composer_ema.recipe.arguments import Named, Place, check_arguments
+from composer_ema.recipe.arguments import Place, check_arguments
+from composer_ema.recipe.named import Named
 
 _MATCH = 'match'
 
@@ -76,6 +78,15 @@ def check_can_train(optimizer: Named, trainer: Mapping[str, Any]) -> None:
         )
 
 
+def check_options(optimizer: Named) -> None:
+    """Builds the optimizer for one number, so that it checks its options before there is a model.
+
+    Raises:
+        RecipeError: The optimizer refuses an option.
+    """
+    dataclasses.replace(optimizer, is_cheap=True).build([torch.zeros(1)])
+
+
 def build_optimizer(optimizer: Named, groups: Sequence[Group], model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer over all parameters of a model, frozen ones included, as ``model.parameters()`` would give them.
 
@@ -128,7 +139,7 @@ def _read_group(entry: Any, place: Place, optimizer: Named) -> Group:
     options = {key: value for key, value in entry.items() if key != _MATCH}
     merged = check_arguments(optimizer.factory, {**optimizer.arguments, **options}, place, given=('params',))
     # torch checks the ranges of an optimizer's own options only, not those of its groups.
-    Named(place, optimizer.name, optimizer.factory, merged).build([torch.zeros(1)])
+    check_options(Named(place, optimizer.name, optimizer.factory, merged))
     return Group(place, pattern, options)
 
 

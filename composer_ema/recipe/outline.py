@@ -13,8 +13,9 @@ from composer.optim import DecoupledSGDW, compile_composer_scheduler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from composer_ema.recipe import groups, schedules
-from composer_ema.recipe.schedules import Length, Scheduled
+from composer_ema.recipe import groups
+from composer_ema.recipe.fitting import fit
+from composer_ema.recipe.scheduled import Scheduled
 from composer_ema.recipe.schema import Plan
 from composer_ema.recipe.stepping import Schedules
 
@@ -60,23 +61,20 @@ class Outline:
             if plan.optimizer
             else DecoupledSGDW(model.parameters(), lr=0.1)  # as Trainer(optimizers=None)
         )
-        subset = trainer.get('train_subset_num_batches', -1)
-        length = Length.of(trainer['max_duration'], batches_per_epoch if subset < 0 else min(subset, batches_per_epoch))
+        length = plan.length(batches_per_epoch)
         if length is None:
             raise (plan.place / 'max_duration').error(
                 f'{trainer["max_duration"]!r} does not tell the number of batches. Give it in ep or ba.'
             )
         self.length = length
-        self.scheduled: Sequence[Scheduled] = schedules.fill(
-            schedules.check_metrics(plan.schedulers, model), length, trainer
-        )
+        self._stepped = fit(plan.schedulers, length, trainer=trainer, model=model, optimizer=self.optimizer)
+        self.scheduled: Sequence[Scheduled] = self._stepped.scheduled
         self._state = SimpleNamespace(
             optimizers=[self.optimizer],
             timestamp=Timestamp(),
             max_duration=ensure_time(trainer['max_duration'], TimeUnit.EPOCH),
             dataloader_len=Time(length.batches_per_epoch, TimeUnit.BATCH),
         )
-        self._stepped = schedules.for_trainer(self.scheduled, self.optimizer)
         self._schedulers = [self._compiled(each) for each in self._stepped.schedulers]
         # Composer's time takes longer than all else, and torch's schedulers count by themselves.
         self._reads_time = not all(isinstance(each, LRScheduler) for each in self._stepped.schedulers)

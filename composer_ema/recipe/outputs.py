@@ -15,6 +15,8 @@ import numpy as np
 METRICS_FILE = 'metrics.jsonl'
 #: The recipe as it was trained, with every value filled in.
 RECIPE_FILE = 'recipe.yaml'
+#: The folder of the checkpoints, unless the recipe gives another.
+CHECKPOINT_FOLDER = 'checkpoints'
 #: What values over training can be plotted against.
 Axis = Literal['epoch', 'batch', 'sample']
 Array = np.ndarray[Any, np.dtype[np.float64]]

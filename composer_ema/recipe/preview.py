@@ -6,6 +6,7 @@ each update did: whatever decides a weight in a run decides it here.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -17,20 +18,18 @@ from composer.core import Algorithm, Event, State, TimeUnit, ensure_time
 from composer.devices import DeviceCPU
 from torch import nn
 
-from composer_ema.recipe.arguments import Named
+from composer_ema.recipe.named import Named
 from composer_ema.recipe.outline import Outline
 from composer_ema.recipe.outputs import Array, Curve, curves_by_group
 from composer_ema.recipe.recorder import step_settings
-from composer_ema.recipe.schema import AVERAGES, Plan, Recipe, plan
+from composer_ema.recipe.schema import Plan, Recipe, plan
+from composer_ema.settings import settings_of
 from composer_ema.shadow.shadow_model import ShadowModel
 from composer_ema.trainer.clock import resolve_share, run_length
-from composer_ema.zoo.data import Extent
+from composer_ema.zoo.dataset import Extent
 
-# What decides where an average is kept and of which weights, but not how much each step weighs.
-_OF_TENSORS = frozenset({
-    'include', 'exclude', 'shadow_dtype', 'shadow_device', 'skip_nonfinite', 'rounding', 'seed', 'evaluate_with',
-    'buffers', 'log_interval', 'refresh_batchnorm',
-})  # fmt: skip
+# Arguments of the run, which say nothing of how much each step weighs.
+_OF_THE_RUN = frozenset({'evaluate_with', 'log_interval', 'export_weights', 'refresh_batchnorm'})
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def preview(
     size = _extent(checked, batches_per_epoch)
     outline = Outline(checked, size.batches)
     state = _state(checked, outline, size)
-    probes = [_Probe(named, state) for named in checked.algorithms if named.name in AVERAGES]
+    probes = [_Probe(label, named, state) for label, named in checked.averages.items()]
     lines = []
     for probe in probes:
         probe.start()
@@ -181,10 +180,10 @@ class _Probe:
     Before every event the model's weight stands 1 above the average, so an update moves the average by just its weight.
     """
 
-    def __init__(self, named: Named, state: State) -> None:
-        self.named, self.state = named, state
-        kept = {name: value for name, value in named.arguments.items() if name not in _OF_TENSORS}
-        plain = Named(named.place, named.name, named.factory, {**kept, 'log_interval': None})
+    def __init__(self, label: str, named: Named, state: State) -> None:
+        self.label, self.named, self.state = label, named, state
+        self.settings = _of_weights(named)
+        plain = dataclasses.replace(named, arguments={**self.settings, 'log_interval': None})
         self.algorithm: Algorithm = plain.build()
         self.batches: list[int] = []
         self.weights: list[float] = []
@@ -193,8 +192,8 @@ class _Probe:
 
     @property
     def shadow(self) -> ShadowModel | None:
-        """What the algorithm averages into: the attribute is called after it, ``ema_model``, ``swa_model``."""
-        return getattr(self.algorithm, f'{self.named.name}_model')
+        """The average of the algorithm, its attribute ``ema_model`` or ``swa_model``."""
+        return getattr(self.algorithm, f'{self.label}_model')
 
     def start(self) -> None:
         for event in (Event.INIT, Event.AFTER_LOAD, Event.FIT_START):
@@ -226,11 +225,11 @@ class _Probe:
             length = run_length(half_life.unit, self.state)
             share = None if not length else half_life.value / length
         return Profile(
-            name=self.named.name,
+            name=self.label,
             batch=np.asarray(self.batches, dtype=np.float64),
             share=shares(self.weights),
             batches=batches,
-            settings=self._settings(),
+            settings=', '.join(f'{name}={value}' for name, value in self.settings.items()) or 'defaults',
             half_life_share=share,
         )
 
@@ -241,9 +240,11 @@ class _Probe:
         [(_, average)] = shadow.named_parameters()
         return average.item(), shadow.num_updates
 
-    def _settings(self) -> str:
-        kept = {name: value for name, value in self.named.arguments.items() if name not in _OF_TENSORS}
-        return ', '.join(f'{name}={value}' for name, value in kept.items()) or 'defaults'
+
+def _of_weights(named: Named) -> dict[str, Any]:
+    """The arguments that decide how much each step weighs: not those of tensors, nor those of the run."""
+    others = {*settings_of(named.factory), *_OF_THE_RUN}  # pyright: ignore[reportArgumentType]: it is a class
+    return {name: value for name, value in named.arguments.items() if name not in others}
 
 
 class _OneWeight(nn.Module):
@@ -271,6 +272,11 @@ def _extent(checked: Plan, batches_per_epoch: int | None) -> Extent:
     if batches_per_epoch is not None and batches_per_epoch < 1:
         raise checked.place.error(f'--batches-per-epoch must be at least 1, got {batches_per_epoch}.')
     found = checked.extent()
+    if found is None:
+        raise checked.data.place.error(
+            f'{checked.data.name} does not tell how many samples it has. Its package can make it with '
+            'composer_ema.zoo.dataset.dataset(samples=...).'
+        )
     if batches_per_epoch is None:
         return found
     return Extent(batches_per_epoch * found.batch_size, found.batch_size, drop_last=False)

@@ -1,4 +1,7 @@
-"""Which classes a recipe can name: ours first, then all that the installed Composer and torch offer."""
+"""The names that a recipe can use: what packages offer by entry points, then all that Composer and torch offer.
+
+This package registers its own data sets, models, callbacks and algorithms by entry points, as any other package does.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import difflib
 import functools
 import inspect
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -19,11 +22,11 @@ import torch
 from composer.core import Algorithm, Callback
 from composer.loggers import LoggerDestination
 from composer.optim import ComposerScheduler
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import SWALR
 
-from composer_ema.trainer.ema import EMA
-from composer_ema.trainer.swa import SWA
-from composer_ema.zoo.callbacks import GradientMomentum
+from composer_ema.zoo.plugins import PluginError, Plugins, plugins
 
 _SUFFIXES = ('callback', 'logger', 'scheduler')
 
@@ -42,12 +45,12 @@ def nearest(name: object, legal: Iterable[str]) -> str | None:
 
 @dataclass(frozen=True)
 class Registry:
-    """Classes of one kind, found by snake case or class name; case, ``_`` and ``-`` make no difference.
+    """Classes or functions of one kind by name; case, ``_`` and ``-`` make no difference.
 
     Args:
-        kind: What the classes are, for messages: ``'algorithm'``.
-        classes: Canonical snake-case name to class.
-        aliases: Further squashed spellings to canonical name.
+        kind: What they are, for messages: ``'algorithm'``.
+        classes: Canonical name to class or function. Looking one up may import a package.
+        aliases: Squashed spellings to canonical name.
 
     Example:
         >>> callbacks().find('SpeedMonitor') is callbacks().find('speed_monitor')
@@ -55,48 +58,129 @@ class Registry:
     """
 
     kind: str
-    classes: Mapping[str, type]
+    classes: Mapping[str, Any]
     aliases: Mapping[str, str]
 
     def canonical(self, name: str) -> str | None:
         """The canonical spelling of ``name``; None when nothing has that name."""
-        return self.aliases.get(_squash(name))
+        return self.aliases.get(_squash(name)) or (name if name in self.classes else None)
 
-    def find(self, name: str) -> type:
-        """The class called ``name``; KeyError when there is none."""
-        return self.classes[self.aliases[_squash(name)]]
+    @property
+    def broken(self) -> list[str]:
+        """What is wrong with plug-ins whose names could not be read, a sentence each."""
+        return getattr(self.classes, 'broken', [])
+
+    def find(self, name: str) -> Any:
+        """The class or function called ``name``.
+
+        Raises:
+            KeyError: There is none.
+            PluginError: A package offers it and cannot be used.
+        """
+        return self.classes[self.canonical(name) or name]
+
+
+@functools.cache
+def datasets() -> Registry:
+    """Functions that return :class:`composer_ema.zoo.dataset.Data`."""
+    return _registry('data set', 'datasets', callable)
+
+
+@functools.cache
+def models() -> Registry:
+    """Classes and functions that return a network or a ComposerModel."""
+    return _registry('model', 'models', callable)
 
 
 @functools.cache
 def algorithms() -> Registry:
-    """Composer's algorithms, where a class of ours takes the name of Composer's."""
-    return _registry('algorithm', [EMA, SWA, *_exported(composer.algorithms, Algorithm)])
+    """Plug-ins, then Composer's algorithms; a plug-in may take the name of one of Composer's, as ``ema`` does."""
+    return _registry('algorithm', 'algorithms', _subclass_of(Algorithm), _exported(composer.algorithms, Algorithm))
 
 
 @functools.cache
 def callbacks() -> Registry:
-    """Ours, then Composer's callbacks."""
-    return _registry('callback', [GradientMomentum, *_exported(composer.callbacks, Callback)])
+    """Plug-ins, then Composer's callbacks."""
+    return _registry('callback', 'callbacks', _subclass_of(Callback), _exported(composer.callbacks, Callback))
 
 
 @functools.cache
 def loggers() -> Registry:
-    """Composer's logger destinations."""
-    return _registry('logger', _exported(composer.loggers, LoggerDestination))
+    """Plug-ins, then Composer's logger destinations."""
+    offered = _exported(composer.loggers, LoggerDestination)
+    return _registry('logger', 'loggers', _subclass_of(LoggerDestination), offered)
 
 
 @functools.cache
 def optimizers() -> Registry:
-    """Every optimizer of ``torch.optim`` and ``composer.optim``."""
-    base = torch.optim.Optimizer
-    return _registry('optimizer', [*_exported(torch.optim, base), *_exported(composer.optim, base)])
+    """Plug-ins, then every optimizer of ``torch.optim`` and ``composer.optim``."""
+    offered = [*_exported(torch.optim, Optimizer), *_exported(composer.optim, Optimizer)]
+    return _registry('optimizer', 'optimizers', _subclass_of(Optimizer), offered)
 
 
 @functools.cache
 def schedulers() -> Registry:
-    """Composer's time-string schedulers, then every class of ``torch.optim.lr_scheduler``, and SWALR."""
-    of_torch = _exported(torch.optim.lr_scheduler, torch.optim.lr_scheduler.LRScheduler)
-    return _registry('scheduler', [*_exported(composer.optim, ComposerScheduler), *of_torch, SWALR])
+    """Plug-ins, then Composer's schedulers, then every class of ``torch.optim.lr_scheduler``, and SWALR."""
+    of_torch = _exported(torch.optim.lr_scheduler, LRScheduler)
+    offered = [*_exported(composer.optim, ComposerScheduler), *of_torch, SWALR]
+    return _registry('scheduler', 'schedulers', _subclass_of(LRScheduler, ComposerScheduler), offered)
+
+
+def _registry(kind: str, group: str, is_legal: Callable[[Any], bool], classes: Iterable[type] = ()) -> Registry:
+    offered = plugins(group)
+    by_name: dict[str, type] = {}
+    for each in classes:
+        by_name.setdefault(_canonical_name(each), each)
+    # A name of a plug-in wins, then a full class name over another class's short one.
+    aliases = {_squash(name): name for name in offered.single}
+    for name, each in by_name.items():
+        aliases.setdefault(_squash(each.__name__), name)
+    for name, each in by_name.items():
+        for alias in _aliases(each):
+            aliases.setdefault(alias, name)
+    return Registry(kind, _Offered(offered, kind, is_legal, by_name), aliases)
+
+
+class _Offered(Mapping[str, Any]):
+    """Plug-ins, checked when they are looked up, and then the classes of Composer and torch.
+
+    Args:
+        plugins: They win where two have one name.
+        kind: What they should be, for messages.
+        is_legal: Whether a plug-in is that.
+        classes: What is there without plug-ins.
+    """
+
+    def __init__(
+        self, plugins: Plugins, kind: str, is_legal: Callable[[Any], bool], classes: Mapping[str, type]
+    ) -> None:
+        self._plugins, self._kind, self._is_legal, self._classes = plugins, kind, is_legal, classes
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self._classes and name not in self._plugins.single:
+            return self._classes[name]
+        found = self._plugins[name]
+        if not self._is_legal(found):
+            raise PluginError(f'{self._plugins.origin(name)} is no {self._kind}: it is {found!r}.')
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys([*self._plugins, *self._classes]))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._classes or name in self._plugins
+
+    @property
+    def broken(self) -> list[str]:
+        """What is wrong with families of plug-ins that cannot be imported, a sentence each."""
+        return self._plugins.broken
+
+
+def _subclass_of(*bases: type) -> Callable[[Any], bool]:
+    return lambda found: isinstance(found, type) and issubclass(found, bases)
 
 
 def _exported(module: ModuleType, base: type) -> list[type]:
@@ -104,18 +188,6 @@ def _exported(module: ModuleType, base: type) -> list[type]:
     values: list[Any] = [getattr(module, name) for name in getattr(module, '__all__', dir(module))]
     found = [value for value in values if isinstance(value, type) and issubclass(value, base) and value is not base]
     return [value for value in found if not inspect.isabstract(value) and value is not LoggerDestination]
-
-
-def _registry(kind: str, classes: Iterable[type]) -> Registry:
-    by_name: dict[str, type] = {}
-    for each in classes:
-        by_name.setdefault(_canonical_name(each), each)
-    # A full class name always wins over another class's short one.
-    aliases = {_squash(each.__name__): name for name, each in by_name.items()}
-    for name, each in by_name.items():
-        for alias in _aliases(each):
-            aliases.setdefault(alias, name)
-    return Registry(kind, by_name, aliases)
 
 
 def _canonical_name(cls: type) -> str:

@@ -21,24 +21,15 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from composer_ema.recipe import groups, registry, schedules
-from composer_ema.recipe.arguments import (
-    Named,
-    Place,
-    check_arguments,
-    checked_value,
-    find,
-    named,
-    said,
-    signature,
-    unknown,
-)
+from composer_ema.recipe.arguments import Place, RecipeError, check_arguments, check_value, said, signature, unknown
+from composer_ema.recipe.named import Named, find, named
 from composer_ema.recipe.registry import Registry, nearest
-from composer_ema.zoo.data import DATASETS, Extent, extent
-from composer_ema.zoo.models import MODELS, build_model
+from composer_ema.recipe.scheduled import Length, Scheduled
+from composer_ema.spans import ArgumentError
+from composer_ema.trainer.weight_average import WeightAverage
+from composer_ema.zoo.dataset import Extent, extent
+from composer_ema.zoo.models import classifier
 
-#: The algorithms that keep an average, and what they call it.
-AVERAGES = ('ema', 'swa')
-WEIGHTS = ('training', *AVERAGES)
 SECTIONS = (
     'variables',
     'model',
@@ -72,9 +63,8 @@ class Report:
 
     def __post_init__(self) -> None:
         if not 0 <= self.target_accuracy <= 1:
-            raise ValueError(
-                f'target_accuracy must lie in [0, 1], got {self.target_accuracy}. For 90 % write target_accuracy: 0.9.'
-            )
+            message = f'target_accuracy must lie in [0, 1], got {self.target_accuracy}.'
+            raise ArgumentError(f'{message} For 90 % write target_accuracy: 0.9.', 'target_accuracy')
 
 
 @dataclass(frozen=True)
@@ -111,7 +101,7 @@ class Plan:
     data: Named
     optimizer: Named | None
     param_groups: list[groups.Group]
-    schedulers: list[schedules.Scheduled]
+    schedulers: list[Scheduled]
     algorithms: list[Named]
     callbacks: list[Named]
     loggers: list[Named]
@@ -124,16 +114,29 @@ class Plan:
     def place(self) -> Place:
         return Place(self.recipe.source)
 
-    def extent(self) -> Extent:
-        """The size of the data set and of its batches, without touching it.
+    @property
+    def averages(self) -> dict[str, Named]:
+        """The algorithms that keep an average, by its label."""
+        return averages_among(self.algorithms)
+
+    def length(self, batches_per_epoch: int) -> Length | None:
+        """The length of the run; None where ``max_duration`` is neither in epochs nor in batches."""
+        subset = self.trainer.get('train_subset_num_batches', -1)
+        batches = batches_per_epoch if subset < 0 else min(subset, batches_per_epoch)
+        return Length.of(self.trainer['max_duration'], batches)
+
+    def extent(self) -> Extent | None:
+        """The length of an epoch, without touching the data; None where the data set does not tell it.
 
         Raises:
-            RecipeError: What the data set would say about its arguments.
+            RecipeError: An argument of the data set is out of range.
         """
-        try:
-            return extent(self.data.name, self.data.arguments)
-        except ValueError as error:
-            raise self.data.blame(error).error(str(error)) from error
+        return self.data.attempt(lambda arguments: extent(self.data.factory, arguments))
+
+
+def averages_among(algorithms: Sequence[Named]) -> dict[str, Named]:
+    """The algorithms that keep an average, by its label: ``'ema'``, ``'swa'``."""
+    return {each.factory.name: each for each in algorithms if _is_average(each.factory)}  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
@@ -176,7 +179,7 @@ def plan(recipe: Recipe) -> Plan:
         if key not in trainer_names and key not in SECTIONS:
             raise unknown(place / key, 'a recipe has no such key', [*SECTIONS, *trainer_names])
     model, data = _model(values.get('model'), place / 'model'), _data(values.get('data'), place / 'data')
-    algorithms = _section(values, 'algorithms', registry.algorithms(), place)
+    algorithms = _section(values, 'algorithms', registry.algorithms(), place, is_cheap=True)
     evaluate = _evaluate(values, algorithms, place)
     trainer = _trainer_arguments(values, trainer_names, place)
     optimizer, param_groups = _optimizer(values.get('optimizer'), place / 'optimizer', trainer)
@@ -185,7 +188,7 @@ def plan(recipe: Recipe) -> Plan:
         raise schedulers[0].place.error(
             f'{schedulers[0].name} needs an optimizer. Add one, as in optimizer: {{name: adamw}}.'
         )
-    callbacks = _section(values, 'callbacks', registry.callbacks(), place)
+    callbacks = _section(values, 'callbacks', registry.callbacks(), place, is_cheap=True)
     _refuse_tokens(trainer, place)
     for each in (*algorithms, *callbacks, *schedulers):
         _refuse_tokens(each.arguments, each.place)
@@ -198,10 +201,10 @@ def plan(recipe: Recipe) -> Plan:
         schedulers=schedulers,
         algorithms=algorithms,
         callbacks=callbacks,
-        loggers=_section(values, 'loggers', registry.loggers(), place),
+        loggers=_section(values, 'loggers', registry.loggers(), place, is_cheap=False),
         evaluate=evaluate,
         report=_called(Report, values.get('report'), place / 'report'),
-        runs_folder=checked_value(str, values.get('runs_folder', 'runs'), place / 'runs_folder'),
+        runs_folder=check_value(str, values.get('runs_folder', 'runs'), place / 'runs_folder'),
         trainer=trainer,
     )
 
@@ -258,17 +261,17 @@ def _check_is_plain(value: Any, place: Place) -> None:
 
 def _data(section: Any, place: Place) -> Named:
     name, arguments = named(section, place, 'fashion_mnist')
-    if name not in DATASETS:
-        raise unknown(place / 'name', f'there is no data set {name!r}', DATASETS)
-    return Named(place, name, DATASETS[name], check_arguments(DATASETS[name], arguments, place))
+    known = registry.datasets()
+    builder = find(name, place / 'name', known)
+    return Named(place, known.canonical(name) or name, builder, check_arguments(builder, arguments, place))
 
 
 def _model(section: Any, place: Place) -> Named:
     name, arguments = named(section, place, 'fashion_cnn')
-    if name not in MODELS:
-        raise unknown(place / 'name', f'there is no model {name!r}', MODELS)
-    checked = check_arguments(MODELS[name], arguments, place)
-    return Named(place, name, functools.partial(build_model, name), checked)
+    known = registry.models()
+    builder = find(name, place / 'name', known)
+    checked = check_arguments(builder, arguments, place)
+    return Named(place, known.canonical(name) or name, functools.partial(classifier, builder), checked)
 
 
 def _optimizer(section: Any, place: Place, trainer: Mapping[str, Any]) -> tuple[Named | None, list[groups.Group]]:
@@ -280,11 +283,12 @@ def _optimizer(section: Any, place: Place, trainer: Mapping[str, Any]) -> tuple[
     entries = arguments.pop('param_groups', None)
     checked = check_arguments(found, arguments, place, given=('params',))
     optimizer = Named(place, known.canonical(name) or name, found, checked)
+    groups.check_options(optimizer)
     groups.check_can_train(optimizer, trainer)
     return optimizer, groups.read(entries, place / 'param_groups', optimizer)
 
 
-def _section(values: Mapping[str, Any], key: str, known: Registry, place: Place) -> list[Named]:
+def _section(values: Mapping[str, Any], key: str, known: Registry, place: Place, *, is_cheap: bool) -> list[Named]:
     section, place = values.get(key), place / key
     if section is None:
         return []
@@ -296,7 +300,8 @@ def _section(values: Mapping[str, Any], key: str, known: Registry, place: Place)
         canonical = known.canonical(name) or name
         if canonical in entries:
             raise (place / name).error(f'names the same {known.kind} as {entries[canonical].place.key}. Keep one.')
-        entries[canonical] = Named(place / name, canonical, found, check_arguments(found, arguments, place / name))
+        checked = check_arguments(found, arguments, place / name)
+        entries[canonical] = Named(place / name, canonical, found, checked, is_cheap)
     return list(entries.values())
 
 
@@ -304,47 +309,60 @@ def _called(owner: type, arguments: Any, place: Place) -> Any:
     return Named(place, owner.__name__, owner, check_arguments(owner, arguments, place)).build()
 
 
+def _is_average(factory: Any) -> bool:
+    return isinstance(factory, type) and issubclass(factory, WeightAverage)
+
+
 def _evaluate(values: Mapping[str, Any], algorithms: Sequence[Named], place: Place) -> list[str]:
-    """Which weights to evaluate, in order; by default all that the recipe has."""
-    averaging = [each for each in algorithms if each.name in AVERAGES]
-    if len(averaging) > 1:
-        raise averaging[1].place.error(
-            f'is a second average beside {averaging[0].name}, and a run keeps one. Keep either; two runs compare them.'
-        )
-    place, averages = place / 'evaluate', [each.name for each in averaging]
-    for algorithm in algorithms:
-        if algorithm.name in AVERAGES and algorithm.arguments.get('evaluate_with') is not None:
+    """Which weights to evaluate, in order; by default the training weights and the recipe's average."""
+    averages = averages_among(algorithms)
+    _refuse_second_average([each for each in algorithms if _is_average(each.factory)])
+    for label, algorithm in averages.items():
+        if algorithm.arguments.get('evaluate_with') is not None:
             raise (algorithm.place / 'evaluate_with').error(
-                f'a recipe says which weights to evaluate with evaluate: [training, {algorithm.name}]. '
-                'Write that instead.'
+                f'a recipe says which weights to evaluate with evaluate: [training, {label}]. Write that instead.'
             )
-    chosen = values.get('evaluate')
+    chosen, place = values.get('evaluate'), place / 'evaluate'
+    legal = ['training', *averages]
     if chosen is None:
-        return ['training', *averages]
+        return legal
     chosen = [chosen] if isinstance(chosen, str) else chosen
     if not isinstance(chosen, list):
-        raise place.error(f'must be a list of {" and ".join(WEIGHTS[:2])}, as in [training, ema], got {chosen!r}.')
+        raise place.error(f'must be a list of {" and ".join(legal)}, as in [training, ema], got {chosen!r}.')
     for index, each in enumerate(chosen):
-        if each not in WEIGHTS:
-            raise unknown(place / index, f'there are no weights called {each!r}', WEIGHTS)
+        if each not in legal:
+            raise _no_such_weights(each, legal, place, index)
         if each in chosen[:index]:
             raise (place / index).error(f'{each} is listed twice. Keep one.')
-    for average in AVERAGES:
-        if average in chosen and average not in averages:
-            raise place.error(
-                f'asks for the average and the recipe has none. Add {average}: {{}} under algorithms, '
-                f'or drop {average}.'
-            )
     return chosen
+
+
+def _refuse_second_average(averaging: Sequence[Named]) -> None:
+    if len(averaging) > 1:
+        first, second, *_ = averaging
+        raise second.place.error(
+            f'is a second average beside {first.name}, and a run keeps one. Keep either; two runs compare them.'
+        )
+
+
+def _no_such_weights(label: Any, legal: Collection[str], place: Place, index: int) -> RecipeError:
+    """The error for a label that no algorithm of the recipe has, though another algorithm may."""
+    known = registry.algorithms()
+    name = known.canonical(label) if isinstance(label, str) else None
+    if name is not None and _is_average(find(name, place / index, known)):
+        return place.error(
+            f'asks for the average and the recipe has none. Add {name}: {{}} under algorithms, or drop {label}.'
+        )
+    return unknown(place / index, f'there are no weights called {label!r}', legal)
 
 
 def _trainer_arguments(values: Mapping[str, Any], names: Collection[str], place: Place) -> dict[str, Any]:
     arguments = {key: value for key, value in values.items() if key in names}
     if arguments.get('max_duration') is None:
         raise (place / 'max_duration').error('is missing. Say how long to train, as in max_duration: 6ep.')
+    check_arguments(Trainer, arguments, place, given=_BUILT_FROM_SECTIONS)
     parameters = signature(Trainer)
     for key, value in arguments.items():
-        checked_value(parameters[key].annotation, value, place / key)
         if Time in get_args(parameters[key].annotation) and value is not None:
             _check_time(value, place / key, least=1 if key == 'max_duration' else 0)
     seed = arguments.get('seed')

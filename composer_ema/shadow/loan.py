@@ -223,6 +223,11 @@ def holding(average: Average) -> Loan | None:
     return next((loan for loan in list(_loans.values()) if average in loan), None) if _loans else None
 
 
+def is_any_open() -> bool:
+    """Whether an average stands in any model at all."""
+    return bool(_loans)
+
+
 def borrowers(model: nn.Module) -> list[str]:
     """Who stands in ``model``, first come first; empty while it holds its training weights."""
     return of(model).borrowers

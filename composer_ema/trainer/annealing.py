@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.optim import Optimizer
 
-from composer_ema.spans import Span
+from composer_ema.spans import ArgumentError, Span
 
 Strategy = Literal['linear', 'cos']
 
@@ -58,9 +58,10 @@ class Annealing:
         """Raises a ValueError unless there is one learning rate to end at, or as many as there are groups."""
         count = len(_groups(optimizers))
         if isinstance(self._final, list) and len(self._final) != count:
-            raise ValueError(
+            raise ArgumentError(
                 f'swa_lr gives {len(self._final)} learning rates, but the optimizer has {count} parameter groups. '
-                'Pass one for each, or a single number for all.'
+                'Pass one for each, or a single number for all.',
+                'swa_lr',
             )
 
     def start(self, clock: Mapping[str, float], optimizers: Iterable[Optimizer]) -> None:

@@ -20,7 +20,8 @@ from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import check_same
 from composer_ema.model.sharding import unwrap
 from composer_ema.settings import Settings
-from composer_ema.shadow import shadow_model
+from composer_ema.shadow import loan
+from composer_ema.shadow import state as states
 from composer_ema.shadow.shadow_model import ShadowModel
 from composer_ema.trainer.clock import CLOCK_UNITS, START_OF_TRAINING, Clock, Look, TimeArgument, check_clock
 from composer_ema.trainer.due import Interval
@@ -134,7 +135,7 @@ class Average:
         if profile is not None:
             profile.load_state_dict({key: value for key, value in state[_PROFILE].items() if key != _DESCRIPTION})
         of_shadow = {key: value for key, value in state.items() if key not in (_LAST_UPDATE, _STARTED_AT, _PROFILE)}
-        self.shadow.load_state_dict({**of_shadow, _VERSION: shadow_model.STATE_VERSION})
+        self.shadow.load_state_dict({**of_shadow, _VERSION: states.VERSION})
         self.profile, self.last_update, self.started_at = profile, last_update, started_at
 
     def _profile_state(self, profile: Profile) -> dict[str, Any]:
@@ -303,12 +304,14 @@ class Averages:
         """Puts the training weights that the average ``label`` follows into ``model`` and returns it.
 
         Raises:
-            RuntimeError: there is no average yet, or the model in training is gone.
+            RuntimeError: there is no average yet, the model in training is gone, or it holds an average that is not
+                among these.
             ValueError: ``model`` does not fit. Nothing is written then.
         """
         shadow, live = self.required(label), self.live
         if live is not None and live is unwrap(model):
             self.take_back(model)
+            loan.refuse(live)
             return model
         if live is None:
             raise RuntimeError('the model in training is gone, and its weights with it. Load them from a checkpoint.')

@@ -13,7 +13,7 @@ from typing import Any
 from composer.core import State, Time, Timestamp
 from composer.utils import dist
 
-from composer_ema.spans import UNITS, Span
+from composer_ema.spans import UNITS, ArgumentError, Span
 
 #: The units that a clock counts. A share of the run, ``dur``, is measured in the unit of ``max_duration``.
 CLOCK_UNITS = ('iter', 'ep', 'ba', 'sp', 'tok')
@@ -87,9 +87,10 @@ class Look:
     def check_counts(self, unit: str, argument: TimeArgument) -> None:
         """Raises a ValueError where ``argument`` needs ``unit`` and the dataloader does not report it."""
         if unit == 'tok' and self.time('tok') == 0 and self.time('ba') > 0:
-            raise ValueError(
+            raise ArgumentError(
                 f'{argument} counts tokens, but the dataloader reports none. '
-                'Pass samples or batches, or a DataSpec with get_num_tokens_in_batch.'
+                'Pass samples or batches, or a DataSpec with get_num_tokens_in_batch.',
+                argument.name,
             )
 
 
@@ -165,7 +166,8 @@ def resolve_share(span: Span, state: State, name: str) -> Span:
     if span.unit != 'dur':
         return span
     if state.max_duration is None:
-        raise ValueError(f"{name}='{span}' is a share of the run, but the run has no max_duration. Set it.")
+        message = f"{name}='{span}' is a share of the run, but the run has no max_duration. Set it."
+        raise ArgumentError(message, name)
     return Span(span.value * state.max_duration.value, state.max_duration.unit.value)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from composer.core import Algorithm, Event, State
 
 from composer_ema.model.sharding import is_sharded
+from composer_ema.spans import ArgumentError
 from composer_ema.trainer.clock import TimeArgument, knows_fractions, run_length, words
 from composer_ema.trainer.due import Interval, Start
 from composer_ema.trainer.evaluation import PREDICT
@@ -57,15 +58,16 @@ def _check_time(limit: Limit, state: State) -> None:
     time, interval = limit.time, limit.measured_at
     resolved = time.resolve(state)
     if resolved.unit == 'iter' and state._iteration_length is None:
-        raise ValueError(f'{time} counts iterations, but this run has none. Pass epochs or batches.')
+        raise ArgumentError(f'{time} counts iterations, but this run has none. Pass epochs or batches.', time.name)
     if interval is None:
         is_whole = float(resolved.value).is_integer()
     else:  # what passes between two updates is whole if they come at the ends of whole epochs or iterations
         is_whole = interval.event is not Event.BATCH_END and resolved.unit == interval.span.unit
     if not is_whole and not knows_fractions(resolved.unit, state):
-        raise ValueError(
+        raise ArgumentError(
             f'{time} needs parts of {words(resolved.unit)}, but the dataloader has no length. '
-            'Pass batches or samples, or set train_subset_num_batches.'
+            'Pass batches or samples, or set train_subset_num_batches.',
+            time.name,
         )
 
 

@@ -15,7 +15,7 @@ from composer_ema.batchnorm import statistics_of, update_bn
 from composer_ema.model.names import listed
 from composer_ema.model.sharding import unwrap
 from composer_ema.shadow.shadow_model import ShadowModel
-from composer_ema.spans import Span
+from composer_ema.spans import ArgumentError, Span
 
 log = logging.getLogger(__name__)
 
@@ -61,9 +61,10 @@ class Refresh:
         tracked = {name for name, _ in shadow.named_buffers()}
         untracked = [name for name in statistics if name not in tracked]
         if untracked:
-            raise ValueError(
+            raise ArgumentError(
                 f'refresh_batchnorm={self.argument} needs statistics that include and exclude '
-                f'leave out: {listed(untracked)}. Let them pass, or set refresh_batchnorm=False.'
+                f'leave out: {listed(untracked)}. Let them pass, or set refresh_batchnorm=False.',
+                'refresh_batchnorm',
             )
         self._num_batches(state)  # raises if the length of an epoch is unknown
         _training_data(state)  # raises if there is none
@@ -98,9 +99,10 @@ class Refresh:
         if isinstance(setting, int) and not isinstance(setting, bool):
             return setting if epoch is None else min(setting, epoch.value)
         if epoch is None:
-            raise ValueError(
+            raise ArgumentError(
                 f'refresh_batchnorm={self.argument!r} is a share of an epoch, but the '
-                "dataloader has no length. Pass a number of batches, such as refresh_batchnorm='100ba'."
+                "dataloader has no length. Pass a number of batches, such as refresh_batchnorm='100ba'.",
+                'refresh_batchnorm',
             )
         share = setting.value if isinstance(setting, Span) else 1.0
         return max(1, math.ceil(share * epoch.value - 1e-9))

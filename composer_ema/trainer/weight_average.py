@@ -20,7 +20,10 @@ from torch import nn
 from composer_ema.averages import Exponential, Profile
 from composer_ema.checkpoints import formats
 from composer_ema.model.inventory import Inventory
+from composer_ema.model.names import listed
+from composer_ema.model.sharding import unwrap
 from composer_ema.settings import Settings, settings_of
+from composer_ema.shadow import loan
 from composer_ema.spans import Span
 from composer_ema.trainer import evaluation, limits
 from composer_ema.trainer.average import Averages
@@ -38,6 +41,7 @@ _TRAINING_GOES_ON = _UPDATES_AT | {
     Event.AFTER_LOAD, Event.FIT_START, Event.ITERATION_START, Event.EPOCH_START, Event.BATCH_START, Event.FIT_END,
     Event.BATCH_CHECKPOINT, Event.EPOCH_CHECKPOINT, Event.ITERATION_CHECKPOINT,
 }  # fmt: skip
+_TRAINING_STARTS = frozenset({Event.FIT_START, Event.BATCH_START})
 # What decides whether there is something to do at an event; at any other event there never is. Composer asks some 20
 # times a batch, and hashing an Event is what that costs, so match() looks one event up once.
 _ALWAYS, _IF_PENDING, _IF_TAKEN, _IF_LENT, _IF_DUE = 'always', 'if pending', 'if taken', 'if lent', 'if due'
@@ -147,7 +151,7 @@ class WeightAverage(Algorithm):
             return self._averages.is_pending
         if when is _IF_TAKEN:
             return self._evaluation.is_open and self._has_started and self._averages.lent is None
-        if self._averages.lent is not None:
+        if self._averages.lent is not None or (event in _TRAINING_STARTS and loan.is_any_open()):
             return True
         if when is _IF_LENT:
             return False
@@ -165,6 +169,8 @@ class WeightAverage(Algorithm):
         elif event in _TRAINING_GOES_ON:
             self._evaluation.abandon()
             self._use(TRAINING, state.model)
+            if event in _TRAINING_STARTS:
+                loan.refuse(unwrap(state.model))  # nobody may train the average of a callback
             if event is Event.FIT_START:
                 self._prepare_fit(state)
             elif event is Event.FIT_END:
@@ -177,6 +183,11 @@ class WeightAverage(Algorithm):
     def _create(self, state: State) -> None:
         limits.refuse_rivals(self, self.rivals, state)
         limits.refuse_sharded(state)
+        if left_in := loan.recall(state.model):
+            warn(
+                f'the model still held an average, perhaps after an evaluation that raised: {listed(left_in)}. '
+                'It is out again, and the model holds its training weights.'
+            )
         # Composer's SWA writes the weights at the event that updates the average, while a side stream may read them.
         overlap = not any(isinstance(algorithm, ComposerSWA) for algorithm in state.algorithms)
         self._averages.build(state.model, overlap=overlap)
@@ -283,7 +294,8 @@ class WeightAverage(Algorithm):
             model: the model in training, or another of the same architecture, which is overwritten.
 
         Raises:
-            RuntimeError: there is no average yet, or the model in training is gone.
+            RuntimeError: there is no average yet, the model in training is gone, or it holds the average of somebody
+                else.
             ValueError: ``model`` lacks a tracked name or has it in another shape. Nothing is written then.
         """
         return self._averages.put_training_weights(self.name, model)

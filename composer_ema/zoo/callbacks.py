@@ -1,4 +1,4 @@
-"""Callbacks of ours that a recipe can name beside Composer's."""
+"""Callbacks that come with the package; each is registered under ``composer_ema.callbacks`` in setup.cfg."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from composer.core import Callback, Precision, State
 from composer.loggers import Logger
 
 from composer_ema.model.sharding import canonical_name, unwrap
+from composer_ema.spans import ArgumentError
 
 _VELOCITY = 'velocity'
 
@@ -16,19 +17,19 @@ _VELOCITY = 'velocity'
 class GradientMomentum(Callback):
     """Adds momentum to an optimizer that has none, by carrying each gradient over into the next batch.
 
-    Before every step ``gradient <- momentum * last gradient + gradient``, where the last gradient is what the last step
-    was given. With :class:`torch.optim.SGD` without momentum this is, to the bit, SGD with ``momentum=momentum``; the
-    same rule follows from multiplying the gradients by ``momentum`` where they would be zeroed between batches.
+    Before every step ``gradient <- momentum * last gradient + gradient``, where the last gradient is the one that the
+    last step used. With :class:`torch.optim.SGD` without momentum this is, to the bit, SGD with ``momentum=momentum``.
+    A loop that multiplies the gradients by ``momentum`` between batches, where others zero them, does the same.
 
-    Algorithms run before callbacks, so that what is carried has been clipped by then. The state holds what is carried:
-    a resumed run equals an uninterrupted one.
+    Algorithms run before callbacks, so the gradients have been clipped by then. The carried gradients are part of the
+    state: a resumed run equals an uninterrupted one.
 
     Args:
-        momentum: The share of the last gradient that is kept, in [0, 1). Default: 0.85.
+        momentum: Share of the last gradient that is kept, in [0, 1). Default: 0.85.
 
     Raises:
-        ValueError: ``momentum`` is out of range, or the run scales its losses, whose skipped steps would still be
-            carried.
+        ValueError: ``momentum`` is out of range, or the run scales its losses: the gradients of a skipped step would
+            still be carried.
         RuntimeError: Gradients came twice within one batch, as under SAM.
 
     Example:
@@ -38,7 +39,8 @@ class GradientMomentum(Callback):
 
     def __init__(self, momentum: float = 0.85) -> None:
         if not 0 <= momentum < 1:
-            raise ValueError(f'momentum must lie in [0, 1), got {momentum}. Pass 0.85, or 0 for no momentum.')
+            message = f'momentum must lie in [0, 1), got {momentum}. Pass 0.85, or 0 for no momentum.'
+            raise ArgumentError(message, 'momentum')
         self.momentum = momentum
         self._velocity: dict[str, torch.Tensor] = {}
         self._last_batch = -1

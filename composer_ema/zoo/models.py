@@ -1,46 +1,73 @@
-"""Models by name as Composer classifiers: three small networks for the embedded data sets, and torchvision's."""
+"""Models by name as Composer classifiers, and three small networks for the data sets of the package.
+
+A package registers further ones under the entry point group ``composer_ema.models``, as setup.cfg does these: a class
+or function with keyword arguments, among them ``num_classes``, that returns a network or a ComposerModel.
+"""
+
+from __future__ import annotations
 
 import difflib
 import inspect
-import numbers
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-import torchvision
-from composer.models import ComposerClassifier
+from composer.models import ComposerClassifier, ComposerModel
 
-__all__ = ['MNIST1DCNN', 'MNIST1DMLP', 'MODELS', 'FashionCNN', 'build_model']
+from composer_ema.spans import ArgumentError
+from composer_ema.zoo.checks import check_share, check_whole
+from composer_ema.zoo.plugins import plugins
+
+__all__ = ['MNIST1DCNN', 'MNIST1DMLP', 'FashionCNN', 'build_model']
 
 
-def build_model(name: str, **arguments: object) -> ComposerClassifier:
+def build_model(name: str, **arguments: Any) -> ComposerModel:
     """Builds a classifier for batches `(inputs, targets)`, trained by cross entropy.
 
-    Its training metric is `MulticlassAccuracy`, its evaluation metrics are `CrossEntropy` and `MulticlassAccuracy`.
+    Its training metric is `MulticlassAccuracy`, its evaluation metrics are `CrossEntropy` and `MulticlassAccuracy`. A
+    plug-in that returns a ComposerModel has its own loss and metrics.
 
     Args:
-        name: One of `MODELS`.
-        arguments: Keyword arguments of `MODELS[name]`.
+        name: A registered model: `'fashion_cnn'`, `'mnist1d_cnn'`, `'mnist1d_mlp'`, one of torchvision's classifiers,
+            or one that another package registers.
+        arguments: Keyword arguments of that model.
 
     Returns:
         The classifier; `.module` is the network.
 
     Raises:
         ValueError: The name is not legal; the message has the nearest ones. Or an argument is out of range.
-        TypeError: The network has no argument of that name; the message has the nearest one.
+        TypeError: The model has no argument of that name; the message has the nearest one.
     """
-    if name not in MODELS:
-        near = difflib.get_close_matches(str(name), MODELS, n=3)
-        remedy = f'Did you mean {" or ".join(map(repr, near))}?' if near else f'Legal names are {", ".join(MODELS)}.'
+    models = plugins('models')
+    if name not in models:
+        near = difflib.get_close_matches(str(name), models, n=3)
+        remedy = f'Did you mean {" or ".join(map(repr, near))}?' if near else f'Legal names are {", ".join(models)}.'
         raise ValueError(f'model name must be a known model, got {name!r}. {remedy}')
-    legal = inspect.signature(MODELS[name]).parameters
+    builder = models[name]
+    legal = inspect.signature(builder).parameters
     for key in arguments:
         if key not in legal:
             near = difflib.get_close_matches(key, legal, n=1)
             remedy = f'Did you mean {near[0]!r}?' if near else f'It takes {", ".join(legal)}.'
             raise TypeError(f'model {name!r} has no argument {key!r}. {remedy}')
-    network = MODELS[name](**arguments)
-    num_classes = arguments.get('num_classes', legal['num_classes'].default)
-    assert isinstance(num_classes, int)
+    return classifier(builder, **arguments)
+
+
+def classifier(builder: Callable[..., torch.nn.Module], **arguments: Any) -> ComposerModel:
+    """Calls a registered class or function and makes a Composer classifier of the network; see :func:`build_model`.
+
+    Raises:
+        TypeError: The network is no ComposerModel, and ``builder`` takes no ``num_classes``.
+    """
+    network = builder(**arguments)
+    if isinstance(network, ComposerModel):
+        return network
+    parameters = inspect.signature(builder).parameters
+    if 'num_classes' not in parameters:
+        name = getattr(builder, '__name__', repr(builder))
+        raise TypeError(f'{name} must take num_classes, or return a ComposerModel. Add num_classes: int = 10.')
+    num_classes = arguments.get('num_classes', parameters['num_classes'].default)
     return ComposerClassifier(network, num_classes=num_classes)
 
 
@@ -80,16 +107,24 @@ class FashionCNN(torch.nn.Module):
         negative_slope: float = 0.1,
     ) -> None:
         super().__init__()
-        _check_positive('num_classes', num_classes, 'Pass the number of classes of the data set.')
-        _check_positive('in_channels', in_channels, 'Pass 1 for grey images, 3 for colour.')
+        check_whole('num_classes', num_classes, 1, 'Pass the number of classes of the data set.')
+        check_whole('in_channels', in_channels, 1, 'Pass 1 for grey images, 3 for colour.')
         if isinstance(widths, str) or not isinstance(widths, Sequence) or len(widths) != 4:
-            raise ValueError(f'widths must hold 4 numbers of channels, got {widths!r}. Pass [8, 16, 32, 64].')
+            message = f'widths must hold 4 numbers of channels, got {widths!r}. Pass [8, 16, 32, 64].'
+            raise ArgumentError(message, 'widths')
         for width in widths:
-            _check_positive('each of widths', width, 'Pass 4 numbers of channels, for example [8, 16, 32, 64].')
-        _check_positive('first_kernel_size', first_kernel_size, 'Pass 5 or 3.')
+            check_whole(
+                'each of widths',
+                width,
+                1,
+                'Pass 4 numbers of channels, for example [8, 16, 32, 64].',
+                argument='widths',
+            )
+        check_whole('first_kernel_size', first_kernel_size, 1, 'Pass 5 or 3.')
         if first_kernel_size % 2 == 0:
-            raise ValueError(f'first_kernel_size must be odd, got {first_kernel_size}. Pass 5 or 3.')
-        _check_share('negative_slope', negative_slope, 'Pass 0.1, or 0 for a plain ReLU.')
+            message = f'first_kernel_size must be odd, got {first_kernel_size}. Pass 5 or 3.'
+            raise ArgumentError(message, 'first_kernel_size')
+        check_share('negative_slope', negative_slope, 'Pass 0.1, or 0 for a plain ReLU.')
 
         layers: list[torch.nn.Module] = []
         channels = in_channels
@@ -133,9 +168,9 @@ class MNIST1DMLP(torch.nn.Module):
 
     def __init__(self, *, num_classes: int = 10, input_length: int = 40, width: int = 100) -> None:
         super().__init__()
-        _check_positive('num_classes', num_classes, 'Pass the number of classes of the data set.')
-        _check_positive('input_length', input_length, 'Pass 40, the length of the signals of MNIST-1D.')
-        _check_positive('width', width, 'Pass the number of units of a hidden layer, for example 100.')
+        check_whole('num_classes', num_classes, 1, 'Pass the number of classes of the data set.')
+        check_whole('input_length', input_length, 1, 'Pass 40, the length of the signals of MNIST-1D.')
+        check_whole('width', width, 1, 'Pass the number of units of a hidden layer, for example 100.')
         self.layers = torch.nn.Sequential(
             torch.nn.Linear(input_length, width),
             torch.nn.ReLU(),
@@ -167,8 +202,8 @@ class MNIST1DCNN(torch.nn.Module):
 
     def __init__(self, *, num_classes: int = 10, channels: int = 25) -> None:
         super().__init__()
-        _check_positive('num_classes', num_classes, 'Pass the number of classes of the data set.')
-        _check_positive('channels', channels, 'Pass the channels of a convolution, for example 25.')
+        check_whole('num_classes', num_classes, 1, 'Pass the number of classes of the data set.')
+        check_whole('channels', channels, 1, 'Pass the channels of a convolution, for example 25.')
         layers: list[torch.nn.Module] = []
         for kernel_size, before in ((5, 1), (3, channels), (3, channels)):
             layers += [
@@ -191,78 +226,3 @@ def _initialise_kaiming(network: torch.nn.Module, negative_slope: float) -> None
             torch.nn.init.kaiming_normal_(layer.weight, a=negative_slope, nonlinearity='leaky_relu')
             if layer.bias is not None:
                 torch.nn.init.zeros_(layer.bias)
-
-
-def _check_positive(name: str, value: object, remedy: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or int(value) < 1:
-        raise ValueError(f'{name} must be a whole number of at least 1, got {value!r}. {remedy}')
-
-
-def _check_share(name: str, value: object, remedy: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-        raise ValueError(f'{name} must lie in [0, 1), got {value!r}. {remedy}')
-
-
-def _torchvision_model(architecture: str) -> Callable[..., torch.nn.Module]:
-    """A builder of one torchvision model whose signature shows what torchvision takes through `**kwargs`."""
-    legal = _torchvision_signature(architecture)
-
-    def build(**arguments: object) -> torch.nn.Module:
-        _check_positive('num_classes', arguments.get('num_classes', 1), 'Pass the number of classes of the data set.')
-        weights = arguments.get('weights')
-        if weights is not None:
-            _check_weights(architecture, weights)
-        if 'aux_logits' in legal.parameters:
-            # With auxiliary heads they return a tuple while training, which no classification loss takes.
-            arguments.setdefault('aux_logits', False)
-            if weights is None and arguments.get('init_weights') is None:
-                arguments['init_weights'] = True  # torchvision's default, without its warning
-        try:
-            return torchvision.models.get_model(architecture, **arguments)
-        except TypeError as error:
-            raise ValueError(
-                f'torchvision cannot build {architecture!r} from {arguments}: {error}. '
-                f'Leave out what the architecture fixes; legal arguments are {", ".join(legal.parameters)}.'
-            ) from error
-
-    build.__name__ = architecture
-    build.__doc__ = torchvision.models.get_model_builder(architecture).__doc__
-    build.__annotations__ = {name: parameter.annotation for name, parameter in legal.parameters.items()}
-    build.__signature__ = legal  # pyright: ignore[reportFunctionMemberAccess] # inspect.signature reads it
-    return build
-
-
-def _check_weights(architecture: str, weights: object) -> None:
-    legal = list(torchvision.models.get_model_weights(architecture).__members__)
-    if not isinstance(weights, str) or weights.rpartition('.')[2] not in legal:
-        raise ValueError(
-            f'weights of {architecture} must be one of {", ".join(legal)}, got {weights!r}. '
-            'Leave it out to train from random weights.'
-        )
-
-
-def _torchvision_signature(architecture: str) -> inspect.Signature:
-    network = inspect.signature(torchvision.models.get_model_builder(architecture)).return_annotation
-    taken = [
-        parameter.replace(
-            kind=inspect.Parameter.KEYWORD_ONLY,
-            default=False if parameter.name == 'aux_logits' else parameter.default,
-        )
-        for parameter in inspect.signature(network.__init__).parameters.values()
-        if parameter.default is not inspect.Parameter.empty
-    ]
-    # The two that torchvision takes though its class has no default for them.
-    for name, default in {'VisionTransformer': {'image_size': 224}, 'MaxVit': {'input_size': (224, 224)}}.get(
-        network.__name__, {}
-    ).items():
-        taken.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=type(default)))
-    weights = inspect.Parameter('weights', inspect.Parameter.KEYWORD_ONLY, default=None, annotation=str | None)
-    return inspect.Signature([*taken, weights], return_annotation=network)
-
-
-MODELS: dict[str, Callable[..., torch.nn.Module]] = {
-    'fashion_cnn': FashionCNN,
-    'mnist1d_cnn': MNIST1DCNN,
-    'mnist1d_mlp': MNIST1DMLP,
-    **{name: _torchvision_model(name) for name in torchvision.models.list_models(module=torchvision.models)},
-}

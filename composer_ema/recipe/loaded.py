@@ -1,0 +1,89 @@
+"""The checkpoint that a run will load, checked before anything is built."""
+
+from __future__ import annotations
+
+import inspect
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from composer import Trainer
+from composer.utils import dist, format_name_with_dist
+from composer.utils.compression import is_compressed_pt
+from composer.utils.file_helpers import is_tar
+
+from composer_ema.checkpoints.reading import CheckpointError, check_sums, is_of_composer, load_safely
+from composer_ema.recipe.outputs import CHECKPOINT_FOLDER
+from composer_ema.recipe.schema import Plan
+
+_DEFAULT_LATEST = inspect.signature(Trainer).parameters['save_latest_filename'].default
+
+
+def latest_checkpoint(checked: Plan, run_name: str) -> Path | None:
+    """The file that autoresume loads for a run of this name; None where there is none on this machine's disks."""
+    in_run_folder = str(Path(checked.runs_folder) / run_name / CHECKPOINT_FOLDER)
+    folder = checked.trainer.get('save_folder', in_run_folder)
+    latest = checked.trainer.get('save_latest_filename', _DEFAULT_LATEST)
+    if not folder or not latest or '://' in folder:
+        return None
+    path = Path(format_name_with_dist(folder, run_name), format_name_with_dist(latest, run_name))
+    return path if path.exists() else None
+
+
+def check_loaded(checked: Plan, run_name: str) -> None:
+    """Refuses a missing or damaged checkpoint.
+
+    Raises:
+        RecipeError: At ``load_path`` or ``autoresume``, in every process.
+    """
+    complaint: list[Any] = [None]
+    # Rank 0 reads it through, which takes a while for a large one; then all processes raise the same error.
+    if dist.get_global_rank() == 0:
+        complaint[0] = _complaint(checked, run_name)
+    dist.broadcast_object_list(complaint)
+    if complaint[0] is not None:
+        key, message = complaint[0]
+        raise (checked.place / key).error(message)
+
+
+def _complaint(checked: Plan, run_name: str) -> tuple[str, str] | None:
+    """The key to blame and why; None when the checkpoint is sound, there is none, or only Composer can judge it."""
+    latest = latest_checkpoint(checked, run_name) if checked.trainer.get('autoresume') else None
+    given = checked.trainer.get('load_path')
+    if latest is not None:
+        reason = _damage(latest)
+        remedy = 'To do so, give load_path=... and leave autoresume out.'
+        return ('autoresume', f'{reason} {remedy}') if reason else None
+    if not given or '://' in given or '{' in given or checked.trainer.get('load_object_store') is not None:
+        return None
+    if Path(given).is_dir() and not checked.trainer.get('parallelism_config'):
+        return 'load_path', f'{given} is a folder. Give one file of it, as in {Path(given) / "latest-rank0.pt"}.'
+    reason = _damage(Path(given))
+    return ('load_path', reason) if reason else None
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, as far as can be told without unpickling it."""
+    if not path.exists():
+        return f'there is no file {path}.'
+    # Shards, archives and links to remote files.
+    if path.is_dir() or is_tar(path) or is_compressed_pt(str(path)) or path.suffix == '.symlink':
+        return None
+    # torch.save writes a zip archive, whose directory comes last and is what a cut-off file lacks.
+    if not zipfile.is_zipfile(path):
+        return f'{path} is no checkpoint, or only the beginning of one. Load an earlier one.'
+    try:
+        check_sums(path)
+    except CheckpointError as error:
+        return str(error)
+    with zipfile.ZipFile(path) as archive:
+        is_from_torch = any(name.endswith('data.pkl') for name in archive.namelist())
+    if not is_from_torch:
+        return f'{path} is an archive of another kind, no checkpoint.'
+    try:
+        content = load_safely(path, mmap=True)
+    except Exception:  # it holds types of the user's own, which only Composer's loading takes
+        return None
+    if not is_of_composer(content):
+        return f'{path} was not saved by Composer: it has no state of a run. load_average() reads averages of others.'
+    return None

@@ -1,0 +1,116 @@
+"""Classes and functions that a recipe names: found, built, and on an error the argument to blame."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from composer_ema.recipe.arguments import Place, said, signature, unknown
+from composer_ema.recipe.registry import Registry
+from composer_ema.zoo.plugins import PluginError
+
+#: What constructors raise about arguments that they cannot take.
+REFUSALS = (ValueError, TypeError, ImportError, FileNotFoundError, ZeroDivisionError)
+#: Legal values of most arguments: a number, a whole one, a time. They take the place of one that cannot be left out.
+_STAND_INS = (0.5, 1, '1ba')
+
+
+@dataclass(frozen=True)
+class Named:
+    """A class or function that the recipe names, with checked arguments and the place it was named at.
+
+    Args:
+        place: The key in the recipe.
+        name: The canonical name.
+        factory: The class or function.
+        arguments: What the recipe gives to it.
+        is_cheap: Whether calling the factory once more does no harm: it reads no data, opens no file or connection.
+    """
+
+    place: Place
+    name: str
+    factory: Callable[..., Any]
+    arguments: dict[str, Any]
+    is_cheap: bool = False
+
+    def build(self, *positional: Any, **further: Any) -> Any:
+        """Calls the factory with the recipe's arguments and those of the caller.
+
+        Raises:
+            RecipeError: The factory refuses its arguments. The key is that of the argument to blame where the error
+                carries it or, for a cheap factory, where leaving out that argument alone makes the call succeed.
+        """
+        return self.attempt(lambda arguments: self.factory(*positional, **arguments, **further))
+
+    def attempt(self, make: Callable[[dict[str, Any]], Any]) -> Any:
+        """``make(arguments)``, with errors as in :meth:`build`; a cheap one may be called several times."""
+        try:
+            return make(self.arguments)
+        except REFUSALS as error:
+            argument = self._carried(error)
+            if argument is None and self.is_cheap:
+                argument = self._culprit(make)
+            message = said(error)
+            if argument is None:
+                raise self.place.error(message) from error
+            if repr(self.arguments[argument]) not in message:
+                message = f'{message.rstrip(".")}, got {self.arguments[argument]!r}.'
+            raise (self.place / argument).error(message) from error
+
+    def blame(self, error: Exception) -> Place:
+        """The key of the argument that the error carries in ``argument``, or else of the whole entry."""
+        argument = self._carried(error)
+        return self.place if argument is None else self.place / argument
+
+    def _carried(self, error: Exception) -> str | None:
+        argument = getattr(error, 'argument', None)
+        return argument if argument in self.arguments else None
+
+    def _culprit(self, make: Callable[[dict[str, Any]], Any]) -> str | None:
+        """The one argument without which ``make`` succeeds; None where there are none or several."""
+        found = [name for name in self.arguments if self._succeeds_without(name, make)]
+        return found[0] if len(found) == 1 else None
+
+    def _succeeds_without(self, name: str, make: Callable[[dict[str, Any]], Any]) -> bool:
+        others = {key: value for key, value in self.arguments.items() if key != name}
+        parameter = signature(self.factory).get(name)
+        is_required = parameter is not None and parameter.default is parameter.empty
+        candidates = [{**others, name: value} for value in _STAND_INS] if is_required else [others]
+        return any(_succeeds(make, arguments) for arguments in candidates)
+
+
+def find(name: str, place: Place, known: Registry) -> Any:
+    """The class or function of that name.
+
+    Raises:
+        RecipeError: There is none, with the nearest name; or a package registers it and cannot be imported.
+    """
+    if known.canonical(name) is None:
+        if not known.classes:
+            raise place.error(f'no installed package registers a {known.kind}. Install this one: pip install .')
+        raise unknown(place, ' '.join([*known.broken, f'there is no {known.kind} {name!r}']), known.classes)
+    try:
+        return known.find(name)
+    except PluginError as error:
+        raise place.error(str(error)) from error
+
+
+def named(section: Any, place: Place, example: str) -> tuple[str, dict[str, Any]]:
+    """The name in a mapping, and the rest of the mapping."""
+    if not isinstance(section, dict) or not isinstance(section.get('name'), str):
+        if section is None:
+            raise place.error(f'is missing. Write a mapping with a name, as in {{name: {example}}}.')
+        raise place.error(f'must be a mapping with a name, as in {{name: {example}}}; got {section!r}.')
+    return section['name'], {key: value for key, value in section.items() if key != 'name'}
+
+
+def _succeeds(make: Callable[[dict[str, Any]], Any], arguments: dict[str, Any]) -> bool:
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        with contextlib.suppress(Exception):
+            make(arguments)
+            return True
+    return False

@@ -1,0 +1,183 @@
+"""What a data set is to a recipe: a function that returns loaders, and that knows the length of an epoch beforehand.
+
+A package registers one under the entry point group ``composer_ema.datasets``; see :func:`dataset`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from composer.utils import dist
+from torch.utils.data import DataLoader
+
+from composer_ema.spans import ArgumentError
+from composer_ema.zoo.checks import check_whole
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+_Builder = TypeVar('_Builder', bound=Callable[..., 'Data'])
+
+
+@dataclass(frozen=True)
+class Data:
+    """The loaders of a data set, and what a model must know of it.
+
+    Attributes:
+        train: Shuffled batches `(inputs, targets)`: float32 `(n, *input_shape)` and int64 `(n,)`.
+        evaluation: Batches of the same kind, in fixed order, each sample once.
+        num_classes: Targets lie in `[0, num_classes)`.
+        input_shape: Shape of one input.
+    """
+
+    train: DataLoader[Batch]
+    evaluation: DataLoader[Batch]
+    num_classes: int
+    input_shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Extent:
+    """The length of an epoch of training.
+
+    Attributes:
+        samples: Samples in an epoch, at least 1.
+        batch_size: Samples per step over all processes.
+        drop_last: Whether an uneven last batch is dropped.
+    """
+
+    samples: int
+    batch_size: int
+    drop_last: bool
+
+    @property
+    def batches(self) -> int:
+        """Batches in an epoch, equal to `len(data.train)` in any number of processes."""
+        whole, rest = divmod(self.samples, self.batch_size)
+        return whole + (rest > 0 and not self.drop_last)
+
+    def samples_of(self, batch_in_epoch: int) -> int:
+        """Samples in one batch; batches of an epoch are counted from 0."""
+        return min(self.batch_size, self.samples - batch_in_epoch * self.batch_size)
+
+
+@dataclass(frozen=True)
+class Batching:
+    """The arguments that all data sets share, checked on construction.
+
+    Args:
+        batch_size: Samples per training step over all processes; a multiple of their number.
+        eval_batch_size: The same for evaluation.
+        validation_split: Share of the training set held out for evaluation in place of the test set, in [0, 1).
+        drop_last: Whether an uneven last training batch is dropped.
+        num_workers: Worker processes per loader.
+        seed: Seed of the order of training and of the augmentation, at least 0.
+
+    Raises:
+        ArgumentError: An argument is out of range.
+    """
+
+    batch_size: int
+    eval_batch_size: int
+    validation_split: float = 0.0
+    drop_last: bool = False
+    num_workers: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        world_size = dist.get_world_size()
+        for name in ('batch_size', 'eval_batch_size'):
+            value = getattr(self, name)
+            check_whole(name, value, 1, 'It counts the samples of one step over all processes.')
+            if value % world_size != 0:
+                raise ArgumentError(
+                    f'{name} must be divisible by the number of processes, got {value} for {world_size} processes. '
+                    f'Pass {name}={math.ceil(value / world_size) * world_size}.',
+                    name,
+                )
+        split = self.validation_split
+        if isinstance(split, bool) or not isinstance(split, int | float) or not 0 <= split < 1:
+            raise ArgumentError(
+                f'validation_split must be a share in [0, 1), got {split!r}. '
+                'Pass 0.1 to hold out a tenth of the training set, 0 to evaluate on the test set.',
+                'validation_split',
+            )
+        check_whole('num_workers', self.num_workers, 0, 'Pass 0 to load in the training process.')
+        check_whole('seed', self.seed, 0, 'Pass any whole number from 0 on.')
+
+    def count_held_out(self, samples: int) -> int:
+        """How many of the training samples are held out for evaluation."""
+        return min(max(1, round(self.validation_split * samples)), samples - 1) if self.validation_split > 0 else 0
+
+    def check_last_batch(self, samples: int) -> None:
+        """Raises an ArgumentError where the only batch of an epoch would be dropped."""
+        if self.drop_last and self.batch_size > samples:
+            raise ArgumentError(
+                f'batch_size must not exceed the {samples} training samples with drop_last, '
+                f'got {self.batch_size}: every batch would be dropped. Pass drop_last=False or a smaller batch_size.',
+                'batch_size',
+            )
+
+
+def dataset(*, samples: Callable[[Mapping[str, Any]], int]) -> Callable[[_Builder], _Builder]:
+    """Makes a function that returns :class:`Data` into a data set that recipes can name.
+
+    The function takes keyword arguments with defaults, among them ``batch_size``. Three further names have a fixed
+    meaning where it takes them: ``validation_split`` (the share of the training samples held out for evaluation),
+    ``drop_last``, and ``seed``, which is the recipe's seed unless the recipe says otherwise. Its package registers it::
+
+        [options.entry_points]
+        composer_ema.datasets =
+            rings = rings.data:rings
+
+    Args:
+        samples: From the function's arguments, defaults included, to the number of training samples, without reading
+            them. A recipe's schedule is checked against it before the data are touched.
+
+    Raises:
+        TypeError: The function takes no ``batch_size``.
+
+    Example:
+        >>> @dataset(samples=lambda given: 80)
+        ... def rings(*, batch_size: int = 8) -> Data: ...
+        >>> extent(rings, {'batch_size': 16}).batches
+        5
+    """
+
+    def register(builder: _Builder) -> _Builder:
+        if 'batch_size' not in inspect.signature(builder).parameters:
+            raise TypeError(f'the data set {builder.__name__} must take batch_size. Add batch_size: int = 128.')
+        builder.training_samples = samples  # pyright: ignore[reportFunctionMemberAccess]
+        return builder
+
+    return register
+
+
+def extent(builder: Callable[..., Data], arguments: Mapping[str, Any]) -> Extent | None:
+    """The length of an epoch of a data set, without reading, making or downloading it.
+
+    Args:
+        builder: A function made by :func:`dataset`.
+        arguments: Of that function; its defaults stand for the rest.
+
+    Returns:
+        Extent: None for a function that was not made by :func:`dataset`.
+
+    Raises:
+        ArgumentError: An argument is out of range.
+    """
+    samples_of = getattr(builder, 'training_samples', None)
+    if samples_of is None:
+        return None
+    parameters = inspect.signature(builder).parameters.values()
+    given = {each.name: each.default for each in parameters if each.default is not each.empty} | dict(arguments)
+    shared = {each.name: given[each.name] for each in dataclasses.fields(Batching) if given.get(each.name) is not None}
+    batching = Batching(**{'eval_batch_size': given['batch_size'], **shared})
+    samples = samples_of(given)
+    samples -= batching.count_held_out(samples)
+    batching.check_last_batch(samples)
+    return Extent(samples, batching.batch_size, batching.drop_last)
