@@ -10,11 +10,13 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
 _LN2 = math.log(2.0)
+# The relative standard deviation of equal shares, the largest of a power function with gamma >= 0.
+_WIDEST = 12**-0.5
 
 #: The unit of a profile that counts updates, however much time passes between them.
 UPDATES = 'updates'
@@ -222,6 +224,62 @@ class Equal(Profile):
 
 
 @dataclass(frozen=True)
+class Power(Profile):
+    """An average whose memory is a share of the time trained so far, however long that is::
+
+        weight = 1 - (1 - elapsed / since_start) ** (gamma + 1)
+
+    The power function average of EDM2 (Karras et al. 2024, section 3.1). At any moment, weights from a time ``t`` after
+    the start have a share in proportion to ``t ** gamma``. The first update copies.
+
+    Args:
+        sigma_rel: standard deviation of these shares in time, as a share of the time trained so far; above 0 and at
+            most ``1 / sqrt(12)``, where all shares are equal. 0.05, 0.10 and 0.25 put half of the average into the last
+            3.8, 8.4 and 33 % of training.
+        unit: unit of the times in a :class:`Moment`. Default: :data:`UPDATES`.
+
+    Attributes:
+        gamma: the exponent that ``sigma_rel`` stands for, at least 0::
+
+            sigma_rel = sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)))
+
+    Raises:
+        TypeError: ``sigma_rel`` is not a number.
+        ValueError: ``sigma_rel`` is out of range.
+
+    Example:
+        >>> profile = Power(12 ** -0.5)
+        >>> [round(profile.weight_at(n), 12) for n in range(3)]
+        [1.0, 0.5, 0.333333333333]
+    """
+
+    sigma_rel: float
+    unit: str = UPDATES
+    gamma: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.sigma_rel, bool) or not isinstance(self.sigma_rel, Real):
+            raise TypeError(
+                f'power must be a number, got {self.sigma_rel!r} of type {type(self.sigma_rel).__name__}. '
+                'Pass for example power=0.1.'
+            )
+        if not 0 < self.sigma_rel <= _WIDEST:
+            raise ValueError(
+                f'power must lie above 0 and be at most {_WIDEST:.4f}, which is an equal average, got '
+                f'{self.sigma_rel}. Pass for example power=0.1.'
+            )
+        object.__setattr__(self, 'gamma', _gamma(self.sigma_rel))
+
+    def weight(self, moment: Moment) -> float:
+        if moment.elapsed >= moment.since_start:
+            return 1.0
+        return _one_minus_exp((self.gamma + 1) * math.log1p(-moment.elapsed / moment.since_start))
+
+    def __str__(self) -> str:
+        return f'power={self.sigma_rel}'
+
+
+@dataclass(frozen=True)
 class WarmedUp(Exponential):
     """An exponential average whose half-life grows from zero, so that it soon forgets where it started::
 
@@ -402,6 +460,15 @@ def _check_count(num_updates: int) -> None:
         raise TypeError(f'num_updates must be a whole number of at least 0, got {num_updates!r}.')
     if num_updates < 0:
         raise ValueError(f'num_updates must be at least 0, got {num_updates}. The first update has 0.')
+
+
+def _gamma(sigma_rel: float) -> float:
+    """The exponent of a power function with this relative standard deviation, by bisection."""
+    low, high = 0.0, 1.0 / sigma_rel  # sigma_rel falls with gamma, and is below 1 / (gamma + 2)
+    while low < (middle := (low + high) / 2) < high:
+        is_wider = (middle + 1) / ((middle + 2) ** 2 * (middle + 3)) > sigma_rel**2
+        low, high = (middle, high) if is_wider else (low, middle)
+    return low
 
 
 def _log_smoothing(elapsed: float, half_life: float) -> float:

@@ -22,6 +22,7 @@ from composer_ema.averages import (
     Equal,
     HalfLife,
     Moment,
+    Power,
     Profile,
     Smoothing,
     check_numbers,
@@ -73,11 +74,14 @@ class EMAOptimizer(OptimizerWrapper):
             ``decay``.
         model: the model whose parameters ``optimizer`` moves. The average then has the model's names and covers its
             buffers. Default: names are group and position; ``'0.3'`` is the fourth parameter of the first group.
+        power: width of a power function average as a share of the steps so far, above 0 and at most 0.2887. Replaces
+            ``decay``; see :class:`composer_ema.averages.Power`. The first update copies.
         bias_correction: divides each weight by one minus the product of all decays so far. The average forgets where
             it started, and the first update copies. Default: False.
         average: ``'exponential'``, or ``'equal'`` for the mean of the weights after every ``every_n_steps`` steps:
             ``average += (weights - average) / (n + 1)``, where n counts earlier updates. The first update copies.
-            ``'equal'`` excludes ``decay``, ``half_life`` and ``bias_correction``. Default: ``'exponential'``.
+            ``'equal'`` excludes ``decay``, ``half_life``, ``power`` and ``bias_correction``. Default:
+            ``'exponential'``.
         start: the first step to average, at least 0; if no update is due then, the next step that is due. The first
             update copies, and until then the average is the weights. Default: 0, an average from the beginning.
         settings: which tensors to average and how: ``buffers``, ``include``, ``exclude``, ``dtype``,
@@ -110,6 +114,7 @@ class EMAOptimizer(OptimizerWrapper):
         every_n_steps: int = 1,
         *,
         half_life: float | None = None,
+        power: float | None = None,
         model: nn.Module | None = None,
         bias_correction: bool = False,
         average: Literal['exponential', 'equal'] = 'exponential',
@@ -126,16 +131,27 @@ class EMAOptimizer(OptimizerWrapper):
         _check_average(average, kept.function_name, {
             'decay': None if decay == DEFAULT_DECAY else decay,
             'half_life': half_life,
+            'power': power,
             'bias_correction': bias_correction or None,
         })  # fmt: skip
         if half_life is not None and decay != DEFAULT_DECAY:
             raise ValueError(f'pass either half_life or decay, got half_life={half_life} and decay={decay}.')
+        if power is not None:
+            for name, value in (('decay', decay != DEFAULT_DECAY and decay), ('half_life', half_life)):
+                if value not in (None, False):
+                    raise ValueError(f'pass either power or {name}, got power={power} and {name}={value}.')
+            if bias_correction:
+                raise ValueError(
+                    f'bias_correction has no effect on a power average, got power={power}: it forgets where it '
+                    'started anyway. Leave bias_correction out.'
+                )
         if model is None and kept.buffers != 'average':
             raise ValueError(f'buffers={kept.buffers!r} has no effect: without a model there are none. Pass model=.')
-        is_by_decay = half_life is None and average == 'exponential' and not kept.has_function
+        is_by_decay = half_life is None and power is None and average == 'exponential' and not kept.has_function
         arguments = {
             'decay': decay if is_by_decay else None,
             'half_life': half_life,
+            'power': power,
             'every_n_steps': _check_interval(every_n_steps),
             'bias_correction': bias_correction,
             'average': kept.function_name or average,
@@ -491,6 +507,8 @@ class _ByFunction:
 def _profile_of(arguments: Mapping[str, Any]) -> Profile:
     if arguments['average'] == 'equal':
         return Equal('steps')
+    if arguments['power'] is not None:
+        return Power(arguments['power'], 'steps')
     if arguments['half_life'] is None:
         exponential = Smoothing(arguments['decay'], 'steps', 'decay')
     else:

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import math
 from collections.abc import Sequence
 from fractions import Fraction
@@ -17,6 +18,7 @@ from composer_ema.averages import (
     Equal,
     HalfLife,
     Moment,
+    Power,
     Profile,
     Smoothing,
     WarmedUp,
@@ -34,6 +36,7 @@ PROFILES = {
     'no half-life': lambda: HalfLife(0),
     'smoothing': lambda: Smoothing(0.9, 'steps', 'decay'),
     'equal': Equal,
+    'power': lambda: Power(0.1, 'ba'),
     'warmed up': lambda: WarmedUp(HalfLife(20, 'ba'), 0.3),
     'corrected': lambda: BiasCorrected(HalfLife(7.5, 'ba')),
     'corrected smoothing': lambda: BiasCorrected(Smoothing(0.9)),
@@ -135,6 +138,7 @@ class TestEveryProfile:
             (PROFILES['warmed up'], 'half_life=20ba,warmup=0.3', 'ba'),
             (PROFILES['corrected'], 'half_life=7.5ba,bias_correction', 'ba'),
             (PROFILES['copies first'], 'smoothing=0.9', 'updates'),
+            (PROFILES['power'], 'power=0.1', 'ba'),
         ],
     )
     def test_it_describes_itself_in_the_words_of_its_arguments(self, make, text, unit):
@@ -288,6 +292,57 @@ class TestEqual:
             Equal().weight_at(count)
         with pytest.raises(error, match=message):
             Moment(1.0, 1.0, count)
+
+
+class TestPower:
+    def test_by_hand(self):
+        """gamma = 1: shares rise in a straight line, so updates at 1, 2 and 4 get 1/16, 3/16 and 12/16."""
+        profile = Power((2 / 36) ** 0.5, 'ba')
+        assert profile.gamma == pytest.approx(1, rel=1e-12)
+        shares = shares_of(weights_of(profile, [Moment(1, 1, 0), Moment(1, 2, 1), Moment(2, 4, 2)]))
+        assert shares == pytest.approx([0, 1 / 16, 3 / 16, 12 / 16], abs=1e-12)
+
+    @given(spacing=spacings, sigma_rel=st.floats(0.005, 12**-0.5))
+    def test_the_share_made_up_to_any_time_is_the_power_of_that_time(self, spacing, sigma_rel):
+        profile, run = Power(sigma_rel, 'ba'), moments(spacing)
+        cumulated = list(itertools.accumulate(shares_of(weights_of(profile, run))))
+        end = run[-1].since_start
+        expected = [0.0, *((moment.since_start / end) ** (profile.gamma + 1) for moment in run)]
+        assert cumulated == pytest.approx(expected, abs=1e-9)
+
+    @pytest.mark.parametrize('gamma', [0, 0.5, 1, 6.94, 16.97, 200])
+    def test_the_exponent_is_the_one_of_this_width(self, gamma):
+        sigma_rel = math.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)))
+        assert Power(sigma_rel).gamma == pytest.approx(gamma, rel=1e-9, abs=1e-9)
+
+    @pytest.mark.parametrize(('sigma_rel', 'percent'), [(0.05, 3.8), (0.10, 8.4), (0.25, 33)])
+    def test_half_of_the_average_lies_in_the_last_part_of_the_run(self, sigma_rel, percent):
+        half = 1 - 0.5 ** (1 / (Power(sigma_rel).gamma + 1))
+        assert 100 * half == pytest.approx(percent, rel=0.02)
+
+    def test_the_widest_is_the_equal_average(self):
+        weights = [Power(12**-0.5).weight_at(n) for n in range(100)]
+        assert weights == pytest.approx([Equal().weight_at(n) for n in range(100)], rel=1e-9)
+
+    def test_the_first_update_copies_wherever_the_time_starts(self):
+        assert Power(0.1).weight_at(0) == 1
+        assert Power(0.1, 'ba').weight(Moment(0, 0, 0)) == 1
+        assert Power(0.1, 'ba').weight(Moment(5, 5, 0)) == 1
+
+    def test_no_time_passed_gives_no_weight(self):
+        assert Power(0.1, 'ba').weight(Moment(0, 7, 3)) == 0
+
+    @pytest.mark.parametrize('sigma_rel', [0, -0.1, 0.29, 1, math.nan, math.inf])
+    def test_a_width_out_of_range_names_value_rule_and_remedy(self, sigma_rel):
+        with pytest.raises(
+            ValueError, match=rf'power must lie above 0 .* 0\.2887.*got {sigma_rel}\. Pass .*power=0\.1'
+        ):
+            Power(sigma_rel)
+
+    @pytest.mark.parametrize('sigma_rel', ['0.1', None, True])
+    def test_a_width_that_is_no_number_is_refused(self, sigma_rel):
+        with pytest.raises(TypeError, match=r'power must be a number, got .*power=0\.1'):
+            Power(sigma_rel)
 
 
 class TestWarmedUp:

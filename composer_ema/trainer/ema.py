@@ -10,7 +10,7 @@ from composer.core import Time
 from torch import nn
 from typing_extensions import Unpack
 
-from composer_ema.averages import UPDATES, Exponential, HalfLife, Moment, Profile, Smoothing
+from composer_ema.averages import UPDATES, Exponential, HalfLife, Moment, Power, Profile, Smoothing
 from composer_ema.model.sharding import canonical_name
 from composer_ema.settings import TrainerSettings, takes_settings
 from composer_ema.shadow.shadow_model import ShadowModel
@@ -45,6 +45,9 @@ class EMA(WeightAverage):
             nothing: the average equals the weights. Default: ``'1000ba'``.
         smoothing: instead of ``half_life``, the share of the old average that every update keeps, in [0, 1], whatever
             time has passed. Default: None.
+        power: instead of ``half_life``, the width of a power function average as a share of the time trained so far,
+            above 0 and at most 0.2887: 0.05, 0.10 and 0.25 put half of the average into the last 3.8, 8.4 and 33 % of
+            the run. See :class:`composer_ema.averages.Power`. Default: None.
         ema_start: time string (ba, ep, sp, tok, dur) before which nothing is averaged. Default: ``'0.0dur'``.
         update_interval: time string between two updates. Its unit may differ from the half-life's. Default: one batch,
             or one epoch or iteration for a half-life in those.
@@ -83,7 +86,7 @@ class EMA(WeightAverage):
     """
 
     name = 'ema'
-    compared = ('half_life', 'smoothing', 'avg_fn', 'multi_avg_fn')
+    compared = ('half_life', 'smoothing', 'power', 'avg_fn', 'multi_avg_fn')
     rivals = (WeightAverage,)
 
     def __init__(
@@ -93,24 +96,28 @@ class EMA(WeightAverage):
         ema_start: str | Time = '0.0dur',
         update_interval: str | Time | None = None,
         *,
+        power: float | None = None,
         evaluate_with: Mapping[str, Literal['ema', 'training']] | None = None,
         log_interval: str | Time | None = '1ep',
         export_weights: Literal['ema', 'training'] = 'training',
         **settings: Unpack[TrainerSettings],
     ) -> None:
         has_function = settings.get('avg_fn') is not None or settings.get('multi_avg_fn') is not None
-        #: The half-life; None if a smoothing or a function takes its place.
-        self.half_life = _half_life(half_life, smoothing, has_function=has_function)
+        #: The half-life; None if a smoothing, a power or a function takes its place.
+        self.half_life = _half_life(half_life, smoothing=smoothing, power=power, has_function=has_function)
         profile: Profile | None = None
         if self.half_life is not None:
             profile = HalfLife(self.half_life.value, self.half_life.unit)
         elif smoothing is not None:
             profile = Smoothing(smoothing)
+        elif power is not None:
+            profile = Power(power, 'ba')
         super().__init__(
             profile,
             {
                 'half_life': None if self.half_life is None else str(self.half_life),
                 'smoothing': None if smoothing is None else float(smoothing),
+                'power': None if power is None else float(power),
             },
             horizon=None if self.half_life is None else TimeArgument('half_life', self.half_life),
             start=ema_start,
@@ -184,26 +191,29 @@ class EMA(WeightAverage):
         return self._averages.put(self.name, model)
 
 
-def _half_life(half_life: str | Time | None, smoothing: float | None, *, has_function: bool) -> Span | None:
-    """The half-life, or None if a smoothing or a function takes its place.
+def _half_life(half_life: str | Time | None, *, has_function: bool, **others: float | None) -> Span | None:
+    """The half-life, or None if another argument or a function takes its place.
 
     Raises:
-        ValueError: none or several of the three are given.
+        ValueError: none or several of them are given.
     """
     is_given = half_life is not None and half_life is not _DEFAULT_HALF_LIFE
-    if has_function and (is_given or smoothing is not None):
-        given = f'half_life={str(half_life)!r}' if is_given else f'smoothing={smoothing}'
+    given = {'half_life': repr(str(half_life))} if is_given else {}
+    given |= {name: str(value) for name, value in others.items() if value is not None}
+    written = [f'{name}={value}' for name, value in given.items()]
+    if has_function and given:
         raise ValueError(
-            f'avg_fn and multi_avg_fn decide how much of the average is kept, so {given} has no effect. Leave it out.'
+            f'avg_fn and multi_avg_fn decide how much of the average is kept, so {written[0]} has no effect. '
+            'Leave it out.'
         )
-    if is_given and smoothing is not None:
-        raise ValueError(
-            f'pass either half_life or smoothing, got half_life={str(half_life)!r} and smoothing={smoothing}.'
-        )
-    if has_function or smoothing is not None:
+    if len(given) > 1:
+        raise ValueError(f'pass either {" or ".join(given)}, got {" and ".join(written)}.')
+    if has_function or (given and not is_given):
         return None
     if half_life is None:
-        raise ValueError("either half_life or smoothing must be given, got None for both. Pass half_life='1000ba'.")
+        raise ValueError(
+            f"one of half_life, {' and '.join(others)} must be given, got None for all. Pass half_life='1000ba'."
+        )
     return Span.parse(half_life, name='half_life', units=('ba', 'ep', 'sp', 'tok', 'iter', 'dur'))
 
 
