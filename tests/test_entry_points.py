@@ -249,13 +249,14 @@ def outsider(tmp_path) -> Path:
 def test_an_outsiders_data_set_model_and_callback_train_a_recipe(outsider):
     output = run(
         f"""
+        from composer_ema.pictures import report
         from composer_ema.recipe import run, schema
         from composer_ema.recipe.preview import preview
 
         recipe = schema.load({str(outsider / 'recipe.yaml')!r})
         print(preview(recipe).batches, 'batches foreseen')
         outcome = run.train(recipe, lambda shown: None)
-        print(outcome.num_batches, sorted(outcome.points))
+        print(outcome.num_batches, sorted(report.result(outcome).points))
         assert 'composer_ema.zoo.torchvision_models' not in sys.modules
         """,
         outsider,

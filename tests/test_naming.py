@@ -14,6 +14,7 @@ from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import check_same, listed
 from composer_ema.model.selection import Selection
 from composer_ema.model.watch import Watch
+from composer_ema.settings import Settings
 
 
 class Tied(nn.Module):
@@ -151,9 +152,14 @@ class TestWatch:
         assert not watch.is_current(nn.Module())
 
 
+def selected_by(include=None, exclude=None) -> Selection:
+    settings = Settings(include=include, exclude=exclude)
+    return Selection(settings.included, settings.excluded)
+
+
 class TestSelection:
     def test_without_patterns_everything_is_selected(self):
-        assert 'anything' in Selection(None, None)
+        assert 'anything' in selected_by()
 
     @pytest.mark.parametrize(
         ('include', 'exclude', 'selected'),
@@ -167,29 +173,29 @@ class TestSelection:
     )
     def test_patterns_are_searched_for_and_exclude_has_the_last_word(self, include, exclude, selected):
         names = ['a.weight', 'a.bias', 'b.weight', 'b.bias']
-        selection = Selection(include, exclude)
+        selection = selected_by(include, exclude)
         selection.check(names)
         assert {name for name in names if name in selection} == selected
 
     @pytest.mark.parametrize('argument', ['include', 'exclude'])
     def test_a_pattern_that_matches_nothing_is_an_error_that_shows_the_names(self, argument):
-        selection = Selection(**{'include': None, 'exclude': None, argument: ['weight', 'wieght']})
+        selection = selected_by(**{argument: ['weight', 'wieght']})
         with pytest.raises(ValueError, match=rf"{argument} pattern 'wieght' matches none of the 2 names .*a\.weight"):
             selection.check(['a.weight', 'a.bias'])
 
     def test_nothing_left_is_an_error(self):
         with pytest.raises(ValueError, match=r'leave no name to average\. Widen include or narrow'):
-            Selection('weight', 'a').check(['a.weight', 'b.bias'])
+            selected_by('weight', 'a').check(['a.weight', 'b.bias'])
 
     @pytest.mark.parametrize('argument', ['include', 'exclude'])
     def test_a_broken_pattern_is_named(self, argument):
         with pytest.raises(ValueError, match=rf"{argument} pattern '\(' is not a regular expression"):
-            Selection(**{'include': None, 'exclude': None, argument: '('})
+            selected_by(**{argument: '('})
 
     @pytest.mark.parametrize('argument', ['include', 'exclude'])
     def test_a_pattern_must_be_a_string(self, argument):
         with pytest.raises(TypeError, match=rf'{argument} must hold strings, got 3 of type int'):
-            Selection(**{'include': None, 'exclude': None, argument: [3]})
+            selected_by(**{argument: [3]})
 
 
 class TestCheckSame:
