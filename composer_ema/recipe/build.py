@@ -1,4 +1,4 @@
-"""From a checked recipe to a Trainer: everything that needs no data is built first, so its errors cost nothing."""
+"""Builds the Trainer of a recipe. Everything that needs no data comes first, so that errors come at once."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class Run:
         recipe: The recipe with seed and run name filled in.
         plan: The same, checked.
         folder: The run folder, which may not exist yet.
-        trainer: Built, loaded when the recipe resumes, not yet fitted.
-        recorder: What it writes its metrics through.
-        remarks: What to show before it trains, strings and rich renderables: groups of parameters, the schedule.
+        trainer: The Trainer, loaded where the recipe resumes, not yet fitted.
+        recorder: The callback that writes the metrics.
+        remarks: Strings and rich renderables to show before training: parameter groups, the schedule.
     """
 
     recipe: Recipe
@@ -53,17 +53,17 @@ def build(recipe: Recipe, *, scratch: Path | None = None, callbacks: Sequence[Ca
     """Builds the Trainer of a recipe: checks, then model, optimizer and plug-ins, then data, then the Trainer.
 
     Args:
-        recipe: What ``schema.load`` returned.
-        scratch: A folder for whatever building writes, for a run that is never fitted; the recipe's
-            own loggers are then built and left out, because they open files and connections as soon as a Trainer
-            starts. Default: None, the run folder.
-        callbacks: Further ones, which follow the recipe's own.
+        recipe: The result of ``schema.load``.
+        scratch: For a run that is never fitted, a folder for all files. The loggers of the recipe are then built, to
+            check them, but not passed to the Trainer, with which they would open files and connections. Default:
+            None, the run folder.
+        callbacks: Further callbacks, after those of the recipe.
 
     Returns:
         Run: Ready for ``run.trainer.fit()``.
 
     Raises:
-        RecipeError: Anything about the recipe that is wrong, and in all but a few cases before data is touched.
+        RecipeError: The recipe is wrong; with few exceptions this is raised before data is touched.
     """
     checked = plan(recipe)
     place = checked.place
@@ -78,7 +78,7 @@ def build(recipe: Recipe, *, scratch: Path | None = None, callbacks: Sequence[Ca
     reproducibility.seed_all(seed)
     model = checked.model.build()
     optimizer = groups.build_optimizer(checked.optimizer, checked.param_groups, model) if checked.optimizer else None
-    # Before the data are touched, unless only they tell how long an epoch is.
+    # Before the data are touched, unless nothing else tells the length of an epoch.
     extent = checked.extent()
     stepped = _fit(checked, extent.batches, model, optimizer) if extent is not None else None
     algorithms = [_algorithm(each, checked) for each in checked.algorithms]
@@ -136,7 +136,7 @@ def blame(checked: Plan, error: Exception) -> Place:
 
 
 def _start_processes(checked: Plan) -> None:
-    """Joins the process group when a launcher started several processes; they must agree on a run name."""
+    """Joins the process group if there are several processes: they must agree on a run name."""
     device = checked.trainer.get('device')
     try:
         found = get_device(device)
@@ -147,16 +147,16 @@ def _start_processes(checked: Plan) -> None:
 
 
 def _seed(checked: Plan) -> int:
-    """The recipe's seed, or always the same one: a run that is started again must draw the same batches."""
+    """The recipe's seed, or a constant: a run that is started again must draw the same batches."""
     seed = checked.trainer.get('seed')
     return DEFAULT_SEED if seed is None else seed
 
 
 def _run_name(checked: Plan) -> str:
-    """The recipe's name for the run, or the recipe file's with the first free number.
+    """The run name of the recipe, or the name of its file with the first free number.
 
-    ``fashion_mnist``, then ``fashion_mnist-2``, ``fashion_mnist-3``, ... as folders of these names exist. Autoresume
-    takes the last that holds a checkpoint, or where none does the last.
+    ``fashion_mnist``, then ``fashion_mnist-2``, ``fashion_mnist-3``, ... as such folders exist. Autoresume takes the
+    last one that holds a checkpoint, or the last one if none does.
     """
     if checked.recipe.run_name is not None:
         return checked.recipe.run_name
@@ -180,7 +180,7 @@ def _numbered_name(checked: Plan, *, resumes: bool) -> str:
 
 @contextlib.contextmanager
 def _no_empty_folders_left(*folders: Path) -> Iterator[None]:
-    """Removes those of the folders that were made inside and left empty, innermost first, when what is inside fails."""
+    """On an error inside, removes the folders that were created inside and are still empty, innermost first."""
     missing = [folder for folder in folders if not folder.exists()]
     try:
         yield
@@ -218,7 +218,7 @@ def _fit(checked: Plan, batches_per_epoch: int, model: Any, optimizer: torch.opt
 
 
 def _schedule_values(recipe: Recipe, scheduled: Sequence[Scheduled]) -> dict[str, Any]:
-    """The key ``scheduler`` with all that was filled in; nothing where the recipe has none."""
+    """The key ``scheduler`` with every filled-in argument; nothing where the recipe has none."""
     values = [each.as_values() for each in scheduled]
     if not values:
         return {}
@@ -243,9 +243,9 @@ def _algorithm(named: Named, checked: Plan) -> Algorithm:
 
 
 def _trainer_arguments(given: Mapping[str, Any], folder: Path, scratch: Path | None) -> dict[str, Any]:
-    """The recipe's own, with checkpoints in the run folder; in a scratch run nothing outside it is written."""
+    """The arguments of the recipe, with checkpoints in the run folder, or in ``scratch``."""
     arguments = {'save_folder': str(folder / CHECKPOINT_FOLDER), **given}
-    # A process that is killed between writing a checkpoint and pointing 'latest' at it leaves one from the future.
+    # A process killed between writing a checkpoint and updating 'latest' leaves a checkpoint newer than 'latest'.
     arguments.setdefault('save_overwrite', bool(given.get('autoresume')))
     if scratch is not None and arguments['save_folder'] is not None:
         arguments['save_folder'] = str(scratch / CHECKPOINT_FOLDER)
@@ -253,7 +253,7 @@ def _trainer_arguments(given: Mapping[str, Any], folder: Path, scratch: Path | N
 
 
 def _check_fit(model: torch.nn.Module, data: Data, place: Place) -> None:
-    """Sends one sample of zeros through the model, so that a wrong shape is told in terms of the recipe."""
+    """Sends one sample of zeros through the model, so that the error for a wrong shape names the recipe's keys."""
     model.eval()
     sample = torch.zeros(1, *data.input_shape)
     try:

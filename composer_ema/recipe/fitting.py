@@ -43,7 +43,7 @@ class Fitted:
         """Refuses a checkpoint whose schedule differs from the recipe's: torch keeps the arguments that it loads.
 
         Args:
-            before: What :meth:`settings` returned before the checkpoint was loaded.
+            before: The result of :meth:`settings` before the checkpoint was loaded.
 
         Raises:
             RecipeError: An argument has changed.
@@ -102,7 +102,7 @@ def _fill(scheduled: Scheduled, length: Length | None, trainer: Mapping[str, Any
 
 
 def _check_times(scheduled: Scheduled, max_duration: int | str, length: Length) -> None:
-    """Asks one of Composer's schedulers for its first factor, as it checks its times only then."""
+    """Asks one of Composer's schedulers for its first factor: it checks its times only then."""
     state = SimpleNamespace(
         timestamp=Timestamp(),
         max_duration=ensure_time(max_duration, TimeUnit.EPOCH),

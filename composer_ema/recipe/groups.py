@@ -1,4 +1,4 @@
-"""Optimizers of a recipe: groups of parameters by pattern, and what an optimizer cannot train told beforehand."""
+"""The optimizer of a recipe: groups of parameters by pattern, and early errors about what it cannot train."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _MATCH = 'match'
 
 @dataclass(frozen=True)
 class Group:
-    """Options for the parameters whose names a pattern finds.
+    """Options for the parameters whose names match a pattern.
 
     Args:
-        place: Where the recipe says so.
+        place: The key of the entry.
         match: Regular expression, searched for in the names of ``model.named_parameters()``.
         options: Arguments of the optimizer for these parameters alone.
     """
@@ -36,15 +36,15 @@ class Group:
 
 
 def read(section: Any, place: Place, optimizer: Named) -> list[Group]:
-    """Checks the entries of ``param_groups`` against the optimizer's signature and, with its own checks, the values.
+    """Reads ``param_groups`` and lets the optimizer check the options of each group.
 
     Args:
-        section: What the recipe says; None counts as no groups.
-        place: Where.
-        optimizer: What the groups belong to.
+        section: The value of the key; None means no groups.
+        place: The key.
+        optimizer: The optimizer that gets the groups.
 
     Raises:
-        RecipeError: No list of mappings, no regular expression, an option that is not the optimizer's.
+        RecipeError: No list of mappings, no regular expression, or an option that the optimizer refuses.
     """
     if section is None:
         return []
@@ -57,13 +57,13 @@ def read(section: Any, place: Place, optimizer: Named) -> list[Group]:
 
 
 def check_can_train(optimizer: Named, trainer: Mapping[str, Any]) -> None:
-    """Refuses what Composer cannot do with an optimizer, before anything is built.
+    """Refuses combinations of optimizer and Trainer arguments that Composer cannot train.
 
     Raises:
         RecipeError: LBFGS or SparseAdam in a run that loads a checkpoint, or LBFGS with ``amp_fp16``.
     """
     cls = _class(optimizer)
-    # On loading, torch's distributed checkpoint takes a step with dense gradients of zero and without a closure.
+    # To load, torch's distributed checkpoint takes a step with dense zero gradients and without a closure.
     if issubclass(cls, torch.optim.LBFGS | torch.optim.SparseAdam):
         for key in ('autoresume', 'load_path'):
             if trainer.get(key) and not trainer.get('load_weights_only'):
@@ -79,7 +79,7 @@ def check_can_train(optimizer: Named, trainer: Mapping[str, Any]) -> None:
 
 
 def check_options(optimizer: Named) -> None:
-    """Builds the optimizer for one number, so that it checks its options before there is a model.
+    """Builds the optimizer over a single number, so that it checks its options before there is a model.
 
     Raises:
         RecipeError: The optimizer refuses an option.
@@ -88,18 +88,18 @@ def check_options(optimizer: Named) -> None:
 
 
 def build_optimizer(optimizer: Named, groups: Sequence[Group], model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer over all parameters of a model, frozen ones included, as ``model.parameters()`` would give them.
+    """Builds the optimizer over all parameters of a model, frozen ones included, as ``model.parameters()`` does.
 
-    With groups, each parameter goes to the first whose pattern its name matches; what is left forms the last group
-    and has the optimizer's own options. Without groups there is one.
+    Each parameter goes to the first group whose pattern its name matches. The rest forms the last group, with the
+    optimizer's own options. Without groups there is one.
 
     Args:
         optimizer: Class and arguments.
-        groups: What :func:`read` returned.
-        model: Its parameters are handed over.
+        groups: The result of :func:`read`.
+        model: The model to train.
 
     Raises:
-        RecipeError: A pattern finds no parameter, a value is out of range, or the optimizer cannot train the model.
+        RecipeError: A pattern matches no parameter, a value is out of range, or the optimizer cannot train the model.
     """
     _check_gradients(optimizer, model)
     if not groups:
@@ -108,7 +108,7 @@ def build_optimizer(optimizer: Named, groups: Sequence[Group], model: nn.Module)
 
 
 def table(optimizer: torch.optim.Optimizer, groups: Sequence[Group]) -> Table:
-    """The groups of an optimizer that :func:`build_optimizer` made, a line each."""
+    """A table of the parameter groups that :func:`build_optimizer` made."""
     shown = Table(title='parameter groups', title_justify='left')
     for column in ('group', 'pattern', 'tensors', 'elements', 'options'):
         is_number = column in ('group', 'tensors', 'elements')

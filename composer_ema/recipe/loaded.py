@@ -47,7 +47,7 @@ def check_loaded(checked: Plan, run_name: str) -> None:
 
 
 def _complaint(checked: Plan, run_name: str) -> tuple[str, str] | None:
-    """The key to blame and why; None when the checkpoint is sound, there is none, or only Composer can judge it."""
+    """The key to blame and why; None for a sound checkpoint, for none, and for one that only Composer can judge."""
     latest = latest_checkpoint(checked, run_name) if checked.trainer.get('autoresume') else None
     given = checked.trainer.get('load_path')
     if latest is not None:
@@ -63,13 +63,13 @@ def _complaint(checked: Plan, run_name: str) -> tuple[str, str] | None:
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, as far as can be told without unpickling it."""
+    """What is wrong with a checkpoint, as far as one can tell without unpickling it."""
     if not path.exists():
         return f'there is no file {path}.'
     # Shards, archives and links to remote files.
     if path.is_dir() or is_tar(path) or is_compressed_pt(str(path)) or path.suffix == '.symlink':
         return None
-    # torch.save writes a zip archive, whose directory comes last and is what a cut-off file lacks.
+    # torch.save writes a zip archive; its directory comes last, so a truncated file has none.
     if not zipfile.is_zipfile(path):
         return f'{path} is no checkpoint, or only the beginning of one. Load an earlier one.'
     try:
@@ -82,7 +82,7 @@ def _damage(path: Path) -> str | None:
         return f'{path} is an archive of another kind, no checkpoint.'
     try:
         content = load_safely(path, mmap=True)
-    except Exception:  # it holds types of the user's own, which only Composer's loading takes
+    except Exception:  # it holds types of the user's own, which only Composer's loading accepts
         return None
     if not is_of_composer(content):
         return f'{path} was not saved by Composer: it has no state of a run. load_average() reads averages of others.'

@@ -1,4 +1,4 @@
-"""What the learning rate of a recipe will do, without data and without a Trainer."""
+"""Steps the learning rate of a recipe through the whole run, without data and without a Trainer."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from composer_ema.recipe.scheduled import Scheduled
 from composer_ema.recipe.schema import Plan
 from composer_ema.recipe.stepping import Schedules
 
-#: Options of parameter groups that a schedule changes, and that are worth drawing.
+#: Options of parameter groups that schedules change.
 MOVED = ('lr', 'momentum', 'betas')
 
 
 class Outline:
-    """The optimizer and the schedulers of a recipe, stepped by hand as the Trainer would step them.
+    """The optimizer and the schedulers of a recipe, stepped as the Trainer would step them.
 
-    Either iterate over :meth:`steps`, or step by hand: read ``optimizer.param_groups``, which hold what the next step
-    of the optimizer would use, then call :meth:`end_batch`; after the last batch of an epoch call :meth:`end_epoch` as
-    well, and after an evaluation :meth:`end_evaluation` if there is a metric to watch. No step of the optimizer is
-    taken, and the model's weights never change.
+    Iterate over :meth:`steps`. Or step by hand: read ``optimizer.param_groups``, which hold what the next step of the
+    optimizer would use, then call :meth:`end_batch`. Call :meth:`end_epoch` after the last batch of an epoch, and
+    :meth:`end_evaluation` after an evaluation whose metrics a scheduler watches. The optimizer itself takes no step, so
+    the weights of the model never change.
 
     Args:
-        plan: What ``schema.plan`` returned. Its model is built, for the names of its parameters; its data are not.
-        batches_per_epoch: What ``len(data.train)`` would be, at least 1.
+        plan: The result of ``schema.plan``. Its model is built, for the names of its parameters; its data are not.
+        batches_per_epoch: The value of ``len(data.train)``, at least 1.
 
     Attributes:
-        optimizer: The recipe's, over the parameters of a model of its own.
-        length: How long the run is.
-        scheduled: The schedulers with every argument that the length of the run gives.
+        optimizer: The optimizer of the recipe, over a model of its own.
+        length: The length of the run.
+        scheduled: The schedulers, with every argument that comes from the length of the run.
 
     Raises:
-        RecipeError: What building the recipe would raise, or a ``max_duration`` in another unit than ep or ba.
+        RecipeError: The errors of building the recipe, or a ``max_duration`` in a unit other than ep or ba.
 
     Example:
         >>> from composer_ema.recipe import schema
@@ -76,11 +76,11 @@ class Outline:
             dataloader_len=Time(length.batches_per_epoch, TimeUnit.BATCH),
         )
         self._schedulers = [self._compiled(each) for each in self._stepped.schedulers]
-        # Composer's time takes longer than all else, and torch's schedulers count by themselves.
+        # Composer's clock is slow, and torch's schedulers count for themselves.
         self._reads_time = not all(isinstance(each, LRScheduler) for each in self._stepped.schedulers)
 
     def steps(self) -> Iterator[list[dict[str, Any]]]:
-        """For each batch of the run, what its step uses: a dictionary of learning rate and momentum per group."""
+        """For each batch of the run, the learning rate and the momentum of each parameter group in its step."""
         for batch in range(self.length.batches):
             yield [{key: group[key] for key in MOVED if key in group} for group in self.optimizer.param_groups]
             self.end_batch()
@@ -88,15 +88,15 @@ class Outline:
                 self.end_epoch()
 
     def end_batch(self) -> None:
-        """What the Trainer does to the schedule once the optimizer has taken its step."""
+        """Steps the schedule as the Trainer does after a step of the optimizer."""
         if self._stepped.every_batch:
             self._step()
-        # Composer steps its schedulers before it moves the clock on.
+        # Composer steps its schedulers before it advances the clock.
         if self._reads_time:
             self._state.timestamp = self._state.timestamp.to_next_batch()
 
     def end_epoch(self) -> None:
-        """What the Trainer does to the schedule after the last batch of an epoch, before it evaluates."""
+        """Steps the schedule as the Trainer does after the last batch of an epoch, before it evaluates."""
         if self._stepped.every_batch is False:
             self._step()
         if self._reads_time:
@@ -128,7 +128,7 @@ class Outline:
 
 @contextlib.contextmanager
 def _unwarned() -> Iterator[None]:
-    """Keeps torch quiet about schedulers that are stepped while the optimizer is not."""
+    """Suppresses torch's warning about schedulers that are stepped without a step of the optimizer."""
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', message='Detected call of `lr_scheduler.step')
         yield

@@ -1,7 +1,7 @@
-"""What a recipe will do, before it runs: its schedule, and how much each step will weigh in the average at the end.
+"""What a recipe will do, before it runs: its schedule, and the weight of each step in the average at the end.
 
-The algorithms themselves are driven over the run's time, batch by batch, with a model of one weight, and asked what
-each update did: whatever decides a weight in a run decides it here.
+The algorithms themselves go through the events of the run with a model of one weight. After each event the preview
+reads what the average became, so the code that decides a weight in a run decides it here.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from composer_ema.shadow.shadow_model import ShadowModel
 from composer_ema.trainer.clock import resolve_share, run_length
 from composer_ema.zoo.dataset import Extent
 
-# Arguments of the run, which say nothing of how much each step weighs.
+# Arguments about the run, which do not change the weight of a step.
 _OF_THE_RUN = frozenset({'evaluate_with', 'log_interval', 'export_weights', 'refresh_batchnorm'})
 
 
 @dataclass(frozen=True)
 class Profile:
-    """How much each step weighs in the average at the end of a run.
+    """The weight of each step in the average at the end of a run.
 
     Args:
-        name: The algorithm, ``'ema'``.
-        batch: After which batches the average was updated, rising.
-        share: What each update's weights make of the average at the end; they sum to 1.
+        name: The label of the average, ``'ema'``.
+        batch: The batches after which the average was updated, rising.
+        share: The share of each update in the average at the end; they sum to 1.
         batches: Length of the run.
-        settings: What the recipe says of the horizon, such as ``'half_life=100ba'``.
+        settings: The arguments that decide the weights, such as ``'half_life=100ba'``.
         half_life_share: The half-life as a share of the run; None without a half-life.
     """
 
@@ -54,7 +54,7 @@ class Profile:
 
     @property
     def effective_steps(self) -> float:
-        """``1 / sum(share ** 2)``: of so many equal shares the average would vary as much, were the steps independent.
+        """``1 / sum(share ** 2)``: an equal average of this many independent steps would have the same variance.
 
         For equal shares it is their number, for a long-running exponential average about 2.9 half-lives.
         """
@@ -62,7 +62,7 @@ class Profile:
 
     @property
     def newest_half(self) -> int:
-        """The fewest last batches of the run that make at least half of the average."""
+        """The smallest number of last batches that make up at least half of the average."""
         newest_first = np.cumsum(self.share[::-1])
         index = int(np.searchsorted(newest_first, 0.5 - 1e-12))
         return self.batches - int(self.batch[::-1][index]) + 1
@@ -70,16 +70,16 @@ class Profile:
 
 @dataclass(frozen=True)
 class Preview:
-    """A recipe's run as far as it is known beforehand.
+    """What is known of a run before it starts.
 
     Args:
-        name: What a legend calls it.
+        name: The name for a legend.
         batches: Length of the run.
         batches_per_epoch: Length of an epoch.
         rates: The learning rate of every batch, by the parameter groups that share it.
         momenta: The same for momentum.
-        profiles: Of each average that the recipe keeps.
-        remarks: What the picture cannot know.
+        profiles: One for each average of the recipe.
+        remarks: What the preview cannot know.
     """
 
     name: str
@@ -98,16 +98,16 @@ def preview(
     batches_per_epoch: int | None = None,
     track: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> Preview:
-    """Steps the schedule of a recipe through the run and drives its averages beside it; no data is read.
+    """Steps the schedule and the averages of a recipe through the whole run; no data is read.
 
     Args:
-        recipe: What ``schema.load`` returned.
-        name: What to call it. Default: the recipe's run name, or the name of its file.
-        batches_per_epoch: Default: what the recipe's data set and batch size give.
-        track: Wraps the range of batches that is gone through, some 10,000 a second, to show progress.
+        recipe: The result of ``schema.load``.
+        name: The name for a legend. Default: the recipe's run name, or the name of its file.
+        batches_per_epoch: Length of an epoch. Default: that of the recipe's data set.
+        track: Wraps the range of batches to show progress, at about 10,000 a second.
 
     Raises:
-        RecipeError: whatever is wrong with the recipe, or a run whose length in batches nothing tells.
+        RecipeError: The recipe is wrong, or the number of batches of the run is not known.
     """
     checked = plan(recipe)
     size = _extent(checked, batches_per_epoch)
@@ -119,7 +119,7 @@ def preview(
         probe.start()
     per_epoch = outline.length.batches_per_epoch
     for batch in track(range(outline.length.batches)):
-        _send(Event.BATCH_START, probes)  # where an algorithm may overrule the scheduler
+        _send(Event.BATCH_START, probes)  # an algorithm may overrule the scheduler here
         settings = step_settings([outline.optimizer])
         outline.end_batch()
         _advance(state, state.timestamp.to_next_batch(samples=size.samples_of(batch % per_epoch)))
@@ -145,12 +145,12 @@ def preview(
 
 
 def shares(weights: Sequence[float] | Array) -> Array:
-    """What each update makes of the average at the end, given the weight that each gave to the weights of its moment.
+    """The share of each update in the average at the end.
 
     The share of update ``i`` is ``w[i] * (1 - w[i + 1]) * ... * (1 - w[n - 1])``.
 
     Args:
-        weights: In [0, 1], one per update, oldest first; the first is 1, a copy.
+        weights: For each update, oldest first, the weight of the current parameters, in [0, 1]. The first copies: 1.
 
     Example:
         >>> shares([1.0, 0.5, 0.5]).tolist()
@@ -162,11 +162,11 @@ def shares(weights: Sequence[float] | Array) -> Array:
 
 
 def distinct_names(recipes: Sequence[Recipe], overrides: Sequence[Sequence[str]]) -> list[str]:
-    """The recipes' names; those that several share are followed by their overrides, then by their number.
+    """A different name for each recipe: equal names get their overrides appended, then a number.
 
     Args:
-        recipes: What ``schema.load`` returned.
-        overrides: What each was loaded with.
+        recipes: The results of ``schema.load``.
+        overrides: The overrides of each.
     """
     names = [recipe.run_name or recipe.name for recipe in recipes]
     said = [' '.join([name, *own]) for name, own in zip(names, overrides, strict=True)]
@@ -175,9 +175,10 @@ def distinct_names(recipes: Sequence[Recipe], overrides: Sequence[Sequence[str]]
 
 
 class _Probe:
-    """One averaging algorithm over a model of one weight, which tells the weight of each of its updates.
+    """One averaging algorithm over a model of one weight; records the weight of each update.
 
-    Before every event the model's weight stands 1 above the average, so an update moves the average by just its weight.
+    Before every event the weight of the model is set to the average plus 1, so an update moves the average by exactly
+    its weight.
     """
 
     def __init__(self, label: str, named: Named, state: State) -> None:
@@ -200,7 +201,7 @@ class _Probe:
             self.send(event)
 
     def send(self, event: Event) -> None:
-        """Gives an event to the algorithm, and notes what it did to the average."""
+        """Sends an event to the algorithm and records what it did to the average."""
         before, updates = self._average()
         weight: nn.Parameter = self.state.model.weight  # pyright: ignore[reportAssignmentType]
         weight.data.fill_(before + 1.0)
@@ -215,7 +216,7 @@ class _Probe:
             self.weights.append(after - before if self.weights else 1.0)
 
     def profile(self, batches: int) -> Profile | None:
-        """What came out; None where the run is too short for a first update."""
+        """The result; None where the run is too short for a first update."""
         if not self.weights:
             return None
         half_life = getattr(self.algorithm, 'half_life', None)
@@ -242,7 +243,7 @@ class _Probe:
 
 
 def _of_weights(named: Named) -> dict[str, Any]:
-    """The arguments that decide how much each step weighs: not those of tensors, nor those of the run."""
+    """The arguments that decide the weight of each step: neither settings of tensors nor arguments about the run."""
     others = {*settings_of(named.factory), *_OF_THE_RUN}  # pyright: ignore[reportArgumentType]: it is a class
     return {name: value for name, value in named.arguments.items() if name not in others}
 
@@ -255,7 +256,7 @@ class _OneWeight(nn.Module):
 
 @dataclass(frozen=True)
 class _Loader:
-    """What the clock of a run reads of its loader."""
+    """The attributes of a loader that the clock of a run reads."""
 
     dataset: range
     batch_size: int
@@ -283,7 +284,7 @@ def _extent(checked: Plan, batches_per_epoch: int | None) -> Extent:
 
 
 def _state(checked: Plan, outline: Outline, size: Extent) -> State:
-    """A run's state at its first batch: nothing but time, the optimizer and one weight."""
+    """The state of a run at its first batch: time, the optimizer and one weight."""
     state = State(
         model=_OneWeight(),
         rank_zero_seed=0,

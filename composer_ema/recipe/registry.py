@@ -32,7 +32,7 @@ _SUFFIXES = ('callback', 'logger', 'scheduler')
 
 
 def nearest(name: object, legal: Iterable[str]) -> str | None:
-    """The legal name that is written most like ``name``, however far that is; None when there is no legal name.
+    """The legal name with the most similar spelling, however different; None if there is no legal name.
 
     Example:
         >>> nearest('half_lif', ['half_life', 'smoothing'])
@@ -191,7 +191,7 @@ def _exported(module: ModuleType, base: type) -> list[type]:
 
 
 def _canonical_name(cls: type) -> str:
-    """The module's own name where it spells the class (``wandb_logger``), else the class name in snake case."""
+    """The name of the module if it is the class name in snake case (``wandb_logger``), else the class name in it."""
     module = cls.__module__.rpartition('.')[2]
     if _squash(module) in _aliases(cls):
         return module
@@ -199,7 +199,7 @@ def _canonical_name(cls: type) -> str:
 
 
 def _aliases(cls: type) -> list[str]:
-    """Squashed spellings: the class name, without its suffix, and llm-foundry's short ``cosine`` for annealing."""
+    """Squashed spellings: the class name, the same without its suffix, and llm-foundry's ``cosine`` for annealing."""
     full = _squash(cls.__name__)
     short = next((full.removesuffix(suffix) for suffix in _SUFFIXES if full.endswith(suffix)), full)
     return [full, short, short.replace('cosineannealing', 'cosine')]

@@ -1,4 +1,4 @@
-"""One scheduler of a recipe before it is built: its arguments, and how they follow from the length of the run."""
+"""One scheduler of a recipe before it is built: its arguments, and what the length of the run does to them."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ SPAN: dict[type, str] = {
 
 @dataclass(frozen=True)
 class Length:
-    """How long a run is.
+    """The length of a run.
 
     Args:
-        batches: In all, at least 1.
+        batches: Batches of the whole run, at least 1.
         batches_per_epoch: At least 1.
 
     Example:
@@ -54,27 +54,27 @@ class Length:
 
     @classmethod
     def of(cls, max_duration: int | str | Time, batches_per_epoch: int) -> Length | None:
-        """The length of a run in epochs or batches; None for other units, which do not tell the number of batches."""
+        """The length of a run in epochs or batches; None for other units, which say nothing about batches."""
         duration = ensure_time(max_duration, TimeUnit.EPOCH)
         if duration.unit == TimeUnit.EPOCH:
             return cls(math.ceil(duration.value * batches_per_epoch), batches_per_epoch)
         return cls(int(duration.value), batches_per_epoch) if duration.unit == TimeUnit.BATCH else None
 
     def steps(self, interval: Interval) -> int:
-        """How many different rates a schedule of that interval gives the run; a last part of an epoch counts."""
+        """The number of steps that a schedule of that interval takes; an epoch that the run ends within counts."""
         return self.batches if interval == 'batch' else math.ceil(self.batches / self.batches_per_epoch)
 
 
 @dataclass(frozen=True)
 class Scheduled:
-    """A scheduler that the recipe names, not built yet.
+    """A scheduler that the recipe names and that is not built yet.
 
     Args:
         named: Class and arguments.
-        interval: After what it is stepped; an inner one's is that of the scheduler around it.
+        interval: When it is stepped. An inner scheduler has the interval of the one around it.
         inner: The schedulers that a SequentialLR or a ChainedScheduler is made of.
-        metric: Label of an evaluator and name of a metric, ``eval_ema/CrossEntropy``, for ReduceLROnPlateau alone.
-        filled: Names of the arguments that the length of the run gave.
+        metric: For ReduceLROnPlateau, the evaluator and the metric that it watches: ``eval_ema/CrossEntropy``.
+        filled: The arguments that come from the length of the run.
     """
 
     named: Named
@@ -102,23 +102,23 @@ class Scheduled:
 
     @property
     def is_torchs(self) -> bool:
-        """Whether it is a scheduler of torch, which needs the optimizer; else one of Composer's."""
+        """Whether it is one of torch's schedulers, which need the optimizer, and not one of Composer's."""
         return issubclass(self.factory, LRScheduler)
 
     @property
     def needs_length(self) -> bool:
-        """Whether an argument is left for the length of the run to fill in."""
+        """Whether an argument has to come from the length of the run."""
         return self._open_span() is not None or any(each.needs_length for each in self.inner)
 
     def fill(self, steps: int, steps_per_epoch: int) -> Scheduled:
-        """The same with every argument that the length of the run gives.
+        """A copy with every argument that comes from the length of the run.
 
         Args:
-            steps: How many rates it gives the run.
-            steps_per_epoch: How many of them an epoch has.
+            steps: Steps of the scheduler in the run.
+            steps_per_epoch: Steps of the scheduler in an epoch.
 
         Raises:
-            RecipeError: A milestone leaves nothing for a schedule that is to fill the rest of the run.
+            RecipeError: A milestone leaves no step for a schedule whose length should be the rest of the run.
         """
         span, given, arguments = self._open_span(), self.named.arguments, {}
         if span == 'total_steps' and 'epochs' in given:
@@ -134,7 +134,7 @@ class Scheduled:
         return dataclasses.replace(self, named=filled, inner=inner, filled=tuple(arguments))
 
     def build(self, optimizer: Optimizer) -> Any:
-        """The scheduler itself, inner ones first, as a program would make them."""
+        """Builds the scheduler; inner ones first."""
         if not self.is_torchs:
             return self.named.build()
         if self.inner:
@@ -142,7 +142,7 @@ class Scheduled:
         return self.named.build(optimizer)
 
     def check(self, steps: int) -> None:
-        """Refuses what would stop the run in its midst: a one-cycle schedule that ends before the run does."""
+        """Raises a RecipeError for a one-cycle schedule shorter than the run, in whose middle torch would raise."""
         for each, share in zip(self.inner, self._shares(steps), strict=True):
             each.check(share)
         if self.factory is OneCycleLR:
@@ -155,17 +155,17 @@ class Scheduled:
                 )
 
     def beyond(self, length: Length) -> list[str]:
-        """In words, what of the schedule lies behind the end of the run; empty for one that fits."""
+        """Sentences about the parts of the schedule that the run ends too early to reach."""
         if not self.is_torchs:
             return self._warmup_beyond(length)
         return [] if self.interval == 'evaluation' else self._beyond(length.steps(self.interval))
 
     def as_values(self) -> dict[str, Any]:
-        """What a recipe would say to get exactly this."""
+        """The mapping that gives exactly this scheduler in a recipe."""
         return {**self._as_inner_values(), **self._when()}
 
     def in_words(self) -> str:
-        """Class, arguments and interval, and which arguments the length of the run gave."""
+        """One line: class, arguments, interval, and which arguments come from the length of the run."""
         when = f'after each evaluation, by {self.metric}' if self.metric else f'per {self.interval}'
         return f'{self} {when}'
 
@@ -210,14 +210,14 @@ class Scheduled:
         return [beyond] if batches > length.batches else []
 
     def _open_span(self) -> str | None:
-        """The argument that says how long the schedule is, where it is left out."""
+        """The argument that gives the length of the schedule, if the recipe leaves it out."""
         span, given = SPAN.get(self.factory), self.named.arguments
         if span is None or given.get(span) is not None or {'epochs', 'steps_per_epoch'} <= given.keys():
             return None
         return span
 
     def _shares(self, steps: int) -> list[int]:
-        """For each inner scheduler the number of steps for which it sets the rate."""
+        """For each inner scheduler, the number of steps for which it sets the rate."""
         if not issubclass(self.factory, SequentialLR):
             return [steps] * len(self.inner)
         bounds = [0, *self.named.arguments['milestones'], steps]
@@ -232,5 +232,5 @@ class Scheduled:
 
 
 def _last(key: str, value: Any) -> int:
-    """The last step that an argument speaks of; a change after so many steps is seen by the next one."""
+    """The last step that an argument affects; a change after n steps affects step n + 1."""
     return max(value, default=0) + 1 if key == 'milestones' else value + 1 if key == 'step_size' else value

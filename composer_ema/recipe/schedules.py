@@ -29,23 +29,23 @@ from composer_ema.recipe.stepping import SWALR, Interval
 _EVERY_BATCH = 'step_schedulers_every_batch'
 #: Arguments by which torch divides.
 _COUNTS = ('total_steps', 'epochs', 'steps_per_epoch', 'T_max', 'step_size', 'step_size_up', 'step_size_down')
-#: Documented by torch as schedules of batches.
+#: torch documents these as stepped after every batch.
 _OF_BATCHES = (OneCycleLR, CyclicLR)
 #: Ours in place of torch's.
 _OURS: dict[type, type] = {swa_utils.SWALR: SWALR}
 
 
 def read(section: Any, place: Place, trainer: Mapping[str, Any], evaluate: Sequence[str]) -> list[Scheduled]:
-    """Checks ``scheduler``: one mapping with a name, or a list of them.
+    """Reads and checks the key ``scheduler``: one mapping with a name, or a list of them.
 
     Args:
-        section: What the recipe says; None counts as none.
-        place: Where.
+        section: The value of the key; None means no scheduler.
+        place: The key.
         trainer: Arguments of the Trainer, already checked.
-        evaluate: Which weights are evaluated: ``['training', 'ema']``.
+        evaluate: The weights that are evaluated: ``['training', 'ema']``.
 
     Raises:
-        RecipeError: An unknown name or argument, a function where YAML has none, or times that contradict each other.
+        RecipeError: An unknown name or argument, a scheduler that needs a function, or intervals that contradict.
     """
     if section is None or section == []:
         return []
@@ -103,7 +103,7 @@ def _read_tree(section: Any, place: Place, *, is_inner: bool = False) -> Schedul
     inner: tuple[Scheduled, ...] = ()
     if issubclass(factory, SequentialLR | ChainedScheduler):
         inner = _read_inner(arguments.pop(INNER, None), place / INNER)
-    # The span may be left out, and the Trainer restores the position of a resumed run.
+    # The length may be left out, and the Trainer restores last_epoch when a run resumes.
     supplied = {'optimizer', 'last_epoch', *([INNER] if inner else [])}
     span = SPAN.get(factory)
     if span is not None and arguments.get(span) is None:
@@ -193,6 +193,6 @@ def _with_interval(scheduled: Scheduled, interval: Interval) -> Scheduled:
 
 
 def _default_interval(scheduled: Scheduled) -> Interval:
-    """Composer's: its own schedulers follow batches, torch's epochs; but those that torch says follow batches do."""
+    """Composer steps its own schedulers per batch and torch's per epoch; torch documents some for batches."""
     follows_batches = not scheduled.is_torchs or issubclass(scheduled.factory, _OF_BATCHES)
     return 'batch' if follows_batches or any(_default_interval(i) == 'batch' for i in scheduled.inner) else 'epoch'

@@ -1,7 +1,7 @@
-"""What a recipe may say: reading the file, merging overrides, and checking every key, name and kind against signatures.
+"""Reads a recipe file, merges overrides, and checks every key, name and kind of value against signatures.
 
-Nothing here touches data, builds a model or starts a process: a recipe that passes has only legal keys, names that
-exist and values of the right kind. Whatever is wrong becomes one :class:`RecipeError` with the path of the key.
+Nothing here touches data, builds a model or starts a process. A recipe that passes has only legal keys, names that
+exist and values of the right kind; anything else raises one :class:`RecipeError` with the path of the key.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ _OVERRIDE_KEY = re.compile(r'[^\s.\[\]]+(\.[^\s.\[\]]+)*')
 
 @dataclass(frozen=True)
 class Report:
-    """What the table and the picture at the end of a run show.
+    """Options of the table and the picture at the end of a run.
 
     Args:
-        target_accuracy: The accuracy whose first epoch is reported, in [0, 1]. Default: 0.9.
+        target_accuracy: The report gives the first epoch that reaches this accuracy, in [0, 1]. Default: 0.9.
     """
 
     target_accuracy: float = 0.9
@@ -69,12 +69,12 @@ class Report:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe as written: file, overrides and interpolations merged into plain values, not checked.
+    """A recipe with overrides merged and interpolations resolved, not checked yet.
 
     Args:
         source: The file, as the user named it.
-        name: What runs of it are called unless it says so itself: the file's name without folder and ending.
-        values: The resolved content.
+        name: The default name of its runs: the file's name without folder and ending.
+        values: The content, plain values.
     """
 
     source: str
@@ -83,18 +83,18 @@ class Recipe:
 
     @property
     def run_name(self) -> str | None:
-        """The run name that was asked for, in the recipe or in Composer's environment variables; else None."""
+        """The run name from the recipe or from Composer's environment variables; None if neither gives one."""
         asked = self.values.get('run_name') or os.environ.get('COMPOSER_RUN_NAME') or os.environ.get('RUN_NAME')
         return asked or None
 
     def replace(self, **values: Any) -> Recipe:
-        """The same recipe with top-level keys set anew."""
+        """A copy with top-level keys replaced."""
         return Recipe(self.source, self.name, {**self.values, **values})
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A recipe whose every key, name and kind of value is legal; the classes are found, nothing is built."""
+    """A checked recipe: every key, name and kind of value is legal and the classes are found; nothing is built."""
 
     recipe: Recipe
     model: Named
@@ -143,11 +143,11 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe, merges ``key=value`` overrides and resolves every ``${...}``.
 
     Args:
-        path: The YAML file; loaded safely, tags that construct Python objects are refused.
+        path: The YAML file. Tags that construct Python objects are refused.
         overrides: OmegaConf's dot list: ``algorithms.ema.half_life=100ba``.
 
     Returns:
-        Recipe: Plain values; its keys are not checked yet, see :func:`plan`.
+        Recipe: Plain values; :func:`plan` checks its keys.
 
     Raises:
         RecipeError: No such file, no YAML, a key given twice, a malformed override, a dangling interpolation.
@@ -168,10 +168,10 @@ def plan(recipe: Recipe) -> Plan:
     """Checks every key, name and kind of value of a recipe against the signatures of what it names.
 
     Args:
-        recipe: What :func:`load` returned.
+        recipe: The result of :func:`load`.
 
     Raises:
-        RecipeError: The first thing that is wrong, with the path of the key and the nearest legal one.
+        RecipeError: The first error, with the path of the key and the nearest legal name.
     """
     place, values = Place(recipe.source), recipe.values
     trainer_names = signature(Trainer).keys() - _BUILT_FROM_SECTIONS
@@ -372,7 +372,7 @@ def _trainer_arguments(values: Mapping[str, Any], names: Collection[str], place:
 
 
 def _refuse_tokens(arguments: Mapping[str, Any], place: Place) -> None:
-    """No data set of a recipe counts tokens: an interval of them would never pass, and a run of them never end."""
+    """Refuses times in tokens: no data set of a recipe counts tokens, so such a time would never pass."""
     for key, value in arguments.items():
         if isinstance(value, str) and re.fullmatch(r'[\d.eE+-]+tok', value):
             raise (place / key).error(

@@ -1,7 +1,8 @@
-"""Schedulers that a Trainer of Composer 0.32 steps exactly as a loop in plain PyTorch would.
+"""Makes a Trainer of Composer 0.32 step schedulers exactly as a loop in plain PyTorch would.
 
-The Trainer steps all its schedulers, without arguments, either after each batch or after each epoch. Where that serves,
-it is handed them as they are; where their times differ, or one waits for a metric, :class:`Schedules` stands for all.
+The Trainer steps all its schedulers, without arguments, either after each batch or after each epoch. Schedulers for
+which that is right go to it unchanged. If intervals differ, or one scheduler needs a metric, the Trainer gets a single
+:class:`Schedules` that holds them all.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ _NAMES, _STATES = 'names', 'states'
 
 
 class Product(ComposerScheduler):
-    """Several of Composer's schedulers as one that multiplies them.
+    """The product of several of Composer's schedulers.
 
-    Composer 0.32 says that a list of them multiplies, but each sets the rate anew, so that the last one alone counts.
+    Composer 0.32 documents that a list of schedulers multiplies. In fact each sets the rate anew: the last one wins.
 
     Args:
         schedulers: At least one.
@@ -38,33 +39,33 @@ class Product(ComposerScheduler):
 
 
 class Schedules(LRScheduler):
-    """Schedulers of torch that are stepped at different times, as the one scheduler that a Trainer holds.
+    """torch's schedulers with different intervals, as one scheduler for the Trainer.
 
-    The Trainer calls :meth:`step` after each batch; :class:`SchedulesCallback` tells of the rest. Within one time
-    they are stepped in the order of the list.
+    The Trainer calls :meth:`step` after each batch, and :class:`SchedulesCallback` the other methods. Schedulers with
+    the same interval are stepped in the order of the list.
 
     Args:
-        optimizer: The one that all of them change.
+        optimizer: The optimizer whose options they change.
         schedulers: Built, in the order of the recipe.
-        intervals: For each, after what it is stepped.
+        intervals: The interval of each.
     """
 
     def __init__(self, optimizer: Optimizer, schedulers: Sequence[LRScheduler], intervals: Sequence[Interval]) -> None:
-        # LRScheduler.__init__ would step at once, and its inner schedulers have done so.
+        # LRScheduler.__init__ would take a first step, which the inner schedulers have taken already.
         self.optimizer = optimizer
         self.schedulers = list(schedulers)
         self.intervals = list(intervals)
 
     def step(self, epoch: int | None = None) -> None:
-        """Steps the schedulers of batches."""
+        """Steps the schedulers with the interval ``batch``."""
         self._step('batch')
 
     def end_epoch(self) -> None:
-        """Steps the schedulers of epochs."""
+        """Steps the schedulers with the interval ``epoch``."""
         self._step('epoch')
 
     def end_evaluation(self, values: Mapping[int, float]) -> None:
-        """Steps the schedulers that wait for a metric, by their position in the list."""
+        """Steps schedulers that watch a metric: position in the list to the value of the metric."""
         for index, value in values.items():
             scheduler = self.schedulers[index]
             assert isinstance(scheduler, ReduceLROnPlateau)
@@ -95,15 +96,15 @@ class Schedules(LRScheduler):
 
 
 class SchedulesCallback(Callback):
-    """Steps the schedulers of a :class:`Schedules` that do not follow batches.
+    """Steps the schedulers of a :class:`Schedules` that are not stepped per batch.
 
-    Those of epochs at EPOCH_END, which comes before the evaluation and the checkpoint of the epoch, and never where
-    the run ends within an epoch; those that watch a metric after each evaluation of the training run that gave it,
-    before the checkpoint. ``Trainer.eval()`` steps nothing.
+    Epoch schedulers are stepped at EPOCH_END, before the evaluation and the checkpoint of the epoch, and not at the end
+    of a run that ends within an epoch. Schedulers that watch a metric are stepped after each evaluation during training
+    that computed it, before the checkpoint. ``Trainer.eval()`` steps nothing.
 
     Args:
-        schedules: What the Trainer holds.
-        metrics: For each scheduler, the metric that it watches as ``label/name``, or None.
+        schedules: The scheduler of the Trainer.
+        metrics: For each scheduler, the metric that it watches, as ``label/name``, or None.
     """
 
     def __init__(self, schedules: Schedules, metrics: Sequence[str | None]) -> None:
@@ -120,7 +121,7 @@ class SchedulesCallback(Callback):
     def eval_end(self, state: State, logger: Logger) -> None:
         for index, (label, name) in self._watched.items():
             if state.dataloader_label == label:
-                # Computed and cached a moment ago, over all processes.
+                # The Trainer has just computed this over all processes, and the metric has cached it.
                 self._values[index] = float(state.eval_metrics[label][name].compute())
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
@@ -129,7 +130,7 @@ class SchedulesCallback(Callback):
 
 
 class SWALR(swa_utils.SWALR):
-    """torch's, whose state holds no function, so that ``torch.load(..., weights_only=True)`` reads it."""
+    """torch's SWALR without the function in its state, so that ``torch.load(..., weights_only=True)`` reads it."""
 
     def state_dict(self) -> dict[str, Any]:
         return {key: value for key, value in super().state_dict().items() if key != 'anneal_func'}

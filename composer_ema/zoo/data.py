@@ -49,8 +49,8 @@ def fashion_mnist(
         eval_batch_size: The same for evaluation. Composer averages the loss over batches, so a divisor of the number of
             samples gives the mean over samples.
         channels: 1, or 3 to repeat the grey value for models that expect colour.
-        shift: Each training image is moved by up to so many pixels in each direction, at random; in [0, 28). The draw
-            is a function of seed, epoch and sample alone.
+        shift: Each training image moves by up to this many pixels in each direction, at random; in [0, 28). The draw is
+            a function of seed, epoch and sample alone.
         mirror: Whether each training image is mirrored with probability 1/2, by the same kind of draw.
         validation_split: Share of the training set held out for evaluation in place of the test set, in [0, 1);
             0 evaluates on the test set. Which samples are held out does not depend on `seed`.
@@ -166,7 +166,7 @@ def mnist1d(
             f'data_seed must lie below 2**32, got {data_seed}. Pass 42 for the set of the paper.', 'data_seed'
         )
 
-    # Imported late: the package imports matplotlib and SciPy, half a second that only this data set should cost.
+    # The package imports matplotlib and SciPy, which takes half a second: only this data set should pay for it.
     from mnist1d.data import get_dataset_args, make_dataset
 
     arguments: Any = get_dataset_args()
