@@ -17,12 +17,17 @@ import torch
 import toy
 from composer import Trainer
 from hypothesis import settings
+from tensors import all_tensors, copies
+from torch import Tensor, nn
+
+from composer_ema import EMA
 
 torch.set_num_threads(1)  # the toy models are too small for more
 
 # The same examples in every run: what fails in CI fails at the desk.
 settings.register_profile('repeatable', derandomize=True, deadline=None)
 settings.load_profile('repeatable')
+pytest.register_assert_rewrite('contract', 'grid')  # helpers whose assertions tests rely on
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -72,3 +77,13 @@ def trainer() -> Iterator[Callable[..., Trainer]]:
     yield build
     for each in built:
         each.close()
+
+
+@pytest.fixture
+def trained(trainer: Callable[..., Trainer]) -> tuple[EMA, nn.Module, dict[str, Tensor], dict[str, Tensor]]:
+    """An EMA after a run; the model; and copies of the training weights and of the average."""
+    ema = EMA(half_life='2ba')
+    run = trainer([ema])
+    run.fit()
+    model = run.state.model
+    return ema, model, copies(model), {n: t.clone() for n, t in all_tensors(ema.ema_model).items()}

@@ -62,7 +62,7 @@ ARGUMENTS = {
         """,
 }
 #: Takes the place of another one of the arguments above.
-INSTEAD = {EMA: 'smoothing: 0.99', SWA: 'swa_lr: 0.05'}
+INSTEAD = {EMA: ['smoothing: 0.99', 'power: 0.1'], SWA: ['swa_lr: 0.05']}
 #: Functions, for programs, and what only refuses the arguments of Composer's own SWA.
 NOT_IN_YAML = {'avg_fn', 'multi_avg_fn', 'swa_end', 'schedule_swa_lr', 'anneal_steps'}
 
@@ -131,14 +131,15 @@ def test_llm_foundry_builds_each_algorithm(installed):
 @pytest.mark.parametrize('algorithm', ARGUMENTS)
 def test_every_argument_can_be_given_in_yaml(algorithm):
     arguments = yaml.safe_load(ARGUMENTS[algorithm])
-    instead = yaml.safe_load(INSTEAD[algorithm])
+    instead = [yaml.safe_load(each) for each in INSTEAD[algorithm]]
     parameters = inspect.signature(algorithm).parameters
-    assert parameters.keys() - NOT_IN_YAML == arguments.keys() | instead.keys()
+    assert parameters.keys() - NOT_IN_YAML == arguments.keys() | set().union(*instead)
     config = algorithm(**arguments).state_dict()['config']
     assert {key: config[key] for key in arguments} == arguments
     assert all(arguments[key] != parameters[key].default for key in arguments)
     assert yaml.safe_load(yaml.safe_dump(config)) == config
-    assert algorithm(**instead).state_dict()['config'].items() >= instead.items()
+    for each in instead:
+        assert algorithm(**each).state_dict()['config'].items() >= each.items()
 
 
 def registered() -> list[tuple[str, str]]:

@@ -1,6 +1,6 @@
 """SWA in Composer: which weights are in the average, the learning rate on its way, BatchNorm at the end.
 
-What every average has to hold in a Composer run is tested in test_contract.py, for SWA as for EMA.
+What every average has to hold in a Composer run is tested in test_contract_*.py, for SWA as for EMA.
 """
 
 import copy

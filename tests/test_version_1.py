@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 import toy
 
@@ -199,3 +200,21 @@ def test_of_two_averages_the_only_one_that_has_started_is_taken(two_averages):
     dict(checkpoint['state']['algorithms'])['SWA']['started'] = False
     torch.save(checkpoint, two_averages)
     assert toy.bits(load_average(two_averages)) == toy.bits(load_average(path_of('ema')))
+
+
+def test_the_command_line_exports_the_average_that_is_asked_for(two_averages, tmp_path):
+    from typer.testing import CliRunner
+
+    from composer_ema.cli import app
+
+    out = tmp_path / 'swa.safetensors'
+    refused = CliRunner().invoke(app, ['export', str(two_averages), str(out)])
+    assert refused.exit_code == 2
+    assert not out.exists()
+    assert CliRunner().invoke(app, ['export', str(two_averages), str(out), '--average', 'swa']).exit_code == 0
+    assert toy.bits(safetensors.torch.load_file(out)) == toy.bits(load_average(path_of('swa')))
+
+
+def test_a_label_means_nothing_for_the_file_of_another_library():
+    with pytest.raises(CheckpointError, match="is of another library, whose averages have no labels, got 'ema'"):
+        load_average(FIXTURES / 'foreign' / 'ema-pytorch.pt', average='ema')

@@ -1,4 +1,4 @@
-"""Says what a checkpoint holds: whose weights, which averages of what, how far training had come. Executes nothing."""
+"""Describes what a checkpoint holds: whose weights, which averages, how far training had come. Executes nothing."""
 
 from __future__ import annotations
 
@@ -98,8 +98,8 @@ class Description:
         run_name: The run that saved it; None where it does not say.
         trained: How far training had come: ``{'epoch': 2, 'batch': 936, 'sample': ..., 'token': ...}``.
         versions: Of Composer and torch that saved it.
-        model_slot: Whose weights the model's place holds: :data:`TRAINING_WEIGHTS`, :data:`AVERAGE`, where only the
-            run that saved it could tell :data:`UNKNOWN`, and for a file of another library :data:`NOT_READ`.
+        model_slot: Whose weights the model's place holds: :data:`TRAINING_WEIGHTS`, :data:`AVERAGE`, :data:`UNKNOWN`
+            where only the run that saved it could tell, or :data:`NOT_READ` for a file of another library.
         has_stash: Whether the training weights lie beside an average in the model slot.
         averages: None, one or several.
         tensors: Every tensor in the model slot, where there is no average to compare it with.
@@ -124,9 +124,9 @@ class Description:
 def describe(checkpoint: str | os.PathLike[str]) -> Description:
     """Reads what a checkpoint holds, without a model and without executing anything in the file.
 
-    Understood are Composer's checkpoints with the state of :class:`composer_ema.EMA` or :class:`composer_ema.SWA`, with
-    that of Composer's built-in algorithms of these names, whichever weights their model slot holds, and without an
-    average; and the averages of other libraries that :func:`composer_ema.load_average` reads.
+    Reads Composer's checkpoints with the states of :class:`composer_ema.EMA`, of :class:`composer_ema.SWA` and of
+    Composer's built-in algorithms of these names, whichever weights their model slot holds; Composer's checkpoints
+    without an average; and the averages of other libraries that :func:`composer_ema.load_average` reads.
 
     Args:
         checkpoint: a file that one of them saved.
@@ -144,7 +144,7 @@ def describe(checkpoint: str | os.PathLike[str]) -> Description:
     held = read_file(path)
     try:
         return _describe(path, held['state']) if is_of_composer(held) else _describe_foreign(path, foreign.read(held))
-    # The file is sound, so what it holds was written by something that is not known.
+    # The file is sound, so something that we do not know wrote what it holds.
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f'{path} holds a state that cannot be read: {error}') from error
 

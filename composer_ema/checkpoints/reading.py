@@ -97,6 +97,8 @@ def read_average(
     checkpoint = read_file(path)
     try:
         if not is_of_composer(checkpoint):
+            if label is not None:
+                raise CheckpointError(f'{path} is of another library, whose averages have no labels, got {label!r}.')
             return _foreign_average_in(checkpoint, path, model)
         weights, facts = _average_in(checkpoint['state'], path, label)
         if model is not None:

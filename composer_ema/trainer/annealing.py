@@ -1,4 +1,4 @@
-"""Learning rates that go from what they are to a constant one, along the curve of ``torch.optim.swa_utils.SWALR``."""
+"""Anneals learning rates to a constant value, along the curve of ``torch.optim.swa_utils.SWALR``."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ _STRATEGIES: dict[str, Strategy] = {'linear': 'linear', 'lin': 'linear', 'cos': 
 
 
 class Annealing:
-    """Sets the learning rate of every parameter group, from the moment at which it starts::
+    """Sets the learning rate of every parameter group from some moment on::
 
         lr = (1 - a) * lr_at_start + a * swa_lr        t = min(1, elapsed / length)
         a = t (linear)                                 a = (1 - cos(pi t)) / 2 (cos)
 
-    After ``length`` it stays at ``swa_lr``. Whoever uses it calls :meth:`apply` after anything else that sets learning
-    rates, such as a scheduler that goes on beside it.
+    After ``length`` the learning rate stays at ``swa_lr``. Call :meth:`apply` after anything else that sets learning
+    rates, such as a scheduler that is still running.
 
     Args:
         swa_lr: learning rate to end at, at least 0; a list gives one for each parameter group.
         strategy: ``'linear'`` or ``'cos'``.
-        length: how long the way takes; 0 jumps.
+        length: time to get there; 0 jumps.
 
     Attributes:
         length: as given.
-        since: the clock at which it started; None before.
+        since: the clock when it started; None before.
 
     Raises:
         TypeError, ValueError: an argument out of range.
@@ -55,7 +55,7 @@ class Annealing:
         self._initial: list[float] = []
 
     def check(self, optimizers: Iterable[Optimizer]) -> None:
-        """Raises a ValueError unless there is one learning rate to end at, or as many as there are groups."""
+        """Raises a ValueError unless ``swa_lr`` is a single number or gives one for each parameter group."""
         count = len(_groups(optimizers))
         if isinstance(self._final, list) and len(self._final) != count:
             raise ArgumentError(
@@ -65,23 +65,23 @@ class Annealing:
             )
 
     def start(self, clock: Mapping[str, float], optimizers: Iterable[Optimizer]) -> None:
-        """Starts at ``clock`` from the learning rates of now."""
+        """Starts at ``clock`` from the current learning rates."""
         self.since = dict(clock)
         self._initial = [float(group['lr']) for group in _groups(optimizers)]
 
     def apply(self, clock: Mapping[str, float], length: Span, optimizers: Iterable[Optimizer]) -> None:
-        """Sets the learning rates of ``clock``; ``length`` is the length in a unit that the clock counts."""
+        """Sets the learning rates for ``clock``; ``length`` is in a unit that the clock counts."""
         assert self.since is not None
         elapsed = clock[length.unit] - self.since[length.unit]
         share = self.share(elapsed / length.value if length.value else 1.0)
         groups = _groups(optimizers)
         final = self._final if isinstance(self._final, list) else [self._final] * len(groups)
-        # A group that was added since the start keeps its own learning rate.
+        # A group that was added after the start keeps its own learning rate.
         for group, end, start in zip(groups, final, self._initial, strict=False):
             _set(group, end * share + start * (1 - share))
 
     def share(self, t: float) -> float:
-        """How much of the way is done after the share ``t`` of the time."""
+        """The annealed share of the difference after the share ``t`` of the time."""
         t = min(max(t, 0.0), 1.0)
         return t if self._strategy == 'linear' else (1 - math.cos(math.pi * t)) / 2
 
@@ -96,7 +96,7 @@ class Annealing:
 
 
 def check_strategy(strategy: str) -> Strategy:
-    """Returns ``'linear'`` or ``'cos'``, which may be written ``'lin'`` and ``'cosine'``, or raises a ValueError."""
+    """Returns ``'linear'`` or ``'cos'``, which may be spelled ``'lin'`` and ``'cosine'``, or raises a ValueError."""
     known = _STRATEGIES.get(strategy.lower()) if isinstance(strategy, str) else None
     if known is None:
         raise ValueError(f"anneal_strategy must be 'linear' or 'cos', got {strategy!r}.")
@@ -104,7 +104,7 @@ def check_strategy(strategy: str) -> Strategy:
 
 
 def check_state(state: Any) -> Mapping[str, Any] | None:
-    """Returns ``state`` or raises a ValueError that says what is wrong with it; its clock is not looked at."""
+    """Returns ``state`` if it is a state of :class:`Annealing`, or raises a ValueError. Does not check its clock."""
     if state is None:
         return None
     rates = state.get('learning_rates') if isinstance(state, Mapping) else None

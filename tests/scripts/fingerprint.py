@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from composer import Callback, Trainer
-from test_contract import CASES, label, run_case
+from grid import CASES, label, run_case
 from toy import bits, make_evaluator, make_trainer, shadow_of
 
 from composer_ema import EMA, SWA, ShadowModel

@@ -1,0 +1,145 @@
+"""The constructor of EMA: what it takes, refuses, derives and shows."""
+
+from __future__ import annotations
+
+import inspect
+
+import numpy as np
+import pytest
+import torch
+from composer.core import Time
+
+from composer_ema import EMA
+
+
+@pytest.mark.parametrize(
+    ('horizon', 'said'), [({'half_life': '10ba'}, "half_life='10ba'"), ({'smoothing': 0.9}, 'smoothing=0.9')]
+)
+def test_a_function_and_a_horizon_contradict_each_other(horizon, said):
+    with pytest.raises(ValueError, match=f'avg_fn and multi_avg_fn decide .*, so {said} has no effect. Leave it out'):
+        EMA(**horizon, avg_fn=torch.lerp)
+
+
+EVERY_ARGUMENT = [
+    {},
+    {'half_life': '50ba'},
+    {'half_life': '1.5ep'},
+    {'half_life': '0.1dur'},
+    {'half_life': '0ba'},
+    {'half_life': Time(3, 'ep')},
+    {'smoothing': 0.999},
+    {'smoothing': 0},
+    {'smoothing': 1},
+    {'smoothing': np.float64(0.5)},
+    {'power': 0.1},
+    {'ema_start': '3ba'},
+    {'ema_start': Time(0.5, 'dur')},
+    {'update_interval': '10ba'},
+    {'update_interval': '0.5ep'},
+    {'buffers': 'copy'},
+    {'include': 'weight'},
+    {'include': ['a', r'b\.c$']},
+    {'exclude': ('a',)},
+    {'shadow_dtype': 'float64'},
+    {'shadow_dtype': torch.bfloat16},
+    {'shadow_device': 'cpu'},
+    {'shadow_device': torch.device('cpu')},
+    {'skip_nonfinite': True},
+    {'shadow_dtype': 'bfloat16', 'rounding': 'stochastic', 'seed': 7},
+    {'evaluate_with': {'eval': 'ema', 'eval_training': 'training'}},
+    {'export_weights': 'ema'},
+    {'log_interval': None},
+    {'log_interval': '5ba'},
+    {'half_life': '2ep', 'update_interval': '10ba', 'ema_start': '8sp', 'buffers': 'copy', 'log_interval': '2ep'},
+]
+
+
+def test_the_arguments_above_are_all_there_are():
+    functions = {'avg_fn', 'multi_avg_fn'}  # only Python can say these
+    assert set().union(*EVERY_ARGUMENT) == inspect.signature(EMA).parameters.keys() - functions
+
+
+@pytest.mark.parametrize('arguments', EVERY_ARGUMENT, ids=repr)
+def test_the_repr_evaluates_to_an_equal_configuration(arguments):
+    ema = EMA(**arguments)
+    twin = eval(repr(ema), {'EMA': EMA})
+    assert repr(twin) == repr(ema)
+    assert twin.state_dict() == ema.state_dict()
+    assert (twin.half_life, twin.smoothing, twin.ema_start) == (ema.half_life, ema.smoothing, ema.ema_start)
+    assert (twin.update_interval, twin.log_interval) == (ema.update_interval, ema.log_interval)
+    assert (twin.evaluate_with, twin.export_weights) == (ema.evaluate_with, ema.export_weights)
+    for name, value in ema._settings.as_arguments().items():
+        other = twin._settings.as_arguments()[name]
+        assert list(other) == list(value) if isinstance(value, (list, tuple)) else other == value
+
+
+def test_the_repr_leaves_defaults_out():
+    assert repr(EMA()) == 'EMA()'
+    assert repr(EMA(smoothing=0.5)) == 'EMA(smoothing=0.5)'
+    assert repr(EMA('50ba', update_interval='2ba')) == "EMA(half_life='50ba', update_interval='2ba')"
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'kind', 'message'),
+    [
+        ({'half_life': '50ba', 'smoothing': 0.9}, ValueError, r"either half_life or smoothing, got half_life='50ba'"),
+        ({'half_life': '1000ba', 'smoothing': 0.9}, ValueError, 'either half_life or smoothing'),
+        ({'half_life': None}, ValueError, r"got None for both\. Pass half_life='1000ba'"),
+        ({'half_life': '-1ba'}, ValueError, r"half_life must not be negative, got '-1ba'"),
+        ({'half_life': '10'}, ValueError, r"half_life takes the units .*got '10'"),
+        ({'half_life': 1000}, TypeError, r'half_life must be a time string .*got 1000 of type int'),
+        ({'half_life': '1.5ba'}, ValueError, r"half_life counts whole batches, got '1\.5ba'"),
+        ({'half_life': 'infba'}, ValueError, 'half_life'),
+        ({'smoothing': 1.3}, ValueError, r"smoothing must lie in \[0, 1\], got 1\.3\. .*half_life='nba'"),
+        ({'smoothing': '0.9'}, TypeError, 'smoothing must be a number'),
+        ({'smoothing': True}, TypeError, 'smoothing must be a number'),
+        ({'ema_start': '1iter'}, ValueError, r"ema_start takes the units ba .*got '1iter'"),
+        ({'ema_start': '-1ep'}, ValueError, 'ema_start must not be negative'),
+        ({'ema_start': None}, TypeError, 'ema_start must be a time string'),
+        ({'update_interval': '0ba'}, ValueError, r"update_interval must be above zero, got '0ba'"),
+        ({'update_interval': '-2ba'}, ValueError, 'update_interval must be above zero'),
+        ({'update_interval': 10}, TypeError, 'update_interval must be a time string'),
+        ({'log_interval': '0ba'}, ValueError, 'log_interval must be above zero'),
+        ({'buffers': 'none'}, ValueError, "buffers must be 'average' or 'copy', got 'none'"),
+        ({'include': '('}, ValueError, 'not a regular expression'),
+        ({'exclude': [3]}, TypeError, 'exclude must hold strings'),
+        ({'shadow_dtype': 'int8'}, ValueError, "must be float64, float32, bfloat16 or float16, got 'int8'"),
+        ({'shadow_device': 'abacus'}, ValueError, "got 'abacus'"),
+        ({'evaluate_with': {'eval': 'average'}}, ValueError, r"evaluate_with\['eval'\] must be 'ema' or 'training'"),
+        ({'evaluate_with': 'ema'}, TypeError, r"must map labels to weights, such as \{'eval': 'ema'\}"),
+        ({'evaluate_with': {3: 'ema'}}, (TypeError, ValueError), 'evaluate_with'),
+        ({'evaluate_with': {'eval': ['ema']}}, ValueError, 'evaluate_with'),
+        ({'decay': 0.9}, TypeError, 'decay'),
+    ],
+)  # fmt: skip
+def test_arguments_out_of_range_name_value_rule_and_remedy(arguments, kind, message):
+    with pytest.raises(kind, match=message):
+        EMA(**arguments)
+
+
+def test_smoothing_alone_just_works():
+    ema = EMA(smoothing=0.999)
+    assert ema.smoothing == pytest.approx(0.999)
+    assert ema.half_life is None
+    assert str(ema.update_interval) == '1ba'
+    assert EMA(half_life=None, smoothing=0.5).smoothing == 0.5
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'interval', 'smoothing'),
+    [
+        ({}, '1ba', 2 ** (-1 / 1000)),
+        ({'half_life': '10ba', 'update_interval': '5ba'}, '5ba', 2**-0.5),
+        ({'half_life': '2ep'}, '1ep', 2**-0.5),
+        ({'half_life': '2iter'}, '1iter', 2**-0.5),
+        ({'half_life': '100sp'}, '1ba', None),
+        ({'half_life': '2ep', 'update_interval': '10ba'}, '10ba', None),
+        ({'half_life': '0.5dur'}, '1ba', None),
+        ({'half_life': '0ba'}, '1ba', 0),
+        ({'half_life': '0ep', 'update_interval': '3ba'}, '3ba', 0),
+    ],
+)
+def test_interval_and_smoothing_follow_from_the_half_life(arguments, interval, smoothing):
+    ema = EMA(**arguments)
+    assert str(ema.update_interval) == interval
+    assert ema.smoothing == smoothing
