@@ -6,6 +6,8 @@ import io
 import itertools
 import pickle
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -48,6 +50,23 @@ def average_of(net: nn.Module, value: float, **settings) -> ShadowModel:
 
 def bits(net: nn.Module) -> dict[str, bytes]:
     return {name: t.detach().reshape(-1).view(torch.uint8).numpy().tobytes() for name, t in net.state_dict().items()}
+
+
+@contextmanager
+def interrupted_once(monkeypatch) -> Iterator[None]:
+    """Interrupts the first copy into a model after its first tensor; later copies work."""
+    real, calls = torch._foreach_copy_, []
+
+    def copy(targets, values):
+        calls.append(len(targets))
+        if len(calls) == 1:
+            real(targets[:1], values[:1])
+            raise KeyboardInterrupt
+        real(targets, values)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, '_foreach_copy_', copy)
+        yield
 
 
 def orders(count: int) -> list[tuple[str, ...]]:
@@ -372,19 +391,8 @@ def test_an_exception_while_an_average_enters_leaves_what_was_shown_before(monke
     for shadow in shadows[:inside]:
         shadow.swap_in(net)
     shown = bits(net)
-    real, calls = torch._foreach_copy_, []
-
-    def interrupted(targets, values):
-        calls.append(len(targets))
-        if len(calls) == 1:
-            real(targets[:1], values[:1])
-            raise KeyboardInterrupt
-        real(targets, values)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(torch, '_foreach_copy_', interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            shadows[inside].swap_in(net)
+    with interrupted_once(monkeypatch), pytest.raises(KeyboardInterrupt):
+        shadows[inside].swap_in(net)
     assert bits(net) == shown
     assert not shadows[inside].is_swapped
     for shadow in shadows[:inside]:
@@ -397,19 +405,8 @@ def test_an_interrupt_while_the_average_leaves_finishes_the_return(monkeypatch):
     before = bits(net)
     shadow = average_of(net, 1.0)
     shadow.swap_in(net)
-    real, calls = torch._foreach_copy_, []
-
-    def interrupted(targets, values):
-        calls.append(len(targets))
-        if len(calls) == 1:
-            real(targets[:1], values[:1])
-            raise KeyboardInterrupt
-        real(targets, values)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(torch, '_foreach_copy_', interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            shadow.swap_out(net)
+    with interrupted_once(monkeypatch), pytest.raises(KeyboardInterrupt):
+        shadow.swap_out(net)
     assert bits(net) == before
     assert not shadow.is_swapped
 

@@ -1,4 +1,4 @@
-"""Averages as other libraries save them: told apart by their keys, and put under a model's names. Pure functions."""
+"""Reads averages that other libraries saved: recognises the library by its keys and renames the tensors for a model."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Foreign:
 
     @property
     def has_names(self) -> bool:
-        """Whether the tensors are told by name, so that no model is needed to use them."""
+        """Whether the tensors have names, so that no model is needed to use them."""
         return isinstance(self.weights, Mapping)
 
 
@@ -127,7 +127,7 @@ def is_extra_state(name: str) -> bool:
 
 
 def _followed(foreign: Foreign, inventory: Inventory) -> list[str]:
-    """Names of the parameters that an average without names followed, told by their number."""
+    """Names of the parameters that an average without names followed: all, or the trainable ones if so many are there."""
     trainable = [name for name, parameter in inventory.parameters.items() if parameter.requires_grad]
     for names in (list(inventory.parameters), trainable):
         if len(names) == len(foreign.weights):

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 #: The shadows of one tensor in each of k averages, and the tensor itself.
 Row = tuple[tuple[Tensor, ...], Tensor]
-#: Moves rows of one device: told one number for each average, a weight or a count.
+#: Moves rows of one device. Takes one number for each average, a weight or a count.
 Step = Callable[[Sequence[Any]], Any]
 
 
