@@ -127,7 +127,7 @@ def is_extra_state(name: str) -> bool:
 
 
 def _followed(foreign: Foreign, inventory: Inventory) -> list[str]:
-    """Names of the parameters that an average without names followed: all, or the trainable ones if so many are there."""
+    """Names of the parameters that an average without names followed: all of them, or only the trainable ones."""
     trainable = [name for name, parameter in inventory.parameters.items() if parameter.requires_grad]
     for names in (list(inventory.parameters), trainable):
         if len(names) == len(foreign.weights):
