@@ -376,7 +376,13 @@ class TestBlame:
         assert self.built(self.picky, a=-1, b=2, c=3).message.endswith('got -1.')
 
     def test_of_several_arguments_is_that_of_the_entry(self):
-        assert self.built(self.picky, a=-1, b=-1).key == 'k'
+        assert self.built(self.picky, a=-1, b=-1).key == 'k', 'neither alone can be left out'
+
+        def exclusive(a: int | None = None, b: int | None = None) -> None:
+            if a is not None and b is not None:
+                raise ValueError('pass a or b')
+
+        assert self.built(exclusive, a=1, b=1).key == 'k', 'either can be left out'
 
     def test_of_no_given_argument_is_that_of_the_entry(self):
         def never(a: int = 1) -> None:
