@@ -100,10 +100,11 @@ def test_the_age_of_an_average_goes_on_in_a_resumed_run(trainer, tmp_path, start
 
 def test_after_the_clock_is_set_back_the_age_counts_from_there(trainer):
     notes = Notes('ba')
-    run = trainer([with_profile(notes, half_life='1ba')])
+    run = trainer([with_profile(notes, half_life='1ba', ema_start='3ba')])
     run.fit()
+    assert len(notes.recorded) == 4
     run.fit(duration='2ep', reset_time=True)
-    assert numbers(notes.recorded[6:8]) == [(1, 1, 6), (1, 2, 7)]
+    assert numbers(notes.recorded[4:7]) == [(1, 1, 4), (1, 2, 5), (1, 3, 6)]
 
 
 def test_a_warmed_up_half_life_follows_the_age(trainer):

@@ -150,6 +150,8 @@ def test_raising_either_version_leaves_the_builtins_formats_loadable(monkeypatch
     path = FIXTURES / f'{name}.pt'
     run = build_trainer(build_model(), algorithms=[ema], load_path=str(path))
     assert ema.ema_started
+    state = dict(torch.load(path, weights_only=False)['state']['algorithms'])['EMA']
+    assert formats.upgrade(state, model_slot={})['version'] == formats.VERSION
     average = {n: t for n, t in load_average(path).items() if 'num_batches' not in n}
     assert toy.bits({n: t for n, t in held(ema).items() if n in average}) == toy.bits(average)
     run.close()
