@@ -53,14 +53,12 @@ def compute_ema(
         0.1
     """
     weight = weight_from_smoothing(smoothing)
-    for module in (model, ema_model):
-        if isinstance(module, nn.Module):
-            loan.refuse(unwrap(module))
     if isinstance(ema_model, ShadowModel):
         ema_model.update(model, smoothing)
     elif isinstance(ema_model, nn.Module):
         _step_between(unwrap(model), unwrap(ema_model))(weight)
     elif isinstance(ema_model, Mapping):
+        loan.refuse(unwrap(model))
         sources, shadows = _tensors(unwrap(model).state_dict(keep_vars=True)), _tensors(ema_model)
         check_same('ema_model', sources, shadows, remedy=_REMEDY)
         _prepare(shadows, sources)(weight)
@@ -91,6 +89,7 @@ class _Pairing:
             Watch(model, sources, on_gone=lambda: _forget(average())),
             Watch(ema_model, shadows, on_gone=lambda: None),
         )
+        self.identities = loan.identities([*sources.tensors().values(), *shadows.tensors().values()])
         self.step = _prepare(shadows.tensors(), sources.tensors())
 
     def is_current(self, model: nn.Module, ema_model: nn.Module) -> bool:
@@ -104,6 +103,7 @@ def _step_between(model: nn.Module, ema_model: nn.Module) -> Callable[[float], N
     pairing = _pairings.get(ema_model)
     if pairing is None or not pairing.is_current(model, ema_model):
         pairing = _pairings[ema_model] = _Pairing(model, ema_model)
+    loan.refuse(model, pairing.identities)
     return pairing.step
 
 

@@ -84,7 +84,7 @@ def test_the_repr_leaves_defaults_out():
     [
         ({'half_life': '50ba', 'smoothing': 0.9}, ValueError, r"either half_life or smoothing, got half_life='50ba'"),
         ({'half_life': '1000ba', 'smoothing': 0.9}, ValueError, 'either half_life or smoothing'),
-        ({'half_life': None}, ValueError, r"got None for both\. Pass half_life='1000ba'"),
+        ({'half_life': None}, ValueError, r"got None for all\. Pass half_life='1000ba'"),
         ({'half_life': '-1ba'}, ValueError, r"half_life must not be negative, got '-1ba'"),
         ({'half_life': '10'}, ValueError, r"half_life takes the units .*got '10'"),
         ({'half_life': 1000}, TypeError, r'half_life must be a time string .*got 1000 of type int'),

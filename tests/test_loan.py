@@ -434,3 +434,29 @@ def test_a_wrapped_model_has_the_loan_of_the_module_inside():
     assert net.value == 2.0
     second.swap_out(compiled)
     assert net.value == 8.0
+
+
+def test_a_model_on_loan_does_not_slow_the_updates_of_others(monkeypatch):
+    net, other, target = Net(), Net(), Net()
+    shadow = ShadowModel(other)
+    shadow.update(other, smoothing=0.5)
+    compute_ema(other, target)
+    with average_of(net, 1.0).swapped(net), monkeypatch.context() as patched:
+        for name in ('named_modules', 'modules', 'named_parameters', 'named_buffers'):
+            patched.setattr(nn.Module, name, lambda *args, **kwargs: pytest.fail('a module was walked'))
+        shadow.update(other, smoothing=0.5)
+        compute_ema(other, target)
+    assert shadow.num_updates == 2
+
+
+def test_nothing_joins_an_average_at_the_value_of_another():
+    net = Net()
+    net.linear.requires_grad_(False)
+    shadow = ShadowModel(net)
+    with average_of(Net(), 1.0).swapped(net):
+        net.linear.requires_grad_(True)
+        with pytest.raises(RuntimeError, match='holds an average'):
+            shadow.update(net, smoothing=0.5)
+    assert 'linear.weight' not in dict(shadow.named_parameters())
+    shadow.update(net, smoothing=0.5)
+    assert dict(shadow.named_parameters())['linear.weight'].unique().tolist() == [8.0]

@@ -22,7 +22,7 @@ from fixtures.make_version_1 import ALGORITHMS, LAST, SAVED
 from composer_ema import EMA, SWA, CheckpointError, export, load_average
 from composer_ema.checkpoints import formats
 from composer_ema.checkpoints.inspection import AVERAGE, TRAINING_WEIGHTS, describe
-from composer_ema.shadow import shadow_model
+from composer_ema.shadow import state as states
 
 FIXTURES = Path(__file__).parent / 'fixtures'
 each_kind = pytest.mark.parametrize('kind', ALGORITHMS)
@@ -141,7 +141,7 @@ def test_upgrading_leaves_the_given_state_as_it_is():
 # One version for one format
 
 
-@pytest.mark.parametrize('constant', [(formats, 'VERSION'), (shadow_model, 'STATE_VERSION')])
+@pytest.mark.parametrize('constant', [(formats, 'VERSION'), (states, 'VERSION')])
 @pytest.mark.parametrize('name', ['0.12-single-interval', '0.12-single-numpy', '0.32-single-interval'])
 def test_raising_either_version_leaves_the_builtins_formats_loadable(monkeypatch, constant, name):
     module, attribute = constant

@@ -56,8 +56,8 @@ class Follower:
             RuntimeError: an average stands in the model, or the function raised.
             ValueError: the model lacks a tracked parameter or has it in another shape.
         """
-        loan.refuse(module)
         plan = self.plan_for(module, joining=True)
+        loan.refuse(module, plan.identities)
         if plan.smallest_weight and not self._has_warned:
             self._warn_of_rounding(plan, numbers)
         plan.run(plan, numbers)
@@ -127,6 +127,8 @@ class Follower:
 
     def _new_plan(self, module: nn.Module, joining: bool) -> Plan:
         inventory = Inventory.of(module)
+        if joining:  # at its value, which must be one of training
+            loan.refuse(module, loan.identities(inventory.tensors().values()))
         for storage in self._storages:
             check_same(
                 'what the average follows',

@@ -223,9 +223,9 @@ def holding(average: Average) -> Loan | None:
     return next((loan for loan in list(_loans.values()) if average in loan), None) if _loans else None
 
 
-def is_any_open() -> bool:
-    """Whether an average stands in any model at all."""
-    return bool(_loans)
+def is_open(model: nn.Module) -> bool:
+    """Whether an average stands in ``model``, wrapped or not. Costs next to nothing."""
+    return bool(_loans) and unwrap(model) in _loans
 
 
 def borrowers(model: nn.Module) -> list[str]:
@@ -243,20 +243,27 @@ def recall(model: nn.Module) -> list[str]:
     return recalled
 
 
-def refuse(module: nn.Module) -> None:
+def identities(tensors: Iterable[Tensor]) -> frozenset[int]:
+    """What tells tensors apart as long as they live, for :func:`refuse`."""
+    return frozenset(map(id, tensors))
+
+
+def refuse(module: nn.Module, tensors: frozenset[int] | None = None) -> None:
     """Raises a RuntimeError while an average stands in a module or in one that shares its tensors.
 
     Costs next to nothing while no model at all is on loan.
 
     Args:
         module: unwrapped.
+        tensors: :func:`identities` of its tensors. Default: the module is walked for them while some model is on loan.
     """
     if not _loans:
         return
     loan = _loans.get(module)
     if loan is None:
-        identities = set(map(id, Inventory.of(module).tensors().values()))
-        loan = next((each for each in list(_loans.values()) if identities & each._covered.keys()), None)
+        if tensors is None:
+            tensors = identities(Inventory.of(module).tensors().values())
+        loan = next((each for each in list(_loans.values()) if not tensors.isdisjoint(each._covered)), None)
     if loan is not None:
         raise RuntimeError(
             f'the model holds an average, not its training weights: {listed(loan.borrowers)} stands in it. '

@@ -17,7 +17,7 @@ from composer_ema.kernels.layout import Pair, grouped
 from composer_ema.kernels.rules import smallest_weight
 from composer_ema.model.watch import Watch
 from composer_ema.settings import Settings
-from composer_ema.shadow import offload
+from composer_ema.shadow import loan, offload
 from composer_ema.shadow.offload import HostAverage
 from composer_ema.shadow.stream import SideStream
 
@@ -72,12 +72,13 @@ class Plan:
     Args:
         watch: tells whether the model is still what it was.
         has_joined: whether tensors that were new have been taken in.
-        sources: the model's tracked tensors by name.
+        sources: the model's tracked tensors by name, which the plan keeps alive.
         rows: what moves.
         mover: how it moves.
         streams: the side stream of each device.
 
     Attributes:
+        identities: tell the sources apart from other tensors.
         host_averages: for each device, one per average: what a thread averages on the host.
         forked_steps: steps that run on the side stream of their device.
         steps: steps that run on the current stream.
@@ -93,6 +94,7 @@ class Plan:
         streams: Mapping[torch.device, SideStream],
     ) -> None:
         self.watch, self.has_joined, self.sources = watch, has_joined, sources
+        self.identities = loan.identities(sources.values())
         self.smallest_weight = mover.smallest_weight
         self.run = mover.run
         kinds = (rows.parameters, rows.averaged, rows.copied)

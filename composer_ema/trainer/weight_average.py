@@ -151,7 +151,7 @@ class WeightAverage(Algorithm):
             return self._averages.is_pending
         if when is _IF_TAKEN:
             return self._evaluation.is_open and self._has_started and self._averages.lent is None
-        if self._averages.lent is not None or (event in _TRAINING_STARTS and loan.is_any_open()):
+        if self._averages.lent is not None or (event in _TRAINING_STARTS and loan.is_open(state.model)):
             return True
         if when is _IF_LENT:
             return False
