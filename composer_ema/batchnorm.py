@@ -294,8 +294,8 @@ def _holding_average(module: nn.Module, shadow: ShadowModel, statistics: Mapping
         raise ValueError('the shadow is swapped into another model. Pass that one, or call swap_out first.')
     if not was_swapped:
         shadow.swap_in(module)
-    elif (shown := loan.of(module).shown) is not shadow and shown is not None:
-        raise ValueError(f'the model shows another average: {shown!r}. Call its swap_out first.')
+    elif not shadow.is_shown_by(module):
+        raise ValueError(f'the model shows another average: {loan.borrowers(module)[-1]}. Call its swap_out first.')
     try:
         yield
         with torch.no_grad():

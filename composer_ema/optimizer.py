@@ -413,8 +413,8 @@ class _StepAverage:
         else:  # written by another kind of profile
             rule.catch_up(state[_LAST_UPDATE])
         self._refresh_groups()
-        # A shadow without storage finds out whether the average fits, before the real one takes any value.
-        ShadowModel(self._module, **self._kept.replace(device='meta').as_arguments()).load_state_dict(state[_AVERAGE])  # pyright: ignore[reportArgumentType]
+        # A shadow without memory finds out whether the average fits, before the real one takes any value.
+        self.shadow.outline(self._module).load_state_dict(state[_AVERAGE])
         return state, rule
 
     def assign(self, state: Mapping[str, Any], rule: _ByProfile | _ByFunction, stacklevel: int) -> None:
@@ -426,7 +426,7 @@ class _StepAverage:
                 'Pass the saved settings to continue as before.',
                 stacklevel=stacklevel,
             )
-        self._copy_weights()  # lets in what has joined since the last update
+        self.shadow.resolve(self._module, joining=True)
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # the check has given these warnings already
             self.shadow.load_state_dict(state[_AVERAGE])

@@ -5,6 +5,8 @@ import gc
 import io
 import itertools
 import pickle
+import sys
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -211,22 +213,60 @@ def test_an_optimizers_average_and_a_shadow_take_turns_in_any_order():
     assert bits(net) == before
 
 
-@pytest.mark.parametrize('inner_first', [True, False])
-def test_an_average_of_a_part_is_not_lent_while_the_whole_holds_one(inner_first):
+@pytest.mark.parametrize('order', orders(2))
+def test_averages_of_a_part_and_of_the_whole_share_a_loan(order):
     net = Net()
     before = bits(net)
-    whole, part = average_of(net, 1.0), average_of(net.linear, 2.0)
-    (first, one), (second, other) = ((part, net.linear), (whole, net))[:: 1 if inner_first else -1]
-    first.swap_in(one)
-    with pytest.raises(RuntimeError, match=r'weight.* share memory .*swap_out'):
-        second.swap_in(other)
-    with pytest.raises(RuntimeError, match='holds an average'):
-        second.update(other, smoothing=0.5)
-    first.swap_out(one)
+    pairs = [(average_of(net, 0.0), net), (average_of(net.linear, 1.0), net.linear)]
+    inside: list[int] = []
+    for step in order:
+        index = int(step[1:])
+        shadow, module = pairs[index]
+        if step[0] == '+':
+            shadow.swap_in(module)
+            inside.append(index)
+        else:
+            shadow.swap_out(module)
+            inside.remove(index)
+        assert net.value == (inside[-1] if inside else 8.0)
+        for model in (net, net.linear):
+            assert len(loan.borrowers(model)) == len(inside)
+        if inside:
+            for each, its_module in pairs:
+                weight = 'linear.weight' if its_module is net else 'weight'
+                assert each.training_weights(its_module)[weight].unique().tolist() == [8.0]
+                with pytest.raises(RuntimeError, match=r'holds (an|the) average'):
+                    each.update(its_module, smoothing=0.5)
+                with pytest.raises(RuntimeError, match='over a stash'):
+                    each.copy_to(its_module)
     assert bits(net) == before
-    second.swap_in(other)
-    second.swap_out(other)
-    assert bits(net) == before
+
+
+def test_two_loans_become_one_when_an_average_of_both_comes():
+    first, second = Net(1.0), Net(2.0)
+    both = nn.ModuleList([first, second])
+    before = bits(both)
+    parts, whole = [average_of(first, 3.0), average_of(second, 4.0)], average_of(both, 5.0)
+    parts[0].swap_in(first)
+    parts[1].swap_in(second)
+    whole.swap_in(both)
+    assert (first.value, second.value) == (5.0, 5.0)
+    parts[0].swap_out(first)
+    whole.swap_out(both)
+    assert (first.value, second.value) == (1.0, 4.0)
+    parts[1].swap_out(second)
+    assert bits(both) == before
+    assert not loan.borrowers(both)
+
+
+def test_nothing_starts_from_the_average_of_another():
+    net = Net()
+    with average_of(net, 1.0).swapped(net):
+        for start in (lambda: ShadowModel(net), lambda: ShadowModel(net.linear)):
+            with pytest.raises(RuntimeError, match='holds an average'):
+                start()
+        with pytest.raises(RuntimeError, match='holds an average'):
+            EMAOptimizer(torch.optim.SGD(net.parameters(), lr=1.0))
 
 
 def test_a_model_on_loan_is_not_overwritten_for_good():
@@ -263,32 +303,6 @@ def test_a_state_taken_on_loan_holds_the_training_weights_whoever_shows():
     inside.swap_out(net)
 
 
-def test_loading_a_state_on_loan_takes_the_average_out_and_keeps_the_training_weights():
-    net = Net()
-    before = bits(net)
-    state = copy.deepcopy(average_of(net, 3.0).state_dict())
-    shadow = average_of(net, 1.0)
-    with shadow.swapped(net):
-        shadow.load_state_dict(state)
-        assert not shadow.is_swapped
-    assert bits(net) == before
-
-
-@pytest.mark.parametrize('value', [3.0, 1.0], ids=['other weights', 'just what the average shows'])
-def test_loading_a_checkpoint_on_loan_does_not_bring_older_training_weights_back(value):
-    net = Net()
-    shadow, other = average_of(net, 1.0), average_of(net, 2.0)
-    state = copy.deepcopy(shadow.state_dict())
-    other.swap_in(net)
-    shadow.swap_in(net)
-    net.load_state_dict(Net(value).state_dict())
-    shadow.load_state_dict(state)
-    assert net.value == value
-    assert not shadow.is_swapped
-    assert not other.is_swapped
-    assert not loan.borrowers(net)
-
-
 def test_a_loaded_state_that_was_saved_on_loan_gives_its_training_weights_back():
     net = Net()
     shadow = average_of(net, 1.0)
@@ -309,6 +323,82 @@ def test_a_loaded_state_that_was_saved_on_loan_gives_its_training_weights_back()
     loaded.swap_out(resumed)
     other.swap_out(resumed)
     assert bits(resumed) == bits(net)
+
+
+def test_the_wrong_model_does_not_take_the_training_weights_of_a_loaded_state():
+    net = Net()
+    shadow = average_of(net, 1.0)
+    with shadow.swapped(net):
+        state, model = copy.deepcopy(shadow.state_dict()), copy.deepcopy(net.state_dict())
+    resumed = Net(0.0)
+    resumed.load_state_dict(model)
+    loaded = ShadowModel(resumed)
+    loaded.load_state_dict(state)
+    for wrong in (nn.ReLU(), nn.Linear(3, 2)):
+        with pytest.raises(RuntimeError, match='training weights of another model'):
+            loaded.swap_out(wrong)
+        assert loaded.is_swapped
+    loaded.swap_out(resumed)
+    assert bits(resumed) == bits(net)
+
+
+def test_buffers_that_are_not_saved_come_back_whoever_leaves_first():
+    net = Net()
+    net.register_buffer('scratch', torch.full((2,), 7.0), persistent=False)
+    first, second = average_of(net, 1.0), average_of(net, 2.0)
+    second.swap_in(net)
+    first.swap_in(net)
+    second.swap_out(net)
+    assert net.scratch.tolist() == [1.0, 1.0]
+    first.swap_out(net)
+    assert net.scratch.tolist() == [7.0, 7.0]
+
+
+def test_a_model_that_is_dropped_on_loan_is_freed_whatever_refers_to_it():
+    class Hooked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(2, 2)
+            self.linear.register_forward_hook(self.hook)
+
+        def hook(self, *_: object) -> None:
+            """Refers to the whole model, from a part of it."""
+
+    model = Hooked()
+    shadow = ShadowModel(model)
+    shadow.swap_in(model)
+    gone = [weakref.ref(model), weakref.ref(shadow)]
+    del model, shadow
+    gc.collect()
+    assert [reference() for reference in gone] == [None, None]
+
+
+def test_threads_with_models_of_their_own_do_not_disturb_one_another():
+    errors: list[BaseException] = []
+
+    def work(value: float) -> None:
+        try:
+            net = Net(value)
+            shadow = ShadowModel(net)
+            for _ in range(150):
+                shadow.update(net, smoothing=0.5)
+                with shadow.swapped(net):
+                    assert loan.borrowers(net)
+                assert net.value == value
+        except BaseException as error:
+            errors.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work, args=(float(index),)) for index in range(1, 5)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not errors
 
 
 def test_a_deepcopy_of_a_model_on_loan_is_a_model_of_its_own_that_holds_what_was_shown():
@@ -357,12 +447,12 @@ def test_a_model_that_is_collected_on_loan_ends_the_loan_and_the_shadow_goes_on_
 def test_a_shadow_that_is_dropped_on_loan_does_not_take_the_training_weights_with_it():
     net = Net()
     before = bits(net)
+    other = average_of(net, 2.0)
     average_of(net, 1.0).swap_in(net)
     gc.collect()
     assert net.value == 1.0
     (who,) = loan.borrowers(net)
     assert 'ShadowModel' in who
-    other = average_of(net, 2.0)
     with other.swapped(net):
         assert net.value == 2.0
     assert net.value == 1.0

@@ -939,13 +939,18 @@ class TestState:
         assert same_bits({n: t for n, t in frozen_copy(resumed_net).items() if n != 'cache'}, weights)
         assert same_bits({n: t for n, t in frozen_copy(resumed).items() if n != 'cache'}, average)
 
-    def test_loading_a_plain_state_while_swapped_ends_the_swap(self, net):
-        """The weights that come with a checkpoint are in the model's slot; an old stash would overwrite them."""
+    def test_loading_a_state_while_swapped_is_refused_and_changes_nothing(self, net):
+        """If a checkpoint has been loaded into the model, too, the stash is older than what the model holds now."""
         shadow = ShadowModel(net)
-        state = saved(shadow.state_dict())
+        move(net)
+        weights, average = frozen_copy(net), frozen_copy(shadow)
         shadow.swap_in(net)
-        shadow.load_state_dict(state)
-        assert not shadow.is_swapped
+        for state in (saved(ShadowModel(Net()).state_dict()), saved(shadow.state_dict())):
+            with pytest.raises(RuntimeError, match=r'Call swap_out\(model\) before a state is loaded'):
+                shadow.load_state_dict(state)
+        assert same_bits(frozen_copy(shadow), average)
+        shadow.swap_out(net)
+        assert same_bits(frozen_copy(net), weights)
 
     def test_loading_copies_into_the_shadows_own_tensors(self, net):
         shadow = ShadowModel(net)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,11 +33,16 @@ class LendableAverage:
     @property
     def is_swapped(self) -> bool:
         """Whether this average stands in a model, shown or behind another that entered later."""
-        return self._loaded_stash is not None or loan.holding(self) is not None
+        return self._loaded_stash is not None or loan.holding(self._storage) is not None
 
     def is_swapped_into(self, model: nn.Module) -> bool:
         """Whether this average stands in ``model``; a state saved while swapped may have left it in any model."""
-        return self._loaded_stash is not None or self in loan.of(model)
+        return self._loaded_stash is not None or self._module() is unwrap(model)
+
+    def is_shown_by(self, model: nn.Module) -> bool:
+        """Whether ``model`` holds this average, not another that entered later."""
+        held = loan.of(model)
+        return self.is_swapped_into(model) and (held is None or held.shown is self._storage)
 
     @torch.no_grad()
     def swap_in(self, model: nn.Module) -> None:
@@ -46,13 +51,13 @@ class LendableAverage:
         If another average is in the model already, the model now shows this one; the training weights stay stashed.
 
         Raises:
-            RuntimeError: this average is swapped in already, or stands in a module that shares tensors with this one.
+            RuntimeError: this average is swapped in already.
         """
         if self.is_swapped:
             raise RuntimeError('the average is swapped in already. Call swap_out(model) first.')
-        module = unwrap(model)
-        plan = self._follower.plan_for(module)
-        loan.of(module).enter(self, plan.sources, required=self._storage.parameters.keys())
+        plan = self._follower.plan_for(unwrap(model))
+        self._follower.wait()
+        loan.enter(self._storage, model, plan.sources)
 
     @torch.no_grad()
     def swap_out(self, model: nn.Module) -> None:
@@ -61,18 +66,17 @@ class LendableAverage:
         A buffer that the model meanwhile replaced by one of another shape, as caches do, keeps its new value.
 
         Raises:
-            RuntimeError: the average is in no model, or in another one.
+            RuntimeError: the average is in no model, or in another one; or ``model`` has lost a parameter.
         """
-        module = unwrap(model)
         if self._loaded_stash is not None:
-            loan.of(module).adopt(self, self._loaded_stash, required=self._storage.parameters.keys())
+            loan.adopt(self._storage, model, self._loaded_stash)
             self._loaded_stash = None
-        held = loan.holding(self)
-        if held is None:
+        module = self._module()
+        if module is None:
             raise RuntimeError('nothing is swapped in. Call swap_in(model) first.')
-        if held.module is not module:
+        if module is not unwrap(model):
             raise RuntimeError('the average is swapped into another model. Pass that one to swap_out.')
-        held.leave(self)
+        loan.leave(self._storage)
 
     @contextmanager
     def swapped(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -114,28 +118,33 @@ class LendableAverage:
 
     def training_weights(self, model: nn.Module) -> dict[str, Tensor]:
         """The tracked training weights, aliased: the stash while ``model`` holds an average, else the live tensors."""
-        module, names = unwrap(model), [name for name, _ in self._storage.items()]
-        live = Inventory.of(module).tensors()
-        tracked = {name: live[name].detach() for name in names if name in live}
-        return {**tracked, **loan.of(module).training_weights(names), **(self._loaded_stash or {})}
+        live = Inventory.of(unwrap(model)).tensors()
+        tracked = {name: live[name].detach() for name, _ in self._storage.items() if name in live}
+        return {**tracked, **self.stashed_weights(model), **(self._loaded_stash or {})}
+
+    def stashed_weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """The tracked training weights that are stashed while ``model`` holds any average, aliased; else nothing."""
+        held, module = loan.of(model), unwrap(model)
+        if held is None:
+            return {}
+        stash = held.training_weights(module, Inventory.of(module).tensors())
+        return {name: stash[name] for name, _ in self._storage.items() if name in stash}
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: the average without the ties to a model; the copy stands in none."""
         return {**self.__dict__, '_loaded_stash': None}
 
-    def _stash(self) -> dict[str, Tensor] | None:
-        """The training weights of the model that holds this average; None where none does."""
-        held = loan.holding(self)
-        return self._loaded_stash if held is None else held.training_weights(name for name, _ in self._storage.items())
+    def _module(self) -> nn.Module | None:
+        """The model in which this average stands."""
+        held = loan.holding(self._storage)
+        return None if held is None else held.module_of(self._storage)
 
-    def _take_stash(self, stash: Mapping[str, Tensor] | None) -> None:
-        """Says, after another average has been loaded, whether a model holds it, and over which training weights."""
-        held = loan.holding(self)
-        if held is None:
-            self._loaded_stash = None if stash is None else {name: tensor.clone() for name, tensor in stash.items()}
-        elif stash is not None:
-            held.adopt(self, stash, required=self._storage.parameters.keys())
-        elif held.was_overwritten:
-            held.abandon()  # the weights of a checkpoint are in the model, which the old stash would overwrite
-        else:
-            held.leave(self)
+    def _stash(self) -> dict[str, Tensor] | None:
+        """The training weights of the model in which this average stands; None where it stands in none."""
+        module = self._module()
+        return self._loaded_stash if module is None else self.stashed_weights(module)
+
+    def _refuse_while_swapped(self, what: str) -> None:
+        """Raises a RuntimeError while this average stands in a model that is known."""
+        if self._module() is not None:
+            raise RuntimeError(f'the model holds the average. Call swap_out(model) before {what}.')

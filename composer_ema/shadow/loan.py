@@ -1,4 +1,4 @@
-"""A model's training weights while any average stands in it: one loan per model, whoever lends to it.
+"""The training weights of models while averages stand in them, whoever lends: one loan for all that share a tensor.
 
 Invariant: while an average stands in a model, the training value of every tensor that it covers lies in the stash. The
 stash is filled before the model is overwritten, and emptied after the training weights are back.
@@ -6,16 +6,16 @@ stash is filled before the model is overwritten, and emptied after the training 
 
 from __future__ import annotations
 
+import itertools
 import threading
 import weakref
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from composer_ema.kernels.layout import unzip
 from composer_ema.kernels.rules import is_inexact
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import listed
@@ -23,49 +23,53 @@ from composer_ema.model.sharding import unwrap
 
 
 class Average(Protocol):
-    """What can be lent to a model. Its ``repr`` tells users who stands in the model."""
+    """What can stand in a model. Its ``repr`` tells users what stands there. It must not refer to the model."""
 
-    def lent_tensors(self) -> Mapping[str, Tensor]:
-        """The average by canonical name, with its last update finished."""
+    parameters: dict[str, Tensor]
+
+    def tensor(self, name: str) -> Tensor | None:
+        """The average of the tensor of that canonical name; None where there is none."""
         ...
 
 
 @dataclass(frozen=True)
 class _Guest:
-    """An average in a model, and the names of the tensors that it covers."""
+    """An average in a module.
+
+    Args:
+        average: the average.
+        module: the module, unwrapped, referred to weakly.
+        slots: canonical name to the key of the slot, for each tensor that the average covers.
+        number: guests are numbered in the order in which they enter.
+    """
 
     average: Average
-    names: frozenset[str]
+    module: weakref.ref[nn.Module]
+    slots: Mapping[str, int]
+    number: int
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """A tensor of a model as it was when an average entered, kept alive, and its training value."""
+
+    tensor: Tensor
+    training: Tensor
 
 
 class Loan:
-    """The training weights of one model, and the averages that stand in it.
+    """The training weights of a model, and the averages that stand in it.
 
-    Averages may enter and leave in any order. The model shows the one that entered last, as if that were alone:
-    whatever it does not cover holds its training value. When the last average leaves, every training weight returns.
-    Copies only; the stash has the dtypes of the model. Buffers of whole numbers stay as they are: averages copy them,
-    and counters that a forward counts up go on.
-
-    Args:
-        module: the model, unwrapped; referred to weakly.
+    Modules that share tensors, such as a network and the model around it, share a loan. Averages may enter and leave in
+    any order. The model shows the one that entered last, as if that were alone: whatever it does not cover holds its
+    training value. When the last average leaves, every training weight returns. Copies only; the stash has the dtypes
+    of the model. Buffers of whole numbers stay as they are: averages copy them, and counters that a forward counts up
+    go on.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = weakref.ref(module)
+    def __init__(self) -> None:
         self._guests: list[_Guest] = []
-        self._stash: dict[str, Tensor] = {}
-        self._required: set[str] = set()
-        self._versions: list[tuple[Tensor, int]] = []
-        self._covered: dict[int, Tensor] = {}
-
-    def __contains__(self, average: Average) -> bool:
-        """Whether ``average`` stands in the model, shown or behind another."""
-        return self._module() is not None and any(guest.average is average for guest in self._guests)
-
-    @property
-    def module(self) -> nn.Module | None:
-        """The model; None once it has been collected."""
-        return self._module()
+        self._slots: dict[int, _Slot] = {}
 
     @property
     def shown(self) -> Average | None:
@@ -74,177 +78,215 @@ class Loan:
 
     @property
     def borrowers(self) -> list[str]:
-        """Who stands in the model, first come first."""
+        """What stands in the model, first come first."""
         return [repr(guest.average) for guest in self._guests]
 
-    def training_weights(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The stashed training weights among ``names``, aliased."""
-        return {name: self._stash[name] for name in names if name in self._stash}
+    def module_of(self, average: Average) -> nn.Module | None:
+        """The module in which ``average`` stands; None if in none, or if that has been collected."""
+        return next((guest.module() for guest in self._guests if guest.average is average), None)
 
-    def enter(self, average: Average, live: Mapping[str, Tensor], required: Collection[str]) -> None:
-        """Stashes the training weights of ``live`` and puts ``average`` in their place.
+    def shares(self, tensors: frozenset[int]) -> bool:
+        """Whether one of the tensors with these :func:`identities` is on loan."""
+        return not tensors.isdisjoint(self._slots)
 
-        After an exception, an interrupt included, the model shows what it showed before.
+    def training_weights(self, module: nn.Module, live: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The stashed training weights of those tensors of ``module`` that are on loan, by name, aliased."""
+        keys = {name: id(tensor) for name, tensor in live.items()}
+        for guest in self._guests:
+            if guest.module() is module:  # a tensor may have been replaced since
+                keys |= guest.slots
+        return {name: self._slots[key].training for name, key in keys.items() if key in self._slots}
 
-        Args:
-            average: not in the model yet.
-            live: the tensors of the model that the average covers, by canonical name.
-            required: names of the parameters among them, which the model may not lose while the average is in.
+    # Helpers of the functions below, which hold the lock
 
-        Raises:
-            RuntimeError: another module that shares some of these tensors is on loan.
-        """
-        with _lock:
-            covered = {name: tensor for name, tensor in live.items() if is_inexact(tensor)}
-            stash = {name: t.detach().clone() for name, t in covered.items() if name not in self._stash}
-            self._admit(average, covered, stash, required)
-            try:
-                self._show(live if self._stash.keys() <= live.keys() else self._live())
-            except BaseException:
-                self._guests = [guest for guest in self._guests if guest.average is not average]
-                self._show(self._live())
-                self._forget_unused()
-                raise
+    def admit(
+        self, average: Average, module: nn.Module, live: Mapping[str, Tensor], stash: Mapping[str, Tensor]
+    ) -> None:
+        """Records that ``average`` covers ``live``, whose training values are in ``stash`` or in the tensors."""
+        slots = {name: id(tensor) for name, tensor in live.items()}
+        new = {
+            slots[name]: _Slot(tensor, stash[name].clone() if name in stash else tensor.detach().clone())
+            for name, tensor in live.items()
+            if name in stash or slots[name] not in self._slots
+        }
+        # Recorded before anything is overwritten, so that an interrupt never finds an average in without a stash.
+        self._slots = {**self._slots, **new}
+        self._guests = [*self._guests, _Guest(average, weakref.ref(module), slots, next(_numbers))]
 
-    def adopt(self, average: Average, stash: Mapping[str, Tensor], required: Collection[str]) -> None:
-        """Takes over training weights that were saved while ``average`` stood in the model, which holds it already."""
-        with _lock:
-            live = self._live()
-            covered = {name: live[name] for name in stash if name in live and is_inexact(live[name])}
-            self._admit(average, covered, {name: tensor.clone() for name, tensor in stash.items()}, required)
-            self._note_versions(live)
+    def absorb(self, other: Loan) -> None:
+        """Takes over another loan, when an average comes that shares tensors with both."""
+        self._slots = {**self._slots, **other._slots}
+        self._guests = sorted([*self._guests, *other._guests], key=lambda guest: guest.number)
 
-    def leave(self, average: Average) -> None:
-        """Takes ``average`` out; when the last one leaves, the training weights return.
+    def remove(self, average: Average) -> None:
+        """Takes ``average`` out and shows what remains: another average, or the training weights."""
+        targets = self._targets()
+        remaining = [guest for guest in self._guests if guest.average is not average]
+        was_shown = self.shown is average
+        self._guests = remaining
+        try:
+            if was_shown:
+                self._show(targets)
+        except BaseException:
+            self._show(targets)  # an interrupt does not stop the return half-way
+            raise
+        finally:
+            used = frozenset[int]().union(*(guest.slots.values() for guest in remaining))
+            self._slots = {key: slot for key, slot in self._slots.items() if key in used}
 
-        A buffer that the model has meanwhile replaced by one of another shape, as caches do, keeps its new value. An
-        interrupt does not stop the return half-way.
+    def show(self) -> None:
+        """Writes the average that entered last, or what it does not cover of the training weights, into the model."""
+        self._show(self._targets())
 
-        Raises:
-            RuntimeError: the model has lost a parameter that is to be restored. The average stays in.
-        """
-        with _lock:
-            live = self._live()
-            gone = sorted(name for name in self._stash if name in self._required and name not in live)
-            if gone and self._module() is not None:
+    def refuse_lost(self) -> None:
+        """Raises a RuntimeError where a model has lost a parameter that is to be restored."""
+        for guest in self._guests:
+            module = guest.module()
+            if module is None:
+                continue
+            live = Inventory.of(module).tensors()
+            gone = sorted(name for name in guest.slots if name in guest.average.parameters and name not in live)
+            if gone:
                 raise RuntimeError(
                     f'the model has lost {gone[0]} and {len(gone) - 1} more parameters since it was swapped in.'
                 )
-            was_shown = self.shown is average
-            self._guests = [guest for guest in self._guests if guest.average is not average]
-            try:
-                if was_shown:
-                    self._show(live)
-            except BaseException:
-                self._show(live)
-                raise
-            finally:
-                self._forget_unused()
 
-    @property
-    def was_overwritten(self) -> bool:
-        """Whether somebody has written the model's parameters since an average was shown, as loading weights does."""
-        return any(_version(parameter) != version for parameter, version in self._versions)
+    def _targets(self) -> dict[int, dict[int, Tensor]]:
+        """For each slot the tensors that have its place in the modules now, each once."""
+        targets: dict[int, dict[int, Tensor]] = {key: {} for key in self._slots}
+        for guest in self._guests:
+            module = guest.module()
+            live = {} if module is None else Inventory.of(module).tensors()
+            for name, key in guest.slots.items():
+                if name in live:
+                    targets[key][id(live[name])] = live[name]
+        return targets
 
-    def abandon(self) -> None:
-        """Ends the loan and leaves the model as it is, for when other weights have been loaded into it."""
-        with _lock:
-            self._guests = []
-            self._forget_unused()
-
-    # Helpers, in call order
-
-    def _admit(
-        self,
-        average: Average,
-        covered: Mapping[str, Tensor],
-        stash: Mapping[str, Tensor],
-        required: Collection[str],
-    ) -> None:
-        """Records the average and the stash, before anything is overwritten."""
-        module = self._module()
-        assert module is not None
-        for other in list(_loans.values()):
-            shared = [name for name, tensor in covered.items() if id(tensor) in other._covered]
-            if other is not self and shared:
-                raise RuntimeError(
-                    f'{listed(shared)} share memory with a module that holds an average already: '
-                    f'{listed(other.borrowers)}. Call its swap_out first.'
-                )
-        self._stash = {**self._stash, **stash}
-        self._required |= set(required)
-        self._covered |= {id(tensor): tensor for tensor in covered.values()}
-        others = [guest for guest in self._guests if guest.average is not average]
-        self._guests = [*others, _Guest(average, frozenset(stash) | frozenset(covered))]
-        _loans[module] = self
-
-    def _show(self, live: Mapping[str, Tensor]) -> None:
-        """Writes the shown average, or what it does not cover of the training weights, into all stashed tensors."""
-        values = dict(self._stash)
+    def _show(self, targets: Mapping[int, Mapping[int, Tensor]]) -> None:
+        values = {key: slot.training for key, slot in self._slots.items()}
         if self._guests:
             guest = self._guests[-1]
-            values |= {name: value for name, value in guest.average.lent_tensors().items() if name in guest.names}
-        pairs = [(live[name], value) for name, value in values.items() if name in live]
-        overwrite(*unzip((target, value) for target, value in pairs if target.shape == value.shape))
-        self._note_versions(live)
-
-    def _note_versions(self, live: Mapping[str, Tensor]) -> None:
-        self._versions = [(live[name], _version(live[name])) for name in self._required if name in live]
-
-    def _live(self) -> dict[str, Tensor]:
-        module = self._module()
-        return {} if module is None else Inventory.of(module).tensors()
-
-    def _forget_unused(self) -> None:
-        """Drops what no average in the model covers; without any, ends the loan."""
-        covered = frozenset[str]().union(*(guest.names for guest in self._guests))
-        self._stash = {name: value for name, value in self._stash.items() if name in covered}
-        if not self._guests:
-            self._covered, self._required, self._versions = {}, set(), []
-            module = self._module()
-            if module is not None:
-                _loans.pop(module, None)
+            shown = {key: guest.average.tensor(name) for name, key in guest.slots.items()}
+            values |= {key: value for key, value in shown.items() if value is not None}
+        # A buffer that the model has meanwhile replaced by one of another shape, as caches do, keeps its new value.
+        pairs = [
+            (target.data, value)  # unseen by autograd: a graph that waits for its backward stays valid
+            for key, value in values.items()
+            for target in targets[key].values()
+            if target.shape == value.shape
+        ]
+        if pairs:
+            torch._foreach_copy_([target for target, _ in pairs], [value for _, value in pairs])
 
 
-#: The loan of each unwrapped module in which an average stands, as long as the module lives.
+#: The open loan of each unwrapped module in which an average stands, as long as the module lives.
 _loans: weakref.WeakKeyDictionary[nn.Module, Loan] = weakref.WeakKeyDictionary()
+_numbers = itertools.count()
 _lock = threading.RLock()
 
 
-def of(model: nn.Module) -> Loan:
-    """The loan of ``model``, wrapped or not: the open one, or a new one that opens when an average enters."""
+def enter(average: Average, model: nn.Module, live: Mapping[str, Tensor]) -> None:
+    """Stashes the training weights of ``live`` and puts ``average`` in their place.
+
+    After an exception, an interrupt included, the model shows what it showed before.
+
+    Args:
+        average: stands in no model yet.
+        model: wrapped or not.
+        live: the tensors of the model that the average covers, by canonical name.
+    """
     module = unwrap(model)
-    found = _loans.get(module)
-    return Loan(module) if found is None else found
+    covered = {name: tensor for name, tensor in live.items() if is_inexact(tensor)}
+    with _lock:
+        loan = _joined(module, identities(covered.values()))
+        loan.admit(average, module, covered, {})
+        try:
+            loan.show()
+        except BaseException:
+            loan.remove(average)
+            _close_if_empty(loan)
+            raise
+
+
+def adopt(average: Average, model: nn.Module, stash: Mapping[str, Tensor]) -> None:
+    """Takes over training weights that were saved while ``average`` stood in ``model``, which holds it already.
+
+    Raises:
+        RuntimeError: the stash is that of another model. Nothing is changed.
+    """
+    module = unwrap(model)
+    live = Inventory.of(module).tensors()
+    covered = {name: live[name] for name in stash if name in live and live[name].shape == stash[name].shape}
+    strange = sorted(name for name in stash if name in average.parameters and name not in covered)
+    if strange:
+        raise RuntimeError(
+            f'the loaded state holds training weights of another model: {listed(strange)} are missing here, or have '
+            'another shape. Pass the model that the state belongs to.'
+        )
+    with _lock:
+        loan = _joined(module, identities(covered.values()))
+        loan.admit(average, module, covered, stash)
+
+
+def leave(average: Average) -> None:
+    """Takes ``average`` out of the model in which it stands; the last one to leave gives the training weights back.
+
+    Raises:
+        RuntimeError: a model has lost a parameter that is to be restored. The average stays in.
+    """
+    with _lock:
+        loan = holding(average)
+        if loan is not None:
+            loan.refuse_lost()
+            try:
+                loan.remove(average)
+            finally:
+                _close_if_empty(loan)
+
+
+def recall(model: nn.Module) -> list[str]:
+    """Takes every average out of ``model`` and returns what stood in it. The training weights are back then."""
+    with _lock:
+        loan = of(model)
+        recalled = [] if loan is None else loan.borrowers
+        while loan is not None and loan.shown is not None:
+            leave(loan.shown)
+    return recalled
 
 
 def holding(average: Average) -> Loan | None:
-    """The loan in which ``average`` stands; None where it stands in no model."""
-    return next((loan for loan in list(_loans.values()) if average in loan), None) if _loans else None
+    """The loan in which ``average`` stands; None where it stands in no model that is alive."""
+    if not _loans:
+        return None
+    with _lock:
+        return next((loan for loan in _open() if loan.module_of(average) is not None), None)
+
+
+def of(model: nn.Module) -> Loan | None:
+    """The loan of ``model``, wrapped or not, or of a module that shares tensors with it; None without one."""
+    if not _loans:
+        return None
+    module = unwrap(model)
+    with _lock:
+        found = _loans.get(module)
+        if found is not None and found.shown is not None:
+            return found
+        return _sharing(identities(Inventory.of(module).tensors().values()))
 
 
 def is_open(model: nn.Module) -> bool:
-    """Whether an average stands in ``model``, wrapped or not. Costs next to nothing."""
+    """Whether an average stands in ``model`` itself, wrapped or not. Costs next to nothing."""
     return bool(_loans) and unwrap(model) in _loans
 
 
 def borrowers(model: nn.Module) -> list[str]:
-    """Who stands in ``model``, first come first; empty while it holds its training weights."""
-    return of(model).borrowers
-
-
-def recall(model: nn.Module) -> list[str]:
-    """Takes every average out of ``model`` and returns who stood in it. The training weights are back then."""
+    """What stands in ``model``, first come first; empty while it holds its training weights."""
     loan = of(model)
-    recalled = loan.borrowers
-    with _lock:
-        while loan.shown is not None:
-            loan.leave(loan.shown)
-    return recalled
+    return [] if loan is None else loan.borrowers
 
 
 def identities(tensors: Iterable[Tensor]) -> frozenset[int]:
-    """What tells tensors apart as long as they live, for :func:`refuse`."""
+    """What tells tensors apart as long as they live."""
     return frozenset(map(id, tensors))
 
 
@@ -259,23 +301,37 @@ def refuse(module: nn.Module, tensors: frozenset[int] | None = None) -> None:
     """
     if not _loans:
         return
-    loan = _loans.get(module)
-    if loan is None:
-        if tensors is None:
-            tensors = identities(Inventory.of(module).tensors().values())
-        loan = next((each for each in list(_loans.values()) if not tensors.isdisjoint(each._covered)), None)
-    if loan is not None:
+    with _lock:
+        loan = of(module) if tensors is None else _loans.get(module) or _sharing(tensors)
+    if loan is not None and loan.shown is not None:
         raise RuntimeError(
             f'the model holds an average, not its training weights: {listed(loan.borrowers)} stands in it. '
             'Call swap_out(model) first.'
         )
 
 
-def overwrite(targets: list[Tensor], values: list[Tensor]) -> None:
-    """Copies in place unseen by autograd: a loan restores every bit, so a graph that waits for backward stays valid."""
-    if targets:
-        torch._foreach_copy_([target.data for target in targets], values)
+def _open() -> list[Loan]:
+    return list({id(loan): loan for loan in _loans.values()}.values())
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+def _sharing(tensors: frozenset[int]) -> Loan | None:
+    return next((loan for loan in _open() if loan.shown is not None and loan.shares(tensors)), None)
+
+
+def _joined(module: nn.Module, tensors: frozenset[int]) -> Loan:
+    """The one loan of ``module`` and of all that share these tensors, registered for each of their modules."""
+    found = _loans.get(module)
+    loan = found if found is not None and found.shown is not None else Loan()
+    for other in _open():
+        if other is not loan and other.shown is not None and other.shares(tensors):
+            loan.absorb(other)
+            for member in [key for key, value in _loans.items() if value is other]:
+                _loans[member] = loan
+    _loans[module] = loan
+    return loan
+
+
+def _close_if_empty(loan: Loan) -> None:
+    if loan.shown is None:
+        for module in [key for key, value in _loans.items() if value is loan]:
+            _loans.pop(module, None)

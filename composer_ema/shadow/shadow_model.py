@@ -15,7 +15,7 @@ from composer_ema.averages import check_share, weight_from_smoothing
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.sharding import broadcast_, unwrap
 from composer_ema.settings import Settings, ShadowSettings, parse_device, parse_dtype, takes_settings
-from composer_ema.shadow import averaged_model, foreign
+from composer_ema.shadow import averaged_model, foreign, loan
 from composer_ema.shadow import state as states
 from composer_ema.shadow.distance import relative_distance
 from composer_ema.shadow.follower import Follower
@@ -48,6 +48,7 @@ class ShadowModel(LendableAverage):
             :class:`composer_ema.settings.Settings`.
 
     Raises:
+        RuntimeError: ``model`` holds an average.
         TypeError, ValueError: an argument out of range, one that has no effect, or a pattern that matches nothing.
 
     Example:
@@ -65,6 +66,9 @@ class ShadowModel(LendableAverage):
     """
 
     def __init__(self, model: nn.Module, *, overlap: bool = False, **settings: Unpack[ShadowSettings]) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f'model must be a torch.nn.Module, got {type(model).__name__}. Pass the module to follow.')
+        loan.refuse(unwrap(model))  # the average would start from another one
         inventory = Inventory.of(unwrap(model))
         storage = Storage(Settings.of(settings))
         storage.selection.check([*inventory.parameters, *inventory.buffers])
@@ -123,14 +127,29 @@ class ShadowModel(LendableAverage):
         """Whether ``avg_fn`` or ``multi_avg_fn`` makes the average."""
         return self._storage.settings.has_function
 
-    def resolve(self, model: nn.Module) -> None:
+    def resolve(self, model: nn.Module, *, joining: bool = False) -> None:
         """Pairs the shadow with ``model`` and moves it into its place now, not at the next update.
 
+        Args:
+            model: the model to follow.
+            joining: whether tensors that are new, or trainable now, join at their value, as at an update. Default: False.
+
         Raises:
+            RuntimeError: something is to join while ``model`` holds an average.
             ValueError: ``model`` lacks a tracked parameter, or has it in another shape.
         """
         self._follower.forget_plan()
-        self._follower.plan_for(unwrap(model))
+        self._follower.plan_for(unwrap(model), joining=joining)
+
+    def outline(self, model: nn.Module) -> ShadowModel:
+        """A shadow without memory that tracks what this one will track once what is new in ``model`` has joined.
+
+        Use it to try out whether a state will load.
+        """
+        outline = ShadowModel(model, **self._storage.settings.replace(device='meta').as_arguments())
+        for name, tensor in self._storage.parameters.items():
+            outline._storage.parameters.setdefault(name, tensor.to('meta'))
+        return outline
 
     def update(self, model: nn.Module, smoothing: float | None = None, *, weight: float | None = None) -> None:
         """Moves the shadow towards ``model``. Runs on the current stream, parameters beside it with ``overlap``.
@@ -247,7 +266,7 @@ class ShadowModel(LendableAverage):
         broadcast_(buffers[name] for name in sorted(buffers))
 
     def __repr__(self) -> str:
-        return f'ShadowModel({self._storage!r})'
+        return repr(self._storage)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None) -> ShadowModel:
         """Moves the shadow to a device, casts its floating tensors to a dtype, and stays there. Returns itself."""
@@ -273,13 +292,13 @@ class ShadowModel(LendableAverage):
         """Loads what :meth:`state_dict` returned, in place and with the shadow's own dtypes and devices.
 
         All is checked first; after an error the shadow is as it was. A state taken while swapped leaves this shadow
-        swapped: the model it belongs to holds the average, and ``swap_out(model)`` restores its training weights. Any
-        other state takes this average out of the model that holds it. Its training weights return, unless the model has
-        been loaded meanwhile and so holds its training weights already.
+        swapped: the model it belongs to holds the average, and ``swap_out(model)`` restores its training weights.
 
         Raises:
+            RuntimeError: the average is swapped into a model, whose stash may be older than what is loaded.
             ValueError: another version, or names and shapes that do not fit, all listed.
         """
+        self._refuse_while_swapped('a state is loaded')
         loaded = states.check(state, self._storage)
         self._warn_of_lost_digits(loaded.parameters)
         self._follower.forget_plan()
@@ -295,7 +314,7 @@ class ShadowModel(LendableAverage):
         self._storage.num_updates = loaded.num_updates
         if loaded.seed is not None:
             self._storage.settings = self._storage.settings.replace(seed=loaded.seed)
-        self._take_stash(loaded.stash)
+        self._loaded_stash = None if loaded.stash is None else {n: t.clone() for n, t in loaded.stash.items()}
 
     def load_foreign(self, state: Mapping[str, Any], model: nn.Module) -> None:
         """Loads the average that another library saved, which its keys tell; all is checked first.

@@ -53,6 +53,10 @@ class Storage:
         yield from self.parameters.items()
         yield from self.buffers.items()
 
+    def tensor(self, name: str) -> Tensor | None:
+        """The shadow of that name; None where there is none."""
+        return self.parameters[name] if name in self.parameters else self.buffers.get(name)
+
     def join(self, inventory: Inventory) -> None:
         """Takes in, at their value, trainable parameters and buffers that are new, or buffers of a new shape.
 
@@ -114,8 +118,8 @@ class Storage:
         dtypes = sorted({str(tensor.dtype).removeprefix('torch.') for tensor in self.parameters.values()})
         devices = sorted({str(tensor.device) for tensor in self.parameters.values()})
         return (
-            f'{len(self.parameters)} parameters of {count:,} elements, {len(self.buffers)} buffers, '
-            f'{size / 2**20:,.1f} MiB, {"/".join(dtypes)} on {"/".join(devices)}, {self.num_updates} updates'
+            f'ShadowModel({len(self.parameters)} parameters of {count:,} elements, {len(self.buffers)} buffers, '
+            f'{size / 2**20:,.1f} MiB, {"/".join(dtypes)} on {"/".join(devices)}, {self.num_updates} updates)'
         )
 
     def _dtype_for(self, source: Tensor) -> torch.dtype:
