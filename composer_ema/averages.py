@@ -263,9 +263,9 @@ class Power(Profile):
                 f'power must be a number, got {self.sigma_rel!r} of type {type(self.sigma_rel).__name__}. '
                 'Pass for example power=0.1.'
             )
-        if not 0 < self.sigma_rel <= _WIDEST:
+        if not 1e-9 <= self.sigma_rel <= _WIDEST:
             raise ValueError(
-                f'power must lie above 0 and be at most {_WIDEST:.4f}, which is an equal average, got '
+                f'power must lie in [1e-9, {_WIDEST:.4f}], where the largest is an equal average, got '
                 f'{self.sigma_rel}. Pass for example power=0.1.'
             )
         object.__setattr__(self, 'gamma', _gamma(self.sigma_rel))
@@ -466,7 +466,7 @@ def _gamma(sigma_rel: float) -> float:
     """The exponent of a power function with this relative standard deviation, by bisection."""
     low, high = 0.0, 1.0 / sigma_rel  # sigma_rel falls with gamma, and is below 1 / (gamma + 2)
     while low < (middle := (low + high) / 2) < high:
-        is_wider = (middle + 1) / ((middle + 2) ** 2 * (middle + 3)) > sigma_rel**2
+        is_wider = math.sqrt((middle + 1) / (middle + 3)) / (middle + 2) > sigma_rel
         low, high = (middle, high) if is_wider else (low, middle)
     return low
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -40,8 +41,8 @@ EMA_STATE_VERSION = 2
 DEFAULT_DECAY = 0.9999
 
 _EMA = 'ema'
-_VERSION, _NUM_STEPS, _LAST_UPDATE, _SETTINGS, _PROFILE, _AVERAGE = (
-    'version', 'num_steps', 'last_update', 'settings', 'profile', 'average'
+_VERSION, _NUM_STEPS, _LAST_UPDATE, _STARTED_AT, _SETTINGS, _PROFILE, _AVERAGE = (
+    'version', 'num_steps', 'last_update', 'started_at', 'settings', 'profile', 'average'
 )  # fmt: skip
 # Settings that a state of version 1 may lack, and the values that were in force then.
 _DEFAULT_SETTINGS = {'average': 'exponential', 'start': 0}
@@ -137,21 +138,16 @@ class EMAOptimizer(OptimizerWrapper):
         if half_life is not None and decay != DEFAULT_DECAY:
             raise ValueError(f'pass either half_life or decay, got half_life={half_life} and decay={decay}.')
         if power is not None:
-            for name, value in (('decay', decay != DEFAULT_DECAY and decay), ('half_life', half_life)):
-                if value not in (None, False):
-                    raise ValueError(f'pass either power or {name}, got power={power} and {name}={value}.')
-            if bias_correction:
-                raise ValueError(
-                    f'bias_correction has no effect on a power average, got power={power}: it forgets where it '
-                    'started anyway. Leave bias_correction out.'
-                )
+            _check_power_alone(power, None if decay == DEFAULT_DECAY else decay, half_life, bias_correction)
+        if not isinstance(bias_correction, bool):
+            raise TypeError(f'bias_correction must be True or False, got {bias_correction!r}.')
         if model is None and kept.buffers != 'average':
             raise ValueError(f'buffers={kept.buffers!r} has no effect: without a model there are none. Pass model=.')
         is_by_decay = half_life is None and power is None and average == 'exponential' and not kept.has_function
         arguments = {
-            'decay': decay if is_by_decay else None,
-            'half_life': half_life,
-            'power': power,
+            'decay': _plain(decay) if is_by_decay else None,
+            'half_life': _plain(half_life),
+            'power': _plain(power),
             'every_n_steps': _check_interval(every_n_steps),
             'bias_correction': bias_correction,
             'average': kept.function_name or average,
@@ -353,6 +349,7 @@ class _StepAverage:
         self.shadow = ShadowModel(module, overlap=True, **kept.as_arguments())
         self.num_steps = 0
         self._last_update = 0
+        self._started_at = 0
 
     def start(self) -> None:
         """Before the first step, makes the average the weights, whenever those were loaded."""
@@ -379,16 +376,16 @@ class _StepAverage:
             return
         self._refresh_groups()
         if self._has_to_start:
-            self._last_update = self.num_steps - interval
-        first_update = -(-max(self.arguments['start'], 1) // interval) * interval
-        since_start = self.num_steps - (first_update - interval)
+            # The first update stands for as much time as each later one.
+            self._last_update = self._started_at = self.num_steps - interval
+        since_start = max(self.num_steps - self._started_at, self.num_steps - self._last_update)
         moment = Moment(self.num_steps - self._last_update, since_start, self.shadow.num_updates)
         self._rule.update(self.shadow, self._module, moment)
         self._last_update = self.num_steps
 
     def reset(self) -> None:
         """Forgets the average; a new one starts from the weights before the next step."""
-        self.num_steps, self._last_update, self._rule = 0, 0, self._new_rule()
+        self.num_steps, self._last_update, self._started_at, self._rule = 0, 0, 0, self._new_rule()
         self.shadow.num_updates = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -398,6 +395,7 @@ class _StepAverage:
             _VERSION: EMA_STATE_VERSION,
             _NUM_STEPS: self.num_steps,
             _LAST_UPDATE: self._last_update,
+            _STARTED_AT: self._started_at,
             _SETTINGS: dict(self.arguments),
             _PROFILE: self._rule.state_dict(),
             _AVERAGE: self.shadow.state_dict(),
@@ -431,6 +429,7 @@ class _StepAverage:
             warnings.simplefilter('ignore')  # the check has given these warnings already
             self.shadow.load_state_dict(state[_AVERAGE])
         self.num_steps, self._last_update, self._rule = state[_NUM_STEPS], state[_LAST_UPDATE], rule
+        self._started_at = state[_STARTED_AT]
 
     @property
     def _has_to_start(self) -> bool:
@@ -533,6 +532,22 @@ def _check_average(average: str, function: str | None, without_effect: Mapping[s
             raise ValueError(f'{name}={value} has no effect on {kind}. Leave it out.')
 
 
+def _check_power_alone(power: float, decay: float | None, half_life: float | None, bias_correction: bool) -> None:
+    for name, value in (('decay', decay), ('half_life', half_life)):
+        if value is not None:
+            raise ValueError(f'pass either power or {name}, got power={power} and {name}={value}.')
+    if bias_correction:
+        raise ValueError(
+            f'bias_correction has no effect on a power average, got power={power}: it forgets where it started anyway. '
+            'Leave bias_correction out.'
+        )
+
+
+def _plain(number: Any) -> Any:
+    """A number of another library as Python's own, so that ``torch.load(weights_only=True)`` reads it."""
+    return float(number) if isinstance(number, Real) and not isinstance(number, int) else number
+
+
 def _check_start(start: int) -> int:
     if isinstance(start, bool) or not isinstance(start, int):
         raise TypeError(f'start must be a whole number of steps, got {start!r}.')
@@ -588,6 +603,7 @@ def _upgraded(state: Mapping[str, Any]) -> Mapping[str, Any]:
     return {
         **{name: value for name, value in state.items() if name != 'log_kept'},
         _VERSION: EMA_STATE_VERSION,
+        _STARTED_AT: 0,  # the age of an average does not matter to the profiles of version 1
         _SETTINGS: {**_DEFAULT_SETTINGS, **settings},
         _PROFILE: {'log_kept': log_kept} if settings.get('bias_correction') else {},
     }
@@ -595,7 +611,8 @@ def _upgraded(state: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _check_state(state: Mapping[str, Any]) -> None:
     """Raises a ValueError unless every entry of ``state`` has the right kind and range; the average checks itself."""
-    kinds = {_NUM_STEPS: int, _LAST_UPDATE: int, _SETTINGS: Mapping, _PROFILE: Mapping, _AVERAGE: Mapping}
+    kinds: dict[str, Any] = dict.fromkeys((_NUM_STEPS, _LAST_UPDATE, _STARTED_AT), int)
+    kinds |= dict.fromkeys((_SETTINGS, _PROFILE, _AVERAGE), Mapping)
     for key, kind in kinds.items():
         if not isinstance(value := state.get(key), kind) or isinstance(value, bool):
             raise ValueError(
@@ -605,6 +622,11 @@ def _check_state(state: Mapping[str, Any]) -> None:
         raise ValueError(
             f'the state has its last update at step {state[_LAST_UPDATE]} of {state[_NUM_STEPS]}; the update must lie '
             'in [0, steps]. Nothing was loaded.'
+        )
+    if not 0 <= state[_STARTED_AT] <= state[_LAST_UPDATE]:
+        raise ValueError(
+            f'the state has its start at step {state[_STARTED_AT]} and its last update at step {state[_LAST_UPDATE]}; '
+            'the start must lie in [0, last update]. Nothing was loaded.'
         )
     if 'training_weights' in state[_AVERAGE]:
         raise ValueError(

@@ -200,6 +200,8 @@ class TrainerSettings(_Shared, total=False):
     shadow_device: str | torch.device | None
 
 
+# Where a class keeps the names of the settings that it takes.
+_TAKEN = '_settings_taken'
 _DEFAULTS = {each.name: each.default for each in dataclasses.fields(Settings)}
 
 
@@ -238,22 +240,18 @@ def takes_settings(cls: _Class) -> _Class:
         constructor(self, *args, **kwargs)
 
     checked.__signature__ = signature  # pyright: ignore[reportAttributeAccessIssue]: inspect reads it
+    checked.__annotations__ = {each.name: each.annotation for each in (*own[1:], *listed)}
     cls.__init__ = checked
+    setattr(cls, _TAKEN, tuple(name for name in signature.parameters if name.removeprefix(_PREFIX) in _DEFAULTS))
     return cls
 
 
 def settings_of(cls: type) -> list[str]:
     """The names of the settings that a class takes, as its signature spells them.
 
-    A subclass with a constructor of its own takes what its base does.
+    A subclass takes what its base does, whatever its own constructor spells out.
     """
-    for each in cls.__mro__:
-        names = [
-            name for name in inspect.signature(each.__init__).parameters if name.removeprefix(_PREFIX) in _DEFAULTS
-        ]
-        if names:
-            return names
-    return []
+    return list(getattr(cls, _TAKEN, ()))
 
 
 def check_seed(seed: int) -> int:

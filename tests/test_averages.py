@@ -332,10 +332,10 @@ class TestPower:
     def test_no_time_passed_gives_no_weight(self):
         assert Power(0.1, 'ba').weight(Moment(0, 7, 3)) == 0
 
-    @pytest.mark.parametrize('sigma_rel', [0, -0.1, 0.29, 1, math.nan, math.inf])
+    @pytest.mark.parametrize('sigma_rel', [0, 1e-300, -0.1, 0.29, 1, math.nan, math.inf])
     def test_a_width_out_of_range_names_value_rule_and_remedy(self, sigma_rel):
         with pytest.raises(
-            ValueError, match=rf'power must lie above 0 .* 0\.2887.*got {sigma_rel}\. Pass .*power=0\.1'
+            ValueError, match=rf'power must lie in \[1e-9, 0\.2887\].*got {sigma_rel}\. Pass .*power=0\.1'
         ):
             Power(sigma_rel)
 

@@ -162,3 +162,49 @@ def test_a_checkpoint_taken_while_another_average_shows_resumes_exactly(trainer,
     resumed = trainer([EMA('2ba')], load_path=str(tmp_path / 'saved.pt'))
     resumed.fit()
     assert toy.snapshot(resumed) == toy.snapshot(whole)
+
+
+@each_average
+def test_a_checkpoint_of_an_epoch_holds_the_training_weights_that_somebody_elses_average_covers(
+    trainer, tmp_path, average
+):
+    whole = trainer([average()])
+    whole.fit()
+    second = SecondAverage('eval_start', 'epoch_start')
+    trainer([average()], callbacks=[second], eval_dataloader=make_evaluator(), save_folder=str(tmp_path)).fit()
+    (saved,) = tmp_path.glob('*-ba3-rank0.pt')
+    resumed = trainer([average()], load_path=str(saved))
+    resumed.fit()
+    assert toy.snapshot(resumed) == toy.snapshot(whole)
+
+
+def test_an_average_behind_another_comes_to_the_front_when_it_is_asked_for(trainer):
+    ema = EMA('2ba')
+    run = trainer([ema])
+    run.fit()
+    training, other = bits(run.state.model), ShadowModel(make_model(1))
+    ema.get_ema_model(run.state.model)
+    average = bits(run.state.model)
+    other.swap_in(run.state.model)
+    assert bits(run.state.model) != average
+    assert bits(ema.get_ema_model(run.state.model)) == average
+    other.swap_out(run.state.model)
+    assert bits(ema.get_training_model(run.state.model)) == training
+
+
+def test_a_shadow_of_the_bare_network_takes_turns_with_an_average_of_the_whole_model(trainer):
+    class OfTheNetwork(SecondAverage):
+        def run_event(self, event, state, logger) -> None:
+            if event.value == 'fit_start':
+                self.shadow = ShadowModel(state.model.module)
+            elif event.value == 'batch_end':
+                self.shadow.update(state.model.module, smoothing=0.5)
+            elif event.value == 'eval_batch_end':
+                with self.shadow.swapped(state.model.module):
+                    self.seen.append(bits(state.model))
+
+    plain, beside, second = History(), History(), OfTheNetwork()
+    trainer(callbacks=[plain]).fit()
+    trainer([EMA('2ba')], callbacks=[second, beside], eval_dataloader=make_evaluator(interval='1ba')).fit()
+    assert beside.weights == plain.weights
+    assert second.seen

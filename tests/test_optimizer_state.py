@@ -8,9 +8,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from plain import STRICT, Net, One, assert_same, averaged, same_bits, saved, sgd, step_to, train, weights
+from torch import nn
 
 from composer_ema import EMAOptimizer
 
@@ -180,7 +182,9 @@ class TestSaving:
         optimizer = EMAOptimizer(sgd(model), decay=0.75, bias_correction=True, every_n_steps=2)
         train(model, optimizer, range(5))
         state = optimizer.ema_state_dict()
-        assert list(state) == ['version', 'num_steps', 'last_update', 'settings', 'profile', 'average']
+        assert list(state) == [
+            'version', 'num_steps', 'last_update', 'started_at', 'settings', 'profile', 'average'
+        ]  # fmt: skip
         assert (state['version'], state['num_steps'], state['last_update']) == (2, 5, 4)
         assert state['profile'] == {'log_kept': pytest.approx(4 * math.log(0.75))}
         assert state['settings']['decay'] == 0.75
@@ -319,3 +323,68 @@ class TestVersion1:
         given = copy.deepcopy(state)
         optimizer.load_ema_state_dict(state)  # a warning would be an error
         assert_same(state, given)
+
+
+ALIASED = [
+    {'decay': 0.5},
+    {'average': 'equal'},
+    {'power': 0.2},
+    {'decay': 0.5, 'start': 2},
+    {'decay': 0.5, 'model': True},
+]
+
+
+@pytest.mark.parametrize('options', ALIASED, ids=str)
+@pytest.mark.parametrize('load', ['load_ema_state_dict', 'load_state_dict'])
+def test_loading_its_own_state_changes_nothing(options, load):
+    """As distributed checkpoints do, which load into the tensors of the state that they asked for."""
+    model = Net()
+    optimizer = EMAOptimizer(sgd(model), **{**options, **({'model': model} if options.get('model') else {})})
+    train(model, optimizer, range(4))
+    before = {name: tensor.clone() for name, tensor in averaged(optimizer).items()}
+    getattr(optimizer, load)(getattr(optimizer, load.removeprefix('load_'))())
+    assert same_bits(averaged(optimizer), before)
+    assert optimizer.num_steps == 4
+
+
+def test_a_state_of_a_run_with_other_frozen_parameters_is_refused_whole():
+    def run(frozen_after: int) -> tuple[nn.Module, EMAOptimizer]:
+        model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        optimizer = EMAOptimizer(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), decay=0.5, model=model)
+        for step in range(3):
+            model[0].requires_grad_(step < frozen_after)
+            model(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+        return model, optimizer
+
+    _, other = run(0)
+    model, optimizer = run(2)
+    before = copy.deepcopy(optimizer.state_dict())
+    state = copy.deepcopy(other.state_dict())
+    state['ema']['average']['parameters'].pop('0.weight', None)
+    with pytest.raises(ValueError, match=r'missing: 0\.(bias|weight).*Nothing was loaded'):
+        optimizer.load_state_dict(state)
+    after = optimizer.state_dict()
+    assert str(after) == str(before)
+    assert not model[0].weight.requires_grad
+
+
+def test_the_age_of_a_late_average_goes_on_under_other_settings():
+    model, twin = Net(), Net()
+    optimizer = EMAOptimizer(sgd(model), power=12**-0.5, start=4)
+    train(model, optimizer, range(6))
+    resumed = EMAOptimizer(sgd(twin), power=12**-0.5)
+    with pytest.warns(UserWarning, match='the saved average used'):
+        resumed.load_state_dict(saved(optimizer.state_dict()))
+    twin.load_state_dict(model.state_dict())
+    train(model, optimizer, range(6, 9))
+    train(twin, resumed, range(6, 9))
+    assert_same(averaged(resumed), averaged(optimizer))
+
+
+@pytest.mark.parametrize(
+    'options', [{'decay': np.float32(0.5)}, {'half_life': np.float64(3)}, {'power': np.float64(0.1)}]
+)
+def test_numbers_of_numpy_leave_a_state_that_torch_reads(options):
+    optimizer = EMAOptimizer(sgd(Net()), **options)
+    assert saved(optimizer.ema_state_dict())['settings'].items() >= options.items()

@@ -68,6 +68,8 @@ class ShadowModel(LendableAverage):
     def __init__(self, model: nn.Module, *, overlap: bool = False, **settings: Unpack[ShadowSettings]) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f'model must be a torch.nn.Module, got {type(model).__name__}. Pass the module to follow.')
+        if not isinstance(overlap, bool):
+            raise TypeError(f'overlap must be True or False, got {overlap!r}.')
         loan.refuse(unwrap(model))  # the average would start from another one
         inventory = Inventory.of(unwrap(model))
         storage = Storage(Settings.of(settings))
@@ -132,7 +134,8 @@ class ShadowModel(LendableAverage):
 
         Args:
             model: the model to follow.
-            joining: whether tensors that are new, or trainable now, join at their value, as at an update. Default: False.
+            joining: whether tensors that are new, or trainable now, join at their value, as at an update. Default:
+                False.
 
         Raises:
             RuntimeError: something is to join while ``model`` holds an average.

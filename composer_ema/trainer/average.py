@@ -16,6 +16,7 @@ from composer.core import State
 from torch import nn
 
 from composer_ema.averages import UPDATES, Moment, Profile
+from composer_ema.kernels.rules import is_inexact
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import check_same
 from composer_ema.model.sharding import unwrap
@@ -50,13 +51,20 @@ class Average:
     last_update: Clock | None = None
     started_at: Clock | None = None
 
-    def begin(self, model: nn.Module, look: Look, interval: Interval, *, at: Clock) -> float | None:
-        """Copies the weights of ``model``: the first update, of an average whose age counts from ``at``.
+    def begin(self, model: nn.Module, look: Look, interval: Interval, *, is_from_start: bool) -> float | None:
+        """Copies the weights of ``model``: the first update.
+
+        Args:
+            model: in training. Only read.
+            look: at the clock of the run, now.
+            interval: of the updates.
+            is_from_start: whether the age of the average counts from the start of training. Otherwise it counts from
+                one interval ago, so that the first update stands for as much time as each later one.
 
         Returns:
             The weight of the update, which is 1, or None if a function made the average.
         """
-        self.started_at = dict(at)
+        self.started_at = dict(START_OF_TRAINING if is_from_start else interval.before(look))
         return self._update(model, look, interval, is_first=True)
 
     def update(self, model: nn.Module, look: Look, interval: Interval) -> float | None:
@@ -274,6 +282,21 @@ class Averages:
                 return label
         return None
 
+    def stash(self) -> dict[str, torch.Tensor]:
+        """The training weights that belong into a checkpoint taken while any average stands in the model in training.
+
+        Those of the tensors that these averages track and the model saves, aliased; none if it holds its own weights.
+        """
+        live = self.live
+        if live is None or not loan.borrowers(live):
+            return {}
+        stash: dict[str, torch.Tensor] = {}
+        for average in self._averages.values():
+            state, weights = average.shadow.state_dict(), average.shadow.training_weights(live)
+            names = (*state['parameters'], *state['buffers'])
+            stash |= {name: weights[name] for name in names if name in weights and is_inexact(weights[name])}
+        return stash
+
     def lend(self, label: str, model: nn.Module) -> None:
         """Puts an average into ``model``, over a stash of its training weights."""
         self.share_buffers()
@@ -296,7 +319,10 @@ class Averages:
         shadow = self.required(label)
         if self.live is not unwrap(model):
             shadow.copy_to(model)
-        elif self.lent is None:
+        elif not shadow.is_swapped:
+            shadow.swap_in(model)
+        elif not shadow.is_shown_by(model):  # behind another average
+            shadow.swap_out(model)
             shadow.swap_in(model)
         return model
 

@@ -60,6 +60,13 @@ class Interval(TimeArgument):
             earlier = now - 1  # the epoch or iteration that has just ended
         return has_crossed(earlier, now, span.value)
 
+    def before(self, look: Look) -> dict[str, float]:
+        """The clock one interval ago, in all units, if time has passed evenly so far; at least zero."""
+        span = self.resolve(look.state)
+        now = look.now
+        share = max(0.0, 1 - span.value / now[span.unit]) if now[span.unit] > 0 else 0.0
+        return {unit: time * share for unit, time in now.items()}
+
 
 def has_crossed(earlier: float, now: float, interval: float) -> bool:
     """Whether a multiple of ``interval`` lies in (earlier, now], up to the rounding error of fractions.

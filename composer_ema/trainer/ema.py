@@ -162,6 +162,8 @@ class EMA(WeightAverage):
                 'this EMA averages by a function, the given shadow does not. '
                 'Build the ShadowModel with the same avg_fn or multi_avg_fn.'
             )
+        if (live := self._averages.live) is not None:
+            self._averages.take_back(live)
         self._averages.take_over(self.name, average)
         self._has_started = average is not None
 

@@ -27,7 +27,7 @@ from composer_ema.shadow import loan
 from composer_ema.spans import Span
 from composer_ema.trainer import evaluation, limits
 from composer_ema.trainer.average import Averages
-from composer_ema.trainer.clock import START_OF_TRAINING, Look, TimeArgument
+from composer_ema.trainer.clock import Look, TimeArgument
 from composer_ema.trainer.due import Interval, Start
 from composer_ema.trainer.evaluation import TRAINING, Evaluation
 from composer_ema.trainer.exporting import lend_to_exporters
@@ -275,8 +275,8 @@ class WeightAverage(Algorithm):
             if self._has_started:
                 weight = average.update(state.model, look, self._interval)
             else:
-                since = START_OF_TRAINING if self._start.span.value == 0 else look.now
-                weight = average.begin(state.model, look, self._interval, at=dict(since))
+                is_from_start = self._start.span.value == 0
+                weight = average.begin(state.model, look, self._interval, is_from_start=is_from_start)
             if weight is not None and isinstance(average.profile, Exponential):
                 metrics[f'{label}/smoothing'] = 1.0 - weight
             metrics[f'{label}/num_updates'] = average.shadow.num_updates
@@ -337,6 +337,8 @@ class WeightAverage(Algorithm):
         for average in state['averages'].values():
             if formats.STASH in average:
                 state[formats.STASH] = average.pop(formats.STASH)
+        if formats.STASH not in state and (stash := self._averages.stash()):
+            state[formats.STASH] = stash  # somebody else's average stands in the model
         return state
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = False) -> None:
