@@ -31,7 +31,6 @@ from composer_ema.averages import (
 from composer_ema.model.names import listed
 from composer_ema.model.sharding import is_sharded, unwrap
 from composer_ema.settings import OptimizerSettings, Settings, takes_settings
-from composer_ema.shadow import loan
 from composer_ema.shadow.shadow_model import ShadowModel
 from composer_ema.wrapper import OptimizerWrapper, ParameterGroups
 
@@ -252,7 +251,7 @@ class EMAOptimizer(OptimizerWrapper):
             ValueError: the state does not fit. Nothing was loaded.
         """
         self._refuse_while_swapped('load_ema_state_dict()')
-        loan.refuse(self._module)
+        self._average.shadow.refuse_on_loan(self._module)
         self._average.assign(*self._average.checked(state), stacklevel=3)
 
     def state_dict(self) -> dict[str, Any]:
@@ -278,7 +277,7 @@ class EMAOptimizer(OptimizerWrapper):
             ValueError: the state does not fit.
         """
         self._refuse_while_swapped('load_state_dict()')
-        loan.refuse(self._module)
+        self._average.shadow.refuse_on_loan(self._module)
         super().load_state_dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -300,7 +299,7 @@ class EMAOptimizer(OptimizerWrapper):
 
     def _before_step(self) -> None:
         self._refuse_while_swapped('step()')
-        loan.refuse(self._module)
+        self._average.shadow.refuse_on_loan(self._module)
         self._average.start()
 
     def _before_write(self) -> None:

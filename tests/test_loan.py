@@ -529,14 +529,17 @@ def test_a_wrapped_model_has_the_loan_of_the_module_inside():
 def test_a_model_on_loan_does_not_slow_the_updates_of_others(monkeypatch):
     net, other, target = Net(), Net(), Net()
     shadow = ShadowModel(other)
+    optimizer = EMAOptimizer(torch.optim.SGD(other.parameters(), lr=1.0))
     shadow.update(other, smoothing=0.5)
     compute_ema(other, target)
+    optimizer.step()
     with average_of(net, 1.0).swapped(net), monkeypatch.context() as patched:
         for name in ('named_modules', 'modules', 'named_parameters', 'named_buffers'):
             patched.setattr(nn.Module, name, lambda *args, **kwargs: pytest.fail('a module was walked'))
         shadow.update(other, smoothing=0.5)
         compute_ema(other, target)
-    assert shadow.num_updates == 2
+        optimizer.step()
+    assert (shadow.num_updates, optimizer.num_steps) == (2, 2)
 
 
 def test_nothing_joins_an_average_at_the_value_of_another():

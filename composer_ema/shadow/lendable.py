@@ -88,6 +88,14 @@ class LendableAverage:
             if self.is_swapped:
                 self.swap_out(model)
 
+    def refuse_on_loan(self, model: nn.Module) -> None:
+        """Raises a RuntimeError while any average stands in ``model``, which this one follows.
+
+        Call it before you write the training weights. It costs next to nothing while no model is on loan.
+        """
+        plan = self._follower.plan
+        loan.refuse(unwrap(model), None if plan is None else plan.identities)
+
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
         """Overwrites the tracked tensors of ``model`` with the average, for good. Other tensors stay.
