@@ -179,8 +179,9 @@ class Loan:
             torch._foreach_copy_([target for target, _ in pairs], [value for _, value in pairs])
 
 
-#: The open loan of each unwrapped module in which an average stands, as long as the module lives.
-_loans: weakref.WeakKeyDictionary[nn.Module, Loan] = weakref.WeakKeyDictionary()
+#: The open loan of each unwrapped module in which an average stands, as long as the module lives. A plain dictionary,
+#: not a WeakKeyDictionary: every update asks whether it is empty.
+_loans: dict[weakref.ref[nn.Module], Loan] = {}
 _numbers = itertools.count()
 _lock = threading.RLock()
 
@@ -268,7 +269,7 @@ def of(model: nn.Module) -> Loan | None:
         return None
     module = unwrap(model)
     with _lock:
-        found = _loans.get(module)
+        found = _loans.get(weakref.ref(module))
         if found is not None and found.shown is not None:
             return found
         return _sharing(identities(Inventory.of(module).tensors().values()))
@@ -276,7 +277,7 @@ def of(model: nn.Module) -> Loan | None:
 
 def is_open(model: nn.Module) -> bool:
     """Whether an average stands in ``model`` itself, wrapped or not. Costs next to nothing."""
-    return bool(_loans) and unwrap(model) in _loans
+    return bool(_loans) and weakref.ref(unwrap(model)) in _loans
 
 
 def borrowers(model: nn.Module) -> list[str]:
@@ -302,7 +303,7 @@ def refuse(module: nn.Module, tensors: frozenset[int] | None = None) -> None:
     if not _loans:
         return
     with _lock:
-        loan = of(module) if tensors is None else _loans.get(module) or _sharing(tensors)
+        loan = of(module) if tensors is None else _loans.get(weakref.ref(module)) or _sharing(tensors)
     if loan is not None and loan.shown is not None:
         raise RuntimeError(
             f'the model holds an average, not its training weights: {listed(loan.borrowers)} stands in it. '
@@ -311,7 +312,7 @@ def refuse(module: nn.Module, tensors: frozenset[int] | None = None) -> None:
 
 
 def _open() -> list[Loan]:
-    return list({id(loan): loan for loan in _loans.values()}.values())
+    return list({id(loan): loan for loan in list(_loans.values())}.values())
 
 
 def _sharing(tensors: frozenset[int]) -> Loan | None:
@@ -320,18 +321,22 @@ def _sharing(tensors: frozenset[int]) -> Loan | None:
 
 def _joined(module: nn.Module, tensors: frozenset[int]) -> Loan:
     """The one loan of ``module`` and of all that share these tensors, registered for each of their modules."""
-    found = _loans.get(module)
+    found = _loans.get(weakref.ref(module))
     loan = found if found is not None and found.shown is not None else Loan()
     for other in _open():
         if other is not loan and other.shown is not None and other.shares(tensors):
             loan.absorb(other)
-            for member in [key for key, value in _loans.items() if value is other]:
+            for member in [key for key, value in list(_loans.items()) if value is other]:
                 _loans[member] = loan
-    _loans[module] = loan
+    _loans[weakref.ref(module, _forget)] = loan
     return loan
+
+
+def _forget(collected: weakref.ref[nn.Module]) -> None:
+    _loans.pop(collected, None)
 
 
 def _close_if_empty(loan: Loan) -> None:
     if loan.shown is None:
-        for module in [key for key, value in _loans.items() if value is loan]:
-            _loans.pop(module, None)
+        for member in [key for key, value in list(_loans.items()) if value is loan]:
+            _loans.pop(member, None)
