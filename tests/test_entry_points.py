@@ -327,6 +327,13 @@ def test_one_name_of_two_packages_is_refused_when_it_is_used():
         found['a']
 
 
+def test_names_that_recipes_cannot_tell_apart_are_one_name():
+    found = Plugins([Point('rings', 1), Point('R-ings', 2), Point('b', 3)])  # pyright: ignore[reportArgumentType]
+    for name in ('rings', 'R-ings'):
+        with pytest.raises(PluginError, match=r'rings.*R-ings.*have the same name\. Uninstall one'):
+            found[name]
+
+
 def test_a_plug_in_of_another_kind_is_refused():
     offered = registry._Offered(
         Plugins([Point('a', 3)]),  # pyright: ignore[reportArgumentType]

@@ -22,6 +22,7 @@ from composer_ema import load_average
 from composer_ema.files import write_beside
 from composer_ema.pictures import conclusion, report
 from composer_ema.pictures.report import Point, Result
+from composer_ema.recipe import named as recipe_named
 from composer_ema.recipe import registry, run, schema
 from composer_ema.recipe.arguments import Place, RecipeError, check_arguments, check_value
 from composer_ema.recipe.build import build
@@ -143,6 +144,10 @@ REFUSED = [
     ('report.target_accuracy=90', 'report.target_accuracy', '[0, 1]'),
     ('runs_folder=3', 'runs_folder', 'must be a string, got 3'),
     ('max_duration=2eps', 'max_duration', "'2eps' is no time"),
+    ('max_duration=1iter', 'max_duration', 'never ends a run: it has no iterations'),
+    ('max_duration=1dur', 'max_duration', 'never ends a run: it has no durations'),
+    ('evaluate=[EMA]', 'evaluate.0', "there are no weights called 'EMA'. The nearest legal one is ema"),
+    ('optimizer={name: sgd, lr: -1, nesterov: true}', 'optimizer.lr', 'Invalid learning rate: -1'),
     ('max_duration=0ep', 'max_duration', 'at least 1'),
     ('max_duration=null', 'max_duration', 'is missing'),
     ('eval_interval=-1ep', 'eval_interval', 'at least 0'),
@@ -360,6 +365,10 @@ class TestArguments:
 
 
 class TestBlame:
+    @pytest.fixture(autouse=True)
+    def known(self, monkeypatch):
+        monkeypatch.setattr(recipe_named, '_KNOWN_PACKAGES', (*recipe_named._KNOWN_PACKAGES, __name__))
+
     @staticmethod
     def built(factory: Callable[..., Any], *, is_cheap: bool = True, **arguments: Any) -> RecipeError:
         with pytest.raises(RecipeError) as refused:
@@ -396,6 +405,25 @@ class TestBlame:
                 raise ValueError('no')
 
         assert self.built(needs, a=-1).key == 'k.a'
+
+    def test_of_two_wrong_arguments_is_the_one_that_the_error_depends_on(self):
+        def checks(a: int = 1, b: int = 1) -> None:
+            for value in (a, b):
+                if value < 0:
+                    raise ValueError(f'{value} is negative')
+
+        assert self.built(checks, a=-1, b=-2).key == 'k.a'
+
+    def test_what_a_stranger_wrote_is_called_once(self, monkeypatch):
+        monkeypatch.setattr(recipe_named, '_KNOWN_PACKAGES', ('torch',))
+        calls = []
+
+        def opens_a_file(folder: str, a: int = 1) -> None:
+            calls.append(folder)
+            raise ValueError('no')
+
+        assert self.built(opens_a_file, folder='x', a=-1).key == 'k'
+        assert calls == ['x']
 
     @pytest.mark.parametrize(('argument', 'key'), [('a', 'k.a'), ('nothing', 'k')])
     def test_is_carried_by_the_error(self, argument, key):

@@ -36,4 +36,5 @@ class Selection:
                         argument,
                     )
         if names and not any(name in self for name in names):
-            raise ValueError('include and exclude together leave no name to average. Widen include or narrow exclude.')
+            message = 'include and exclude together leave no name to average. Widen include or narrow exclude.'
+            raise ArgumentError(message, 'exclude' if self._exclude else 'include')

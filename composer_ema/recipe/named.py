@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +16,9 @@ from composer_ema.zoo.plugins import PluginError
 REFUSALS = (ValueError, TypeError, ImportError, FileNotFoundError, ZeroDivisionError)
 #: Legal values of most arguments: a number, a whole one, a time. They take the place of one that cannot be left out.
 _STAND_INS = (0.5, 1, '1ba')
+_KNOWN_PACKAGES = ('torch', 'torchvision', 'composer', 'composer_ema')
+#: What a call came to: None where it succeeded, else the type and the message of its error.
+_Outcome = tuple[type[Exception], str] | None
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ class Named:
 
         Raises:
             RecipeError: The factory refuses its arguments. The key is that of the argument to blame where the error
-                carries it or, for a cheap factory, where leaving out that argument alone makes the call succeed.
+                carries it or, for a cheap factory, where that is the only one that the error depends on: without it
+                the call succeeds, or fails in another way.
         """
         return self.attempt(lambda arguments: self.factory(*positional, **arguments, **further))
 
@@ -51,8 +55,8 @@ class Named:
             return make(self.arguments)
         except REFUSALS as error:
             argument = self._carried(error)
-            if argument is None and self.is_cheap:
-                argument = self._culprit(make)
+            if argument is None and self.is_cheap and self._is_harmless():
+                argument = self._culprit(make, error)
             message = said(error)
             if argument is None:
                 raise self.place.error(message) from error
@@ -69,17 +73,25 @@ class Named:
         argument = getattr(error, 'argument', None)
         return argument if argument in self.arguments else None
 
-    def _culprit(self, make: Callable[[dict[str, Any]], Any]) -> str | None:
-        """The one argument without which ``make`` succeeds; None where there are none or several."""
-        found = [name for name in self.arguments if self._succeeds_without(name, make)]
-        return found[0] if len(found) == 1 else None
+    def _is_harmless(self) -> bool:
+        """Whether we know that calling the factory again does no harm; a stranger's may open a file or a connection."""
+        factory = self.factory.args[0] if isinstance(self.factory, functools.partial) else self.factory
+        return getattr(factory, '__module__', '').partition('.')[0] in _KNOWN_PACKAGES
 
-    def _succeeds_without(self, name: str, make: Callable[[dict[str, Any]], Any]) -> bool:
+    def _culprit(self, make: Callable[[dict[str, Any]], Any], error: Exception) -> str | None:
+        """The one argument without which ``make`` succeeds, or else fails in another way; None for none or several."""
+        outcomes = {name: self._outcomes_without(name, make) for name in self.arguments}
+        succeeding = [name for name, found in outcomes.items() if None in found]
+        changing = [name for name, found in outcomes.items() if (type(error), str(error)) not in found]
+        chosen = succeeding or changing
+        return chosen[0] if len(chosen) == 1 else None
+
+    def _outcomes_without(self, name: str, make: Callable[[dict[str, Any]], Any]) -> list[_Outcome]:
         others = {key: value for key, value in self.arguments.items() if key != name}
         parameter = signature(self.factory).get(name)
         is_required = parameter is not None and parameter.default is parameter.empty
         candidates = [{**others, name: value} for value in _STAND_INS] if is_required else [others]
-        return any(_succeeds(make, arguments) for arguments in candidates)
+        return [_outcome(make, arguments) for arguments in candidates]
 
 
 def find(name: str, place: Place, known: Registry) -> Any:
@@ -107,10 +119,11 @@ def named(section: Any, place: Place, example: str) -> tuple[str, dict[str, Any]
     return section['name'], {key: value for key, value in section.items() if key != 'name'}
 
 
-def _succeeds(make: Callable[[dict[str, Any]], Any], arguments: dict[str, Any]) -> bool:
+def _outcome(make: Callable[[dict[str, Any]], Any], arguments: dict[str, Any]) -> _Outcome:
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        with contextlib.suppress(Exception):
+        try:
             make(arguments)
-            return True
-    return False
+        except Exception as error:  # of another kind, perhaps
+            return type(error), str(error)
+    return None

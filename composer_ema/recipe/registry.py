@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import SWALR
 
-from composer_ema.zoo.plugins import PluginError, Plugins, plugins
+from composer_ema.zoo.plugins import PluginError, Plugins, plugins, squash
 
 _SUFFIXES = ('callback', 'logger', 'scheduler')
 
@@ -38,8 +38,8 @@ def nearest(name: object, legal: Iterable[str]) -> str | None:
         >>> nearest('half_lif', ['half_life', 'smoothing'])
         'half_life'
     """
-    by_squashed = {_squash(each): each for each in legal}
-    found = difflib.get_close_matches(_squash(str(name)), by_squashed, n=1, cutoff=0.0)
+    by_squashed = {squash(each): each for each in legal}
+    found = difflib.get_close_matches(squash(str(name)), by_squashed, n=1, cutoff=0.0)
     return by_squashed[found[0]] if found else None
 
 
@@ -63,7 +63,7 @@ class Registry:
 
     def canonical(self, name: str) -> str | None:
         """The canonical spelling of ``name``; None when nothing has that name."""
-        return self.aliases.get(_squash(name)) or (name if name in self.classes else None)
+        return self.aliases.get(squash(name)) or (name if name in self.classes else None)
 
     @property
     def broken(self) -> list[str]:
@@ -132,9 +132,9 @@ def _registry(kind: str, group: str, is_legal: Callable[[Any], bool], classes: I
     for each in classes:
         by_name.setdefault(_canonical_name(each), each)
     # A name of a plug-in wins, then a full class name over another class's short one.
-    aliases = {_squash(name): name for name in offered.single}
+    aliases = {squash(name): name for name in offered.single}
     for name, each in by_name.items():
-        aliases.setdefault(_squash(each.__name__), name)
+        aliases.setdefault(squash(each.__name__), name)
     for name, each in by_name.items():
         for alias in _aliases(each):
             aliases.setdefault(alias, name)
@@ -193,17 +193,13 @@ def _exported(module: ModuleType, base: type) -> list[type]:
 def _canonical_name(cls: type) -> str:
     """The name of the module if it is the class name in snake case (``wandb_logger``), else the class name in it."""
     module = cls.__module__.rpartition('.')[2]
-    if _squash(module) in _aliases(cls):
+    if squash(module) in _aliases(cls):
         return module
     return re.sub(r'(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])', '_', cls.__name__).lower()
 
 
 def _aliases(cls: type) -> list[str]:
     """Squashed spellings: the class name, the same without its suffix, and llm-foundry's ``cosine`` for annealing."""
-    full = _squash(cls.__name__)
+    full = squash(cls.__name__)
     short = next((full.removesuffix(suffix) for suffix in _SUFFIXES if full.endswith(suffix)), full)
     return [full, short, short.replace('cosineannealing', 'cosine')]
-
-
-def _squash(name: str) -> str:
-    return name.lower().replace('_', '').replace('-', '')

@@ -271,7 +271,9 @@ def _model(section: Any, place: Place) -> Named:
     known = registry.models()
     builder = find(name, place / 'name', known)
     checked = check_arguments(builder, arguments, place)
-    return Named(place, known.canonical(name) or name, functools.partial(classifier, builder), checked)
+    # Building it again costs seconds, and only where it has failed; pretrained weights would be fetched again.
+    is_cheap = checked.get('weights') is None
+    return Named(place, known.canonical(name) or name, functools.partial(classifier, builder), checked, is_cheap)
 
 
 def _optimizer(section: Any, place: Place, trainer: Mapping[str, Any]) -> tuple[Named | None, list[groups.Group]]:
@@ -349,7 +351,8 @@ def _no_such_weights(label: Any, legal: Collection[str], place: Place, index: in
     """The error for a label that no algorithm of the recipe has, though another algorithm may."""
     known = registry.algorithms()
     name = known.canonical(label) if isinstance(label, str) else None
-    if name is not None and _is_average(find(name, place / index, known)):
+    found = find(name, place / index, known) if name is not None else None
+    if found is not None and _is_average(found) and found.name not in legal:
         return place.error(
             f'asks for the average and the recipe has none. Add {name}: {{}} under algorithms, or drop {label}.'
         )
@@ -365,6 +368,8 @@ def _trainer_arguments(values: Mapping[str, Any], names: Collection[str], place:
     for key, value in arguments.items():
         if Time in get_args(parameters[key].annotation) and value is not None:
             _check_time(value, place / key, least=1 if key == 'max_duration' else 0)
+            if key == 'max_duration':
+                _check_has_end(value, place / key)
     seed = arguments.get('seed')
     if seed is not None and not 0 <= seed < 2**31:
         raise (place / 'seed').error(f'must be a whole number from 0 to {2**31 - 1}, got {seed}.')
@@ -379,6 +384,13 @@ def _refuse_tokens(arguments: Mapping[str, Any], place: Place) -> None:
                 f'{value!r} counts tokens, and the data sets of a recipe report none. Write samples, batches or '
                 'epochs, as in 1000sp.'
             )
+
+
+def _check_has_end(max_duration: int | str, place: Place) -> None:
+    """Refuses a length that a run never reaches."""
+    unit = ensure_time(max_duration, TimeUnit.EPOCH).unit
+    if unit in (TimeUnit.ITERATION, TimeUnit.DURATION):
+        raise place.error(f'{max_duration!r} never ends a run: it has no {unit.name.lower()}s. Write 2ep or 100ba.')
 
 
 def _check_time(value: int | str, place: Place, *, least: int) -> None:

@@ -19,6 +19,11 @@ from typing import Any
 KINDS = ('datasets', 'models', 'callbacks', 'algorithms', 'loggers', 'optimizers', 'schedulers')
 
 
+def squash(name: str) -> str:
+    """A name as recipes compare it: case, ``_`` and ``-`` make no difference."""
+    return name.lower().replace('_', '').replace('-', '')
+
+
 class PluginError(ValueError):
     """An entry point that cannot be used: which one, of which package, and why."""
 
@@ -91,6 +96,7 @@ class Plugins(Mapping[str, Any]):
         points = self._points.get(name)
         if points is None:
             return self._members[name].find(name)
+        points = [each for other in self._points if squash(other) == squash(name) for each in self._points[other]]
         if len(points) > 1:
             both = ' and '.join(map(_origin, points))
             raise PluginError(f'{both} have the same name. Uninstall one of the packages.')
