@@ -31,7 +31,7 @@ AvgFn = Callable[[Tensor, Tensor, Any], Tensor]
 MultiAvgFn = Callable[[list[Tensor], list[Tensor], Any], Any]
 
 _Class = TypeVar('_Class', bound=type)
-#: In a Trainer, ``dtype`` and ``device`` could be those of the model, so there the shadow's are called so.
+#: The Composer algorithms put this before ``dtype`` and ``device``, which could otherwise be those of the model.
 _PREFIX = 'shadow_'
 
 

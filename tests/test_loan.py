@@ -373,6 +373,30 @@ def test_a_model_that_is_dropped_on_loan_is_freed_whatever_refers_to_it():
     assert [reference() for reference in gone] == [None, None]
 
 
+@pytest.mark.parametrize('order', ['wrapper last', 'wrapper first', 'wrapper alone'])
+def test_a_wrapper_that_is_dropped_on_loan_leaves_the_training_weights_in_the_network(order):
+    net = Net()
+    before = bits(net)
+    wrapper = nn.Sequential(net)
+    of_net, of_wrapper = average_of(net, 1.0), average_of(wrapper, 2.0)
+    steps = {
+        'wrapper last': [(of_net, net), (of_wrapper, wrapper)],
+        'wrapper first': [(of_wrapper, wrapper), (of_net, net)],
+        'wrapper alone': [(of_wrapper, wrapper)],
+    }[order]
+    for shadow, module in steps:
+        shadow.swap_in(module)
+    del wrapper, module, steps
+    gc.collect()
+    assert not of_wrapper.is_swapped
+    if order == 'wrapper alone':
+        assert not loan.borrowers(net)
+    else:
+        assert net.value == 1.0
+        assert loan.recall(net) == [repr(of_net)]
+    assert bits(net) == before
+
+
 def test_threads_with_models_of_their_own_do_not_disturb_one_another():
     errors: list[BaseException] = []
 

@@ -98,13 +98,18 @@ def test_the_age_of_an_average_goes_on_in_a_resumed_run(trainer, tmp_path, start
         assert ema.state_dict()['averages']['ema']['started_at']['ba'] == began
 
 
-def test_after_the_clock_is_set_back_the_age_counts_from_there(trainer):
+def test_after_the_clock_is_set_back_the_average_keeps_its_age(trainer, tmp_path):
     notes = Notes('ba')
-    run = trainer([with_profile(notes, half_life='1ba', ema_start='3ba')])
+    ema = with_profile(notes, half_life='1ba', ema_start='3ba')
+    run = trainer([ema], save_folder=str(tmp_path), save_overwrite=True)
     run.fit()
     assert len(notes.recorded) == 4
     run.fit(duration='2ep', reset_time=True)
-    assert numbers(notes.recorded[4:7]) == [(1, 1, 4), (1, 2, 5), (1, 3, 6)]
+    assert numbers(notes.recorded[4:7]) == [(1, 5, 4), (1, 6, 5), (1, 7, 6)]
+    assert ema.state_dict()['averages']['ema']['started_at']['ba'] == -4
+    resumed = with_profile(Notes('ba'), half_life='1ba', ema_start='3ba')
+    trainer([resumed], load_path=str(tmp_path / 'latest-rank0.pt'))
+    assert resumed.state_dict()['averages']['ema']['started_at']['ba'] == -4
 
 
 def test_a_warmed_up_half_life_follows_the_age(trainer):

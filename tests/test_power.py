@@ -6,8 +6,9 @@ import torch
 import toy
 from torch import nn
 
-from composer_ema import EMA, EMAOptimizer, ShadowModel
+from composer_ema import EMA, EMAOptimizer, ShadowModel, export
 from composer_ema.averages import Power
+from composer_ema.checkpoints.inspection import describe
 from composer_ema.recipe.preview import preview
 from composer_ema.recipe.schema import Recipe
 
@@ -145,3 +146,12 @@ def test_a_recipe_previews_the_shares_of_a_power_function():
     (profile,) = preview(recipe).profiles
     ends = np.arange(1, 13) / 12
     np.testing.assert_allclose(np.cumsum(profile.share), ends**2, atol=1e-12)
+
+
+def test_what_lies_in_a_checkpoint_names_it(trainer, tmp_path):
+    trainer([EMA(power=0.1)], save_folder=str(tmp_path / 'run')).fit()
+    metadata = export(tmp_path / 'run' / 'latest-rank0.pt', tmp_path / 'average.safetensors')
+    assert (metadata['weights'], metadata['power']) == ('power function average', '0.1')
+    assert 'half_life' not in metadata
+    (average,) = describe(tmp_path / 'run' / 'latest-rank0.pt').averages
+    assert average.config['power'] == 0.1

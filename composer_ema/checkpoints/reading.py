@@ -277,7 +277,7 @@ def _facts(state: Mapping[str, Any], saved: _Saved) -> dict[str, Any]:
         'weights': _kind(config, saved.average['profile']['description']),
         'run_name': state.get('run_name'),
         'num_updates': saved.average['num_updates'] if saved.row.counts_updates else None,
-        **{name: config.get(name) for name in ('half_life', 'smoothing', 'update_interval')},
+        **{name: config.get(name) for name in ('half_life', 'smoothing', 'power', 'update_interval')},
         f'{saved.label}_start': config.get(f'{saved.label}_start'),
         'buffers': config.get('buffers'),
         **{f'trained_{unit}': timestamp.get(unit) for unit in ('epoch', 'batch', 'sample', 'token')},
@@ -288,7 +288,8 @@ def _kind(config: Mapping[str, Any], profile: str) -> str:
     function = config.get('avg_fn') or config.get('multi_avg_fn')
     if function is not None:
         return f'average by {function}'
-    return 'equal average' if profile == 'equal' else 'exponential moving average'
+    kinds = {'equal': 'equal average', 'power': 'power function average'}
+    return kinds.get(profile.partition('=')[0], 'exponential moving average')
 
 
 def _mapping(of: Mapping[str, Any], key: str) -> Mapping[str, Any]:

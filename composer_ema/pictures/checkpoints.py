@@ -11,7 +11,9 @@ from composer_ema.checkpoints import inspection
 from composer_ema.checkpoints.inspection import AverageInfo, Description, TensorInfo
 
 # Settings that decide how far back an average reaches, in the order in which they are shown.
-_HORIZON = ('half_life', 'smoothing', 'ema_start', 'swa_start', 'update_interval', 'avg_fn', 'multi_avg_fn')
+_HORIZON = (
+    'half_life', 'smoothing', 'power', 'ema_start', 'swa_start', 'update_interval', 'avg_fn', 'multi_avg_fn'
+)  # fmt: skip
 _SLOT = {
     inspection.TRAINING_WEIGHTS: 'training weights',
     inspection.AVERAGE: 'the average; the training weights are stashed in the state of the algorithm',

@@ -131,11 +131,20 @@ class Loan:
             self._show(targets)  # an interrupt does not stop the return half-way
             raise
         finally:
-            used = frozenset[int]().union(*(guest.slots.values() for guest in remaining))
-            self._slots = {key: slot for key, slot in self._slots.items() if key in used}
+            self._forget_unused()
+
+    def remove_dead(self) -> None:
+        """Takes out the averages of modules that have been collected; their tensors may live on in other modules."""
+        living = [guest for guest in self._guests if guest.module() is not None]
+        if len(living) < len(self._guests):
+            targets, was_shown = self._targets(), self._guests[-1].module() is None
+            self._guests = living
+            if was_shown:
+                self._show(targets)
+            self._forget_unused()
 
     def show(self) -> None:
-        """Writes the average that entered last, or what it does not cover of the training weights, into the model."""
+        """Makes the model hold the average that entered last. What that does not cover gets its training weight."""
         self._show(self._targets())
 
     def refuse_lost(self) -> None:
@@ -156,11 +165,16 @@ class Loan:
         targets: dict[int, dict[int, Tensor]] = {key: {} for key in self._slots}
         for guest in self._guests:
             module = guest.module()
-            live = {} if module is None else Inventory.of(module).tensors()
+            live = None if module is None else Inventory.of(module).tensors()
             for name, key in guest.slots.items():
-                if name in live:
-                    targets[key][id(live[name])] = live[name]
+                target = self._slots[key].tensor if live is None else live.get(name)
+                if target is not None:
+                    targets[key][id(target)] = target
         return targets
+
+    def _forget_unused(self) -> None:
+        used = frozenset[int]().union(*(guest.slots.values() for guest in self._guests))
+        self._slots = {key: slot for key, slot in self._slots.items() if key in used}
 
     def _show(self, targets: Mapping[int, Mapping[int, Tensor]]) -> None:
         values = {key: slot.training for key, slot in self._slots.items()}
@@ -333,7 +347,10 @@ def _joined(module: nn.Module, tensors: frozenset[int]) -> Loan:
 
 
 def _forget(collected: weakref.ref[nn.Module]) -> None:
-    _loans.pop(collected, None)
+    loan = _loans.pop(collected, None)
+    if loan is not None:
+        with _lock, torch.no_grad():
+            loan.remove_dead()
 
 
 def _close_if_empty(loan: Loan) -> None:

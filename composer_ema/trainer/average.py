@@ -6,6 +6,7 @@ Updates read the model, loans put an average into it and take it out. When eithe
 from __future__ import annotations
 
 import copy
+import math
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -113,9 +114,12 @@ class Average:
         return Moment(elapsed / length, since_start / length, num_updates)
 
     def follow_clock(self, now: Clock) -> None:
-        """Lets time pass from ``now`` on if the run's clock was set back since the last update."""
-        if self.last_update is not None and any(self.last_update[unit] > now[unit] for unit in CLOCK_UNITS):
-            self.last_update = self.started_at = now
+        """If the run's clock was set back, counts from ``now`` on. The average keeps its age."""
+        last = self.last_update
+        if last is not None and any(last[unit] > now[unit] for unit in CLOCK_UNITS):
+            started = self.started_at or START_OF_TRAINING
+            self.started_at = {unit: now[unit] - (last[unit] - started[unit]) for unit in CLOCK_UNITS}
+            self.last_update = now
 
     def state_dict(self) -> dict[str, Any]:
         """The average as plain types and tensors, which alias the shadow; see ``checkpoints.formats``.
@@ -138,7 +142,8 @@ class Average:
             ValueError: a part that does not fit. Nothing is changed then.
         """
         last_update = check_clock(state[_LAST_UPDATE], f'{_LAST_UPDATE} of {what}')
-        started_at = check_clock(state[_STARTED_AT], f'{_STARTED_AT} of {what}')
+        # Negative where the clock was set back since.
+        started_at = check_clock(state[_STARTED_AT], f'{_STARTED_AT} of {what}', least=-math.inf)
         profile = copy.deepcopy(self.profile)
         if profile is not None:
             profile.load_state_dict({key: value for key, value in state[_PROFILE].items() if key != _DESCRIPTION})

@@ -124,22 +124,32 @@ def read_clock(state: State, timestamp: Timestamp | None = None) -> Clock:
     }
 
 
-def check_clock(clock: Any, what: str) -> Clock | None:
+def check_clock(clock: Any, what: str, *, least: float = 0.0) -> Clock | None:
     """Returns a clock that was read from a checkpoint, or None if there is none.
+
+    Args:
+        clock: what the checkpoint holds.
+        what: what the clock is, for the message.
+        least: the smallest legal time.
 
     Raises:
         ValueError: ``clock`` is neither. The message starts with ``what``.
     """
     if clock is None:
         return None
-    is_clock = isinstance(clock, Mapping) and all(_is_time(clock.get(unit)) for unit in CLOCK_UNITS)
+    is_clock = isinstance(clock, Mapping) and all(_is_time(clock.get(unit), least) for unit in CLOCK_UNITS)
     if not is_clock:
         raise ValueError(f'{what} must give {", ".join(CLOCK_UNITS)}, got {clock!r}.')
     return dict(clock)
 
 
-def _is_time(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+def _is_time(value: Any, least: float) -> bool:
+    return (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and least <= value < math.inf
+        and value > -math.inf
+    )
 
 
 def knows_fractions(unit: str, state: State) -> bool:

@@ -209,7 +209,10 @@ def _half_life(half_life: str | Time | None, *, has_function: bool, **others: fl
             'Leave it out.'
         )
     if len(given) > 1:
-        raise ValueError(f'pass either {" or ".join(given)}, got {" and ".join(written)}.')
+        raise ValueError(
+            f'pass either {" or ".join(given)}, got {" and ".join(written)}. To replace the half-life of a recipe, '
+            'write half_life: null there.'
+        )
     if has_function or (given and not is_given):
         return None
     if half_life is None:
