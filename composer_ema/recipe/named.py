@@ -79,19 +79,30 @@ class Named:
         return getattr(factory, '__module__', '').partition('.')[0] in _KNOWN_PACKAGES
 
     def _culprit(self, make: Callable[[dict[str, Any]], Any], error: Exception) -> str | None:
-        """The one argument without which ``make`` succeeds, or else fails in another way; None for none or several."""
-        outcomes = {name: self._outcomes_without(name, make) for name in self.arguments}
-        succeeding = [name for name, found in outcomes.items() if None in found]
-        changing = [name for name, found in outcomes.items() if (type(error), str(error)) not in found]
-        chosen = succeeding or changing
-        return chosen[0] if len(chosen) == 1 else None
+        """The one argument to blame; None where none or several may be.
+
+        It is the one without which ``make`` succeeds. Where there is none, because another argument is wrong as well,
+        it is the one without which ``make`` fails in another way, and so it does with whatever takes its place.
+        """
+        seen = (type(error), str(error))
+        succeeding = [name for name in self.arguments if None in self._outcomes_without(name, make)]
+        if succeeding:
+            return succeeding[0] if len(succeeding) == 1 else None
+        changing = [
+            name
+            for name in self.arguments
+            if seen not in self._outcomes_without(name, make) + self._outcomes_with_stand_ins(name, make)
+        ]
+        return changing[0] if len(changing) == 1 else None
 
     def _outcomes_without(self, name: str, make: Callable[[dict[str, Any]], Any]) -> list[_Outcome]:
-        others = {key: value for key, value in self.arguments.items() if key != name}
         parameter = signature(self.factory).get(name)
-        is_required = parameter is not None and parameter.default is parameter.empty
-        candidates = [{**others, name: value} for value in _STAND_INS] if is_required else [others]
-        return [_outcome(make, arguments) for arguments in candidates]
+        if parameter is not None and parameter.default is parameter.empty:  # it cannot be left out
+            return self._outcomes_with_stand_ins(name, make)
+        return [_outcome(make, {key: value for key, value in self.arguments.items() if key != name})]
+
+    def _outcomes_with_stand_ins(self, name: str, make: Callable[[dict[str, Any]], Any]) -> list[_Outcome]:
+        return [_outcome(make, {**self.arguments, name: value}) for value in _STAND_INS]
 
 
 def find(name: str, place: Place, known: Registry) -> Any:
