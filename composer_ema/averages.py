@@ -434,7 +434,7 @@ def weight_from_smoothing(smoothing: float) -> float:
         TypeError: ``smoothing`` is not a number.
         ValueError: ``smoothing`` lies outside [0, 1].
     """
-    check_share('smoothing', smoothing, "For a half-life of n batches pass half_life='nba'.")
+    check_share('smoothing', smoothing, 'For a half-life of n updates pass 2 ** (-1 / n).')
     return 1.0 - smoothing
 
 

@@ -15,22 +15,31 @@ from composer_ema.kernels.layout import unzip
 from composer_ema.kernels.rules import is_inexact, smallest_weight
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import check_same
+from composer_ema.model.selection import check_buffer_patterns
 from composer_ema.model.sharding import canonical_name, unwrap
 from composer_ema.model.watch import Watch
+from composer_ema.settings import Buffers, Settings
 from composer_ema.shadow import loan
 from composer_ema.shadow.shadow_model import ShadowModel
+from composer_ema.shadow.storage import can_be_kept
 
 _REMEDY = 'Nothing was changed. Pass an average of the same architecture, for example copy.deepcopy(model).'
 
 
 def compute_ema(
-    model: nn.Module, ema_model: nn.Module | ShadowModel | MutableMapping[str, Tensor], smoothing: float = 0.99
+    model: nn.Module,
+    ema_model: nn.Module | ShadowModel | MutableMapping[str, Tensor],
+    smoothing: float = 0.99,
+    *,
+    buffers: Buffers | None = None,
 ) -> None:
     """Moves ``ema_model`` towards ``model``, in place::
 
         ema = smoothing * ema + (1 - smoothing) * model
 
-    Averages parameters and floating buffers, and copies integer and boolean buffers. Updates tied tensors once.
+    Averages parameters, and the running means and variances of normalisation layers; copies every other buffer, unless
+    ``buffers`` says otherwise. Where an averaged buffer is not finite in ``model`` or in the average, the element is
+    copied. Updates tied tensors once.
 
     Args:
         model: the module with the latest weights, bare or wrapped by DDP, ``torch.compile`` or the like; only read.
@@ -38,12 +47,16 @@ def compute_ema(
             dict of tensors such as ``copy.deepcopy(model.state_dict())``.
         smoothing: share of the old average to keep, in [0, 1]: 0 copies the model, 1 keeps the average. For a half-life
             of n updates pass ``2 ** (-1 / n)``. Default: 0.99.
+        buffers: ``'statistics'``, ``'average'``, ``'copy'`` or a mapping of patterns to the latter two, as for
+            :class:`composer_ema.settings.Settings`. A :class:`ShadowModel` has its own setting, so leave it out there.
+            Default: ``'statistics'``.
 
     Raises:
         RuntimeError: a :class:`ShadowModel` has been swapped into one of the models.
-        TypeError: ``ema_model`` is none of these, or ``smoothing`` is not a number.
-        ValueError: ``smoothing`` is out of range, or the two have different names or shapes; the message lists them.
-            Nothing is changed.
+        TypeError: ``ema_model`` is none of these, ``smoothing`` is not a number, or ``buffers`` is given beside a
+            :class:`ShadowModel`.
+        ValueError: ``smoothing`` or ``buffers`` is out of range, or the two have different names or shapes; the message
+            lists them. Nothing is changed.
 
     Example:
         >>> model, ema_model = nn.Linear(1, 1), nn.Linear(1, 1)
@@ -54,14 +67,19 @@ def compute_ema(
     """
     weight = weight_from_smoothing(smoothing)
     if isinstance(ema_model, ShadowModel):
+        if buffers is not None:
+            raise TypeError(
+                f'a ShadowModel averages buffers as it was built to, got buffers={buffers!r}. Leave it out here, and '
+                'pass it to ShadowModel.'
+            )
         ema_model.update(model, smoothing)
     elif isinstance(ema_model, nn.Module):
-        _step_between(unwrap(model), unwrap(ema_model))(weight)
+        _step_between(unwrap(model), unwrap(ema_model), _settings_of(buffers))(weight)
     elif isinstance(ema_model, Mapping):
         loan.refuse(unwrap(model))
         sources, shadows = _tensors(unwrap(model).state_dict(keep_vars=True)), _tensors(ema_model)
         check_same('ema_model', sources, shadows, remedy=_REMEDY)
-        _prepare(shadows, sources)(weight)
+        _prepare(shadows, sources, Inventory.of(unwrap(model)), _settings_of(buffers))(weight)
     else:
         raise TypeError(
             f'ema_model must be a module, a ShadowModel or a state dict, got {type(ema_model).__name__}. '
@@ -74,6 +92,13 @@ def _tensors(state_dict: Mapping[str, object]) -> dict[str, Tensor]:
     return {canonical_name(name): value for name, value in state_dict.items() if isinstance(value, Tensor)}
 
 
+_DEFAULT = Settings()
+
+
+def _settings_of(buffers: Buffers | None) -> Settings:
+    return _DEFAULT if buffers is None else Settings(buffers=buffers)
+
+
 #: The step that last updated each averaged module, to use again while neither module's tensors are replaced.
 _pairings: weakref.WeakKeyDictionary[nn.Module, _Pairing] = weakref.WeakKeyDictionary()
 
@@ -81,7 +106,7 @@ _pairings: weakref.WeakKeyDictionary[nn.Module, _Pairing] = weakref.WeakKeyDicti
 class _Pairing:
     """A prepared step from one module to its average, and the watches that tell when it is stale."""
 
-    def __init__(self, model: nn.Module, ema_model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, ema_model: nn.Module, settings: Settings) -> None:
         sources, shadows = Inventory.of(model), Inventory.of(ema_model)
         check_same('ema_model', sources.tensors(), shadows.tensors(), remedy=_REMEDY)
         average = weakref.ref(ema_model)
@@ -90,19 +115,21 @@ class _Pairing:
             Watch(ema_model, shadows, on_gone=lambda: None),
         )
         self.identities = loan.identities([*sources.tensors().values(), *shadows.tensors().values()])
-        self.step = _prepare(shadows.tensors(), sources.tensors())
+        self._settings = settings
+        self.step = _prepare(shadows.tensors(), sources.tensors(), sources, settings)
 
-    def is_current(self, model: nn.Module, ema_model: nn.Module) -> bool:
-        """Whether the step still moves the tensors of these two modules."""
-        return self._watches[0].is_current(model) and self._watches[1].is_current(ema_model)
+    def is_current(self, model: nn.Module, ema_model: nn.Module, settings: Settings) -> bool:
+        """Whether the step still moves the tensors of these two modules, as ``settings`` say."""
+        is_alike = settings is self._settings or settings.buffers == self._settings.buffers
+        return is_alike and self._watches[0].is_current(model) and self._watches[1].is_current(ema_model)
 
 
-def _step_between(model: nn.Module, ema_model: nn.Module) -> Callable[[float], None]:
+def _step_between(model: nn.Module, ema_model: nn.Module, settings: Settings) -> Callable[[float], None]:
     if model is ema_model:
         raise ValueError('model and ema_model are the same module. Pass a copy, for example copy.deepcopy(model).')
     pairing = _pairings.get(ema_model)
-    if pairing is None or not pairing.is_current(model, ema_model):
-        pairing = _pairings[ema_model] = _Pairing(model, ema_model)
+    if pairing is None or not pairing.is_current(model, ema_model, settings):
+        pairing = _pairings[ema_model] = _Pairing(model, ema_model, settings)
     loan.refuse(model, pairing.identities)
     return pairing.step
 
@@ -112,16 +139,40 @@ def _forget(ema_model: nn.Module | None) -> None:
         _pairings.pop(ema_model, None)
 
 
-def _prepare(shadows: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> Callable[[float], None]:
-    """Returns a step that averages floating tensors and copies the others, each piece of memory once."""
-    averaged, copied, seen = [], [], set()
+def _prepare(
+    shadows: Mapping[str, Tensor], sources: Mapping[str, Tensor], inventory: Inventory, settings: Settings
+) -> Callable[[float], None]:
+    """Returns a step that averages parameters and some buffers and copies the others, each piece of memory once.
+
+    Args:
+        shadows: by canonical name.
+        sources: likewise; tensors of the module of ``inventory``, under all of their names.
+        inventory: tells buffers and statistics from parameters.
+        settings: say which buffers are averaged.
+    """
+    check_buffer_patterns(settings.buffer_patterns, inventory.buffers)
+    parameters, averaged, copied, seen = [], [], [], set()
     for name, shadow in shadows.items():
+        if not can_be_kept(shadow):
+            raise ValueError(
+                f'{name} of ema_model is stored as {shadow.layout}, or its elements share memory, so it cannot be '
+                'written. Pass a ShadowModel, which leaves such a buffer to the model.'
+            )
         if shadow.numel() and (key := (shadow.data_ptr(), shadow.shape, shadow.stride())) not in seen:
             seen.add(key)
-            (averaged if is_inexact(shadow) else copied).append((shadow, sources[name].detach()))
-    averages, current = unzip(averaged)
-    average = kernels.prepare([averages], current, copied=copied)
-    smallest = smallest_weight(shadow for shadow, _ in averaged if shadow.dtype in (torch.bfloat16, torch.float16))
+            first = inventory.aliases.get(name, name)
+            if not is_inexact(shadow):
+                rows = copied
+            elif first not in inventory.buffers:
+                rows = parameters
+            else:
+                is_statistic = first in inventory.statistics
+                rows = averaged if settings.averages_buffer(first, is_statistic=is_statistic) else copied
+            rows.append((shadow, sources[name].detach()))
+    averages, current = unzip([*parameters, *averaged])
+    mended = range(len(parameters), len(averages))
+    average = kernels.prepare([averages], current, mended=mended, copied=copied)
+    smallest = smallest_weight(shadow for shadow in averages if shadow.dtype in (torch.bfloat16, torch.float16))
 
     def step(weight: float) -> None:
         if 0 < weight < smallest:

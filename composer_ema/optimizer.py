@@ -140,7 +140,7 @@ class EMAOptimizer(OptimizerWrapper):
             _check_power_alone(power, None if decay == DEFAULT_DECAY else decay, half_life, bias_correction)
         if not isinstance(bias_correction, bool):
             raise TypeError(f'bias_correction must be True or False, got {bias_correction!r}.')
-        if model is None and kept.buffers != 'average':
+        if model is None and kept.buffers != 'statistics':
             raise ValueError(f'buffers={kept.buffers!r} has no effect: without a model there are none. Pass model=.')
         is_by_decay = half_life is None and power is None and average == 'exponential' and not kept.has_function
         arguments = {

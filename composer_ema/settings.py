@@ -23,6 +23,8 @@ from torch import Tensor
 from composer_ema.spans import ArgumentError
 
 BufferMode = Literal['average', 'copy']
+#: One mode for all floating buffers, or patterns over their names with a mode each.
+Buffers = Literal['statistics', 'average', 'copy'] | Mapping[str, BufferMode]
 Rounding = Literal['nearest', 'stochastic']
 Backend = Literal['auto', 'fused', 'foreach', 'reference']
 #: ``avg_fn(averaged, current, num_averaged)`` returns the new average of one tensor.
@@ -40,8 +42,12 @@ class Settings:
     """Which tensors of a model an average keeps, and how it keeps them.
 
     Args:
-        buffers: ``'average'`` averages floating buffers, such as BatchNorm's statistics; ``'copy'`` takes the latest.
-            Integer and boolean buffers are always copied.
+        buffers: ``'statistics'`` averages the running means and variances of normalisation layers, which their module
+            type tells (BatchNorm, SyncBatchNorm, InstanceNorm, subclasses), and takes the latest value of every other
+            buffer, such as a mask or a scale. ``'average'`` averages all floating buffers, ``'copy'`` none. A mapping
+            of regular expressions to ``'average'`` or ``'copy'`` decides by canonical name, the first that is found
+            wins, and what none finds follows ``'statistics'``. Integer and boolean buffers are always copied, and so
+            is an element of a buffer where the average or the model is not finite.
         include: regular expressions searched for in canonical names; only matching names are kept. Default: all.
         exclude: regular expressions that take names out again.
         dtype: floating dtype of the average, or its name. Default: float32 for 16-bit tensors, else each tensor's own.
@@ -71,7 +77,7 @@ class Settings:
         torch.bfloat16
     """
 
-    buffers: BufferMode = 'average'
+    buffers: Buffers = 'statistics'
     include: str | Sequence[str] | None = None
     exclude: str | Sequence[str] | None = None
     dtype: torch.dtype | None = None
@@ -84,7 +90,7 @@ class Settings:
     multi_avg_fn: MultiAvgFn | None = None
 
     def __post_init__(self) -> None:
-        _check_choice('buffers', self.buffers, typing.get_args(BufferMode))
+        object.__setattr__(self, 'buffers', _check_buffers(self.buffers))
         _check_choice('rounding', self.rounding, typing.get_args(Rounding))
         _check_choice('backend', self.backend, typing.get_args(Backend))
         if not isinstance(self.skip_nonfinite, bool):
@@ -92,7 +98,7 @@ class Settings:
         check_seed(self.seed)
         object.__setattr__(self, 'dtype', parse_dtype(self.dtype))
         object.__setattr__(self, 'device', parse_device(self.device))
-        _ = self.included, self.excluded
+        _ = self.included, self.excluded, self.buffer_patterns
         for name in ('include', 'exclude'):
             patterns = getattr(self, name)
             if patterns is not None and not isinstance(patterns, str):
@@ -140,6 +146,24 @@ class Settings:
         """The patterns of ``exclude``."""
         return _compile('exclude', self.exclude)
 
+    @functools.cached_property
+    def buffer_patterns(self) -> tuple[tuple[re.Pattern[str], BufferMode], ...]:
+        """The patterns of ``buffers`` with their modes, in order; none where one mode is for all."""
+        if isinstance(self.buffers, str):
+            return ()
+        modes = tuple(self.buffers.values())
+        return tuple(zip(_compile('buffers', tuple(self.buffers)), modes, strict=True))
+
+    def averages_buffer(self, name: str, *, is_statistic: bool) -> bool:
+        """Whether a floating buffer is averaged, not copied.
+
+        Args:
+            name: its canonical name.
+            is_statistic: whether it is a running mean or variance of a normalisation layer.
+        """
+        mode = next((mode for pattern, mode in self.buffer_patterns if pattern.search(name)), self.buffers)
+        return mode == 'average' or (mode != 'copy' and is_statistic)
+
     def as_plain(self, names: Collection[str]) -> dict[str, Any]:
         """The settings called ``names``, as they are or behind ``shadow_``, as strings, numbers, lists and None."""
         plain = {}
@@ -151,6 +175,8 @@ class Settings:
                 value = str(value)
             elif callable(value):
                 value = name_of(value)
+            elif isinstance(value, Mapping):
+                value = dict(value)
             elif isinstance(value, Sequence) and not isinstance(value, str):
                 value = list(value)
             plain[name] = value
@@ -168,7 +194,7 @@ class Settings:
 
 
 class _Shared(TypedDict, total=False):
-    buffers: BufferMode
+    buffers: Buffers
     include: str | Sequence[str] | None
     exclude: str | Sequence[str] | None
     skip_nonfinite: bool
@@ -298,6 +324,25 @@ def _check_choice(name: str, value: object, legal: Sequence[str]) -> None:
     if value not in legal:
         *first, last = (repr(each) for each in legal)
         raise ArgumentError(f'{name} must be {", ".join(first)} or {last}, got {value!r}.', name)
+
+
+def _check_buffers(buffers: Any) -> Buffers:
+    if isinstance(buffers, Mapping):
+        for pattern, mode in buffers.items():
+            if mode not in typing.get_args(BufferMode):
+                raise ArgumentError(
+                    f"buffers must give each pattern 'average' or 'copy', got {mode!r} for {pattern!r}.", 'buffers'
+                )
+        if not buffers:
+            raise ArgumentError("buffers is a mapping without patterns. Leave it out, or pass 'statistics'.", 'buffers')
+        return dict(buffers)  # the caller's may change
+    if not isinstance(buffers, str) or buffers not in ('statistics', 'average', 'copy'):
+        raise ArgumentError(
+            f"buffers must be 'statistics', 'average', 'copy', or a mapping of patterns to the latter two, "
+            f'got {buffers!r}.',
+            'buffers',
+        )
+    return buffers
 
 
 def _check_rounding(rounding: Rounding, dtype: object) -> None:

@@ -55,6 +55,11 @@ class One(nn.Module):
         self.weight = nn.Parameter(torch.tensor([value]))
 
 
+def set_(tensor: Tensor, value: float) -> None:
+    """Fills a tensor, unseen by autograd."""
+    nn.init.constant_(tensor, value) if tensor.is_floating_point() else tensor.fill_(value)
+
+
 def sgd(model: nn.Module, lr: float = 0.1) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
 

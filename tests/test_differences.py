@@ -78,6 +78,25 @@ def test_the_batch_counter_is_averaged():
     assert ema_model.module[1].num_batches_tracked == 9
 
 
+def test_every_floating_buffer_is_averaged_masks_included():
+    theirs, ours = (nn.Linear(2, 2) for _ in range(2))
+    model = nn.Linear(2, 2)
+    for module in (model, theirs, ours):
+        module.register_buffer('pruned', torch.tensor([1.0, 1.0]))
+        module.register_buffer('observed', torch.tensor(torch.inf))
+    model.pruned[0], model.observed = 0, torch.tensor(2.0)
+    cf.compute_ema(model, theirs, smoothing=0.5)
+    assert theirs.pruned.tolist() == [0.5, 1]
+    assert theirs.observed == torch.inf
+    averaged = copy.deepcopy(ours)
+    compute_ema(model, ours, smoothing=0.5)
+    assert ours.pruned.tolist() == [0, 1]
+    assert ours.observed == 2
+    compute_ema(model, averaged, smoothing=0.5, buffers='average')
+    assert averaged.pruned.tolist() == [0.5, 1]
+    assert averaged.observed == 2
+
+
 def test_get_ema_model_overwrites_the_training_weights(trainer):
     ema = BuiltinEMA(half_life='2ba')
     run = trainer([ema])

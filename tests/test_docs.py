@@ -24,6 +24,15 @@ def test_python_blocks_run_one_after_the_other(path, tmp_path, monkeypatch):
         exec(compile(block, str(path), 'exec'), namespace)
 
 
+def test_the_block_for_peft_runs(tmp_path, monkeypatch):
+    pytest.importorskip('peft')
+    monkeypatch.chdir(tmp_path)
+    path = ROOT / 'method_cards' / 'ema_optimizer.md'
+    namespace = {'__name__': 'document'}
+    for block in [*blocks(path, 'python'), *blocks(path, 'py')]:
+        exec(compile(block, str(path), 'exec'), namespace)
+
+
 @pytest.mark.parametrize('path', DOCUMENTS, ids=_IDS)
 def test_commands_are_make_targets_or_console_scripts(path):
     targets = set(re.findall(r'^([a-z-]+):', (ROOT / 'Makefile').read_text(), flags=re.MULTILINE))

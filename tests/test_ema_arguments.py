@@ -100,7 +100,7 @@ def test_the_repr_leaves_defaults_out():
         ({'update_interval': '-2ba'}, ValueError, 'update_interval must be above zero'),
         ({'update_interval': 10}, TypeError, 'update_interval must be a time string'),
         ({'log_interval': '0ba'}, ValueError, 'log_interval must be above zero'),
-        ({'buffers': 'none'}, ValueError, "buffers must be 'average' or 'copy', got 'none'"),
+        ({'buffers': 'none'}, ValueError, "buffers must be 'statistics', 'average', 'copy', or .*, got 'none'"),
         ({'include': '('}, ValueError, 'not a regular expression'),
         ({'exclude': [3]}, TypeError, 'exclude must hold strings'),
         ({'shadow_dtype': 'int8'}, ValueError, "must be float64, float32, bfloat16 or float16, got 'int8'"),

@@ -65,6 +65,32 @@ def assert_agree(ours, theirs):
             assert (shadow == expected).float().mean() > 0.999
 
 
+@pytest.mark.parametrize('guard', [False, True])
+@pytest.mark.parametrize('shadow_dtype', SHADOW_DTYPES, ids=str)
+def test_what_is_mended_takes_the_source_where_it_or_the_average_is_not_finite(shadow_dtype, guard):
+    inf = math.inf
+    values = [(1.0, 3.0), (inf, 3.0), (math.nan, 3.0), (1.0, inf), (inf, -inf), (-inf, -inf)]
+    given = [torch.tensor([old for old, _ in values], dtype=shadow_dtype, device=DEVICE) for _ in range(2)]
+    sources = [torch.tensor([new for _, new in values], dtype=dtype, device=DEVICE) for dtype in SOURCE_DTYPES[:2]]
+    sources[1] = sources[1].float()
+    copy, counter = torch.zeros(2, dtype=torch.int64, device=DEVICE), torch.tensor([7, 9], device=DEVICE)
+    averages = []
+    for backend in ('fused', 'reference'):
+        shadows = [shadow.clone() for shadow in given]
+        rules = Rules(skip_nonfinite=guard)
+        step = kernels.prepare([shadows], sources, mended=[1], copied=[(copy, counter)], backend=backend, rules=rules)
+        step((0.0,))
+        torch.testing.assert_close(shadows, given, rtol=0, atol=0, equal_nan=True)
+        step((0.5,))
+        averages.append(shadows)
+    assert_agree([averages[0]], [averages[1]])
+    assert averages[0][1][:3].tolist() == [2, 3, 3]
+    assert averages[0][1][3:].tolist() == ([1, inf, -inf] if guard else [inf, -inf, -inf])
+    assert averages[0][0][0] == 2
+    assert not averages[0][0][1].isfinite()
+    assert copy.tolist() == [7, 9]
+
+
 @pytest.mark.parametrize(
     'rules', [{}, {'skip_nonfinite': True}, {'stochastic': True}, {'skip_nonfinite': True, 'stochastic': True}], ids=str
 )
@@ -451,4 +477,4 @@ def test_the_kernel_compiles_for_devices_that_are_not_here(architecture, tmp_pat
     environment = {**os.environ, 'TRITON_INTERPRET': '0', 'TRITON_CACHE_DIR': str(tmp_path)}
     done = subprocess.run([sys.executable, script, str(architecture)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert f'108 variants compiled for sm_{architecture}' in done.stdout
+    assert f'148 variants compiled for sm_{architecture}' in done.stdout

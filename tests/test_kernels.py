@@ -214,13 +214,13 @@ def test_the_reference_rounds_once_into_the_shadow():
 
 def test_no_chunk_of_scratch_exceeds_its_limit(monkeypatch):
     seen = []
-    cast_then_lerp = foreach._cast_then_lerp
+    cast_then_move = foreach._cast_then_move
 
-    def spy(shadows, sources, casts, weight):
+    def spy(move, shadows, sources, casts, weight):
         seen.append(sum(cast.numel() for cast in casts))
-        cast_then_lerp(shadows, sources, casts, weight)
+        cast_then_move(move, shadows, sources, casts, weight)
 
-    monkeypatch.setattr(foreach, '_cast_then_lerp', spy)
+    monkeypatch.setattr(foreach, '_cast_then_move', spy)
     sizes = [100, 1, 31, 32, 33, 5]
     shadows, sources = [torch.zeros(n) for n in sizes], [torch.ones(n, dtype=torch.float64) for n in sizes]
     lerp_(shadows, sources, 0.5)
@@ -315,12 +315,39 @@ def test_copies_are_made_whatever_the_weights(backend, averages, weight):
         assert not copy.requires_grad
 
 
+@pytest.mark.parametrize('backend', ['foreach', 'reference'])
+@pytest.mark.parametrize('source_dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('shape', [(), (3,), (3, 2), (4000,)])
+def test_a_mended_element_that_is_not_finite_takes_the_source(backend, source_dtype, shape):
+    inf = torch.inf
+    shadows = [torch.full(shape, value) for value in (1.0, inf, -inf, torch.nan, 1.0, inf, inf)]
+    sources = [torch.full(shape, value, dtype=source_dtype) for value in (3.0, 3.0, 3.0, 3.0, inf, inf, -inf)]
+    plain, count = [torch.zeros(2), torch.full((2,), inf)], len(shadows)
+    step = kernels.prepare(
+        [[*shadows, *plain]], [*sources, torch.ones(2), torch.ones(2)], mended=range(count), backend=backend
+    )
+    step((0.0,))
+    assert [shadow.reshape(-1)[0].item() for shadow in shadows[:3]] == [1, inf, -inf]  # a weight of 0 keeps all
+    step((0.5,))
+    assert all(shadow.unique().numel() == 1 for shadow in shadows)
+    assert [shadow.reshape(-1)[0].item() for shadow in shadows] == [2, 3, 3, 3, inf, inf, -inf]
+    assert plain[0].tolist() == [0.5, 0.5]
+    assert not plain[1].isfinite().any()  # what is not mended shows what went wrong
+
+
+def test_mending_an_element_leaves_its_neighbours_to_the_formula():
+    shadow, source = torch.tensor([1.0, torch.inf, 2.0]), torch.tensor([3.0, 5.0, torch.nan])
+    kernels.prepare([[shadow]], [source], mended=[0])((0.25,))
+    assert shadow[:2].tolist() == [1.5, 5]
+    assert shadow[2].isnan()
+
+
 def test_averages_and_copies_of_a_device_are_one_step_of_the_backend_itself(monkeypatch):
     given, step = [], object()
     monkeypatch.setattr(foreach, 'prepare', lambda *arguments: given.append(arguments) or step)
     shadow, source, pair = torch.zeros(2), torch.ones(2), (torch.tensor(0), torch.tensor(1))
     assert kernels.prepare([[shadow]], [source], copied=[pair]) is step
-    assert given == [([[shadow]], [source], kernels.Rules(), [pair])]
+    assert given == [([[shadow]], [source], kernels.Rules(), [pair], [False])]
 
 
 def test_groups_of_two_backends_all_run():

@@ -28,7 +28,7 @@ TAKERS: dict[str, dict[str, str]] = {
 }
 SHARED = ('buffers', 'include', 'exclude', 'skip_nonfinite', 'rounding', 'seed', 'avg_fn', 'multi_avg_fn')
 DEFAULTS = {
-    'buffers': 'average',
+    'buffers': 'statistics',
     'include': None,
     'exclude': None,
     'dtype': None,
@@ -63,8 +63,8 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ('arguments', 'error', 'message'),
         [
-            ({'buffers': 'mean'}, ValueError, r"buffers must be 'average' or 'copy', got 'mean'\."),
-            ({'buffers': None}, ValueError, r"buffers must be 'average' or 'copy', got None\."),
+            ({'buffers': 'mean'}, ValueError, r"buffers must be 'statistics', 'average', 'copy', or .*, got 'mean'\."),
+            ({'buffers': None}, ValueError, r"buffers must be 'statistics', 'average', 'copy', or .*, got None\."),
             ({'rounding': 'up'}, ValueError, r"rounding must be 'nearest' or 'stochastic', got 'up'\."),
             ({'backend': 'cpp'}, ValueError, r"must be 'auto', 'fused', 'foreach' or 'reference', got 'cpp'\."),
             ({'skip_nonfinite': 1}, TypeError, r'skip_nonfinite must be True or False, got 1\.'),

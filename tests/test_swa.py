@@ -590,7 +590,7 @@ def test_the_arguments_of_the_builtin_stand_in_its_order():
         ({'refresh_batchnorm': '5sp'}, ValueError, r"refresh_batchnorm takes the units ba"),
         ({'refresh_batchnorm': None}, TypeError, r'refresh_batchnorm must be a time string'),
         ({'evaluate_with': {'eval': 'ema'}}, ValueError, r"evaluate_with\['eval'\] must be 'swa' or 'training'"),
-        ({'buffers': 'none'}, ValueError, "buffers must be 'average' or 'copy'"),
+        ({'buffers': 'none'}, ValueError, "buffers must be 'statistics', 'average', 'copy', or"),
         ({'skip_nonfinite': 'yes'}, TypeError, 'skip_nonfinite must be True or False'),
         ({'avg_fn': torch.lerp, 'skip_nonfinite': True}, ValueError, 'skip_nonfinite=True has no effect'),
     ],

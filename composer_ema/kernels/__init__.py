@@ -6,7 +6,7 @@ A prepared step holds on to the tensors' memory, so prepare again when a tensor 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ def prepare(
     averages: Sequence[Sequence[Tensor]],
     sources: Sequence[Tensor],
     *,
+    mended: Collection[int] = (),
     copied: Sequence[Pair] = (),
     backend: str = 'auto',
     rules: Rules | None = None,
@@ -37,6 +38,8 @@ def prepare(
             ``[[]]``.
         sources: as many tensors as each list of shadows has, of equal shapes and any floating dtypes (complex ones for
             complex shadows) and devices; only read. The fused backend reads them once for all averages.
+        mended: indices of sources of which an element is copied where it or its average is not finite, by every weight
+            but 0. Other averages become NaN or infinite there.
         copied: pairs of a tensor and its source, of equal shapes and any dtypes and devices. Every update copies them,
             whatever the weights; on CUDA, in the launch that averages.
         backend: ``'fused'``, ``'foreach'``, ``'reference'``, or ``'auto'``, which takes for each tensor the first of
@@ -76,7 +79,9 @@ def prepare(
         indices = indices_by_choice[name, device]
         shadow_sets = [[shadows[index] for index in indices] for shadows in averages]
         of_group = [sources[index] for index in indices]
-        steps.append(BACKENDS[name].prepare(shadow_sets, of_group, rules, copies_by_choice[name, device]))
+        are_mended = [index in mended for index in indices]
+        copies = copies_by_choice[name, device]
+        steps.append(BACKENDS[name].prepare(shadow_sets, of_group, rules, copies, are_mended))
     return steps[0] if len(steps) == 1 else _one_after_the_other(steps)
 
 

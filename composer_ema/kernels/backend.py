@@ -48,7 +48,12 @@ class Backend(Protocol):
         ...
 
     def prepare(
-        self, shadow_sets: Sequence[Sequence[Tensor]], sources: Sequence[Tensor], rules: Rules, copied: Sequence[Pair]
+        self,
+        shadow_sets: Sequence[Sequence[Tensor]],
+        sources: Sequence[Tensor],
+        rules: Rules,
+        copied: Sequence[Pair],
+        are_mended: Sequence[bool],
     ) -> Steps:
         """Prepares k averages of ``sources``, and copies.
 
@@ -60,6 +65,8 @@ class Backend(Protocol):
             sources: what the shadows average; only read.
             rules: how elements are guarded and rounded.
             copied: pairs of a tensor and its source. Each update copies them, whatever the weights.
+            are_mended: for each source whether an element of it is copied where it or its average is not finite,
+                by every weight but 0. Where ``rules`` skip the element, they win.
 
         Returns:
             A step that takes k weights.

@@ -6,6 +6,7 @@ chunk. Small shadows that lie side by side on a CPU are moved as one tensor, whi
 
 from __future__ import annotations
 
+import cmath
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -26,6 +27,7 @@ from composer_ema.kernels.layout import (
 )
 from composer_ema.kernels.rules import Rules
 
+_Move = Callable[[list[Tensor], list[Tensor], float], None]
 # Elements of the scratch buffer: on a CPU, what stays in a core's cache; on an accelerator, what fills the device.
 _CHUNK_CPU = 2**18
 _CHUNK_ACCELERATOR = 2**24
@@ -59,11 +61,15 @@ def keeps_address(shadow: Tensor, source: Tensor) -> bool:
 
 
 def prepare(
-    shadow_sets: Sequence[Sequence[Tensor]], sources: Sequence[Tensor], rules: Rules, copied: Sequence[Pair]
+    shadow_sets: Sequence[Sequence[Tensor]],
+    sources: Sequence[Tensor],
+    rules: Rules,
+    copied: Sequence[Pair],
+    are_mended: Sequence[bool],
 ) -> Steps:
     """Groups the pairs by dtype and returns a step that makes one fused call per group or chunk."""
     del rules  # pairs to which any of them applies were refused
-    calls = [_calls(detached(shadows), sources) for shadows in shadow_sets]
+    calls = [_calls(detached(shadows), sources, are_mended) for shadows in shadow_sets]
     copies = list(_copies(*unzip(copied)))
 
     def step(weights: Sequence[float]) -> None:
@@ -92,15 +98,24 @@ def _copies(copies: Sequence[Tensor], sources: Sequence[Tensor]) -> Iterator[Cal
         yield partial(torch._foreach_copy_, *unzip(group))
 
 
-def _calls(shadows: Sequence[Tensor], sources: Sequence[Tensor]) -> list[Callable[[float], None]]:
+def _calls(
+    shadows: Sequence[Tensor], sources: Sequence[Tensor], are_mended: Sequence[bool]
+) -> list[Callable[[float], None]]:
     calls: list[Callable[[float], None]] = []
-    for (device, dtype, is_alike), group in grouped(zip(shadows, sources, strict=True), _target_and_likeness).items():
-        group_shadows, group_sources = unzip(group)
+    triples = zip(shadows, sources, are_mended, strict=True)
+    for (device, dtype, is_alike, is_mended), group in grouped(triples, _kind).items():
+        group_shadows, group_sources = unzip((shadow, source) for shadow, source, _ in group)
+        move = _mending(_lerp) if is_mended else _lerp
         if is_alike:
-            calls.extend(_in_place(group_shadows, group_sources))
+            calls.extend(_in_place(group_shadows, group_sources, move))
         else:
-            calls.extend(_through_scratch(group_shadows, detached(group_sources), device, dtype))
+            calls.extend(_through_scratch(group_shadows, detached(group_sources), device, dtype, move))
     return calls
+
+
+def _kind(triple: tuple[Tensor, Tensor, bool]) -> tuple[torch.device, torch.dtype, bool, bool]:
+    shadow, source, is_mended = triple
+    return *_target_and_likeness((shadow, source)), is_mended
 
 
 def _target_and_likeness(pair: Pair) -> tuple[torch.device, torch.dtype, bool]:
@@ -108,18 +123,18 @@ def _target_and_likeness(pair: Pair) -> tuple[torch.device, torch.dtype, bool]:
     return shadow.device, shadow.dtype, shadow.dtype == source.dtype and shadow.device == source.device
 
 
-def _in_place(shadows: list[Tensor], sources: list[Tensor]) -> Iterator[Callable[[float], None]]:
+def _in_place(shadows: list[Tensor], sources: list[Tensor], move: _Move) -> Iterator[Callable[[float], None]]:
     bundles, singles = split_bundles(shadows, sources)
     if bundles:
         scratch = torch.empty(max(bundle.numel() for bundle, _ in bundles), dtype=shadows[0].dtype)
         for bundle, parts in bundles:
-            yield partial(_gather_then_lerp, bundle, parts, scratch[: bundle.numel()])
+            yield partial(_gather_then_move, move, bundle, parts, scratch[: bundle.numel()])
     if singles[0]:
-        yield partial(_lerp, *singles)
+        yield partial(move, *singles)
 
 
 def _through_scratch(
-    shadows: list[Tensor], sources: list[Tensor], device: torch.device, dtype: torch.dtype
+    shadows: list[Tensor], sources: list[Tensor], device: torch.device, dtype: torch.dtype, move: _Move
 ) -> Iterator[Callable[[float], None]]:
     limit = _CHUNK_CPU if device.type == 'cpu' else _CHUNK_ACCELERATOR
     cut = [piece for pair in zip(shadows, sources, strict=True) for piece in pieces(*pair, limit)]
@@ -127,7 +142,7 @@ def _through_scratch(
     scratch = torch.empty(max(map(_total, chunks)), device=device, dtype=dtype)
     for chunk in chunks:
         piece_shadows, piece_sources = unzip(chunk)
-        yield partial(_cast_then_lerp, piece_shadows, piece_sources, carve(scratch, piece_shadows))
+        yield partial(_cast_then_move, move, piece_shadows, piece_sources, carve(scratch, piece_shadows))
 
 
 def _lerp(shadows: list[Tensor], sources: list[Tensor], weight: float) -> None:
@@ -138,15 +153,46 @@ def _lerp(shadows: list[Tensor], sources: list[Tensor], weight: float) -> None:
         torch._foreach_lerp_(shadows, sources, weight)
 
 
-def _gather_then_lerp(bundle: Tensor, parts: list[Tensor], scratch: Tensor, weight: float) -> None:
+def _gather_then_move(move: _Move, bundle: Tensor, parts: list[Tensor], scratch: Tensor, weight: float) -> None:
     if weight != 0:
         torch.cat(parts, out=scratch)
-        _lerp([bundle], [scratch], weight)
+        move([bundle], [scratch], weight)
 
 
-def _cast_then_lerp(shadows: list[Tensor], sources: list[Tensor], casts: list[Tensor], weight: float) -> None:
+def _cast_then_move(
+    move: _Move, shadows: list[Tensor], sources: list[Tensor], casts: list[Tensor], weight: float
+) -> None:
     torch._foreach_copy_(casts, sources)
-    _lerp(shadows, casts, weight)
+    move(shadows, casts, weight)
+
+
+def _mending(move: _Move) -> _Move:
+    """Moves, then copies each source element whose average is not finite: it or the average was not."""
+    scratch: dict[torch.Size, tuple[Tensor, Tensor]] = {}  # allocated once for each shape
+    sums: dict[torch.dtype, Tensor] = {}
+
+    def is_finite_sum(shadow: Tensor) -> bool:
+        if shadow.dtype not in sums:
+            sums[shadow.dtype] = shadow.new_zeros(())
+        return cmath.isfinite(torch.sum(shadow, dim=list(range(shadow.dim())), out=sums[shadow.dtype]).item())
+
+    def mend(shadow: Tensor, source: Tensor) -> None:
+        if shadow.device.type == 'cpu' and is_finite_sum(shadow):
+            return
+        if shadow.shape not in scratch:
+            scratch[shadow.shape] = torch.empty_like(shadow), torch.empty_like(shadow, dtype=torch.bool)
+        difference, is_finite = scratch[shadow.shape]
+        torch.sub(shadow, shadow, out=difference)  # 0 where it is finite, and else NaN
+        torch.eq(difference, 0, out=is_finite)
+        torch.where(is_finite, shadow, source, out=shadow)
+
+    def move_and_mend(shadows: list[Tensor], sources: list[Tensor], weight: float) -> None:
+        move(shadows, sources, weight)
+        if 0 < weight < 1:
+            for shadow, source in zip(shadows, sources, strict=True):
+                mend(shadow, source)
+
+    return move_and_mend
 
 
 def _total(chunk: list[Pair]) -> int:

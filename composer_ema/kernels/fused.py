@@ -28,6 +28,8 @@ _SHADOW_CODES = {torch.float32: 0, torch.bfloat16: 1}
 _MIXED = -1
 # Codes of rows that are copied without regard to dtype, in units of four bytes or of one.
 _WORDS, _BYTES = 3, 4
+# Added to the code of a source whose elements are copied where average or source is not finite.
+_MENDED = 8
 # The columns of a row: address, length and code of the source's piece, then k addresses and k codes of averages.
 # A row that is copied has its target in the first of the k addresses.
 _HEAD = 3
@@ -71,7 +73,11 @@ def keeps_address(shadow: Tensor, source: Tensor) -> bool:
 
 
 def prepare(
-    shadow_sets: Sequence[Sequence[Tensor]], sources: Sequence[Tensor], rules: Rules, copied: Sequence[Pair]
+    shadow_sets: Sequence[Sequence[Tensor]],
+    sources: Sequence[Tensor],
+    rules: Rules,
+    copied: Sequence[Pair],
+    are_mended: Sequence[bool],
 ) -> Steps:
     """Builds the table and returns a step of one launch.
 
@@ -81,17 +87,18 @@ def prepare(
     """
     num_averages = len(shadow_sets)
     device = (*sources, *(source for _, source in copied))[0].device
-    rows = _rows(shadow_sets, sources)
+    rows = _rows(shadow_sets, sources, are_mended)
     copied_rows = _rows_of_copies(copied, num_averages)
     shadow_codes = rows[:, _HEAD + num_averages :]
     addresses = torch.cat([rows[:, :1], rows[:, _HEAD : _HEAD + num_averages]], dim=1)
     meta: dict[str, Any] = {
         'K': num_averages,
-        'SOURCE': _common(rows[:, 2]),
+        'SOURCE': _common(rows[:, 2] % _MENDED),
         'SHADOW': _common(shadow_codes),
         'GUARD': rules.skip_nonfinite,
         'STOCHASTIC': rules.stochastic and bool((shadow_codes == _SHADOW_CODES[torch.bfloat16]).any()),
         'COPIES': len(copied_rows) > 0,
+        'MENDS': any(are_mended),
         'ALIGNED': bool((addresses % 16 == 0).all()),
         'PIECE': PIECE,
         'ROUNDS': PHILOX_ROUNDS,
@@ -136,15 +143,15 @@ class _Launch:
             self._kernel[(len(self._table),)](self._table, self.weights, self.control, self._skipped, **self._meta)
 
 
-def _rows(shadow_sets: Sequence[Sequence[Tensor]], sources: Sequence[Tensor]) -> Tensor:
+def _rows(shadow_sets: Sequence[Sequence[Tensor]], sources: Sequence[Tensor], are_mended: Sequence[bool]) -> Tensor:
     """The table on the host, int64: a row for each piece of each source."""
     parts = [_no_rows(len(shadow_sets))]
-    for source, *shadows in zip(sources, *shadow_sets, strict=True):
+    for is_mended, source, *shadows in zip(are_mended, sources, *shadow_sets, strict=True):
         starts = torch.arange(0, source.numel(), PIECE)
         part = torch.empty(len(starts), _HEAD + 2 * len(shadows), dtype=torch.int64)
         part[:, 0] = source.data_ptr() + starts * source.element_size()
         part[:, 1] = (source.numel() - starts).clamp(max=PIECE)
-        part[:, 2] = _SOURCE_CODES[source.dtype]
+        part[:, 2] = _SOURCE_CODES[source.dtype] + (_MENDED if is_mended else 0)
         for k, shadow in enumerate(shadows):
             part[:, _HEAD + k] = shadow.data_ptr() + starts * shadow.element_size()
             part[:, _HEAD + len(shadows) + k] = _SHADOW_CODES[shadow.dtype]

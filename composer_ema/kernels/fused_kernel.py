@@ -13,26 +13,26 @@ import triton.language as tl
 def update(
     table, weights, control, skipped,
     K: tl.constexpr, SOURCE: tl.constexpr, SHADOW: tl.constexpr, GUARD: tl.constexpr, STOCHASTIC: tl.constexpr,
-    COPIES: tl.constexpr, ALIGNED: tl.constexpr, PIECE: tl.constexpr, ROUNDS: tl.constexpr,
+    COPIES: tl.constexpr, MENDS: tl.constexpr, ALIGNED: tl.constexpr, PIECE: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
     number = tl.program_id(0)
     row = table + number.to(tl.int64) * (3 + 2 * K)
     count = tl.load(row + 1).to(tl.int32)
     seed, step = tl.load(control), tl.load(control + 1).to(tl.uint32)
     number = number.to(tl.uint32)
-    code = tl.load(row + 2) if COPIES else 0
+    code = tl.load(row + 2) % 8 if COPIES else 0
     # Whole pieces need no mask, and without one the loads are vectors.
     if code >= 3:
         _copy_piece(row, count, code, PIECE)
     elif count == PIECE:
         _average_piece(
-            row, count, weights, skipped, seed, number, step, K, SOURCE, SHADOW, GUARD, STOCHASTIC, False, ALIGNED,
-            PIECE, ROUNDS,
+            row, count, weights, skipped, seed, number, step, K, SOURCE, SHADOW, GUARD, STOCHASTIC, MENDS, False,
+            ALIGNED, PIECE, ROUNDS,
         )  # fmt: skip
     else:
         _average_piece(
-            row, count, weights, skipped, seed, number, step, K, SOURCE, SHADOW, GUARD, STOCHASTIC, True, ALIGNED,
-            PIECE, ROUNDS,
+            row, count, weights, skipped, seed, number, step, K, SOURCE, SHADOW, GUARD, STOCHASTIC, MENDS, True,
+            ALIGNED, PIECE, ROUNDS,
         )  # fmt: skip
     if STOCHASTIC:
         # When the last program arrives, all programs have read the step, so that one may advance it.
@@ -58,14 +58,14 @@ def _copy_piece(row, count, code, PIECE: tl.constexpr):
 def _average_piece(
     row, count, weights, skipped, seed, number, step,
     K: tl.constexpr, SOURCE: tl.constexpr, SHADOW: tl.constexpr, GUARD: tl.constexpr, STOCHASTIC: tl.constexpr,
-    MASKED: tl.constexpr, ALIGNED: tl.constexpr, PIECE: tl.constexpr, ROUNDS: tl.constexpr,
+    MENDS: tl.constexpr, MASKED: tl.constexpr, ALIGNED: tl.constexpr, PIECE: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
     offsets = tl.arange(0, PIECE)
     address = tl.load(row)
     if SOURCE >= 0:
         new = _read(address, offsets, count, SOURCE, MASKED, ALIGNED)
     else:
-        code = tl.load(row + 2)
+        code = tl.load(row + 2) % 8
         if code == 0:
             new = _read(address, offsets, count, 0, MASKED, ALIGNED)
         elif code == 1:
@@ -76,36 +76,40 @@ def _average_piece(
     is_bad = tl.where(tl.abs(new) <= 3.4028234663852886e38, 0, 1)
     if GUARD:
         tl.atomic_add(skipped + offsets * 0, is_bad.to(tl.int64), mask=is_bad != 0)
+    is_mended = tl.load(row + 2) // 8 if MENDS else 0
     for k in tl.static_range(K):
         weight, shadow = tl.load(weights + k), tl.load(row + 3 + k)
         if SHADOW >= 0:
             _average(
-                shadow, offsets, count, new, is_bad, weight, seed, number, step, k, SHADOW, GUARD, STOCHASTIC,
-                MASKED, ALIGNED, ROUNDS,
+                shadow, offsets, count, new, is_bad, is_mended, weight, seed, number, step, k, SHADOW, GUARD,
+                STOCHASTIC, MENDS, MASKED, ALIGNED, ROUNDS,
             )  # fmt: skip
         else:
             if tl.load(row + 3 + K + k) == 0:
                 _average(
-                    shadow, offsets, count, new, is_bad, weight, seed, number, step, k, 0, GUARD, STOCHASTIC, MASKED,
-                    ALIGNED, ROUNDS,
+                    shadow, offsets, count, new, is_bad, is_mended, weight, seed, number, step, k, 0, GUARD,
+                    STOCHASTIC, MENDS, MASKED, ALIGNED, ROUNDS,
                 )  # fmt: skip
             else:
                 _average(
-                    shadow, offsets, count, new, is_bad, weight, seed, number, step, k, 1, GUARD, STOCHASTIC, MASKED,
-                    ALIGNED, ROUNDS,
+                    shadow, offsets, count, new, is_bad, is_mended, weight, seed, number, step, k, 1, GUARD,
+                    STOCHASTIC, MENDS, MASKED, ALIGNED, ROUNDS,
                 )  # fmt: skip
 
 
 @triton.jit
 def _average(
-    shadow, offsets, count, new, is_bad, weight, seed, number, step, which,
-    CODE: tl.constexpr, GUARD: tl.constexpr, STOCHASTIC: tl.constexpr, MASKED: tl.constexpr, ALIGNED: tl.constexpr,
-    ROUNDS: tl.constexpr,
+    shadow, offsets, count, new, is_bad, is_mended, weight, seed, number, step, which,
+    CODE: tl.constexpr, GUARD: tl.constexpr, STOCHASTIC: tl.constexpr, MENDS: tl.constexpr, MASKED: tl.constexpr,
+    ALIGNED: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
     old = _read(shadow, offsets, count, CODE, MASKED, ALIGNED)
     # The two forms of torch.lerp; each is exact at its own end.
     value = tl.where(weight < 0.5, old + weight * (new - old), new - (new - old) * (1.0 - weight))
     value = tl.where(weight >= 1.0, new, tl.where(weight <= 0.0, old, value))
+    if MENDS:
+        instead = tl.where(is_mended * tl.where(weight > 0.0, 1, 0) != 0, new, value)
+        value = tl.where(tl.abs(value) <= 3.4028234663852886e38, value, instead)
     if CODE == 1:
         # bfloat16 is float32 without its lower 16 bits. What we add before cutting them off decides what carries.
         bits = value.to(tl.uint32, bitcast=True)

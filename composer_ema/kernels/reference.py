@@ -49,7 +49,11 @@ def keeps_address(shadow: Tensor, source: Tensor) -> bool:
 
 
 def prepare(
-    shadow_sets: Sequence[Sequence[Tensor]], sources: Sequence[Tensor], rules: Rules, copied: Sequence[Pair]
+    shadow_sets: Sequence[Sequence[Tensor]],
+    sources: Sequence[Tensor],
+    rules: Rules,
+    copied: Sequence[Pair],
+    are_mended: Sequence[bool],
 ) -> Steps:
     """Returns a step that averages in float64 and rounds once, into the shadow's dtype."""
     pieces = [-(-source.numel() // PIECE) for source in sources]
@@ -60,8 +64,11 @@ def prepare(
     def step(weights: Sequence[float]) -> None:
         nonlocal next_step
         for which, (shadows, weight) in enumerate(zip(shadow_sets, weights, strict=True)):
-            for shadow, source, first_piece in zip(shadows, sources, first_pieces, strict=True):
+            for shadow, source, first_piece, is_mended in zip(shadows, sources, first_pieces, are_mended, strict=True):
                 new = average(shadow, source, weight)
+                if is_mended and weight > 0:
+                    current = average(shadow, source, 1.0)
+                    new = torch.where(shadow.isfinite() & current.isfinite(), new, current)
                 if rules.stochastic and shadow.dtype is torch.bfloat16:
                     new = round_stochastically(new, shadow, rules.seed, first_piece, next_step, which)
                 if rules.skip_nonfinite:

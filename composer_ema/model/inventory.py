@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from composer_ema.model.sharding import canonical_name
@@ -18,12 +19,14 @@ class Inventory:
         parameters: name to parameter; tied parameters under the first of their names.
         buffers: name to buffer, likewise.
         persistent: names of the buffers that the module's own ``state_dict`` holds.
+        statistics: names of the running means and variances of normalisation layers.
         aliases: further names of a tied tensor, each with the name it stands under.
     """
 
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
     buffers: dict[str, Tensor] = field(default_factory=dict)
     persistent: set[str] = field(default_factory=set)
+    statistics: set[str] = field(default_factory=set)
     aliases: dict[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -48,6 +51,8 @@ class Inventory:
                     inventory._add(inventory.buffers, first_names, name, buffer)
                     if key not in child._non_persistent_buffers_set:
                         inventory.persistent.add(name)
+                    if isinstance(child, _NormBase) and key in ('running_mean', 'running_var'):
+                        inventory.statistics.add(first_names[id(buffer)])
         return inventory
 
     def tensors(self) -> dict[str, Tensor]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
+from torch import Tensor
+
+from composer_ema.kernels.rules import is_inexact
 from composer_ema.model.names import listed
 from composer_ema.spans import ArgumentError
 
@@ -38,3 +41,21 @@ class Selection:
         if names and not any(name in self for name in names):
             message = 'include and exclude together leave no name to average. Widen include or narrow exclude.'
             raise ArgumentError(message, 'exclude' if self._exclude else 'include')
+
+
+def check_buffer_patterns(patterns: Iterable[tuple[re.Pattern[str], str]], buffers: Mapping[str, Tensor]) -> None:
+    """Raises unless each pattern of the setting ``buffers`` finds a buffer, and one to average a floating one."""
+    for pattern, mode in patterns:
+        found = [name for name in buffers if pattern.search(name)]
+        if not found:
+            has = f'has the buffers {listed(list(buffers))}' if buffers else 'has no buffers'
+            message = (
+                f'buffers pattern {pattern.pattern!r} matches nothing: the model {has}. Correct it or leave it out.'
+            )
+            raise ArgumentError(message, 'buffers')
+        if mode == 'average' and not any(is_inexact(buffers[name]) for name in found):
+            raise ArgumentError(
+                f'buffers pattern {pattern.pattern!r} averages nothing: {listed(found)} holds whole numbers, which are '
+                'copied. Leave it out.',
+                'buffers',
+            )

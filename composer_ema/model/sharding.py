@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 import torch.distributed
@@ -24,8 +25,8 @@ def unwrap(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, _WHOLE_MODEL_WRAPPERS):
             model = model.module
-        elif isinstance(compiled := model._modules.get('_orig_mod'), nn.Module):
-            model = compiled
+        elif '_orig_mod' in model._modules:  # no get(): that of a scripted module has none
+            model = cast(nn.Module, model._modules['_orig_mod'])
         else:
             return model
 

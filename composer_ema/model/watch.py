@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from operator import attrgetter, is_
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from composer_ema.model.inventory import Inventory
@@ -15,9 +17,10 @@ from composer_ema.model.inventory import Inventory
 class Watch:
     """Tells at the cost of a few list comparisons whether a module still is what it was.
 
-    Compared are every parameter, buffer and sub-module by identity, in their order but not by name, the storage of
-    ``addressed``, and ``requires_grad`` where it was False: unfrozen parameters join an average, while frozen ones
-    stay. Keeps the module's tensors alive, not the module: drop the watch when ``on_gone`` is called.
+    Compared are every parameter, buffer and sub-module by identity, in their order but not by name, the number of
+    elements of each tensor, the storage of ``addressed``, and ``requires_grad`` where it was False: unfrozen
+    parameters join an average, while frozen ones stay. Keeps the module's tensors alive, not the module: drop the
+    watch when ``on_gone`` is called.
 
     Args:
         module: what to watch.
@@ -37,11 +40,14 @@ class Watch:
         self._module = weakref.ref(module, lambda _: on_gone())
         registries = [r for child in module.modules() for r in (child._modules, child._parameters, child._buffers)]
         self._empty = [registry for registry in registries if not registry]
-        self._views = [registry.values() for registry in registries if registry]
+        self._views = [_values(registry) for registry in registries if registry]
         self._entries = list(chain.from_iterable(self._views))
         self._frozen = [parameter for parameter in inventory.parameters.values() if not parameter.requires_grad]
-        self._tensors = list(inventory.tensors().values() if addressed is None else addressed)
-        self._pointers = list(map(_pointer, self._tensors))
+        sized = list(inventory.tensors().values())
+        self._sized = list(filter(_has_memory, sized))
+        self._sizes = list(map(_size, self._sized))
+        self._addressed = list(filter(_has_memory, sized if addressed is None else addressed))
+        self._pointers = list(map(_pointer, self._addressed))
 
     def is_current(self, module: nn.Module) -> bool:
         """Whether ``module`` is the watched one, with the same tensors at the same places."""
@@ -52,9 +58,28 @@ class Watch:
             and all(map(is_, entries, self._entries))
             and not any(self._empty)
             and not any(map(_requires_grad, self._frozen))
-            and list(map(_pointer, self._tensors)) == self._pointers
+            and list(map(_pointer, self._addressed)) == self._pointers
+            and list(map(_size, self._sized)) == self._sizes
         )
 
 
+class _Fresh:
+    """The values of a registry whose ``values()`` is a list of the moment, as those of scripted modules are."""
+
+    def __init__(self, registry: Any) -> None:
+        self._registry = registry
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._registry.values())
+
+
+def _values(registry: Any) -> Iterable[Any]:
+    return registry.values() if isinstance(registry, dict) else _Fresh(registry)
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided
+
+
 _requires_grad = attrgetter('requires_grad')
-_pointer = Tensor.data_ptr
+_pointer, _size = Tensor.data_ptr, Tensor.numel

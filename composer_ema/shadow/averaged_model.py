@@ -38,9 +38,9 @@ def settings_of(averaged: AveragedModel, options: Mapping[str, Any]) -> dict[str
     return {**kept, **options}
 
 
-def copy_of(model: nn.Module, settings: Settings, arguments: Mapping[str, Any]) -> AveragedModel:
+def copy_of(model: nn.Module, settings: Settings, arguments: Mapping[str, Any], *, use_buffers: bool) -> AveragedModel:
     """An AveragedModel over a copy of ``model`` that averages as ``settings`` say; ``arguments`` of its own win."""
-    kept: dict[str, Any] = {'use_buffers': settings.buffers == 'average'}
+    kept: dict[str, Any] = {'use_buffers': use_buffers}
     if not arguments.keys() & set(_FUNCTIONS):
         kept |= {name: getattr(settings, name) for name in _FUNCTIONS}
     return AveragedModel(unwrap(model), **{**kept, **arguments})

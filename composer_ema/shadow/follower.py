@@ -6,6 +6,7 @@ the host wait.
 
 from __future__ import annotations
 
+import logging
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -17,15 +18,17 @@ from torch import Tensor, nn
 
 from composer_ema.kernels.layout import Pair
 from composer_ema.model.inventory import Inventory
-from composer_ema.model.names import check_same
+from composer_ema.model.names import check_same, listed
 from composer_ema.model.watch import Watch
 from composer_ema.shadow import loan
 from composer_ema.shadow.counter import DeviceCounter
 from composer_ema.shadow.function import ByFunction
 from composer_ema.shadow.offload import HostAverage
 from composer_ema.shadow.plan import ByWeight, Mover, Plan, Row, Rows
-from composer_ema.shadow.storage import Storage
+from composer_ema.shadow.storage import Storage, can_be_kept
 from composer_ema.shadow.stream import SideStream
+
+log = logging.getLogger(__name__)
 
 
 class Follower:
@@ -42,7 +45,7 @@ class Follower:
         self._overlap = overlap
         self._streams: dict[torch.device, SideStream] = {}
         self._skipped: dict[torch.device, DeviceCounter] = {}
-        self._has_warned = False
+        self._has_warned = self._has_listed = False
         self.plan: Plan | None = None
 
     def update(self, module: nn.Module, numbers: Sequence[Any]) -> None:
@@ -134,7 +137,9 @@ class Follower:
                 'what the average follows',
                 storage.parameters,
                 {name: p for name, p in inventory.parameters.items() if name in storage.parameters},
-                remedy='The average follows the architecture that it was built with; build a new one for another.',
+                remedy='The average follows the architecture that it was built with; build a new one for another. '
+                'Where names have left or changed, say so with shadow.resolve(model, joining=True, leaving=True, '
+                'renamed={old: new}).',
             )
             if joining:
                 storage.join(inventory)
@@ -145,13 +150,29 @@ class Follower:
         is_averaged = self._storages[0].is_averaged
         rows = Rows(
             list(parameters.values()),
-            [row for row in buffers.values() if is_averaged(row[0][0])],
-            [row for row in buffers.values() if not is_averaged(row[0][0])],
+            [row for name, row in buffers.items() if is_averaged(name)],
+            [row for name, row in buffers.items() if not is_averaged(name)],
         )
+        self._list_buffers(inventory)
         mover = self._mover()
         watch = Watch(module, inventory, on_gone=_weakly(self.forget_plan), addressed=_addressed(rows, mover))
         sources = {name: source for name, (_, source) in chain(parameters.items(), buffers.items())}
         return Plan(watch, joining, sources, rows, mover, self._streams)
+
+    def _list_buffers(self, inventory: Inventory) -> None:
+        """Says once what becomes of the buffers."""
+        storage = self._storages[0]
+        if self._has_listed or not inventory.buffers or not log.isEnabledFor(logging.INFO):
+            return
+        self._has_listed = True
+        averaged = [name for name in storage.buffers if storage.is_averaged(name)]
+        kept = [name for name, b in inventory.buffers.items() if name in storage.selection and not can_be_kept(b)]
+        log.info(
+            'buffers: averaging %s; copying %d others; leaving %s to the model, which cannot be kept',
+            listed(averaged) or 'none',
+            len(storage.buffers) - len(averaged),
+            listed(kept) or 'none',
+        )
 
     def _add_device(self, device: torch.device) -> None:
         if device not in self._streams:

@@ -16,7 +16,7 @@ from torch import Tensor
 from composer_ema import kernels
 from composer_ema.kernels.layout import detached, grouped, unzip
 from composer_ema.settings import AvgFn, MultiAvgFn, Settings, name_of
-from composer_ema.shadow.plan import Plan, Row, Step
+from composer_ema.shadow.plan import Plan, Row, Rows, Step
 
 #: Takes the number of updates so far and returns what writes the next average.
 Compute = Callable[[int], Callable[[], object]]
@@ -38,13 +38,13 @@ class ByFunction:
     def __init__(self, settings: Settings) -> None:
         self._avg_fn, self._multi_avg_fn = settings.avg_fn, settings.multi_avg_fn
 
-    def prepare(self, averaged: Sequence[Row], copied: Sequence[Row]) -> Step:
+    def prepare(self, rows: Rows) -> Step:
         """A step that takes the number of updates so far of each average and returns what writes the next values.
 
         A ``multi_avg_fn`` has written them by then.
         """
-        count = len((*averaged, *copied)[0][0])
-        computes = [self._prepare_one(averaged, copied, which) for which in range(count)]
+        first, _ = (*rows.parameters, *rows.averaged, *rows.copied)[0]
+        computes = [self._prepare_one(rows, which) for which in range(len(first))]
         if len(computes) == 1:
             return lambda counts: [computes[0](counts[0])]
         return lambda counts: [compute(n) for compute, n in zip(computes, counts, strict=True)]
@@ -71,14 +71,16 @@ class ByFunction:
         for write in chain.from_iterable(writes):
             write()
 
-    def _prepare_one(self, averaged: Sequence[Row], copied: Sequence[Row], which: int) -> Compute:
+    def _prepare_one(self, rows: Rows, which: int) -> Compute:
+        averaged = [*rows.parameters, *rows.averaged]  # never both, since they may not share a step
         shadows, sources = [row[which] for row, _ in averaged], [source for _, source in averaged]
         computes: list[Compute] = []
         if self._avg_fn is not None and shadows:
             computes.append(_prepare_one_by_one(shadows, sources, self._avg_fn))
         if self._multi_avg_fn is not None:
             computes.extend(_prepare_together(shadows, sources, self._multi_avg_fn))
-        copy = kernels.prepare([[]], [], copied=[(row[which], source) for row, source in copied])
+        copy = kernels.prepare([[]], [], copied=[(row[which], source) for row, source in rows.copied])
+        mend = partial(_mend, [row[which] for row, _ in rows.averaged], [source for _, source in rows.averaged])
 
         def compute(num_averaged: int) -> Callable[[], object]:
             writes = [each(num_averaged) for each in computes]
@@ -86,6 +88,7 @@ class ByFunction:
             def write_all() -> None:
                 for write in writes:
                     write()
+                mend()
                 copy((1.0,))
 
             return write_all
@@ -205,6 +208,13 @@ class _Reading:
 def _copy(averaged: list[Tensor], values: list[Tensor]) -> None:
     with torch.no_grad():
         torch._foreach_copy_(averaged, values)
+
+
+@torch.no_grad()
+def _mend(buffers: list[Tensor], sources: list[Tensor]) -> None:
+    """Copies the elements of averaged buffers that are not finite."""
+    for buffer, source in zip(buffers, sources, strict=True):
+        buffer.copy_(torch.where(buffer.isfinite(), buffer, source.to(buffer.device, buffer.dtype)))
 
 
 def _nothing() -> None:

@@ -117,7 +117,8 @@ class LendableAverage:
             {name: live[name] for name in shadows if name in live},
             remedy='Pass the same architecture.',
         )
-        torch._foreach_copy_([live[name] for name in shadows], list(shadows.values()))
+        if shadows:
+            torch._foreach_copy_([live[name] for name in shadows], list(shadows.values()))
 
     def lent_tensors(self) -> dict[str, Tensor]:
         """All shadows by canonical name, aliased; what a model shows while it holds the average."""
@@ -140,6 +141,7 @@ class LendableAverage:
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: the average without the ties to a model; the copy stands in none."""
+        self._follower.wait()  # the storage is copied before the follower
         return {**self.__dict__, '_loaded_stash': None}
 
     def _module(self) -> nn.Module | None:

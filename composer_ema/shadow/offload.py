@@ -66,7 +66,7 @@ class HostAverage:
         # Any: torch 2.7's stubs give its own stream and event types two incompatible bases.
         self._stream: Any = torch.cuda.Stream(self.device) if is_cuda else None
         self._buffers_copied, self._sources_read = self._new_event(), self._new_event()
-        self._buffers = [*self._in_chunks(buffers, _averaging), *self._in_chunks(copied, _copying)]
+        self._buffers = [*self._in_chunks(buffers, _averaging_buffers), *self._in_chunks(copied, _copying)]
         self._chunks = list(self._in_chunks(parameters, _averaging, limit=chunk))
         self._chunk_copied = [self._new_event() for _ in range(2)]
         if is_cuda:
@@ -195,6 +195,10 @@ class HostAverage:
 
 def _averaging(shadows: list[Tensor], copies: list[Tensor]) -> Steps:
     return kernels.prepare([shadows], copies)
+
+
+def _averaging_buffers(shadows: list[Tensor], copies: list[Tensor]) -> Steps:
+    return kernels.prepare([shadows], copies, mended=range(len(copies)))
 
 
 def _copying(shadows: list[Tensor], copies: list[Tensor]) -> Steps:

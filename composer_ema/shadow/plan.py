@@ -46,8 +46,8 @@ class Mover(Protocol):
     #: A positive weight below this one is mostly rounded away.
     smallest_weight: float
 
-    def prepare(self, averaged: Sequence[Row], copied: Sequence[Row]) -> Step:
-        """A step for rows of one device."""
+    def prepare(self, rows: Rows) -> Step:
+        """A step for rows of one device; an element of an averaged buffer is copied where it is not finite."""
         ...
 
     def is_left_to_a_thread(self, row: Row) -> bool:
@@ -106,15 +106,14 @@ class Plan:
         self.forked_steps: list[tuple[SideStream, Step]] = []
         self.steps: list[Step] = []
         for device in {**parameters, **averaged, **copied}:
-            together, stream = [*averaged[device]], streams[device]
-            if mover.may_share and not stream.is_beside:
-                together[:0] = parameters[device]
-            elif parameters[device]:
-                stream.keep_alive(_tensors_on(device, parameters[device]))
+            here, stream = Rows(parameters[device], averaged[device], copied[device]), streams[device]
+            if here.parameters and not (mover.may_share and not stream.is_beside):
+                stream.keep_alive(_tensors_on(device, here.parameters))
                 with stream.fork():  # joined before anything reads; what the step allocates is that stream's own
-                    self.forked_steps.append((stream, mover.prepare(parameters[device], [])))
-            if together or copied[device]:
-                self.steps.append(mover.prepare(together, copied[device]))
+                    self.forked_steps.append((stream, mover.prepare(Rows(here.parameters, [], []))))
+                here = dataclasses.replace(here, parameters=[])
+            if here.parameters or here.averaged or here.copied:
+                self.steps.append(mover.prepare(here))
 
 
 class ByWeight:
@@ -147,16 +146,17 @@ class ByWeight:
         )
         self._skipped = skipped
 
-    def prepare(self, averaged: Sequence[Row], copied: Sequence[Row]) -> Step:
-        device = (*averaged, *copied)[0][0][0].device
-        rules = dataclasses.replace(self._rules, skipped=self._skipped[device])
-        count = len((*averaged, *copied)[0][0])
-        shadows = [[row[which] for row, _ in averaged] for which in range(count)]
+    def prepare(self, rows: Rows) -> Step:
+        averaged = [*rows.parameters, *rows.averaged]
+        first, _ = (*averaged, *rows.copied)[0]
+        rules = dataclasses.replace(self._rules, skipped=self._skipped[first[0].device])
+        shadows = [[row[which] for row, _ in averaged] for which in range(len(first))]
         sources = [source for _, source in averaged]
         if averaged and log.isEnabledFor(logging.INFO):
             log.info('averaging %s', kernels.describe(shadows, sources, backend=self._backend, rules=rules))
-        pairs = [(shadow, source) for row, source in copied for shadow in row]
-        return kernels.prepare(shadows, sources, copied=pairs, backend=self._backend, rules=rules)
+        pairs = [(shadow, source) for row, source in rows.copied for shadow in row]
+        buffers = range(len(rows.parameters), len(averaged))
+        return kernels.prepare(shadows, sources, mended=buffers, copied=pairs, backend=self._backend, rules=rules)
 
     def is_left_to_a_thread(self, row: Row) -> bool:
         return self._has_thread and offload.can_take(row[0][0], row[1])

@@ -13,6 +13,7 @@ from typing_extensions import Unpack
 
 from composer_ema.averages import check_share, weight_from_smoothing
 from composer_ema.model.inventory import Inventory
+from composer_ema.model.selection import check_buffer_patterns
 from composer_ema.model.sharding import broadcast_, unwrap
 from composer_ema.settings import Settings, ShadowSettings, parse_device, parse_dtype, takes_settings
 from composer_ema.shadow import averaged_model, foreign, loan
@@ -31,8 +32,10 @@ class ShadowModel(LendableAverage):
 
         shadow += (1 - smoothing) * (source - shadow)      # in the shadow's dtype
 
-    Tracked are the parameters that require a gradient, each once however often it is tied, and the buffers. Floating
-    buffers are averaged or copied as ``buffers`` says; integer and boolean ones are copied. Frozen parameters cost no
+    Tracked are the parameters that require a gradient, each once however often it is tied, and the buffers. Running
+    means and variances of normalisation layers are averaged, and other buffers are copied, unless ``buffers`` says
+    otherwise; sparse buffers, and those whose elements share memory, stay whatever the model holds. Where an averaged
+    buffer or its average is not finite, the element is copied. Frozen parameters cost no
     memory and stay whatever the model holds; one that is unfrozen joins, at its value, at the next update. A tracked
     parameter that is frozen later stays tracked.
 
@@ -67,14 +70,23 @@ class ShadowModel(LendableAverage):
 
     def __init__(self, model: nn.Module, *, overlap: bool = False, **settings: Unpack[ShadowSettings]) -> None:
         if not isinstance(model, nn.Module):
-            raise TypeError(f'model must be a torch.nn.Module, got {type(model).__name__}. Pass the module to follow.')
+            raise TypeError(
+                f'model must be a torch.nn.Module, got {type(model).__name__}. Pass the module itself, as in '
+                'ShadowModel(model), not its parameters: the average goes by their names, and covers buffers too.'
+            )
         if not isinstance(overlap, bool):
             raise TypeError(f'overlap must be True or False, got {overlap!r}.')
         loan.refuse(unwrap(model))  # the average would start from another one
         inventory = Inventory.of(unwrap(model))
         storage = Storage(Settings.of(settings))
         storage.selection.check([*inventory.parameters, *inventory.buffers])
+        check_buffer_patterns(storage.settings.buffer_patterns, inventory.buffers)
         storage.join(inventory)
+        if inventory.parameters and not storage.parameters:
+            warnings.warn(
+                'no trainable parameter to average yet: all selected ones are frozen. They join when unfrozen.',
+                stacklevel=3,
+            )
         super().__init__(storage, Follower([storage], overlap=overlap))
 
     @classmethod
@@ -109,7 +121,9 @@ class ShadowModel(LendableAverage):
         Raises:
             TypeError: ``averaged`` is of another kind; :meth:`load_foreign` takes a state dict.
         """
-        shadow = cls(averaged_model.module_of(averaged), **averaged_model.settings_of(averaged, options))
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', message='no trainable parameter')  # frozen ones are tracked here, too
+            shadow = cls(averaged_model.module_of(averaged), **averaged_model.settings_of(averaged, options))
         storage, parameters = shadow._storage, Inventory.of(unwrap(averaged)).parameters
         storage.parameters = storage.copies_of({n: p for n, p in parameters.items() if n in storage.selection})
         storage.num_updates = int(averaged.n_averaged)
@@ -129,20 +143,55 @@ class ShadowModel(LendableAverage):
         """Whether ``avg_fn`` or ``multi_avg_fn`` makes the average."""
         return self._storage.settings.has_function
 
-    def resolve(self, model: nn.Module, *, joining: bool = False) -> None:
+    def resolve(
+        self,
+        model: nn.Module,
+        *,
+        joining: bool = False,
+        leaving: bool = False,
+        renamed: Mapping[str, str] | None = None,
+    ) -> None:
         """Pairs the shadow with ``model`` and moves it into its place now, not at the next update.
+
+        If parameters leave the model in the middle of a run, or change their names, as when adapters are merged or a
+        parametrization is added, tell the shadow so: an update refuses a model that lacks what it follows.
 
         Args:
             model: the model to follow.
             joining: whether tensors that are new, or trainable now, join at their value, as at an update. Default:
                 False.
+            leaving: whether to forget the averages of parameters that ``model`` no longer has. Default: False.
+            renamed: old canonical name of a parameter or buffer to its new one. Its average goes on under the new name.
 
         Raises:
-            RuntimeError: something is to join while ``model`` holds an average.
-            ValueError: ``model`` lacks a tracked parameter, or has it in another shape.
+            RuntimeError: something is to join, to leave or to be renamed while ``model`` holds an average.
+            ValueError: ``model`` lacks a tracked parameter or has it in another shape, or ``renamed`` does not fit.
+                Nothing is changed.
+
+        Example:
+            >>> model = nn.Linear(2, 1)
+            >>> shadow = ShadowModel(model)
+            >>> _ = nn.utils.parametrizations.weight_norm(model)
+            >>> shadow.resolve(model, joining=True, leaving=True, renamed={'bias': 'bias'})
+            >>> sorted(name for name, _ in shadow.named_parameters())
+            ['bias', 'parametrizations.weight.original0', 'parametrizations.weight.original1']
         """
+        module = unwrap(model)
+        if leaving or renamed:
+            loan.refuse(module)
+            self._refuse_while_swapped('names change')
+            before = self._storage.names_changed(Inventory.of(module), renamed or {}, leaving=leaving)
+            try:
+                self._resolve(module, joining)
+            except ValueError:
+                self._storage.parameters, self._storage.buffers = before
+                raise
+        else:
+            self._resolve(module, joining)
+
+    def _resolve(self, module: nn.Module, joining: bool) -> None:
         self._follower.forget_plan()
-        self._follower.plan_for(unwrap(model), joining=joining)
+        self._follower.plan_for(module, joining=joining)
 
     def outline(self, model: nn.Module) -> ShadowModel:
         """A shadow without memory that tracks what this one will track once what is new in ``model`` has joined.
@@ -217,8 +266,8 @@ class ShadowModel(LendableAverage):
         Args:
             model: of the architecture followed, in the dtype that the copy shall have. Only read.
             arguments: of ``AveragedModel``; default ``device``: that of ``model``. Without ``avg_fn`` and
-                ``multi_avg_fn``, this shadow's function goes on; without ``use_buffers``, buffers are averaged if this
-                shadow averages them.
+                ``multi_avg_fn``, this shadow's function goes on; without ``use_buffers``, which is for all buffers,
+                they are averaged if this shadow averages any.
 
         Raises:
             ValueError: ``model`` lacks a tracked name or has it in another shape.
@@ -226,7 +275,9 @@ class ShadowModel(LendableAverage):
         Warns:
             ``model`` has a narrower dtype than the average, and digits are lost.
         """
-        averaged = averaged_model.copy_of(model, self._storage.settings, arguments)
+        storage = self._storage
+        use_buffers = any(map(storage.is_averaged, storage.buffers))
+        averaged = averaged_model.copy_of(model, storage.settings, arguments, use_buffers=use_buffers)
         self.copy_to(averaged.module)
         averaged.n_averaged.fill_(self.num_updates)
         averaged_model.warn_of_lost_digits(averaged, self._storage.parameters)
@@ -305,15 +356,7 @@ class ShadowModel(LendableAverage):
         loaded = states.check(state, self._storage)
         self._warn_of_lost_digits(loaded.parameters)
         self._follower.forget_plan()
-        for kind, tensors in (
-            (self._storage.parameters, loaded.parameters),
-            (self._storage.buffers, loaded.buffers),
-        ):
-            for name, tensor in tensors.items():
-                if name in kind:
-                    kind[name].copy_(tensor)
-            # Frozen here, trainable in the saved run.
-            kind |= self._storage.copies_of({name: tensor for name, tensor in tensors.items() if name not in kind})
+        self._storage.assign(loaded.parameters, loaded.buffers)
         self._storage.num_updates = loaded.num_updates
         if loaded.seed is not None:
             self._storage.settings = self._storage.settings.replace(seed=loaded.seed)

@@ -92,7 +92,7 @@ def check(state: Mapping[str, Any], storage: Storage) -> Loaded:
     parameters, buffers, stash = dict(state[_PARAMETERS]), dict(state[_BUFFERS]), state.get(TRAINING_WEIGHTS)
     _check_names(storage, parameters, buffers)
     if stash is not None:
-        _check_stash(storage, parameters, stash)
+        _check_stash(storage, parameters, buffers, stash)
     for name, tensor in (*parameters.items(), *buffers.items(), *(stash or {}).items()):
         if tensor.is_meta or tensor.layout is not torch.strided:
             kind = 'on the meta device' if tensor.is_meta else f'stored as {tensor.layout}'
@@ -105,13 +105,18 @@ def _check_names(storage: Storage, parameters: Mapping[str, Tensor], buffers: Ma
     selection = storage.selection
     frozen = {n: shape for n, shape in storage.shapes.items() if n not in storage.parameters and n in selection}
     check_same('the saved average', {**frozen, **storage.parameters}, parameters, optional=frozen, remedy=_REMEDY)
-    check_same("the saved average's buffers", storage.buffers, buffers, optional=storage.volatile, remedy=_REMEDY)
+    # A model may register, replace and resize the buffers that are copied from it, so these may differ.
+    free = {n: b for n, b in buffers.items() if n in selection and n not in storage.statistics}
+    loose = {name for name in storage.buffers if name in storage.volatile or not storage.is_averaged(name)}
+    expected = {**storage.buffers, **{n: b for n, b in free.items() if isinstance(b, Tensor)}}
+    check_same("the saved average's buffers", expected, buffers, optional=loose, remedy=_REMEDY)
 
 
-def _check_stash(storage: Storage, parameters: Mapping[str, Tensor], stash: Any) -> None:
+def _check_stash(storage: Storage, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], stash: Any) -> None:
     if not isinstance(stash, Mapping):
         raise ValueError(f"the state's {TRAINING_WEIGHTS!r} is a {type(stash).__name__}. Nothing was loaded.")
     shapes = {**storage.shapes, **storage.parameters}
-    tracked = {**{name: shapes[name] for name in parameters}, **storage.buffers}
-    whole = {name for name, buffer in storage.buffers.items() if not is_inexact(buffer)}
-    check_same('the saved training weights', tracked, stash, optional=storage.volatile | whole, remedy=_REMEDY)
+    tracked = {**{name: shapes[name] for name in parameters}, **storage.buffers, **buffers}
+    whole = {name for name, buffer in tracked.items() if not is_inexact(buffer)}
+    optional = whole | storage.volatile | ({*storage.buffers, *buffers} - storage.statistics)
+    check_same('the saved training weights', tracked, stash, optional=optional, remedy=_REMEDY)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from composer_ema.kernels.layout import Pair, side_by_side
 from composer_ema.kernels.rules import is_inexact
 from composer_ema.model.inventory import Inventory
+from composer_ema.model.names import listed
 from composer_ema.model.selection import Selection
 from composer_ema.settings import Settings
 
@@ -22,9 +24,11 @@ class Storage:
 
     Attributes:
         parameters: name to shadow, of the shape of its source.
-        buffers: likewise; floating ones are averaged or copied as the settings say, others copied.
+        buffers: likewise; floating ones are averaged or copied as the settings say, others copied. Those that the
+            settings select and that are not here stay as the model has them; see :func:`can_be_kept`.
         shapes: every parameter of the model, tracked or not, as a tensor without memory.
         persistent: names of the buffers that the model's own state dict holds.
+        statistics: names of the running means and variances of normalisation layers.
         aliases: further names of a tied tensor, each with the name it stands under.
         num_updates: updates made so far.
     """
@@ -35,8 +39,10 @@ class Storage:
         self.buffers: dict[str, Tensor] = {}
         self.shapes: dict[str, Tensor] = {}
         self.persistent: set[str] = set()
+        self.statistics: set[str] = set()
         self.aliases: dict[str, str] = {}
         self.num_updates = 0
+        self._loaded: set[str] = set()  # buffers that came with a state and that no model has confirmed
 
     @property
     def selection(self) -> Selection:
@@ -58,25 +64,97 @@ class Storage:
         return self.parameters[name] if name in self.parameters else self.buffers.get(name)
 
     def join(self, inventory: Inventory) -> None:
-        """Takes in, at their value, trainable parameters and buffers that are new, or buffers of a new shape.
+        """Takes in, at their value, trainable parameters that are new, and buffers that are new or of another kind.
 
-        A buffer whose elements share memory cannot be written, so it never changes and is left out.
+        Buffers that the model no longer has are dropped.
+
+        Raises:
+            ValueError: a parameter to take in is sparse, or of another layout that cannot be averaged.
         """
         selection = self.selection
-        self.parameters |= self.copies_of({
+        new = {
             name: parameter
             for name, parameter in inventory.parameters.items()
             if name not in self.parameters and parameter.requires_grad and name in selection
-        })  # fmt: skip
+        }
+        for name, parameter in new.items():
+            if parameter.layout is not torch.strided:
+                raise ValueError(
+                    f'{name} is a parameter stored as {parameter.layout}, but only dense ones can be averaged. '
+                    'Exclude it by name, or make it dense.'
+                )
+        self.parameters |= self.copies_of(new)
+        self._drop_all_but(inventory.buffers)
         self.buffers |= self.copies_of({
             name: buffer
             for name, buffer in inventory.buffers.items()
-            if name in selection
-            and not (name in self.buffers and self.buffers[name].shape == buffer.shape)
-            and not _overlaps_itself(buffer)
+            if name in selection and can_be_kept(buffer) and not _are_alike(self.buffers.get(name), buffer)
         })  # fmt: skip
         self.shapes = {name: torch.empty_like(t, device='meta') for name, t in inventory.parameters.items()}
         self.persistent, self.aliases = inventory.persistent, inventory.aliases
+        self.statistics = inventory.statistics
+
+    def names_changed(
+        self, inventory: Inventory, renamed: Mapping[str, str], *, leaving: bool
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Gives shadows the new names of their sources, and forgets those of sources that have left.
+
+        Args:
+            inventory: of the model as it is now.
+            renamed: old name to new name.
+            leaving: whether to forget the shadows of parameters that the model does not have.
+
+        Returns:
+            The parameters and the buffers as they were before.
+
+        Raises:
+            ValueError: an old name that is not tracked, a new one that the model does not have, has in another shape
+                or that is tracked already. Nothing is changed.
+        """
+        tensors, tracked = inventory.tensors(), {*self.parameters, *self.buffers}
+        for old, new in renamed.items():
+            shadow, source = self.tensor(old), tensors.get(new)
+            if shadow is None:
+                raise ValueError(f'renamed: there is no average of {old}. Tracked are {listed(sorted(tracked))}.')
+            if source is None or not _are_alike(shadow, source):
+                has = 'does not have it' if source is None else f'has it in shape {tuple(source.shape)}'
+                raise ValueError(
+                    f'renamed: {old} of shape {tuple(shadow.shape)} cannot become {new}: the model {has}. '
+                    'Name a tensor of the same shape.'
+                )
+            if new in tracked and new != old and new not in renamed:
+                raise ValueError(f'renamed: {old} cannot become {new}, which has an average of its own.')
+        if len(set(renamed.values())) < len(renamed):
+            raise ValueError('renamed gives two averages one name. Name each tensor once.')
+        before = self.parameters, self.buffers
+        parameters = {renamed.get(name, name): shadow for name, shadow in self.parameters.items()}
+        self.buffers = {renamed.get(name, name): shadow for name, shadow in self.buffers.items()}
+        self.parameters = {n: s for n, s in parameters.items() if not leaving or n in inventory.parameters}
+        return before
+
+    def _drop_all_but(self, names: Collection[str]) -> None:
+        gone = self.buffers.keys() - names
+        for name in gone:
+            del self.buffers[name]
+        if loaded := sorted(gone & self._loaded):
+            warnings.warn(
+                f'the loaded average has buffers that the model does not have: {listed(loaded)}. They are dropped.',
+                stacklevel=6,
+            )
+        self._loaded.clear()
+
+    def assign(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
+        """Writes values into the shadows of these names. What is new here, or of another kind, gets a shadow."""
+        self._loaded |= buffers.keys() - self.buffers.keys()
+        for kind, values in ((self.parameters, parameters), (self.buffers, buffers)):
+            written = {
+                name: value
+                for name, value in values.items()
+                if _are_alike(kind.get(name), value) and not (kind[name].is_meta and not self._is_outline)
+            }
+            for name, value in written.items():
+                kind[name].copy_(value)
+            kind |= self.copies_of({name: value for name, value in values.items() if name not in written})
 
     def copies_of(self, sources: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """New shadows that hold the values of ``sources``, in the dtypes and on the device of the settings."""
@@ -89,21 +167,45 @@ class Storage:
             return dict(zip(sources, side_by_side(shadows), strict=True))
 
     def paired(self, kind: dict[str, Tensor], sources: Mapping[str, Tensor]) -> dict[str, Pair]:
-        """The shadows of :attr:`parameters` or :attr:`buffers` beside their sources of the same shape.
+        """The shadows of :attr:`parameters` or :attr:`buffers` beside their sources of the same shape and kind.
 
         A shadow that lies on another device than it should is moved.
+
+        Raises:
+            ValueError: a shadow or its source is on the meta device, so that it has no values.
         """
         pairs = {}
         for name, shadow in kind.items():
             source = sources.get(name)
-            if source is not None and source.shape == shadow.shape:
+            if source is not None and _are_alike(shadow, source):
+                if source.is_meta or shadow.is_meta:
+                    self._check_has_values(name, shadow, source)
                 kind[name] = shadow.to(self.settings.device or source.device)
                 pairs[name] = (kind[name], source)
         return pairs
 
-    def is_averaged(self, buffer: Tensor) -> bool:
+    def _check_has_values(self, name: str, shadow: Tensor, source: Tensor) -> None:
+        if source.is_meta and not shadow.is_meta:
+            raise ValueError(
+                f'{name} of the model is on the meta device, so it has no values to average. '
+                "Call model.to_empty(device='cpu') and initialise or load its weights first."
+            )
+        if not source.is_meta and not self._is_outline:
+            raise ValueError(
+                f'{name} was on the meta device when the average was built, so the average has no values to start '
+                'from. Build it once the model has its weights, or load a saved average into it first.'
+            )
+
+    def is_averaged(self, name: str) -> bool:
         """Whether a buffer is averaged, not copied."""
-        return self.settings.buffers == 'average' and is_inexact(buffer)
+        return is_inexact(self.buffers[name]) and self.settings.averages_buffer(
+            name, is_statistic=name in self.statistics
+        )
+
+    @property
+    def _is_outline(self) -> bool:
+        """Whether the shadows shall have no memory."""
+        return self.settings.device == torch.device('meta')
 
     def convert(self, settings: Settings) -> None:
         """Moves and casts every shadow to the dtype and device of ``settings``."""
@@ -128,6 +230,22 @@ class Storage:
         return self.settings.dtype or (torch.float32 if source.element_size() < 4 else source.dtype)
 
 
+def can_be_kept(buffer: Tensor) -> bool:
+    """Whether an average can hold a copy of a buffer.
+
+    It cannot where the buffer is sparse. Where elements share memory, as after ``expand``, the buffer cannot be
+    written, so it never changes.
+    """
+    return buffer.layout is torch.strided and not _overlaps_itself(buffer)
+
+
+def _are_alike(shadow: Tensor | None, source: Tensor) -> bool:
+    """Whether ``shadow`` can become ``source``: they share shape and layout, and both hold the same kind of numbers."""
+    if shadow is None or shadow.shape != source.shape or shadow.layout != source.layout:
+        return False
+    are_floating = shadow.is_floating_point() and source.is_floating_point()
+    return shadow.dtype == source.dtype or are_floating or (shadow.is_complex() and source.is_complex())
+
+
 def _overlaps_itself(tensor: Tensor) -> bool:
-    """Whether elements share memory, as after ``expand``."""
     return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))

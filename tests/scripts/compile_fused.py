@@ -15,16 +15,16 @@ SIGNATURE = {'table': '*i64', 'weights': '*fp32', 'control': '*i64', 'skipped': 
 
 def main(architecture: int) -> None:
     count = 0
-    for averages, source, shadow, guard, stochastic, copies, aligned in itertools.product(
-        (1, 2), (0, 1, 2, -1), (0, 1, -1), (False, True), (False, True), (False, True), (False, True)
+    for averages, source, shadow, guard, stochastic, copies, mends, aligned in itertools.product(
+        (1, 2), (0, 1, 2, -1), (0, 1, -1), (False, True), (False, True), (False, True), (False, True), (False, True)
     ):
         options = {
             'K': averages, 'SOURCE': source, 'SHADOW': shadow, 'GUARD': guard, 'STOCHASTIC': stochastic,
-            'COPIES': copies, 'ALIGNED': aligned, 'PIECE': PIECE, 'ROUNDS': PHILOX_ROUNDS,
+            'COPIES': copies, 'MENDS': mends, 'ALIGNED': aligned, 'PIECE': PIECE, 'ROUNDS': PHILOX_ROUNDS,
         }  # fmt: skip
         if (stochastic and shadow == 0) or (averages == 2 and (source, shadow) != (-1, -1)):
             continue
-        if copies and (source, shadow) not in ((0, 0), (-1, -1)):
+        if (copies or mends) and (source, shadow) not in ((0, 0), (-1, -1)):
             continue
         signature = SIGNATURE | dict.fromkeys(options, 'constexpr')
         compiled = triton.compile(
