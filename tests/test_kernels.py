@@ -214,13 +214,13 @@ def test_the_reference_rounds_once_into_the_shadow():
 
 def test_no_chunk_of_scratch_exceeds_its_limit(monkeypatch):
     seen = []
-    cast_then_move = foreach._cast_then_move
+    cast_then_lerp = foreach._cast_then_lerp
 
-    def spy(move, shadows, sources, casts, weight):
+    def spy(shadows, sources, casts, weight):
         seen.append(sum(cast.numel() for cast in casts))
-        cast_then_move(move, shadows, sources, casts, weight)
+        cast_then_lerp(shadows, sources, casts, weight)
 
-    monkeypatch.setattr(foreach, '_cast_then_move', spy)
+    monkeypatch.setattr(foreach, '_cast_then_lerp', spy)
     sizes = [100, 1, 31, 32, 33, 5]
     shadows, sources = [torch.zeros(n) for n in sizes], [torch.ones(n, dtype=torch.float64) for n in sizes]
     lerp_(shadows, sources, 0.5)

@@ -27,7 +27,9 @@ from composer_ema.kernels.layout import (
 )
 from composer_ema.kernels.rules import Rules
 
-_Move = Callable[[list[Tensor], list[Tensor], float], None]
+_Call = Callable[[float], None]
+# A call, the shadows that it moves, and their sources as it sees them.
+_Move = tuple[_Call, list[Tensor], list[Tensor]]
 # Elements of the scratch buffer: on a CPU, what stays in a core's cache; on an accelerator, what fills the device.
 _CHUNK_CPU = 2**18
 _CHUNK_ACCELERATOR = 2**24
@@ -101,15 +103,15 @@ def _copies(copies: Sequence[Tensor], sources: Sequence[Tensor]) -> Iterator[Cal
 def _calls(
     shadows: Sequence[Tensor], sources: Sequence[Tensor], are_mended: Sequence[bool]
 ) -> list[Callable[[float], None]]:
-    calls: list[Callable[[float], None]] = []
+    calls: list[_Call] = []
     triples = zip(shadows, sources, are_mended, strict=True)
     for (device, dtype, is_alike, is_mended), group in grouped(triples, _kind).items():
         group_shadows, group_sources = unzip((shadow, source) for shadow, source, _ in group)
-        move = _mending(_lerp) if is_mended else _lerp
         if is_alike:
-            calls.extend(_in_place(group_shadows, group_sources, move))
+            found = _in_place(group_shadows, group_sources)
         else:
-            calls.extend(_through_scratch(group_shadows, detached(group_sources), device, dtype, move))
+            found = _through_scratch(group_shadows, detached(group_sources), device, dtype)
+        calls.extend(_then_mending(*each) if is_mended else each[0] for each in found)
     return calls
 
 
@@ -123,26 +125,28 @@ def _target_and_likeness(pair: Pair) -> tuple[torch.device, torch.dtype, bool]:
     return shadow.device, shadow.dtype, shadow.dtype == source.dtype and shadow.device == source.device
 
 
-def _in_place(shadows: list[Tensor], sources: list[Tensor], move: _Move) -> Iterator[Callable[[float], None]]:
+def _in_place(shadows: list[Tensor], sources: list[Tensor]) -> Iterator[_Move]:
     bundles, singles = split_bundles(shadows, sources)
     if bundles:
         scratch = torch.empty(max(bundle.numel() for bundle, _ in bundles), dtype=shadows[0].dtype)
         for bundle, parts in bundles:
-            yield partial(_gather_then_move, move, bundle, parts, scratch[: bundle.numel()])
+            gathered = scratch[: bundle.numel()]
+            yield partial(_gather_then_lerp, bundle, parts, gathered), [bundle], [gathered]
     if singles[0]:
-        yield partial(move, *singles)
+        yield partial(_lerp, *singles), *singles
 
 
 def _through_scratch(
-    shadows: list[Tensor], sources: list[Tensor], device: torch.device, dtype: torch.dtype, move: _Move
-) -> Iterator[Callable[[float], None]]:
+    shadows: list[Tensor], sources: list[Tensor], device: torch.device, dtype: torch.dtype
+) -> Iterator[_Move]:
     limit = _CHUNK_CPU if device.type == 'cpu' else _CHUNK_ACCELERATOR
     cut = [piece for pair in zip(shadows, sources, strict=True) for piece in pieces(*pair, limit)]
     chunks = list(packed(cut, lambda piece: piece[0].numel(), limit))
     scratch = torch.empty(max(map(_total, chunks)), device=device, dtype=dtype)
     for chunk in chunks:
         piece_shadows, piece_sources = unzip(chunk)
-        yield partial(_cast_then_move, move, piece_shadows, piece_sources, carve(scratch, piece_shadows))
+        casts = carve(scratch, piece_shadows)
+        yield partial(_cast_then_lerp, piece_shadows, piece_sources, casts), piece_shadows, casts
 
 
 def _lerp(shadows: list[Tensor], sources: list[Tensor], weight: float) -> None:
@@ -153,46 +157,48 @@ def _lerp(shadows: list[Tensor], sources: list[Tensor], weight: float) -> None:
         torch._foreach_lerp_(shadows, sources, weight)
 
 
-def _gather_then_move(move: _Move, bundle: Tensor, parts: list[Tensor], scratch: Tensor, weight: float) -> None:
+def _gather_then_lerp(bundle: Tensor, parts: list[Tensor], scratch: Tensor, weight: float) -> None:
     if weight != 0:
         torch.cat(parts, out=scratch)
-        move([bundle], [scratch], weight)
+        _lerp([bundle], [scratch], weight)
 
 
-def _cast_then_move(
-    move: _Move, shadows: list[Tensor], sources: list[Tensor], casts: list[Tensor], weight: float
-) -> None:
+def _cast_then_lerp(shadows: list[Tensor], sources: list[Tensor], casts: list[Tensor], weight: float) -> None:
     torch._foreach_copy_(casts, sources)
-    move(shadows, casts, weight)
+    _lerp(shadows, casts, weight)
 
 
-def _mending(move: _Move) -> _Move:
-    """Moves, then copies each source element whose average is not finite: it or the average was not."""
-    scratch: dict[torch.Size, tuple[Tensor, Tensor]] = {}  # allocated once for each shape
-    sums: dict[torch.dtype, Tensor] = {}
+def _then_mending(call: _Call, shadows: Sequence[Tensor], sources: Sequence[Tensor]) -> _Call:
+    """Calls, then copies each source element whose average is not finite: it or the average was not."""
+    mends = [_mend(shadow, source) for shadow, source in zip(shadows, sources, strict=True)]
 
-    def is_finite_sum(shadow: Tensor) -> bool:
-        if shadow.dtype not in sums:
-            sums[shadow.dtype] = shadow.new_zeros(())
-        return cmath.isfinite(torch.sum(shadow, dim=list(range(shadow.dim())), out=sums[shadow.dtype]).item())
+    def call_and_mend(weight: float) -> None:
+        call(weight)
+        if 0 < weight < 1:
+            for mend in mends:
+                mend()
 
-    def mend(shadow: Tensor, source: Tensor) -> None:
-        if shadow.device.type == 'cpu' and is_finite_sum(shadow):
-            return
-        if shadow.shape not in scratch:
-            scratch[shadow.shape] = torch.empty_like(shadow), torch.empty_like(shadow, dtype=torch.bool)
-        difference, is_finite = scratch[shadow.shape]
+    return call_and_mend
+
+
+def _mend(shadow: Tensor, source: Tensor) -> Callable[[], object]:
+    if shadow.device.type == 'cpu':
+        total, dims = shadow.new_zeros(()), list(range(shadow.dim()))
+
+        def mend_if_need_be() -> None:
+            if not cmath.isfinite(torch.sum(shadow, dims, out=total).item()):
+                torch.where(shadow.isfinite(), shadow, source, out=shadow)
+
+        return mend_if_need_be
+
+    difference, is_finite = torch.empty_like(shadow), torch.empty_like(shadow, dtype=torch.bool)
+
+    def mend() -> None:  # asks nothing, since an answer from the device would make the host wait
         torch.sub(shadow, shadow, out=difference)  # 0 where it is finite, and else NaN
         torch.eq(difference, 0, out=is_finite)
         torch.where(is_finite, shadow, source, out=shadow)
 
-    def move_and_mend(shadows: list[Tensor], sources: list[Tensor], weight: float) -> None:
-        move(shadows, sources, weight)
-        if 0 < weight < 1:
-            for shadow, source in zip(shadows, sources, strict=True):
-                mend(shadow, source)
-
-    return move_and_mend
+    return mend
 
 
 def _total(chunk: list[Pair]) -> int:
