@@ -26,6 +26,8 @@ except ModuleNotFoundError as error:
 # The other modules that the extra installs. If any other module is missing, that is a bug.
 _OF_THE_EXTRA = ('composer', 'torchvision', 'omegaconf', 'yaml', 'pydantic', 'matplotlib')
 
+_KEY_HELP = 'Where in the file the average is, as in ema or state.ema. Default: everywhere.'
+
 app = typer.Typer(
     help='Train with an average of the weights, and get the average out.',
     no_args_is_help=True,
@@ -67,20 +69,34 @@ def export(
     checkpoint: Annotated[
         Path, typer.Argument(help='A checkpoint, of Composer or another library.', show_default=False)
     ],
-    out: Annotated[Path, typer.Argument(help='The safetensors file to write.', show_default=False)],
+    out: Annotated[
+        Path, typer.Argument(help='The file to write: safetensors, or of torch as NAME.pt.', show_default=False)
+    ],
     average: Annotated[
         str | None, typer.Option(help='Which average to write, if the checkpoint holds several.', show_default=False)
     ] = None,
+    key: Annotated[str | None, typer.Option(help=_KEY_HELP, show_default=False)] = None,
+    strip_prefix: Annotated[
+        str | None,
+        typer.Option(
+            metavar='PREFIX',
+            help='Module to take off the names, as in module; auto: the outermost one, whatever it is called.',
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
-    """Write the average of a checkpoint to a safetensors file."""
+    """Write the average of a checkpoint to a file of its own."""
     with _usage_errors():
         from rich.table import Table
 
         from composer_ema.checkpoints.export import export
 
-        table = Table(title=str(out), title_justify='left', show_header=False)
-        for key, value in export(checkpoint, out, average=average).items():
-            table.add_row(escape(str(key)), escape(str(value)))
+        written = export(checkpoint, out, average=average, key=key, strip_prefix=strip_prefix)
+        table = Table(title=escape(str(out)), title_justify='left', show_header=False)
+        table.add_column(overflow='fold')
+        table.add_column(overflow='fold')
+        for fact, value in written.items():
+            table.add_row(escape(fact), escape(value))
         show(table)
 
 
@@ -161,6 +177,7 @@ def inspect(
     ],
     all_tensors: Annotated[bool, typer.Option('--all', help='List every tensor.')] = False,
     as_json: Annotated[bool, typer.Option('--json', help='Print all of it as JSON.')] = False,
+    key: Annotated[str | None, typer.Option(help=_KEY_HELP, show_default=False)] = None,
 ) -> None:
     """Show what a checkpoint holds: whose weights, which averages, of what. Executes nothing in the file."""
     with _usage_errors():
@@ -169,7 +186,7 @@ def inspect(
 
         from composer_ema.checkpoints.inspection import describe
 
-        found = describe(checkpoint)
+        found = describe(checkpoint, key=key)
         if as_json:
             show(json.dumps(dataclasses.asdict(found), indent=2))
             return

@@ -13,8 +13,9 @@ import toy
 from composer.models import ComposerClassifier
 from torch import nn
 
-from composer_ema import EMA, CheckpointError, export, load_average
+from composer_ema import EMA, CheckpointError, EMAOptimizer, export, load_average
 from composer_ema.checkpoints import reading
+from composer_ema.checkpoints.inspection import describe
 from composer_ema.model.inventory import Inventory
 
 
@@ -387,3 +388,159 @@ def test_numpy_scalars_and_times_of_composers_checkpoints_are_read(saved):
     torch.save(content, path)
     assert reading.read_file(path)['state']['numpy'][0] == 1.5
     load_average(path)
+
+
+class TestOutermostModule:
+    """A checkpoint of a ComposerModel fits the network in it, and the other way round."""
+
+    @pytest.fixture
+    def network(self):
+        return toy.make_model(seed=9).module
+
+    def test_a_checkpoint_of_composer_fits_the_bare_network(self, saved, network):
+        _, ema, path = saved
+        loaded, average = load_average(path, network), average_of(ema)
+        assert list(loaded) == list(network.state_dict())
+        assert all(torch.equal(tensor, average[f'module.{name}']) for name, tensor in loaded.items())
+        network.load_state_dict(loaded, strict=True)
+
+    @pytest.mark.parametrize('theirs', ['module', 'model', 'body'])
+    @pytest.mark.parametrize('ours', ['', 'module', 'model', 'body'])
+    def test_whatever_either_calls_it(self, saved, network, tmp_path, theirs, ours):
+        content = torch.load(saved[2], weights_only=False)
+
+        def renamed(tensors):
+            return {f'{theirs}.{name.removeprefix("module.")}': tensor for name, tensor in tensors.items()}
+
+        state = content['state']
+        average = dict(state['algorithms'])['EMA']['averages']['ema']
+        state['model'] = renamed(state['model'])
+        average.update(parameters=renamed(average['parameters']), buffers=renamed(average['buffers']))
+        torch.save(content, tmp_path / 'theirs.pt')
+        model = nn.ModuleDict({ours: network}) if ours else network
+        loaded, expected = load_average(tmp_path / 'theirs.pt', model), load_average(saved[2], network)
+        assert list(loaded) == list(model.state_dict())
+        assert all(map(torch.equal, loaded.values(), expected.values()))
+
+    def test_a_file_of_a_network_fits_a_composer_model(self, saved, tmp_path):
+        export(saved[2], tmp_path / 'bare.pt', strip_prefix='auto')
+        assert load_average(tmp_path / 'bare.pt').keys() == toy.make_model().module.state_dict().keys()
+        loaded = load_average(tmp_path / 'bare.pt', toy.make_model())
+        assert all(map(torch.equal, loaded.values(), load_average(saved[2]).values()))
+        assert list(loaded) == list(toy.make_model().state_dict())
+
+    def test_another_network_is_still_refused_by_name(self, saved):
+        with pytest.raises(CheckpointError, match='unexpected: '):
+            load_average(saved[2], nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+
+    @pytest.mark.parametrize('prefix', ['auto', 'module', 'module.'])
+    @pytest.mark.parametrize('name', ['out.pt', 'out.safetensors'])
+    def test_export_takes_the_module_off(self, saved, network, tmp_path, prefix, name):
+        export(saved[2], tmp_path / name, strip_prefix=prefix)
+        network.load_state_dict(load_average(tmp_path / name), strict=True)
+
+    @pytest.mark.parametrize(
+        ('names', 'prefix', 'message'),
+        [
+            (['a.x', 'a.y'], 'b', r"strip_prefix='b' applies to no name in .*, which holds a\.x, a\.y"),
+            (['a.x', 'b.x'], 'auto', r'but those of .* begin with a, b\. Pass one'),
+            (['x', 'y'], 'auto', r'begin with x, y\. Pass one'),
+            (['a.x', 'x'], 'a', r'would make two names one in .*: x with a\.x'),
+            (['a.x'], 'a.x', 'applies to no name'),
+        ],
+    )
+    def test_a_prefix_that_does_not_apply_is_refused_by_name(self, tmp_path, names, prefix, message):
+        torch.save({'ema': {name: torch.zeros(1) for name in names}}, tmp_path / 'a.pt')
+        with pytest.raises(CheckpointError, match=message):
+            export(tmp_path / 'a.pt', tmp_path / 'out.pt', key='ema', strip_prefix=prefix)
+        assert not (tmp_path / 'out.pt').exists()
+
+    def test_names_outside_of_the_module_stay_with_a_warning(self, tmp_path):
+        torch.save({'ema': {'a.x': torch.zeros(1), 'loss.w': torch.zeros(1)}}, tmp_path / 'a.pt')
+        with pytest.warns(UserWarning, match=r'1 names do not begin with a\. and stay as they are: loss\.w'):
+            export(tmp_path / 'a.pt', tmp_path / 'out.pt', key='ema', strip_prefix='a')
+        assert list(torch.load(tmp_path / 'out.pt', weights_only=True)) == ['x', 'loss.w']
+
+
+class TestSparse:
+    @pytest.fixture(params=['sparse_coo', 'sparse_csr'])
+    def sparse(self, request, saved):
+        """A checkpoint whose model has a sparse buffer, and what that is."""
+        dense = torch.eye(3)
+        tensor = dense.to_sparse() if request.param == 'sparse_coo' else dense.to_sparse_csr()
+        content = torch.load(saved[2], weights_only=False)
+        content['state']['model']['module.adjacency'] = tensor
+        torch.save(content, saved[2])
+        return saved[2], tensor
+
+    def test_buffers_are_read_and_written_by_torch(self, sparse, tmp_path):
+        path, tensor = sparse
+        export(path, tmp_path / 'out.pt')
+        for file in (path, tmp_path / 'out.pt'):
+            loaded = load_average(file)['module.adjacency']
+            assert loaded.layout == tensor.layout
+            assert torch.equal(loaded.to_dense(), torch.eye(3))
+
+    def test_buffers_are_named_where_safetensors_cannot_hold_them(self, sparse, tmp_path):
+        path, tensor = sparse
+        layout = str(tensor.layout).removeprefix('torch.')
+        with pytest.raises(CheckpointError, match=rf'module\.adjacency \({layout}\).*Write a file that ends in \.pt'):
+            export(path, tmp_path / 'out.safetensors')
+        assert not (tmp_path / 'out.safetensors').exists()
+
+    def test_copies_in_the_average_are_read_too(self, sparse):
+        path, tensor = sparse
+        content = torch.load(path, weights_only=False)
+        dict(content['state']['algorithms'])['EMA']['averages']['ema']['buffers']['module.adjacency'] = tensor
+        torch.save(content, path)
+        assert torch.equal(load_average(path)['module.adjacency'].to_dense(), torch.eye(3))
+
+
+class TestFolders:
+    @pytest.mark.parametrize(
+        ('files', 'advice'),
+        [
+            (['checkpoints/latest-rank0.pt', 'checkpoints/ep1.pt'], r'Pass .*run/checkpoints/latest-rank0\.pt'),
+            (['latest-rank0.pt', 'ep1-ba2-rank0.pt'], r'Pass the checkpoint in it: .*run/latest-rank0\.pt'),
+            (['checkpoints/ep1.pt'], r'Pass one checkpoint of those in it, such as .*run/checkpoints/ep1\.pt'),
+            (['last.ckpt', 'notes.txt'], r'such as .*run/last\.ckpt'),
+            (['.metadata', '__0_0.distcp'], r'sharded checkpoint, and these are not read yet'),
+            (['checkpoints/ep1/.metadata'], r'sharded checkpoints, such as .*checkpoints/ep1, which are not read yet'),
+            (['notes.txt'], r'It holds no checkpoint: pass a single \.pt file'),
+        ],
+    )  # fmt: skip
+    def test_a_folder_is_refused_with_the_file_to_pass(self, tmp_path, files, advice):
+        for file in files:
+            path = tmp_path / 'run' / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        for call in (load_average, describe, lambda path: export(path, tmp_path / 'out.pt')):
+            with pytest.raises(CheckpointError, match=rf'run is a folder\. .*{advice}'):
+                call(tmp_path / 'run')
+
+    def test_the_file_is_the_one_that_composer_writes(self, trainer, tmp_path):
+        folder = tmp_path / 'run'
+        trainer([EMA('1ba')], max_duration='1ba', save_folder=str(folder / 'checkpoints'), save_interval='1ba').fit()
+        with pytest.raises(CheckpointError) as error:
+            load_average(folder)
+        load_average(str(error.value).rpartition(': ')[2].removesuffix('.'))
+
+
+class TestAverageOfAnOptimizer:
+    def test_in_a_checkpoint_of_composer_is_found(self, trainer, tmp_path):
+        """Composer's own checkpoints keep only an optimizer's state and groups, so a script has to add it."""
+        run = trainer([], max_duration='1ba')
+        run.fit()
+        path = tmp_path / 'a.pt'
+        run.save_checkpoint(str(path))
+        content = torch.load(path, weights_only=False)
+        model = toy.make_model(seed=3)
+        optimizer = EMAOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
+        model.module(torch.randn(4, 1, 6, 6)).sum().backward()
+        optimizer.step()
+        content['state']['optimizers'] = {'EMAOptimizer': optimizer.state_dict()}
+        torch.save(content, path)
+        with optimizer.swap_ema_weights():
+            expected = model.state_dict()
+            assert all(torch.equal(tensor, expected[name]) for name, tensor in load_average(path).items())
+        assert describe(path).averages[0].key == 'state.optimizers.EMAOptimizer.ema'

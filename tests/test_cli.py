@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -198,9 +199,36 @@ def test_export_writes_the_average_of_a_checkpoint(call, recipe, tmp_path):
     assert all(written[name].equal(expected[name]) for name in expected)
     with safe_open(exported, 'pt') as file:
         assert file.metadata()['run_name'] == 'tiny'
-    code, _, err = call('inspect', exported)
+    for code, out, err in (call('inspect', exported), call('export', checkpoint, exported, '--strip-prefix', 'auto')):
+        assert (code, err) == (0, '')
+        assert 'half_life' in out
+    assert load_file(exported).keys() == {name.removeprefix('module.') for name in expected}
+    code, _, err = call('export', exported, tmp_path / 'b.pt', '--strip-prefix', 'module')
     assert code == 2
-    assert 'is a safetensors file' in err
+    assert "strip_prefix='module' applies to no name" in err
+
+
+def test_a_key_says_which_weights_of_a_file_are_the_average(call, tmp_path):
+    weights = {'weight': torch.ones(2)}
+    path, out = tmp_path / 'a.pt', tmp_path / 'out.pt'
+    torch.save({'state': {'model': {'weight': torch.zeros(2)}, 'ema': weights}}, path)
+    code, _, err = call('export', path, out)
+    assert code == 2
+    assert '--key state.ema' in err
+    assert call('export', path, out, '--key', 'state.ema')[0] == 0
+    code, shown, _ = call('inspect', path, '--key', 'state.ema')
+    assert code == 0
+    assert 'keeps weights by name' in shown
+    assert torch.load(out, weights_only=True)['weight'].equal(weights['weight'])
+
+
+def test_a_folder_is_told_the_checkpoint_in_it(call, recipe, tmp_path):
+    assert call('train', recipe, 'progress_bar=false')[0] == 0
+    run = tmp_path / 'runs/tiny'
+    for command in (['inspect', run], ['export', run, tmp_path / 'out.pt']):
+        code, _, err = call(*command)
+        assert code == 2
+        assert f'Pass the checkpoint in it: {run}/checkpoints/latest-rank0.pt' in err
 
 
 def test_export_of_what_is_no_checkpoint(call, tmp_path):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import io
 import json
 import math
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,10 +24,12 @@ pytest.importorskip('composer', reason='needs Composer')
 from composer.algorithms import SWA as ComposerSWA
 from composer.loggers import InMemoryLogger
 from composer.models import ComposerClassifier
+from rich.console import Console
 
-from composer_ema import EMA, SWA, CheckpointError, load_average
+from composer_ema import EMA, SWA, CheckpointError, EMAOptimizer, ShadowModel, export, load_average
 from composer_ema.checkpoints import inspection
 from composer_ema.checkpoints.inspection import (
+    ABSENT,
     ALIAS,
     AVERAGE,
     BUFFER,
@@ -31,6 +37,7 @@ from composer_ema.checkpoints.inspection import (
     NOT_READ,
     OF_AVERAGE,
     PARAMETER,
+    SAME,
     TRAINING_WEIGHTS,
     UNKNOWN,
     UNTRACKED,
@@ -39,6 +46,7 @@ from composer_ema.checkpoints.inspection import (
     describe,
     summarise,
 )
+from composer_ema.pictures import checkpoints
 
 FIXTURES = Path(__file__).parent / 'fixtures'
 TRUTHS = json.loads((FIXTURES / 'truths.json').read_text())
@@ -56,6 +64,25 @@ def ema_state(parameters: dict[str, torch.Tensor], **more: Any) -> dict[str, Any
         'version': 1, 'repr': 'EMA()', 'config': {'half_life': '3ba'}, 'started': True,
         'averages': {'ema': {**average, 'last_update': None, **more.pop('average', {})}}, **more,
     }  # fmt: skip
+
+
+def printed(path: Path, width: int = 200, *, all_tensors: bool = True) -> str:
+    """What ``composer-ema inspect`` prints where there is no terminal."""
+    console = Console(width=width, file=io.StringIO())
+    for table in checkpoints.of_checkpoint(describe(path), all_tensors=all_tensors):
+        console.print(table, markup=False, highlight=False)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def cells(table: str) -> str:
+    """All that stands in printed tables, column by column, so that what is folded is whole again."""
+    rows = [re.split('[│┃]', line)[1:-1] for line in table.splitlines() if line.startswith(('│', '┃'))]
+    columns: dict[tuple[int, int], str] = {}
+    for row in rows:
+        for at, cell in enumerate(row):
+            columns[len(row), at] = columns.get((len(row), at), '') + cell.strip()
+    return ' '.join(columns.values())
 
 
 def truth(name: str, key: str) -> dict[str, torch.Tensor]:
@@ -88,6 +115,38 @@ class TestByHand:
         found = describe(save(tmp_path / 'a.pt', model={'a': average}, algorithms=[('EMA', state)]))
         assert (found.model_slot, found.has_stash) == (AVERAGE, True)
         assert found.averages[0].relative_distance == 1.0
+
+    @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+    def test_with_a_stash_the_slot_is_compared_to_tell_whose_weights_it_holds(self, tmp_path, dtype):
+        average, stash = torch.tensor([3.0, 9.0]), torch.tensor([math.nan, 4.0], dtype=dtype)
+        for slot, weights in ((AVERAGE, average.to(dtype)), (TRAINING_WEIGHTS, stash)):
+            state = ema_state({'a': average}, training_weights={'a': stash})
+            path = save(tmp_path / 'a.pt', model={'a': weights}, algorithms=[('EMA', state)])
+            found = describe(path)
+            assert (found.model_slot, found.has_stash) == (slot, True)
+            shown = printed(path)
+            assert ('the average; the training weights are in the stash' in shown) == (slot == AVERAGE)
+            assert ('training weights; saved while a model held the average' in shown) == (slot == TRAINING_WEIGHTS)
+
+    @pytest.mark.parametrize('layout', ['sparse_coo', 'sparse_csr', 'meta', 'quantized'])
+    def test_tensors_of_any_kind_are_shown(self, tmp_path, layout):
+        odd = {
+            'sparse_coo': lambda: torch.eye(3).to_sparse(),
+            'sparse_csr': lambda: torch.eye(3).to_sparse_csr(),
+            'meta': lambda: torch.zeros(3, 3, device='meta'),
+            'quantized': lambda: torch.quantize_per_tensor(torch.eye(3), 0.1, 0, torch.qint8),
+        }[layout]()
+        state = ema_state({'a': torch.ones(1)}, training_weights={'a': torch.ones(1), 'odd': odd})
+        state['averages']['ema']['buffers'] = {'odd': odd}
+        path = save(tmp_path / 'a.pt', model={'a': torch.ones(1), 'odd': odd}, algorithms=[('EMA', state)])
+        found = describe(path)
+        [_, tensor] = found.averages[0].tensors
+        assert (tensor.name, tensor.shape, tensor.relative_distance) == ('odd', (3, 3), None)
+        if 'sparse' in layout:
+            assert tensor.dtype == f'float32 {layout}'
+            assert tensor.num_bytes == (3 * 4 + 6 * 8 if layout == 'sparse_coo' else 3 * 4 + 7 * 8)
+        assert found.model_slot == TRAINING_WEIGHTS
+        assert '3 × 3' in printed(path)
 
     def test_an_average_in_another_dtype_is_compared_in_its_own(self, tmp_path):
         state = ema_state({'a': torch.tensor([1.0, 1.0])})
@@ -259,6 +318,112 @@ class TestOtherLibraries:
         torch.save(averaged.state_dict(), tmp_path / 'a.pt')
         [average] = describe(tmp_path / 'a.pt').averages
         assert (average.num_updates, [tensor.shape for tensor in average.tensors]) == (1, [(2, 2), (2,)])
+
+
+class TestOwnFiles:
+    @staticmethod
+    def optimized(model: nn.Module, *, named: bool = True) -> EMAOptimizer:
+        optimizer = EMAOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), decay=0.5, model=model if named else None)
+        for _ in range(3):
+            model(torch.randn(4, 3)).square().sum().backward()
+            optimizer.step()
+        return optimizer
+
+    @pytest.fixture
+    def model(self) -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+
+    def test_an_average_of_ema_optimizer_is_compared_with_the_model_beside_it(self, model, tmp_path):
+        optimizer = self.optimized(model)
+        path = tmp_path / 'a.pt'
+        torch.save({'model': model.state_dict(), 'optimizer': optimizer.state_dict()}, path)
+        found = describe(path)
+        [average] = found.averages
+        assert (found.model_slot, average.key) == (TRAINING_WEIGHTS, 'optimizer.ema')
+        assert (average.algorithm, average.num_updates) == ('EMAOptimizer', 3)
+        assert average.config == {'decay': 0.5, 'every_n_steps': 1}
+        assert average.relative_distance == pytest.approx(optimizer.shadow.relative_distance(model).item(), rel=1e-6)
+        kinds = roles(average)
+        assert (kinds['0.weight'], kinds['1.running_mean'], kinds['1.num_batches_tracked']) == (PARAMETER, BUFFER, COPY)
+        with optimizer.swap_ema_weights():
+            held = copy.deepcopy(model.state_dict())
+        torch.save({'model': held, 'optimizer': optimizer.state_dict()}, path)
+        assert describe(path).model_slot == SAME
+
+    def test_a_state_taken_while_swapped_tells_what_the_model_holds(self, model, tmp_path):
+        shadow = ShadowModel(model)
+        shadow.update(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)), smoothing=0.5)
+        path, training = tmp_path / 'a.pt', copy.deepcopy(model.state_dict())
+        with shadow.swapped(model):
+            torch.save({'model': model.state_dict(), 'average': shadow.state_dict()}, path)
+            assert (describe(path).model_slot, describe(path).has_stash) == (AVERAGE, True)
+            torch.save({'model': training, 'average': shadow.state_dict()}, path)
+            assert (describe(path).model_slot, describe(path).has_stash) == (TRAINING_WEIGHTS, True)
+        torch.save(shadow.state_dict(), path)
+        assert describe(path).model_slot == ABSENT
+
+    def test_every_average_of_a_file_is_described_with_its_key(self, model, tmp_path):
+        states = [self.optimized(model, named=named).state_dict() for named in (True, False)]
+        path = tmp_path / 'a.pt'
+        torch.save({'optimizer_states': states}, path)
+        found = describe(path)
+        keys = ['optimizer_states.0.ema', 'optimizer_states.1.ema']
+        assert [average.key for average in found.averages] == keys
+        assert 'which numbers the parameters' in found.averages[1].written_as
+        assert [average.key for average in describe(path, key='optimizer_states.1').averages] == keys[1:]
+        assert all(f'under {key}' in printed(path) for key in keys)
+
+    def test_plain_weights_are_described_under_their_key(self, model, tmp_path):
+        path = tmp_path / 'a.pt'
+        ema = {name: 2 * tensor for name, tensor in model.state_dict().items()}
+        torch.save({'model': model.state_dict(), 'ema': ema}, path)
+        with pytest.raises(CheckpointError, match=r'--key ema'):
+            describe(path)
+        found = describe(path, key='ema')
+        assert (found.model_slot, found.averages[0].relative_distance) == (UNKNOWN, pytest.approx(1))
+
+    @pytest.mark.parametrize('name', ['a.pt', 'a.safetensors'])
+    def test_what_export_wrote_is_described(self, model, tmp_path, name):
+        torch.save({'model': model.state_dict(), 'optimizer': self.optimized(model).state_dict()}, tmp_path / 'c.pt')
+        export(tmp_path / 'c.pt', tmp_path / name)
+        [average] = describe(tmp_path / name).averages
+        assert (average.algorithm, average.num_updates, average.config['decay']) == ('composer-ema export', 3, '0.5')
+        assert {tensor.name for tensor in average.tensors} == model.state_dict().keys()
+
+    def test_safetensors_of_others_are_weights(self, model, tmp_path):
+        safetensors.torch.save_file(dict(model.state_dict()), tmp_path / 'a.safetensors')
+        found = describe(tmp_path / 'a.safetensors')
+        assert (found.model_slot, found.averages, len(found.tensors)) == (UNKNOWN, [], 7)
+
+
+class TestNarrow:
+    """Tables fold on a narrow terminal, and where there is none; nothing in them is cut."""
+
+    @pytest.fixture
+    def path(self, tmp_path):
+        model = {
+            f'module.layer{i}.0.downsample.conv.weight': torch.randn(512, 512, 3, 3).bfloat16() for i in range(3)
+        } | {'module.norm.running_mean': torch.randn(512)}
+        average = {name: tensor.float() + 1e-6 for name, tensor in model.items()}
+        return save(tmp_path / 'a-name-that-is-as-long-as-those-of-runs-are.pt', model=model,
+                    algorithms=[('EMA', ema_state(average))])  # fmt: skip
+
+    @pytest.mark.parametrize('width', [60, 80, 100])
+    @pytest.mark.parametrize('all_tensors', [False, True])
+    def test_every_cell_is_whole(self, path, width, all_tensors):
+        wide, narrow = (printed(path, columns, all_tensors=all_tensors) for columns in (300, width))
+        assert max(map(len, narrow.splitlines())) <= width
+        assert '…' not in narrow
+        assert cells(narrow).replace(' ', '') == cells(wide).replace(' ', '')
+        title = str(path)
+        assert title in narrow.replace('\n', '').replace(' ', '')
+
+    def test_numbers_and_dtypes_are_not_folded_at_80_columns(self, path):
+        for shown in (printed(path, 80, all_tensors=True), printed(path, 80, all_tensors=False)):
+            words = re.split(r'[│┃\s]+', shown)
+            assert {'bfloat16', 'float32'} <= set(words)
+            assert '4.72 MB' in shown or '7,077,888' in words
 
 
 class Evil:

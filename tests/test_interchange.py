@@ -4,6 +4,7 @@ import contextlib
 import copy
 import importlib.util
 import json
+import re
 import warnings
 from pathlib import Path
 
@@ -372,6 +373,258 @@ def test_the_state_of_modules_that_is_no_tensor_does_not_get_in_the_way(tmp_path
     shadow = ShadowModel(model)
     shadow.load_foreign(averaged.state_dict(), model)
     assert torch.equal(next(shadow.parameters()), averaged.module[0].weight)
+
+
+# Files of EMAOptimizer and ShadowModel, and plain weights
+
+
+class Net(nn.Module):
+    """Two layers of one shape around a BatchNorm, and a frozen layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3)
+        self.frozen = nn.Linear(3, 2).requires_grad_(False)
+
+    def forward(self, x):
+        return self.frozen(self.last(self.norm(self.first(x))))
+
+
+def net(seed=0):
+    torch.manual_seed(seed)
+    return moved(Net())
+
+
+def optimized(model, *, named=True, parameters=None, steps=3, **options):
+    inner = torch.optim.SGD(list(model.parameters()) if parameters is None else parameters, lr=0.1)
+    optimizer = EMAOptimizer(inner, decay=0.5, model=model if named else None, **options)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.randn(4, 3)).square().sum().backward()
+        optimizer.step()
+    return optimizer
+
+
+def with_average(model, shadow):
+    """What a model that holds the average has in its state dict."""
+    with shadow.swapped(model):
+        return copy.deepcopy(model.state_dict())
+
+
+#: What scripts and trainers put into a file, of a model and its EMAOptimizer.
+OWN_FILES = {
+    'beside the model': lambda model, optimizer: {'model': model.state_dict(), 'optimizer': optimizer.state_dict()},
+    'under any keys': lambda model, optimizer: {'epoch': 3, 'weights': model.state_dict(), 'o': optimizer.state_dict()},
+    "of Lightning": lambda model, optimizer: {
+        'state_dict': model.state_dict(), 'optimizer_states': [optimizer.state_dict()], 'loops': {'fit': {'a': {}}},
+        'pytorch-lightning_version': '2.6.6',
+    },
+    'nested': lambda model, optimizer: {
+        'app': {'model': model.state_dict(), 'optim': {'state': {}, 'param_groups': []},
+                'ema': optimizer.ema_state_dict()}
+    },
+    'in a state': lambda model, optimizer: {'state': {'model': model.state_dict(), 'opt': optimizer.state_dict()}},
+    'of DDP': lambda model, optimizer: {
+        'model': Wrapped(model).state_dict(), 'optimizer': optimizer.state_dict(),
+    },
+    'the optimizer alone': lambda _, optimizer: optimizer.state_dict(),
+    'the average alone': lambda _, optimizer: optimizer.ema_state_dict(),
+    'the shadow alone': lambda _, optimizer: optimizer.shadow.state_dict(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('kind', OWN_FILES)
+def test_a_file_of_ema_optimizer_gives_its_average(kind, tmp_path):
+    model = net()
+    optimizer = optimized(model)
+    expected = with_average(model, optimizer.shadow)
+    torch.save(OWN_FILES[kind](model, optimizer), tmp_path / 'a.pt')
+    other = net(seed=1)
+    is_whole = 'alone' not in kind
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        loaded, for_other = load_average(tmp_path / 'a.pt'), load_average(tmp_path / 'a.pt', other)
+    frozen = {name for name in expected if name.startswith('frozen')}
+    assert_same_bits(loaded, {n: t for n, t in expected.items() if is_whole or n not in frozen})
+    left = {} if is_whole else {name: other.state_dict()[name] for name in frozen}
+    assert list(for_other) == list(other.state_dict())
+    assert_same_bits(for_other, {**expected, **left})
+    assert for_other['first.weight'].ne(model.first.weight).any()
+    metadata = export(tmp_path / 'a.pt', tmp_path / 'a.safetensors')
+    assert (metadata['weights'], metadata['num_updates']) == ('exponential moving average', '3') or 'shadow' in kind
+    assert_same_bits(safetensors.torch.load_file(tmp_path / 'a.safetensors'), loaded)
+
+
+def test_a_state_of_version_1_is_read_and_a_newer_one_is_not(tmp_path):
+    model = net()
+    state = optimized(model).ema_state_dict()
+    old = {name: value for name, value in state.items() if name not in ('started_at', 'profile')}
+    old |= {'version': 1, 'log_kept': -1.0}
+    for name, held in (('old', old), ('new', {**state, 'version': 3}), ('odd', {**state, 'version': '2'})):
+        torch.save({'model': model.state_dict(), 'optimizer': {'ema': held}}, tmp_path / f'{name}.pt')
+    assert_same_bits(load_average(tmp_path / 'old.pt'), with_average(model, optimized_shadow(model, state)))
+    for name, version in (('new', '3'), ('odd', "'2'")):
+        with pytest.raises(CheckpointError, match=f'format version {version}, this release reads up to 2. Install'):
+            load_average(tmp_path / f'{name}.pt')
+
+
+def optimized_shadow(model, state):
+    shadow = ShadowModel(model)
+    shadow.load_state_dict(state['average'])
+    return shadow
+
+
+@pytest.mark.parametrize('through', ['first.pt', 'first.safetensors', 'first'])
+@pytest.mark.parametrize('back', ['second.pt', 'second.safetensors'])
+def test_what_export_wrote_is_read_and_exported_again_with_its_facts(through, back, tmp_path):
+    model = net()
+    optimizer = optimized(model)
+    torch.save({'model': model.state_dict(), 'optimizer': optimizer.state_dict()}, tmp_path / 'a.pt')
+    first = export(tmp_path / 'a.pt', tmp_path / through)
+    second = export(tmp_path / through, tmp_path / back)
+    assert first == second
+    expected = with_average(model, optimizer.shadow)
+    for path in (tmp_path / through, tmp_path / back):
+        assert_same_bits(load_average(path), expected)
+        assert_same_bits(load_average(path, net(seed=1)), expected)
+    if back.endswith('.pt'):
+        assert_same_bits(torch.load(tmp_path / back, weights_only=True), expected)
+
+
+def test_weights_that_we_did_not_export_are_no_average(tmp_path):
+    weights = dict(nn.Linear(2, 2).state_dict())
+    safetensors.torch.save_file(weights, tmp_path / 'a.safetensors', metadata={'format': 'pt'})
+    with pytest.raises(CheckpointError, match='no average of a known kind'):
+        load_average(tmp_path / 'a.safetensors')
+    content = (tmp_path / 'a.safetensors').read_bytes()
+    (tmp_path / 'cut.safetensors').write_bytes(content[:-3])
+    with pytest.raises(CheckpointError, match=r'cut\.safetensors cannot be read: it is truncated, damaged'):
+        load_average(tmp_path / 'cut.safetensors')
+
+
+def test_plain_weights_are_an_average_where_a_key_says_so(tmp_path):
+    model = net()
+    ema = {name: tensor + 1 for name, tensor in model.named_parameters()}
+    torch.save({'model': model.state_dict(), 'ema': ema, 'run': {'state.1': {'ema': dict(ema)}}}, tmp_path / 'a.pt')
+    for key in ('ema', 'run.state.1.ema'):
+        loaded = load_average(tmp_path / 'a.pt', key=key)
+        assert_same_bits(loaded, {**model.state_dict(), **ema})
+        assert_same_bits(load_average(tmp_path / 'a.pt', net(seed=1), key=key), loaded)
+    assert export(tmp_path / 'a.pt', tmp_path / 'a.safetensors', key='ema')['key'] == 'ema'
+    assert_same_bits(safetensors.torch.load_file(tmp_path / 'a.safetensors'), loaded)
+    with pytest.raises(CheckpointError, match=r"Weights lie under ema, model, run.state.1.ema.*key='ema' \(--key ema"):
+        load_average(tmp_path / 'a.pt')
+    with pytest.raises(CheckpointError, match=r"under the key 'emas'. The outer keys are model, ema, run"):
+        load_average(tmp_path / 'a.pt', key='emas')
+    with pytest.raises(CheckpointError, match=r"what lies under 'run' is no average.*under run\.state\.1\.ema"):
+        load_average(tmp_path / 'a.pt', key='run')
+    with pytest.raises(CheckpointError, match=r'\d+ unexpected: first\.bias'):
+        load_average(tmp_path / 'a.pt', nn.Linear(3, 3), key='ema')
+
+
+def test_of_several_averages_a_key_chooses_and_without_one_all_are_listed(tmp_path):
+    one, two = net(), net(seed=1)
+    states = [optimized(model).state_dict() for model in (one, two)]
+    torch.save({'optimizer_states': states}, tmp_path / 'a.pt')
+    listed = 'averages under the keys optimizer_states.0.ema, optimizer_states.1.ema. Pass one of them, as in key='
+    for call in (load_average, lambda path: export(path, tmp_path / 'a.safetensors')):
+        with pytest.raises(CheckpointError, match=listed):
+            call(tmp_path / 'a.pt')
+    for key in ('optimizer_states.1', 'optimizer_states.1.ema'):
+        loaded = load_average(tmp_path / 'a.pt', key=key)
+        assert_same_bits(loaded, {n: t for n, t in with_average(two, optimized_shadow(two, states[1]['ema'])).items()
+                                  if 'frozen' not in n})  # fmt: skip
+    with pytest.raises(CheckpointError, match="none called 'ema': averages in it have no labels"):
+        load_average(tmp_path / 'a.pt', average='ema')
+
+
+def test_without_names_position_decides_and_a_warning_says_so(tmp_path):
+    model = net()
+    optimizer = optimized(model, named=False, parameters=[p for p in model.parameters() if p.requires_grad])
+    average = dict(zip(('first.weight', 'first.bias', 'norm.weight', 'norm.bias', 'last.weight', 'last.bias'),
+                       optimizer.shadow.parameters(), strict=True))  # fmt: skip
+    torch.save(optimizer.state_dict(), tmp_path / 'alone.pt')
+    torch.save({'model': model.state_dict(), 'optimizer': optimizer.state_dict()}, tmp_path / 'both.pt')
+    for name, rest in (('alone', other := net(seed=1)), ('both', model)):
+        with pytest.warns(UserWarning, match='tensors') as caught:
+            loaded = load_average(tmp_path / f'{name}.pt', other)
+        assert_same_bits(loaded, {**rest.state_dict(), **average})
+        assert re.search(r'no names: its 6 tensors were matched .* by position', str(caught[0].message))
+        assert ['norm.running_mean' in str(warning.message) for warning in caught[1:]] == [True] * (name == 'alone')
+        assert {warning.filename for warning in caught} == {__file__}
+        with pytest.raises(CheckpointError, match=r'keeps the order of the parameters and no names.*model=model'):
+            load_average(tmp_path / f'{name}.pt')
+    with pytest.raises(CheckpointError, match='holds 6 tensors without names, but the model has 2'):
+        load_average(tmp_path / 'alone.pt', nn.Linear(3, 3))
+    with pytest.raises(CheckpointError, match='of another shape'):
+        load_average(tmp_path / 'alone.pt', nn.Sequential(*(nn.Linear(3, 4) for _ in range(3))))
+
+
+def test_frozen_parameters_count_as_places_in_a_group(tmp_path):
+    model = net()
+    model.first.bias.requires_grad_(False)
+    optimizer = optimized(model, named=False)
+    torch.save(optimizer.state_dict(), tmp_path / 'a.pt')
+    assert '0.1' not in optimizer.state_dict()['ema']['average']['parameters']
+    with pytest.warns(UserWarning, match='by position'):
+        loaded = load_average(tmp_path / 'a.pt', model)
+    with optimizer.swap_ema_weights():
+        assert_same_bits(loaded, dict(model.state_dict()))
+    model.last.weight.requires_grad_(False)
+    groups = [{'params': model.first.parameters()}, {'params': model.last.parameters()}]
+    torch.save(optimized(model, named=False, parameters=groups).state_dict(), tmp_path / 'a.pt')
+    with pytest.raises(CheckpointError, match=r'its places 0\.0, 1\.1 do not tell'):
+        load_average(tmp_path / 'a.pt', model)
+
+
+def test_what_the_average_leaves_out_comes_from_the_model_with_a_warning(tmp_path):
+    model = net()
+    torch.save(optimized(model, exclude='last').ema_state_dict(), tmp_path / 'a.pt')
+    other = net(seed=1)
+    with pytest.warns(UserWarning, match='2 tensors are not in the average of EMAOptimizer.*last.weight, last.bias'):
+        loaded = load_average(tmp_path / 'a.pt', other)
+    assert torch.equal(loaded['last.weight'], other.last.weight)
+
+
+def test_before_the_first_update_there_is_no_average_yet(tmp_path):
+    torch.save(optimized(net(), steps=0).state_dict(), tmp_path / 'a.pt')
+    with pytest.raises(CheckpointError, match='no average yet: EMAOptimizer counts no update'):
+        load_average(tmp_path / 'a.pt')
+
+
+GOOD = {'version': 1, 'num_updates': 1, 'parameters': {'weight': torch.zeros(2, 2)}, 'buffers': {}, 'aliases': {}}
+ROUND: dict = {'epoch': 1}
+ROUND['again'] = ROUND
+
+
+@pytest.mark.parametrize(
+    ('state', 'message'),
+    [
+        ({**GOOD, 'version': 2}, 'state of ShadowModel has format version 2, this release reads up to 1'),
+        ({**GOOD, 'version': True}, 'format version True'),
+        ({**GOOD, 'num_updates': -1}, "'num_updates' of the state of ShadowModel is -1, not a count"),
+        ({**GOOD, 'parameters': [1]}, "'parameters' of the state of ShadowModel is a list"),
+        ({**GOOD, 'parameters': {'weight': 1}}, "weight in 'parameters' of the state of ShadowModel are no tensors"),
+        ({**GOOD, 'buffers': {1: torch.zeros(1)}}, "'buffers' of the state of ShadowModel is a dict, not a dict"),
+        ({**GOOD, 'aliases': {'a': 1}}, "'aliases' of the state of ShadowModel maps a to what is no name"),
+        ({**GOOD, 'training_weights': 3}, "'training_weights' of the state of ShadowModel is a int"),
+        ({**GOOD, 'parameters': {'weight': torch.zeros(2, 2, device='meta')}}, 'weight in the average are on the meta'),
+        ({**GOOD, 'parameters': {'weight': torch.zeros(3, 2)}}, r'weight \(expected \(2, 2\), got \(3, 2\)\)'),
+        ({**GOOD, 'parameters': {'other': torch.zeros(2, 2)}}, '1 unexpected: other'),
+        ({'version': 2, 'num_steps': 'a', 'settings': {}, 'average': GOOD}, "'num_steps' .*EMAOptimizer is a str"),
+        ({'version': 2, 'num_steps': 1, 'settings': 3, 'average': GOOD}, "'settings' .*EMAOptimizer is a int"),
+        ({'version': 2, 'num_steps': 1, 'settings': {}, 'average': None}, "'average' .*EMAOptimizer is a NoneType"),
+        ({'version': 2, 'averages': {'ema': 3}}, "'config'|average 'ema' is a int|'started'"),
+        (ROUND, 'no average of a known kind under the keys epoch, again'),
+    ],
+)
+def test_a_broken_state_of_ours_is_refused_in_words(state, message, tmp_path):
+    torch.save({'deep': [{'er': state}]} if state is not ROUND else state, tmp_path / 'a.pt')
+    model = nn.Linear(2, 2)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(CheckpointError, match=message):
+        load_average(tmp_path / 'a.pt', model)
+    assert_same_bits(dict(model.state_dict()), dict(before))
 
 
 # What is refused, before anything is changed

@@ -126,6 +126,20 @@ def upgrade(
     return upgraded
 
 
+def kind(config: State, profile: str) -> str:
+    """How an average was made, in words.
+
+    Args:
+        config: the algorithm's arguments.
+        profile: the ``description`` of its profile.
+    """
+    function = config.get('avg_fn') or config.get('multi_avg_fn')
+    if function is not None:
+        return f'average by {function}'
+    kinds = {'equal': 'equal average', 'power': 'power function average'}
+    return kinds.get(profile.partition('=')[0], 'exponential moving average')
+
+
 def _refuse_version(state: State, what: str) -> None:
     version = state[VERSION_KEY]
     if not (_has_version(state, version) and 1 <= version <= VERSION):

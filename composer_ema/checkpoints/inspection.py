@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from composer_ema.checkpoints import formats
+from composer_ema.checkpoints import formats, others, search, states
 from composer_ema.checkpoints.formats import Format
-from composer_ema.checkpoints.reading import CheckpointError, is_of_composer, read_file
+from composer_ema.checkpoints.others import Found
+from composer_ema.checkpoints.reading import CheckpointError, is_of_composer, is_safetensors, read_file
 from composer_ema.model.sharding import canonical_name
-from composer_ema.shadow import foreign
-from composer_ema.shadow.foreign import Foreign
 
 TRAINING_WEIGHTS, AVERAGE, UNKNOWN, NOT_READ = 'training weights', 'average', 'weights', 'not read'
+SAME, ABSENT = 'equal to the average', 'absent'
 Tensors = Mapping[str, Tensor]
 #: What a tensor of the model is to an average.
 PARAMETER, BUFFER, COPY = 'averaged parameter', 'averaged buffer', 'copied buffer'
@@ -74,7 +75,9 @@ class AverageInfo:
         relative_distance: Norm of average minus training weights over norm of the training weights, over all averaged
             parameters, as ``ema/relative_distance`` is logged; None where there is nothing to compare.
         tensors: Every tensor of the model, and of the average.
-        label: What the algorithm calls the average; None for another library.
+        label: What the algorithm calls the average; None where there is no algorithm.
+        key: Where it stands in a file that Composer did not write, as ``load_average(key=...)`` takes it; None for the
+            whole file, and in Composer's checkpoints.
     """
 
     algorithm: str
@@ -86,6 +89,7 @@ class AverageInfo:
     relative_distance: float | None
     tensors: list[TensorInfo]
     label: str | None = None
+    key: str | None = None
 
 
 @dataclass(frozen=True)
@@ -99,8 +103,9 @@ class Description:
         trained: How far training had come: ``{'epoch': 2, 'batch': 936, 'sample': ..., 'token': ...}``.
         versions: Of Composer and torch that saved it.
         model_slot: Whose weights the model's place holds: :data:`TRAINING_WEIGHTS`, :data:`AVERAGE`, :data:`UNKNOWN`
-            where only the run that saved it could tell, or :data:`NOT_READ` for a file of another library.
-        has_stash: Whether the training weights lie beside an average in the model slot.
+            where only the run that saved it could tell, or :data:`NOT_READ` for a file of another library. In the file
+            of a script, :data:`SAME` where they equal the average bit for bit, or :data:`ABSENT`.
+        has_stash: Whether a model held an average when it was saved, so that the training weights lie beside it.
         averages: None, one or several.
         tensors: Every tensor in the model slot, where there is no average to compare it with.
         optimizers, schedulers, algorithms, callbacks: Names of what has state in it.
@@ -121,15 +126,16 @@ class Description:
     callbacks: list[str] = field(default_factory=list)
 
 
-def describe(checkpoint: str | os.PathLike[str]) -> Description:
+def describe(checkpoint: str | os.PathLike[str], *, key: str | None = None) -> Description:
     """Reads what a checkpoint holds, without a model and without executing anything in the file.
 
     Reads Composer's checkpoints with the states of :class:`composer_ema.EMA`, of :class:`composer_ema.SWA` and of
     Composer's built-in algorithms of these names, whichever weights their model slot holds; Composer's checkpoints
-    without an average; and the averages of other libraries that :func:`composer_ema.load_average` reads.
+    without an average; and all else that :func:`composer_ema.load_average` reads. Every average in a file is described.
 
     Args:
         checkpoint: a file that one of them saved.
+        key: as for :func:`composer_ema.load_average`.
 
     Raises:
         CheckpointError: the file is missing, damaged, of another kind, or would run code.
@@ -143,7 +149,15 @@ def describe(checkpoint: str | os.PathLike[str]) -> Description:
     path = Path(checkpoint)
     held = read_file(path)
     try:
-        return _describe(path, held['state']) if is_of_composer(held) else _describe_foreign(path, foreign.read(held))
+        if key is not None or not is_of_composer(held):
+            if key is None and is_safetensors(path) and states.exported_with(held) is None:
+                return _describe_weights(path, held)
+            return _describe_others(path, others.find(held, key))
+        described = _describe(path, held['state'])
+        if described.averages or not search.averages(held):
+            return described
+        elsewhere = _describe_others(path, others.find(held))
+        return dataclasses.replace(described, averages=elsewhere.averages, tensors=[])
     # The file is sound, so something that we do not know wrote what it holds.
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f'{path} holds a state that cannot be read: {error}') from error
@@ -210,12 +224,12 @@ def _describe(path: Path, state: Mapping[str, Any]) -> Description:
     algorithms = dict(state.get('algorithms') or {})
     rows = formats.find(algorithms)
     buffers = {name for name in model if name.rpartition('.')[2] in _NAMES_OF_BUFFERS}
-    averages, has_stash = [], False
+    averages, stashes = [], {}
     for algorithm, row in rows.items():
         saved = formats.upgrade(
             algorithms[algorithm], model_slot=model, buffers=buffers, what=f'the saved {algorithm} state'
         )
-        has_stash |= formats.STASH in saved
+        stashes |= saved.get(formats.STASH, {})
         averages += [_average(algorithm, row, saved, label, model) for label in saved['averages']]
     return Description(
         path=str(path),
@@ -223,8 +237,8 @@ def _describe(path: Path, state: Mapping[str, Any]) -> Description:
         run_name=state.get('run_name'),
         trained=_trained(state),
         versions=_versions(state),
-        model_slot=_model_slot(state, rows, has_stash),
-        has_stash=has_stash,
+        model_slot=_model_slot(state, rows, stashes, model),
+        has_stash=bool(stashes),
         averages=averages,
         tensors=[] if averages else [_info(name, tensor, UNTRACKED) for name, tensor in model.items()],
         optimizers=list(_mapping(state, 'optimizers', optional=True)),
@@ -234,30 +248,91 @@ def _describe(path: Path, state: Mapping[str, Any]) -> Description:
     )
 
 
-def _describe_foreign(path: Path, found: Foreign) -> Description:
-    """An average of another library, of which nothing but the average is read."""
-    weights = found.weights
-    named = weights if isinstance(weights, Mapping) else {str(i): tensor for i, tensor in enumerate(weights)}
-    average = AverageInfo(
-        algorithm=found.source,
-        written_as=found.source if found.has_names else f'{found.source}, which numbers the parameters',
-        is_started=found.num_updates != 0,
-        config={} if found.smoothing is None else {'smoothing': found.smoothing},
-        num_updates=found.num_updates,
-        last_update=None,
-        relative_distance=None,
-        tensors=[_info(name, None, OF_AVERAGE, tensor) for name, tensor in named.items()],
-    )
+def _describe_others(path: Path, found: Sequence[Found]) -> Description:
+    """Averages that Composer did not write, and of the rest of the file the model's weights beside them."""
+    first = found[0]
+    stash = first.average.stash or {}
+    if first.foreign is not None:
+        slot = NOT_READ
+    elif not first.model_slot or not first.average.has_names:
+        slot = ABSENT if not first.model_slot else UNKNOWN
+    else:
+        slot = _slot_of_script(first)
     size = path.stat().st_size
-    return Description(str(path), size, None, {}, {}, NOT_READ, has_stash=False, averages=[average], tensors=[])
+    averages = [_average_of_others(each) for each in found]
+    return Description(str(path), size, None, {}, {}, slot, has_stash=bool(stash), averages=averages, tensors=[])
 
 
-def _model_slot(state: Mapping[str, Any], rows: Mapping[str, Format], has_stash: bool) -> str:
-    if has_stash:
+def _slot_of_script(found: Found) -> str:
+    model, average = _tensors(found.model_slot), found.average
+    if average.stash and not _is_in(average.stash, model):
         return AVERAGE
+    if not average.stash and _is_in(average.parameters, model):
+        return SAME
+    return TRAINING_WEIGHTS if average.source in ('EMAOptimizer', 'ShadowModel') else UNKNOWN
+
+
+def _describe_weights(path: Path, held: Tensors) -> Description:
+    """A safetensors file that we did not export."""
+    tensors = [_info(name, tensor, UNTRACKED) for name, tensor in held.items()]
+    size = path.stat().st_size
+    return Description(str(path), size, None, {}, {}, UNKNOWN, has_stash=False, averages=[], tensors=tensors)
+
+
+def _average_of_others(found: Found) -> AverageInfo:
+    average = found.average
+    model = _tensors(found.model_slot) if average.has_names else {}
+    averaged, stash = _tensors(average.tensors), average.stash or {}
+    roles = dict.fromkeys(averaged, OF_AVERAGE)
+    if average.source in _TELLS_ROLES or average.label is not None:
+        roles = dict.fromkeys(average.parameters, PARAMETER)
+        roles |= {n: COPY if _is_copied(b, average.config) else BUFFER for n, b in average.buffers.items()}
+        roles |= dict.fromkeys(average.aliases, ALIAS)
+    tensors, distances = [], []
+    for name in dict.fromkeys([*model, *averaged]):
+        tensor, role = averaged.get(name), roles.get(name, UNTRACKED)
+        norms = _norms(tensor, {**model, **stash}.get(name))
+        is_parameter = role == PARAMETER or (role == OF_AVERAGE and name.rpartition('.')[2] not in _NAMES_OF_BUFFERS)
+        if norms is not None and is_parameter:
+            distances.append(norms)
+        tensors.append(_info(name, model.get(name), role, tensor, norms))
+    return AverageInfo(
+        algorithm=average.source,
+        written_as=average.written_as,
+        is_started=average.num_updates != 0,
+        config=dict(average.config),
+        num_updates=average.num_updates,
+        last_update=average.last_update,
+        relative_distance=_overall(distances),
+        tensors=tensors,
+        label=average.label,
+        key=found.key or None,
+    )
+
+
+# What keeps parameters and buffers apart.
+_TELLS_ROLES = ('EMAOptimizer', 'ShadowModel')
+
+
+def _model_slot(state: Mapping[str, Any], rows: Mapping[str, Format], stash: Tensors, model: Tensors) -> str:
+    if stash:
+        # A run that was asked for its state while a model held the average may still have saved the training weights.
+        return TRAINING_WEIGHTS if _is_in(stash, model) else AVERAGE
     # Saved without the algorithms, as for inference, it may be either.
     is_told = 'algorithms' in state and all(row.tells_slot for row in rows.values())
     return TRAINING_WEIGHTS if is_told else UNKNOWN
+
+
+def _is_in(tensors: Tensors, model: Tensors) -> bool:
+    """Whether ``model`` has these tensors, bit for bit in its own dtypes, as far as it has their names."""
+    shared = [(tensor, model[name]) for name, tensor in tensors.items() if name in model]
+    dense = [(one, other) for one, other in shared if _is_dense(one) and _is_dense(other)]
+    return bool(dense) and all(_is_same(one.to(other.dtype), other) for one, other in dense)
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal; a NaN equals a NaN, or a run that diverged would hold neither."""
+    return one.shape == other.shape and bool(((one == other) | ((one != one) & (other != other))).all())
 
 
 def _average(algorithm: str, row: Format, saved: Mapping[str, Any], label: str, model: Tensors) -> AverageInfo:
@@ -281,10 +356,14 @@ def _average(algorithm: str, row: Format, saved: Mapping[str, Any], label: str, 
         config=dict(saved['config']),
         num_updates=average['num_updates'] if row.counts_updates else None,
         last_update=average['last_update'],
-        relative_distance=_ratio(*(math.hypot(*each) for each in zip(*distances, strict=True))) if distances else None,
+        relative_distance=_overall(distances),
         tensors=tensors,
         label=label,
     )
+
+
+def _overall(distances: Sequence[tuple[float, float]]) -> float | None:
+    return _ratio(*(math.hypot(*each) for each in zip(*distances, strict=True))) if distances else None
 
 
 def _is_copied(buffer: Tensor, config: Mapping[str, Any]) -> bool:
@@ -303,12 +382,12 @@ def _info(
     return TensorInfo(
         name=name,
         shape=tuple(some.shape),
-        dtype=None if tensor is None else _name_of(tensor.dtype),
-        num_bytes=0 if tensor is None else tensor.nbytes,
+        dtype=None if tensor is None else _name_of(tensor),
+        num_bytes=0 if tensor is None else _size(tensor),
         role=role,
-        average_dtype=None if average is None else _name_of(average.dtype),
+        average_dtype=None if average is None else _name_of(average),
         # A tied tensor is averaged once.
-        average_bytes=0 if average is None or role == ALIAS else average.nbytes,
+        average_bytes=0 if average is None or role == ALIAS else _size(average),
         relative_distance=None if norms is None else _ratio(*norms),
     )
 
@@ -316,6 +395,8 @@ def _info(
 def _norms(average: Tensor | None, training: Tensor | None) -> tuple[float, float] | None:
     """Norms of average minus training weights and of the training weights; None for what has no distance."""
     if average is None or training is None or average.shape != training.shape or not average.dtype.is_floating_point:
+        return None
+    if not _is_dense(average) or not _is_dense(training):
         return None
     wide = training.to(average.dtype)
     difference, size = (torch.linalg.vector_norm(each, dtype=torch.float64) for each in (average - wide, wide))
@@ -349,5 +430,30 @@ def _mapping(of: Mapping[str, Any], key: str, *, optional: bool = False) -> Mapp
     return value
 
 
-def _name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix('torch.')
+def _tensors(of: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: value for name, value in of.items() if isinstance(value, Tensor)}
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether every element has a value in memory."""
+    return tensor.layout is torch.strided and not tensor.is_meta and not tensor.is_quantized
+
+
+def _size(tensor: Tensor) -> int:
+    """Bytes of the values and, where a tensor is sparse, of the indices."""
+    return sum(part.nbytes for part in _parts(tensor))
+
+
+def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    if tensor.layout is torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
+    return (tensor,)
+
+
+def _name_of(tensor: Tensor) -> str:
+    dtype = str(tensor.dtype).removeprefix('torch.')
+    return dtype if tensor.layout is torch.strided else f'{dtype} {str(tensor.layout).removeprefix("torch.")}'

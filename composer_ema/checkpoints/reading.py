@@ -9,21 +9,26 @@ import argparse
 import datetime
 import os
 import zipfile
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
+import safetensors
 import torch
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
-from composer_ema.checkpoints import formats
-from composer_ema.model.inventory import Inventory
+from composer_ema.checkpoints import formats, others, search, states
 from composer_ema.model.names import check_same, listed
 from composer_ema.model.sharding import canonical_name, unwrap
-from composer_ema.shadow import foreign
+from composer_ema.shadow.foreign import is_extra_state, under_names_of
+
+# Composer's names for the newest checkpoint of a run, and ours for the folder of the run's checkpoints.
+_LATEST, _IN_RUN = 'latest-rank0.pt', 'checkpoints'
+_SUFFIXES = ('.pt', '.pth', '.ckpt', '.tar', '.safetensors')
 
 # The two functions that pickled arrays and scalars name, under numpy 1's name and under numpy 2's.
 _RECONSTRUCT, _SCALAR = np.zeros(0).__reduce__()[0], np.float64(0).__reduce__()[0]
@@ -49,21 +54,35 @@ class CheckpointError(ValueError):
 
 
 def load_average(
-    checkpoint: str | os.PathLike[str], model: nn.Module | None = None, *, average: str | None = None
+    checkpoint: str | os.PathLike[str],
+    model: nn.Module | None = None,
+    *,
+    average: str | None = None,
+    key: str | None = None,
 ) -> dict[str, Tensor]:
     """Returns the averaged weights in a file, for ``model.load_state_dict``.
 
     Reads checkpoints of :class:`composer_ema.EMA`, of :class:`composer_ema.SWA` and of Composer's built-in algorithms
     of these names, whichever weights their model slot holds. Frozen parameters, and buffers that were not averaged,
-    come from the model slot. Also reads what other libraries save, recognised by its keys; see
-    :meth:`composer_ema.ShadowModel.load_foreign`.
+    come from the model slot. Also reads
+
+    - the states of :class:`composer_ema.EMAOptimizer` and :class:`composer_ema.ShadowModel`, alone or under any key, as
+      in ``{'model': ..., 'optimizer': optimizer.state_dict()}`` or in Lightning's ``optimizer_states``; what is not
+      averaged comes from the model's state dict in the same file, or else from ``model``;
+    - what :func:`composer_ema.export` wrote;
+    - what other libraries save, recognised by its keys; see :meth:`composer_ema.ShadowModel.load_foreign`;
+    - with ``key=``, plain weights by name, as in ``{'model': ..., 'ema': weights}``.
 
     Args:
         checkpoint: a ``.pt`` file that Composer's Trainer saved, with one or several processes under DDP, or another
-            library's file.
-        model: what the weights are for. All names and shapes are checked against it. diffusers and torch-ema keep only
-            the order of the parameters, so their files need it; their buffers then come from it, too. Only read.
+            file with an average.
+        model: what the weights are for. All names and shapes are checked against it; they may stand in another
+            outermost module, so a checkpoint of a ComposerModel also fits the bare network. Files without names need
+            it: diffusers, torch-ema, and EMAOptimizer without ``model=`` keep only the order of the parameters. Only
+            read.
         average: which average to take if the checkpoint holds several, such as ``'ema'``. Default: the only one.
+        key: where in the file to look, keys joined with dots: ``'ema'``, ``'state.ema'``, ``'optimizer_states.1'``.
+            Default: everywhere.
 
     Returns:
         Canonical names and CPU tensors, in the order of the model. Averaged ones have the average's dtype, float32
@@ -76,13 +95,13 @@ def load_average(
     Example:
         .. code:: python
 
-            model.load_state_dict(load_average('runs/fashion_mnist/latest-rank0.pt'))
+            model.load_state_dict(load_average('runs/fashion_mnist/checkpoints/latest-rank0.pt'))
     """
-    return read_average(Path(checkpoint), model, label=average)[0]
+    return read_average(Path(checkpoint), model, label=average, key=key)[0]
 
 
 def read_average(
-    path: Path, model: nn.Module | None = None, *, label: str | None = None
+    path: Path, model: nn.Module | None = None, *, label: str | None = None, key: str | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The averaged weights in a file, and what the file says of them: whose they are, how averaged, how often.
 
@@ -90,20 +109,19 @@ def read_average(
         path: of the file.
         model: as for :func:`load_average`.
         label: as ``average`` for :func:`load_average`.
+        key: as for :func:`load_average`.
 
     Raises:
         CheckpointError: as for :func:`load_average`.
     """
-    checkpoint = read_file(path)
+    held = read_file(path)
     try:
-        if not is_of_composer(checkpoint):
-            if label is not None:
-                raise CheckpointError(f'{path} is of another library, whose averages have no labels, got {label!r}.')
-            return _foreign_average_in(checkpoint, path, model)
-        weights, facts = _average_in(checkpoint['state'], path, label)
-        if model is not None:
-            _check_fits(weights, model)
-        return weights, facts
+        if key is None and is_of_composer(held) and not _is_elsewhere(held):
+            if not has_averages(held['state']):
+                _refuse_without_average(held, path)
+            weights, facts = _average_in(held['state'], path, label)
+            return (weights if model is None else _fitted(weights, model)), facts
+        return _average_of_others(held, path, model, label, key)
     except CheckpointError:
         raise
     # The file is sound, so something other than a Trainer with an average wrote what it holds.
@@ -112,16 +130,18 @@ def read_average(
 
 
 def read_file(path: Path) -> Any:
-    """What a file that torch wrote holds, on the CPU, read without executing anything.
+    """What a file of torch or safetensors holds, on the CPU, read without executing anything.
 
     Raises:
         CheckpointError: the file is missing, damaged, or of another kind; it would run code.
     """
     if path.is_dir():
-        raise CheckpointError(f'{path} is a folder. Sharded checkpoints are not read yet: pass a single .pt file.')
+        raise CheckpointError(f'{path} is a folder. {_in_folder(path)}')
     if not path.exists():
         raise CheckpointError(f'{path} does not exist.')
     try:
+        if is_safetensors(path):
+            return _load_safetensors(path)
         check_sums(path)
         return load_safely(path)
     except CheckpointError:
@@ -147,55 +167,58 @@ def load_safely(path: Path, *, mmap: bool = False) -> Any:
 
 def is_of_composer(checkpoint: Any) -> bool:
     """Whether what :func:`read_file` returned was saved by Composer's Trainer, as far as its outermost keys tell."""
-    return isinstance(checkpoint, Mapping) and isinstance(checkpoint.get('state'), Mapping)
-
-
-def _foreign_average_in(
-    checkpoint: Any, path: Path, model: nn.Module | None
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    found = foreign.read(checkpoint)
-    if found.num_updates == 0:
-        raise CheckpointError(f'{path} holds no average yet: {found.source} counts no update.')
-    if model is not None:
-        weights = _for_model(foreign.fit(found, Inventory.of(unwrap(model))), model)
-    elif isinstance(found.weights, Mapping):
-        weights = dict(found.weights)
-    else:
-        raise CheckpointError(
-            f'{path} holds an average of {found.source}, which keeps the order of the parameters and no names. '
-            'Pass the model that was averaged: load_average(file, model=model).'
-        )
-    return weights, {
-        'weights': 'average',
-        'source': found.source,
-        'num_updates': found.num_updates,
-        'smoothing': found.smoothing,
-    }
-
-
-def _for_model(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Any]:
-    """A state dict of ``model`` with ``tensors`` in it; the rest is copied from the model."""
-    inventory = Inventory.of(unwrap(model))
-    weights = {}
-    for key, value in unwrap(model).state_dict().items():
-        name = canonical_name(key)
-        found = tensors.get(inventory.aliases.get(name, name))
-        weights[name] = found if found is not None else value.detach().cpu().clone() if _is_tensor(value) else value
-    return weights
-
-
-def _check_fits(average: Mapping[str, Any], model: nn.Module) -> None:
-    expected = {canonical_name(name): value for name, value in unwrap(model).state_dict().items() if _is_tensor(value)}
-    check_same(
-        'the average',
-        expected,
-        {name: value for name, value in average.items() if not foreign.is_extra_state(name)},
-        remedy='Pass the model that was trained.',
+    # An optimizer's state dict has a 'state', too.
+    return (
+        isinstance(checkpoint, Mapping)
+        and isinstance(checkpoint.get('state'), Mapping)
+        and 'param_groups' not in checkpoint
     )
 
 
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, Tensor)
+def has_averages(state: Mapping[str, Any]) -> bool:
+    """Whether an algorithm of a Composer checkpoint's ``state`` keeps an average."""
+    algorithms = state.get('algorithms')
+    return isinstance(algorithms, (list, Mapping)) and bool(formats.find(_algorithms(state)))
+
+
+def _is_elsewhere(checkpoint: Mapping[str, Any]) -> bool:
+    """Whether the average is not in the state of an algorithm, but for example in that of the optimizer."""
+    return not has_averages(checkpoint['state']) and bool(search.averages(checkpoint))
+
+
+def _average_of_others(
+    held: Any, path: Path, model: nn.Module | None, label: str | None, key: str | None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    averages = others.find(held, key)
+    try:
+        found = others.choose(averages, label)
+    except ValueError as error:
+        raise CheckpointError(f'Which average of {path} is meant? {error}') from error
+    average = found.average
+    if average.num_updates == 0:
+        raise CheckpointError(f'{path} holds no average yet: {average.source} counts no update.')
+    if model is None and not average.has_names:
+        raise CheckpointError(
+            f'{path} holds an average of {average.source}, which keeps the order of the parameters and no names. '
+            'Pass the model that was averaged: load_average(file, model=model).'
+        )
+    weights = others.named(found) if model is None else others.fit(found, model)
+    facts = {'weights': average.kind, 'source': average.source, 'key': found.key or None}
+    return weights, {**facts, 'num_updates': average.num_updates, **average.facts}
+
+
+def _fitted(average: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """The average under the names of ``model``, in its order."""
+    state = unwrap(model).state_dict()
+    names = [canonical_name(name) for name in state]
+    found = under_names_of(average, names)
+    check_same(
+        'the average',
+        others.tensors_of(model),
+        {name: value for name, value in found.items() if not is_extra_state(name)},
+        remedy='Pass the model that was trained.',
+    )
+    return {name: found[name] for name in names if name in found}
 
 
 @dataclass(frozen=True)
@@ -219,21 +242,26 @@ def _average_in(state: Mapping[str, Any], path: Path, label: str | None) -> tupl
     buffers = {name: buffer for name, buffer in saved.average['buffers'].items() if name in model}
     averaged = {**parameters, **buffers}
     check_same('the average', model, averaged, optional=model, remedy='The checkpoint is damaged.')
+    others.check_readable(averaged)
     averaged |= {alias: averaged[name] for alias, name in aliases.items() if name in averaged}
     return {name: averaged.get(name, tensor) for name, tensor in model.items()}, _facts(state, saved)
+
+
+def _refuse_without_average(checkpoint: Mapping[str, Any], path: Path) -> NoReturn:
+    algorithms = _algorithms(checkpoint['state'])
+    listing = ', '.join(f'{name} ({_outline(state)})' for name, state in sorted(algorithms.items()))
+    found = f'the algorithms {listing}, whose states are of no known format' if algorithms else 'no algorithms'
+    others_weights = [place for place in search.weights(checkpoint) if place != 'state.model']
+    raise CheckpointError(
+        f'{path} holds no average: it was saved with {found}. Train with algorithms=[EMA()] or [SWA()], and without '
+        f'save_weights_only.{others.advice(others_weights)}'
+    )
 
 
 def _saved_in(state: Mapping[str, Any], model: Mapping[str, Tensor], path: Path) -> list[_Saved]:
     """Every average of a checkpoint that has started."""
     algorithms = _algorithms(state)
     rows = formats.find(algorithms)
-    if not rows:
-        listing = ', '.join(f'{name} ({_outline(state)})' for name, state in sorted(algorithms.items()))
-        found = f'the algorithms {listing}, whose states are of no known format' if algorithms else 'no algorithms'
-        raise CheckpointError(
-            f'{path} holds no average: it was saved with {found}. '
-            'Train with algorithms=[EMA()] or [SWA()], and without save_weights_only.'
-        )
     upgraded = {
         name: formats.upgrade(algorithms[name], model_slot=model, what=f'the saved {name} state') for name in rows
     }
@@ -274,7 +302,7 @@ def _facts(state: Mapping[str, Any], saved: _Saved) -> dict[str, Any]:
     timestamp = (state.get('timestamp') or {}).get('Timestamp') or {}
     config = saved.state['config']
     return {
-        'weights': _kind(config, saved.average['profile']['description']),
+        'weights': formats.kind(config, saved.average['profile']['description']),
         'run_name': state.get('run_name'),
         'num_updates': saved.average['num_updates'] if saved.row.counts_updates else None,
         **{name: config.get(name) for name in ('half_life', 'smoothing', 'power', 'update_interval')},
@@ -282,14 +310,6 @@ def _facts(state: Mapping[str, Any], saved: _Saved) -> dict[str, Any]:
         'buffers': config.get('buffers'),
         **{f'trained_{unit}': timestamp.get(unit) for unit in ('epoch', 'batch', 'sample', 'token')},
     }
-
-
-def _kind(config: Mapping[str, Any], profile: str) -> str:
-    function = config.get('avg_fn') or config.get('multi_avg_fn')
-    if function is not None:
-        return f'average by {function}'
-    kinds = {'equal': 'equal average', 'power': 'power function average'}
-    return kinds.get(profile.partition('=')[0], 'exponential moving average')
 
 
 def _mapping(of: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -317,11 +337,52 @@ def check_sums(path: Path) -> None:
         )
 
 
+def _in_folder(folder: Path) -> str:
+    """What of a folder to pass, in words."""
+    for inner in (folder, folder / _IN_RUN):
+        if (inner / '.metadata').exists() or (inner / '.metadata').is_symlink():
+            return 'It is a sharded checkpoint, and these are not read yet: pass a single .pt file.'
+        if (inner / _LATEST).is_file():
+            return f'Pass the checkpoint in it: {inner / _LATEST}.'
+    files = [file for inner in (folder, folder / _IN_RUN) for file in _files_in(inner)]
+    if files:
+        return f'Pass one checkpoint of those in it, such as {max(files, key=_age)}.'
+    sharded = [at.parent for inner in ('*', '*/*') for at in folder.glob(f'{inner}/.metadata')]
+    if sharded:
+        return f'It holds sharded checkpoints, such as {max(sharded)}, which are not read yet: pass a single .pt file.'
+    return 'It holds no checkpoint: pass a single .pt file.'
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return [file for file in sorted(folder.glob('*')) if file.suffix in _SUFFIXES and file.is_file()]
+
+
+def _age(file: Path) -> tuple[float, str]:
+    return file.stat().st_mtime, file.name
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file is named, or begins, as safetensors do."""
+    with path.open('rb') as file:
+        head = file.read(9)
+    return path.suffix == '.safetensors' or (len(head) == 9 and head[:2] != b'PK' and head[8:] == b'{')
+
+
+def _load_safetensors(path: Path) -> Any:
+    """Tensors by name, with what ``export`` wrote beside them in an attribute; see ``states.exported_with``."""
+    with safetensors.safe_open(path, framework='pt') as file:
+        weights: Any = OrderedDict((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+        metadata = file.metadata() or {}
+    if metadata.get('written_by', '').startswith('composer_ema '):
+        setattr(weights, states.EXPORTED_KEY, metadata)
+    return weights
+
+
 def _reason(path: Path, error: Exception) -> str:
     if isinstance(error, PermissionError):
         return str(error)
-    if path.suffix == '.safetensors':
-        return 'it is a safetensors file, which holds tensors and no state. Read it with safetensors.torch.load_file.'
+    if isinstance(error, safetensors.SafetensorError):
+        return f'it is truncated, damaged, or no safetensors file: {error}.'
     try:
         known = {f'{t.__module__}.{t.__qualname__}' for t in _SAFE_TYPES if not isinstance(t, tuple)}
         known |= {t[1] for t in _SAFE_TYPES if isinstance(t, tuple)}

@@ -12,11 +12,14 @@ from composer_ema.checkpoints.inspection import AverageInfo, Description, Tensor
 
 # Settings that decide how far back an average reaches, in the order in which they are shown.
 _HORIZON = (
-    'half_life', 'smoothing', 'power', 'ema_start', 'swa_start', 'update_interval', 'avg_fn', 'multi_avg_fn'
+    'half_life', 'smoothing', 'decay', 'power', 'bias_correction', 'ema_start', 'swa_start', 'start',
+    'update_interval', 'every_n_steps', 'avg_fn', 'multi_avg_fn',
 )  # fmt: skip
 _SLOT = {
     inspection.TRAINING_WEIGHTS: 'training weights',
-    inspection.AVERAGE: 'the average; the training weights are stashed in the state of the algorithm',
+    inspection.AVERAGE: 'the average; the training weights are in the stash beside the average',
+    inspection.SAME: 'weights that equal the average',
+    inspection.ABSENT: 'none in the file, or none that fits',
     inspection.NOT_READ: 'not read: a file of another library',
     inspection.UNKNOWN: 'weights; nothing in the file tells whether they are an average',
 }
@@ -32,7 +35,8 @@ def of_checkpoint(found: Description, *, all_tensors: bool = False) -> Iterator[
     yield _overview(found)
     tensors = _every_tensor if all_tensors else _summary
     for average in found.averages:
-        yield tensors(f'tensors of the average by {average.algorithm}', average.tensors)
+        where = f' under {average.key}' if average.key and len(found.averages) > 1 else ''
+        yield tensors(f'tensors of the average by {average.algorithm}{where}', average.tensors)
     if not found.averages:
         yield tensors('tensors of the model', found.tensors)
 
@@ -45,7 +49,10 @@ def _overview(found: Description) -> Table:
     if found.trained:
         trained = ', '.join(_counted(count, unit) for unit, count in found.trained.items() if count)
         _add(table, 'trained', trained or 'nothing')
-    _add(table, 'model slot', _SLOT[found.model_slot])
+    slot = _SLOT[found.model_slot]
+    if found.has_stash and found.model_slot == inspection.TRAINING_WEIGHTS:
+        slot += '; saved while a model held the average, but they are the stash'
+    _add(table, 'model slot', slot)
     for average in found.averages:
         _add_average(table, average)
     if not found.averages:
@@ -59,6 +66,7 @@ def _overview(found: Description) -> Table:
 def _add_average(table: Table, average: AverageInfo) -> None:
     horizon = [f'{name}={average.config[name]}' for name in _HORIZON if average.config.get(name) is not None]
     is_foreign = average.written_as.startswith(average.algorithm)
+    _add(table, 'key', average.key)
     _add(table, 'average', f'{"" if is_foreign else f"{average.algorithm}, "}written by {average.written_as}')
     _add(table, '  horizon', ', '.join(horizon) or 'not kept by this format')
     if not average.is_started:
@@ -104,12 +112,12 @@ def _every_tensor(title: str, tensors: Sequence[TensorInfo]) -> Table:
 
 
 def _new_table(title: str, *headers: str, numbers: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify='left')
+    table = Table(title=escape(title), title_justify='left')
+    # Rich takes width from the widest columns first. On a narrow terminal words move to the next line; nothing is cut.
     for header in headers:
-        # On a narrow terminal only names are broken over several lines.
-        table.add_column(header, overflow='fold', no_wrap=header != 'name')
+        table.add_column(header, overflow='fold')
     for header in numbers:
-        table.add_column(header, justify='right', no_wrap=True)
+        table.add_column(header, justify='right', overflow='fold')
     return table
 
 

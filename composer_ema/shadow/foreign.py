@@ -5,13 +5,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import check_same, listed
 from composer_ema.model.sharding import canonical_name
+
+_T = TypeVar('_T')
 
 #: What is read, in the words of an error.
 KNOWN = "torch's AveragedModel, timm, diffusers' EMAModel, ema-pytorch, torch-ema and Lightning's WeightAveraging"
@@ -71,6 +73,11 @@ def read(state: Mapping[str, Any]) -> Foreign:
     )
 
 
+def is_read(state: Mapping[str, Any]) -> bool:
+    """Whether ``state`` itself is what a known library saves for an average, as far as its keys tell."""
+    return _reader_of(state) is not None
+
+
 def fit(foreign: Foreign, inventory: Inventory) -> dict[str, Tensor]:
     """The tensors of ``foreign`` under a model's names, each name once however often its tensor is tied.
 
@@ -81,7 +88,7 @@ def fit(foreign: Foreign, inventory: Inventory) -> dict[str, Tensor]:
         ValueError: names, number or shapes that do not fit the model, all listed.
     """
     if isinstance(foreign.weights, Mapping):
-        found = _under_names_of(foreign.weights, {*inventory.tensors(), *inventory.aliases})
+        found = under_names_of(foreign.weights, {*inventory.tensors(), *inventory.aliases})
         tensors = {
             name: tensor for name, tensor in found.items() if name not in inventory.aliases and not is_extra_state(name)
         }
@@ -99,25 +106,26 @@ def fit(foreign: Foreign, inventory: Inventory) -> dict[str, Tensor]:
     return tensors
 
 
-def _under_names_of(tensors: Mapping[str, Tensor], names: Collection[str]) -> Mapping[str, Tensor]:
+def under_names_of(tensors: Mapping[str, _T], names: Collection[str]) -> Mapping[str, _T]:
     """``tensors`` where they meet most of ``names``, with their outermost module and that of ``names`` on or off.
 
     What DDP calls ``module.0.weight`` and a LightningModule perhaps ``net.0.weight``, a ComposerClassifier calls
     ``module.0.weight`` and the bare network ``0.weight``.
     """
-    own, other = _outermost(tensors), _outermost(names)
+    own, other = outermost(tensors), outermost(names)
     bare = {name.removeprefix(own): tensor for name, tensor in tensors.items()}
     candidates = [tensors, bare, _under(other, tensors), _under(other, bare)]
     return max(candidates, key=lambda candidate: len(candidate.keys() & names))
 
 
-def _outermost(names: Iterable[str]) -> str:
+def outermost(names: Iterable[str]) -> str:
     """The module, with its dot, in which all names stand, or nothing."""
-    roots = {root + dot for root, dot, _ in (name.partition('.') for name in names)}
-    return roots.pop() if len(roots) == 1 else ''
+    roots = {root if dot else None for root, dot, _ in (name.partition('.') for name in names)}
+    root = roots.pop() if len(roots) == 1 else None
+    return '' if root is None else f'{root}.'
 
 
-def _under(module: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _under(module: str, tensors: Mapping[str, _T]) -> dict[str, _T]:
     return {module + name: tensor for name, tensor in tensors.items()}
 
 
