@@ -433,6 +433,13 @@ class TestOutermostModule:
         with pytest.raises(CheckpointError, match='unexpected: '):
             load_average(saved[2], nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
 
+    def test_what_lies_beside_the_module_is_all_that_an_error_names(self, saved, network):
+        content = torch.load(saved[2], weights_only=False)
+        content['state']['model']['loss.weight'] = torch.ones(3)
+        torch.save(content, saved[2])
+        with pytest.raises(CheckpointError, match=r'does not fit the model\. 1 unexpected: loss\.weight\.'):
+            load_average(saved[2], network)
+
     @pytest.mark.parametrize('prefix', ['auto', 'module', 'module.'])
     @pytest.mark.parametrize('name', ['out.pt', 'out.safetensors'])
     def test_export_takes_the_module_off(self, saved, network, tmp_path, prefix, name):

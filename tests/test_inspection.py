@@ -351,6 +351,13 @@ class TestOwnFiles:
         torch.save({'model': held, 'optimizer': optimizer.state_dict()}, path)
         assert describe(path).model_slot == SAME
 
+    @pytest.mark.parametrize('of', ['state_dict', 'ema_state_dict'])
+    def test_the_state_of_an_optimizer_alone_is_described(self, model, tmp_path, of):
+        torch.save(getattr(self.optimized(model), of)(), tmp_path / 'a.pt')
+        found = describe(tmp_path / 'a.pt')
+        assert (found.model_slot, found.averages[0].key) == (ABSENT, 'ema' if of == 'state_dict' else None)
+        assert {tensor.name for tensor in found.averages[0].tensors} == model.state_dict().keys()
+
     def test_a_state_taken_while_swapped_tells_what_the_model_holds(self, model, tmp_path):
         shadow = ShadowModel(model)
         shadow.update(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)), smoothing=0.5)

@@ -365,7 +365,9 @@ def is_safetensors(path: Path) -> bool:
     """Whether a file is named, or begins, as safetensors do."""
     with path.open('rb') as file:
         head = file.read(9)
-    return path.suffix == '.safetensors' or (len(head) == 9 and head[:2] != b'PK' and head[8:] == b'{')
+    # The length of a JSON header, and its beginning.
+    is_like = head[8:] == b'{' and int.from_bytes(head[:8], 'little') < path.stat().st_size
+    return path.suffix == '.safetensors' or is_like
 
 
 def _load_safetensors(path: Path) -> Any:

@@ -113,9 +113,20 @@ def under_names_of(tensors: Mapping[str, _T], names: Collection[str]) -> Mapping
     ``module.0.weight`` and the bare network ``0.weight``.
     """
     own, other = outermost(tensors), outermost(names)
-    bare = {name.removeprefix(own): tensor for name, tensor in tensors.items()}
+    bare = _bare(own, tensors)
     candidates = [tensors, bare, _under(other, tensors), _under(other, bare)]
+    if (
+        not own
+    ):  # something lies beside the module, such as the weights of a loss: an error then names no more than that
+        roots = dict.fromkeys(root for root, dot, _ in (name.partition('.') for name in tensors) if dot)
+        candidates += [_bare(f'{root}.', tensors) for root in roots]
     return max(candidates, key=lambda candidate: len(candidate.keys() & names))
+
+
+def _bare(module: str, tensors: Mapping[str, _T]) -> Mapping[str, _T]:
+    """``tensors`` without ``module`` before their names, or as they are where two names would become one."""
+    bare = {name.removeprefix(module): tensor for name, tensor in tensors.items()}
+    return bare if len(bare) == len(tensors) else tensors
 
 
 def outermost(names: Iterable[str]) -> str:
