@@ -1,16 +1,18 @@
 """BatchNorm's running statistics for the weights that a model holds now, or for an average of them.
 
-Invariant: nothing else changes. Training flags, momenta, random numbers and all other buffers are as they were, also
-after an error; then the statistics are, too.
+Invariant: nothing else changes. Training flags, momenta, random numbers, all other buffers and what the code of the
+modules keeps in Python are as they were, also after an error; then the statistics are, too.
 """
 
 from __future__ import annotations
 
 import inspect
+import logging
 import random
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +20,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim import swa_utils
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.parameter import is_lazy
 
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import listed
-from composer_ema.model.sharding import is_sharded, unwrap
+from composer_ema.model.rollback import Rollback
+from composer_ema.model.sharding import canonical_name, is_sharded, unwrap
 from composer_ema.shadow import loan
 from composer_ema.shadow.shadow_model import ShadowModel
 
@@ -31,6 +34,7 @@ if TYPE_CHECKING:  # this module works without Composer
     from composer.core import DataSpec
 
 Forward = Callable[[nn.Module, Any], Any]
+log = logging.getLogger(__name__)
 
 
 def update_bn(
@@ -48,8 +52,8 @@ def update_bn(
     r"""Recomputes the running statistics of every BatchNorm layer, for the weights of ``model`` or of ``shadow``.
 
     Averaged weights give other activations than the weights that they were averaged from, so the statistics gathered
-    in training fit them badly. One pass over ``dataloader`` gathers those that fit, each batch with the same share, as
-    :func:`torch.optim.swa_utils.update_bn` does, which runs underneath::
+    in training fit them badly. One pass over ``dataloader`` gathers those that fit, each batch with the same share, to
+    the bit as :func:`torch.optim.swa_utils.update_bn` does::
 
         running_mean = sum_i mean(batch_i) / n        running_var = sum_i var(batch_i) / n      # var: unbiased
 
@@ -58,9 +62,19 @@ def update_bn(
 
         running_mean = sum_r n_r running_mean_r / sum_r n_r        running_var likewise; n_r may differ
 
-    As in torch's, the whole model is in training mode meanwhile, so that BatchNorm sees what it saw in training;
-    dropout drops. No gradient graph is built. A layer that no batch reaches keeps its statistics. A model without
-    BatchNorm is not run. For mixed precision call it inside ``torch.autocast``.
+    The model runs as it does in training, so that BatchNorm sees what it saw there; dropout drops. Its ``train()`` is
+    called; what is in evaluation mode in a model that is in training mode stays so. A frozen layer keeps its
+    statistics, and they normalize what it passes on: one that is in evaluation mode then, since its ``train()``, the
+    model's, its ``forward`` or you have put it there, or one with ``track_running_stats`` off. A layer that no batch
+    reaches keeps its statistics, too. A model without BatchNorm is not run, nor one in which every layer is frozen.
+    InstanceNorm that tracks statistics, and layers that refuse the ``momentum=None`` that torch's function gives them,
+    as in Composer's GhostBatchNorm, are computed alike; each part of a batch that a layer is called with counts as a
+    batch there.
+
+    No gradient graph is built, and compiled parts run uncompiled. For mixed precision call it inside
+    ``torch.autocast``. Afterwards the model is as before, but for the statistics: see
+    :class:`composer_ema.model.rollback.Rollback` for what that covers. What hooks and other code write outside of the
+    model, in closures, classes, globals or a Trainer, stays written.
 
     Args:
         model: holds the weights; DDP and ``torch.compile`` are looked through. Its BatchNorm buffers are written,
@@ -80,14 +94,20 @@ def update_bn(
         microbatch_size: samples to run at once, for batches that do not fit the device's memory: each batch of a
             ``DataSpec`` is split by its ``split_batch``, and each part counts as a batch above. Default: whole batches.
         synchronize: whether to combine the statistics of all processes, a collective call. False: this process's
-            batches only, for a call on one rank; not for SyncBatchNorm.
+            batches only, for a call on one rank; not for SyncBatchNorm. If a process fails, all raise an error; with
+            SyncBatchNorm, only if it fails to get a batch.
         progress_bar: show one on rank 0 where standard error is a terminal and rich is installed.
 
     Raises:
         TypeError: an argument of another kind, as when they are in the order of torch's function.
         ValueError: no batch; ``microbatch_size`` without a ``DataSpec``; the processes of a SyncBatchNorm model have
-            different numbers of batches; ``shadow`` does not track the statistics, or is swapped into another model.
+            different numbers of batches; ``shadow`` does not track the statistics, or is swapped into another model; a
+            lazy layer has no shape yet.
+        RuntimeError: another process could not run its batches.
         NotImplementedError: the model is sharded.
+
+    Warns:
+        A layer is frozen, by name.
 
     Example:
         >>> model = nn.BatchNorm1d(1)
@@ -114,38 +134,59 @@ def update_bn(
     layers = _layers(module)
     if not layers:
         return
-    statistics = statistics_of(module)
-    if shadow is not None:
-        _check_tracked(shadow, statistics)
-    processes = _world_size()
-    is_synced = processes > 1 and any(isinstance(layer, nn.SyncBatchNorm) for layer in layers)
-    if is_synced and not synchronize:
-        raise ValueError(
-            'synchronize=False cannot take effect: SyncBatchNorm synchronizes all processes in its forward.'
-        )
     to = _device_of(module) if device is None else torch.device(device)
     batches = _Batches(dataloader, to, num_batches, microbatch_size)
+    combining = _world_size() > 1 and synchronize
     with ExitStack() as stack:
-        if shadow is not None:
-            stack.enter_context(_holding_average(module, shadow, statistics))
-        stack.enter_context(_restoring(module, layers, batches.sources))
-        stack.enter_context(batches.bar(shown=progress_bar))
-        # torch's function hands the first item of a list to the model, so a list of one hands over the batch.
-        lists = ([batch] for batch in (_in_step(batches, layers[0]) if is_synced else batches))
-        swa_utils.update_bn(lists, _Runs(module, forward or default_forward))
-        if processes > 1 and synchronize:
-            _combine(layers)
-        if not any(map(_batches_of, layers)):
-            raise ValueError(
-                'no batch reached a BatchNorm layer, so there are no statistics; those of the model are kept. '
-                'Pass a loader with data, a fresh one for an iterator that is used up.'
-            )
+        # Where a forward waits for all processes, nobody could be told of an error in it.
+        telling = combining and not any(isinstance(layer, nn.SyncBatchNorm) for layer in layers.values())
+        with _failing_together(module) if telling else nullcontext():
+            written = stack.enter_context(_restoring(module, batches.sources))
+            unfrozen = _unfrozen(module, layers)
+            if not unfrozen:
+                _warn_of_frozen(layers)
+                return
+            is_synced = _world_size() > 1 and any(isinstance(layer, nn.SyncBatchNorm) for layer in unfrozen.values())
+            if is_synced and not synchronize:
+                raise ValueError(
+                    'synchronize=False cannot take effect: SyncBatchNorm synchronizes all processes in its forward.'
+                )
+            was_swapped = shadow is not None and shadow.is_swapped
+            if shadow is not None:
+                _check_tracked(shadow, _statistics(module, unfrozen))
+                stack.enter_context(_holding_average(module, shadow))
+            stack.enter_context(batches.bar(shown=progress_bar))
+            gathered = {name: _Gathered(layer) for name, layer in layers.items()}
+            run = forward or default_forward
+            for batch in _in_step(batches, module) if is_synced else batches:
+                run(module, batch)
+        if combining:
+            _combine(list(gathered.values()))
+        reached = {name: each.layer for name, each in gathered.items() if each.count}
+        if frozen := _keeping(gathered, batches.count):
+            _warn_of_frozen(frozen)
+        for each in gathered.values():
+            each.settle()
+        statistics = _statistics(module, reached)
+        if shadow is None:
+            written += statistics.values()
+            return
+        kept = dict(shadow.named_buffers())
+        for name, buffer in statistics.items():
+            kept[name].copy_(buffer)
+        if was_swapped:  # whole numbers stay where they are in a swap
+            written += [buffer for buffer in statistics.values() if buffer.is_floating_point()]
 
 
 def statistics_of(module: nn.Module) -> dict[str, Tensor]:
     """The buffers of the BatchNorm layers that keep statistics, by canonical name, aliased."""
-    owned = {id(buffer) for layer in _layers(module) for buffer in layer._buffers.values()}
-    return {name: buffer for name, buffer in Inventory.of(module).buffers.items() if id(buffer) in owned}
+    return _statistics(module, _layers(module))
+
+
+def unfrozen_statistics_of(module: nn.Module) -> dict[str, Tensor]:
+    """Those of :func:`statistics_of` that :func:`update_bn` would compute. The module is as before, afterwards."""
+    with _restoring(module, ()):
+        return _statistics(module, _unfrozen(module, _layers(module)))
 
 
 def default_forward(model: nn.Module, batch: Any) -> Any:
@@ -168,9 +209,43 @@ def _takes_keywords(model: nn.Module, batch: Mapping[str, Any]) -> bool:
     return True
 
 
-def _layers(module: nn.Module) -> list[_BatchNorm]:
-    """The BatchNorm layers that keep statistics."""
-    return [layer for layer in module.modules() if isinstance(layer, _BatchNorm) and layer.running_mean is not None]
+def _layers(module: nn.Module) -> dict[str, _NormBase]:
+    """The layers that keep statistics, by canonical name.
+
+    Raises:
+        ValueError: one of them is lazy and has not seen a batch.
+    """
+    layers: dict[str, _NormBase] = {}
+    for name, layer in module.named_modules():
+        if isinstance(layer, _NormBase) and layer.running_mean is not None:
+            if is_lazy(layer.running_mean):
+                raise ValueError(f'{name} is a lazy layer without a shape. Run one forward pass first.')
+            layers[canonical_name(f'{name}.').removesuffix('.')] = layer
+    return layers
+
+
+def _statistics(module: nn.Module, layers: Mapping[str, _NormBase]) -> dict[str, Tensor]:
+    """The buffers of these layers of ``module``, by canonical name, aliased."""
+    owned = {id(buffer) for layer in layers.values() for buffer in layer._buffers.values()}
+    return {name: buffer for name, buffer in Inventory.of(module).buffers.items() if id(buffer) in owned}
+
+
+def _unfrozen(module: nn.Module, layers: Mapping[str, _NormBase]) -> dict[str, _NormBase]:
+    """Puts ``module`` in training mode and returns the layers that track statistics then."""
+    by_hand = [child for child in module.modules() if not child.training] if module.training else []
+    module.train()
+    for child in by_hand:
+        child.training = False
+    return {name: layer for name, layer in layers.items() if layer.training and layer.track_running_stats}
+
+
+def _warn_of_frozen(names: Iterable[str]) -> None:
+    warnings.warn(
+        'layers that are frozen keep their statistics: while the model trains, these are in evaluation mode, or do not '
+        f'track statistics: {listed([name or "the model itself" for name in names])}. To have theirs computed, put '
+        'them in training mode first.',
+        stacklevel=3,
+    )
 
 
 def _check_tracked(shadow: ShadowModel, statistics: Mapping[str, Tensor]) -> None:
@@ -182,15 +257,100 @@ def _check_tracked(shadow: ShadowModel, statistics: Mapping[str, Tensor]) -> Non
         )
 
 
-class _Runs(nn.Module):
-    """A module with another way to be called."""
+class _Gathered:
+    """Makes a layer gather the means over all that it is called with in training mode, from now on.
 
-    def __init__(self, model: nn.Module, forward: Forward) -> None:
-        super().__init__()
-        self.model, self._run = model, forward
+    The n-th gets the share 1 / n, which torch's BatchNorm gives it where its momentum is None. Others refuse None, or
+    take it for 0.
 
-    def forward(self, batch: Any) -> Any:
-        return self._run(self.model, batch)
+    Attributes:
+        layer: the layer, whose ``forward`` is replaced.
+        count: how often it was called in training mode; :func:`_combine` adds what other processes count.
+        evaluated: how often it was called in evaluation mode.
+    """
+
+    def __init__(self, layer: _NormBase) -> None:
+        self.layer, self.count, self.evaluated = layer, 0.0, 0.0
+        self._buffers, self._forward = dict(layer._buffers), layer.forward
+        layer.forward = self._call
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        layer = self.layer
+        if not (layer.training and layer.track_running_stats):
+            self.evaluated += 1
+            return self._forward(*args, **kwargs)
+        if not self.count:
+            self._reset()
+        self.count += 1
+        momentum = layer.momentum
+        layer.momentum = 1.0 / self.count
+        try:
+            return self._forward(*args, **kwargs)
+        finally:
+            layer.momentum = momentum
+
+    def _reset(self) -> None:
+        """Forgets the old statistics, which may not be finite."""
+        layer = self.layer
+        layer.running_mean.zero_()  # type: ignore[union-attr]
+        layer.running_var.fill_(1)  # type: ignore[union-attr]
+        if layer.num_batches_tracked is not None:
+            layer.num_batches_tracked.zero_()
+
+    def settle(self) -> None:
+        """Writes the statistics into the buffers that the layer had, where it has replaced them."""
+        for key, buffer in self._buffers.items():
+            if buffer is not None and (held := self.layer._buffers[key]) is not buffer:
+                buffer.copy_(held)  # type: ignore[arg-type]
+                self.layer._buffers[key] = buffer
+
+
+def _keeping(gathered: Mapping[str, _Gathered], num_batches: int) -> list[str]:
+    """The frozen layers among those that keep their statistics; the others, missed by all batches, are logged.
+
+    Raises:
+        ValueError: no batch has reached any layer.
+    """
+    if not any(each.count or each.evaluated for each in gathered.values()):
+        remedy = 'Pass a loader with data, a fresh one for an iterator that is used up.'
+        if num_batches:
+            remedy = f'{num_batches} batches were run. Pass forward, to run the model as in training.'
+        raise ValueError(
+            f'no batch reached a BatchNorm layer, so there are no statistics; those of the model are kept. {remedy}'
+        )
+    keeping = {name: each for name, each in gathered.items() if not each.count}
+    frozen = [name for name, each in keeping.items() if _is_frozen(each)]
+    if missed := [name for name in keeping if name not in frozen]:
+        log.info('no batch reached these BatchNorm layers, which keep their statistics: %s', listed(missed))
+    return frozen
+
+
+def _is_frozen(each: _Gathered) -> bool:
+    return each.evaluated > 0 or not (each.layer.training and each.layer.track_running_stats)
+
+
+@contextmanager
+def _failing_together(module: nn.Module) -> Iterator[None]:
+    """If the body raises in one process, all raise an error after it. A collective call."""
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    _raise_on_all(failure, module)
+
+
+def _raise_on_all(failure: Exception | None, module: nn.Module) -> None:
+    """Raises ``failure`` where there is one, and an error that says so in all other processes. A collective call."""
+    failing = torch.tensor(int(failure is not None), device=_device_of(module))
+    dist.all_reduce(failing)
+    if failure is not None:
+        raise failure
+    if int(failing):
+        raise RuntimeError(
+            f'{int(failing)} of {_world_size()} processes could not run their batches, so no process has new '
+            'statistics. Their own errors tell why.'
+        )
 
 
 class _Batches:
@@ -285,10 +445,8 @@ def _device_of(module: nn.Module) -> torch.device:
 
 
 @contextmanager
-def _holding_average(module: nn.Module, shadow: ShadowModel, statistics: Mapping[str, Tensor]) -> Iterator[None]:
-    """Lends ``module`` with the average in it, and afterwards keeps the statistics in the shadow instead."""
-    # A swap leaves whole numbers where they are, so the counters of batches go back by hand.
-    counters = {name: buffer.clone() for name, buffer in statistics.items() if not buffer.is_floating_point()}
+def _holding_average(module: nn.Module, shadow: ShadowModel) -> Iterator[None]:
+    """Lends ``module`` with the average in it, unless it holds that already."""
     was_swapped = shadow.is_swapped
     if was_swapped and not shadow.is_swapped_into(module):
         raise ValueError('the shadow is swapped into another model. Pass that one, or call swap_out first.')
@@ -298,43 +456,35 @@ def _holding_average(module: nn.Module, shadow: ShadowModel, statistics: Mapping
         raise ValueError(f'the model shows another average: {loan.borrowers(module)[-1]}. Call its swap_out first.')
     try:
         yield
-        with torch.no_grad():
-            kept = dict(shadow.named_buffers())
-            for name, buffer in statistics.items():
-                kept[name].copy_(buffer)
     finally:
         if not was_swapped:
             shadow.swap_out(module)
-        for name, counter in counters.items():
-            statistics[name].copy_(counter)
 
 
 @contextmanager
-def _restoring(module: nn.Module, layers: Sequence[_BatchNorm], sources: Iterable[Any]) -> Iterator[None]:
-    """Puts all back but the statistics of ``layers`` that batches have reached; after an error these as well."""
-    flags = [(child, child.training) for child in module.modules()]
-    momenta = [(layer, layer.momentum) for layer in layers]
-    buffers = [
-        (child, key, buffer, buffer.clone())
-        for child in module.modules()
-        for key, buffer in child._buffers.items()
-        if buffer is not None
-    ]
-    done = False
-    with _random_state_kept(module, sources), torch.no_grad():
+def _restoring(module: nn.Module, sources: Iterable[Any]) -> Iterator[list[Tensor]]:
+    """Puts all back but the values of the buffers that are in the list by then."""
+    rollback, written = Rollback(module), []
+    if rollback.left_alone:
+        log.info('not restored if the forward of the model changes them: %s', listed(rollback.left_alone))
+    with _random_state_kept(module, sources), _uncompiled(), torch.no_grad():
         try:
-            yield
-            done = True
+            yield written
+        except BaseException:
+            written.clear()
+            raise
         finally:
-            for child, flag in flags:
-                child.training = flag
-            for layer, momentum in momenta:
-                layer.momentum = momentum
-            reached = {layer for layer in layers if done and _batches_of(layer)}
-            for child, key, buffer, value in buffers:
-                if child not in reached:
-                    child._buffers[key] = buffer
-                    buffer.copy_(value)
+            rollback.restore(but=written)
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Compiled code would be compiled anew for another momentum, or not notice that a ``forward`` was replaced."""
+    if 'torch._dynamo' not in sys.modules:
+        yield
+        return
+    with torch.compiler.set_stance('force_eager'):
+        yield
 
 
 @contextmanager
@@ -363,16 +513,17 @@ def _world_size() -> int:
     return dist.get_world_size() if _is_distributed() else 1
 
 
-def _batches_of(layer: _BatchNorm) -> int:
-    return 0 if layer.num_batches_tracked is None else int(layer.num_batches_tracked)
-
-
-def _in_step(batches: _Batches, layer: _BatchNorm) -> Iterator[Any]:
+def _in_step(batches: _Batches, module: nn.Module) -> Iterator[Any]:
     """Batches as long as every process has one: SyncBatchNorm waits in each forward for all of them."""
     iterator, end = iter(batches), object()
     while True:
-        batch = next(iterator, end)
-        having = torch.tensor(int(batch is not end), device=_device_of(layer))
+        batch, failure = end, None
+        try:
+            batch = next(iterator, end)
+        except Exception as error:
+            failure = error
+        _raise_on_all(failure, module)
+        having = torch.tensor(int(batch is not end), device=_device_of(module))
         dist.all_reduce(having)
         if 0 < int(having) < _world_size():
             raise ValueError(
@@ -385,25 +536,30 @@ def _in_step(batches: _Batches, layer: _BatchNorm) -> Iterator[Any]:
         yield batch
 
 
-def _combine(layers: Sequence[_BatchNorm]) -> None:
+def _combine(gathered: Sequence[_Gathered]) -> None:
     """Gives every process the means of all, each weighted with the number of its batches."""
     moments = []
-    for layer in layers:
-        assert layer.running_mean is not None
-        assert layer.running_var is not None
+    for each in gathered:
+        mean, var = each.layer.running_mean, each.layer.running_var
+        assert mean is not None
+        assert var is not None
         # All processes of a SyncBatchNorm saw the same batches: these count once.
-        share = _batches_of(layer) / _sharers(layer)
-        moments += [layer.running_mean.double() * share, layer.running_var.double() * share]
-        moments += [torch.full((1,), share, dtype=torch.float64, device=layer.running_mean.device)]
+        share = each.count / _sharers(each.layer)
+        # What a layer holds that no batch has reached need not be finite.
+        moments += [moment.double() * share if share else torch.zeros_like(moment).double() for moment in (mean, var)]
+        moments += [torch.tensor([share, each.evaluated], dtype=torch.float64, device=mean.device)]
     total = torch.cat([moment.to(moments[0].device) for moment in moments])
     dist.all_reduce(total)
     sums = total.split([len(moment) for moment in moments])
-    for layer, mean, var, count in zip(layers, sums[::3], sums[1::3], sums[2::3], strict=True):
-        # A layer that no process has reached gets 0 / 0 here, and then its old statistics back.
-        layer.running_mean.copy_(mean / count)  # type: ignore[union-attr]
-        layer.running_var.copy_(var / count)  # type: ignore[union-attr]
-        layer.num_batches_tracked.fill_(round(count.item()))  # type: ignore[union-attr]
+    for each, mean, var, counts in zip(gathered, sums[::3], sums[1::3], sums[2::3], strict=True):
+        each.count, each.evaluated = counts.tolist()
+        if each.count:
+            layer = each.layer
+            layer.running_mean.copy_(mean / each.count)  # type: ignore[union-attr]
+            layer.running_var.copy_(var / each.count)  # type: ignore[union-attr]
+            if isinstance(layer, _BatchNorm) and layer.num_batches_tracked is not None:  # InstanceNorm does not count
+                layer.num_batches_tracked.fill_(round(each.count))
 
 
-def _sharers(layer: _BatchNorm) -> int:
+def _sharers(layer: _NormBase) -> int:
     return dist.get_world_size(layer.process_group) if isinstance(layer, nn.SyncBatchNorm) else 1

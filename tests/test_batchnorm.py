@@ -1,13 +1,17 @@
 """BatchNorm's statistics: by hand, as torch's, on two processes, for an average, and nothing else touched."""
 
+import collections
 import copy
 import faulthandler
 import importlib.util
 import io
+import logging
 import os
 import random
 import sys
+import threading
 import time
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -257,7 +261,7 @@ def test_flags_momenta_weights_other_buffers_and_random_numbers_stay():
     model.append(nn.utils.parametrizations.spectral_norm(nn.Linear(2, 2)))
     model.train()
     model[4].eval()
-    model[6].eval()
+    model[5].eval()
     generator = torch.Generator().manual_seed(8)
     loader = DataLoader(TensorDataset(torch.cat(images())), 6, shuffle=True, generator=generator)
     before, flags = bits(model), [module.training for module in model.modules()]
@@ -314,6 +318,321 @@ def test_a_layer_that_no_batch_reaches_keeps_its_statistics():
     update_bn(model, [X], forward=lambda model, batch: model['used'](batch))
     assert model['used'].running_mean.item() == 2
     assert model['unused'].running_mean.item() == 7
+
+
+# What a layer may be
+
+
+class StaysInEvaluation(nn.BatchNorm1d):
+    def train(self, mode=True):
+        return super().train(False)
+
+
+class FreezesItsNorms(nn.Sequential):
+    def train(self, mode=True):
+        super().train(mode)
+        self[0].eval()
+        return self
+
+
+def in_evaluation_by_hand():
+    model = nn.Sequential(nn.BatchNorm1d(1), nn.BatchNorm1d(1))
+    model[0].eval()
+    return model
+
+
+def without_tracking():
+    model = nn.Sequential(nn.BatchNorm1d(1), nn.BatchNorm1d(1))
+    model[0].track_running_stats = False
+    return model
+
+
+class EvaluatesInItsForward(nn.Sequential):
+    def forward(self, x):
+        self[0].eval()
+        return super().forward(x)
+
+
+FROZEN = {
+    'layer': lambda: nn.Sequential(StaysInEvaluation(1), nn.BatchNorm1d(1)),
+    'model': lambda: FreezesItsNorms(nn.BatchNorm1d(1), nn.BatchNorm1d(1)),
+    'by_hand': in_evaluation_by_hand,
+    'in_forward': lambda: EvaluatesInItsForward(nn.BatchNorm1d(1), nn.BatchNorm1d(1)),
+}
+
+
+@pytest.mark.parametrize('build', FROZEN.values(), ids=FROZEN)
+@pytest.mark.parametrize('averaging', [False, True])
+def test_a_frozen_layer_keeps_its_statistics_and_the_others_see_what_it_passes_on(build, averaging):
+    model = build()
+    model[0].running_mean.fill_(3.0)
+    model[0].running_var.fill_(4.0)
+    model[0].num_batches_tracked.fill_(9)
+    shadow = ShadowModel(model) if averaging else None
+    with pytest.warns(UserWarning, match=r'frozen keep their statistics.*: 0\. To have theirs computed, put them in'):
+        update_bn(model, [torch.tensor([[1.0], [5.0]]), torch.tensor([[5.0], [9.0]])], shadow=shadow)
+    found = dict(model.named_buffers()) if shadow is None else dict(shadow.named_buffers())
+    assert found['0.running_mean'].item() == 3
+    assert found['0.running_var'].item() == 4
+    assert found['0.num_batches_tracked'] == 9
+    assert found['1.running_mean'].item() == pytest.approx((0 + 2) / 2, rel=1e-5)
+    assert found['1.running_var'].item() == pytest.approx(2, rel=1e-5)
+    assert found['1.num_batches_tracked'] == 2
+
+
+def test_a_layer_that_has_ceased_to_track_keeps_its_statistics():
+    model = without_tracking()
+    model[0].running_mean.fill_(3.0)
+    with pytest.warns(UserWarning, match=r'do not track statistics: 0\.'):
+        update_bn(model, [X])
+    assert model[0].running_mean.item() == 3
+    assert model[0].num_batches_tracked == 0
+    assert model[1].num_batches_tracked == 1
+
+
+def test_a_model_in_which_every_layer_is_frozen_is_not_run():
+    model = nn.Sequential(*(StaysInEvaluation(1) for _ in range(20)))
+    before = bits(model)
+    with pytest.warns(UserWarning, match=r': 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 and 8 more\.'):
+        update_bn(model, breaking([]))
+    assert_same_bits(bits(model), before)
+    with pytest.warns(UserWarning, match='the model itself'):
+        update_bn(StaysInEvaluation(1), breaking([]))
+
+
+def test_a_shadow_need_not_track_the_statistics_of_a_frozen_layer():
+    model = FROZEN['layer']()
+    shadow = ShadowModel(model, exclude=r'^0\.running')
+    with pytest.warns(UserWarning, match='frozen'):
+        update_bn(model, [X], shadow=shadow)
+    assert dict(shadow.named_buffers())['1.num_batches_tracked'] == 1
+
+
+def test_statistics_that_are_kept_are_not_rounded_to_the_models_dtype():
+    model = nn.Sequential(StaysInEvaluation(1), nn.BatchNorm1d(1)).bfloat16()
+    shadow = ShadowModel(model)
+    kept = dict(shadow.named_buffers())['0.running_mean'].fill_(0.1)
+    with pytest.warns(UserWarning, match='frozen'):
+        update_bn(model, [X.bfloat16()], shadow=shadow)
+    assert kept.item() == torch.tensor(0.1).item()
+
+
+@needs_composer
+def test_ghost_batches_each_count_as_a_batch():
+    from composer.algorithms.ghost_batchnorm import apply_ghost_batchnorm
+
+    model = nn.Sequential(nn.BatchNorm1d(1, momentum=0.2))
+    apply_ghost_batchnorm(model, ghost_batch_size=2)
+    update_bn(model, [torch.tensor([[1.0], [3.0], [5.0], [9.0]]), torch.tensor([[2.0], [4.0]])])
+    layer = model[0].batchnorm
+    assert layer.running_mean.item() == pytest.approx((2 + 7 + 3) / 3)
+    assert layer.running_var.item() == pytest.approx((2 + 8 + 2) / 3)
+    assert layer.num_batches_tracked == 3
+    assert layer.momentum == 0.2
+
+
+class ReplacesItsStatistics(nn.BatchNorm1d):
+    """As some write BatchNorm by hand: momentum is a number, nothing is counted, tensors are replaced."""
+
+    def forward(self, x):
+        if self.training:
+            self.running_mean = (1 - self.momentum) * self.running_mean + self.momentum * x.mean(0)
+            self.running_var = (1 - self.momentum) * self.running_var + self.momentum * x.var(0)
+        return x
+
+
+@pytest.mark.parametrize('averaging', [False, True])
+def test_a_layer_written_by_hand_gets_the_means_in_the_buffers_that_it_had(averaging):
+    model = ReplacesItsStatistics(1)
+    held = [model.running_mean, model.running_var]
+    shadow = ShadowModel(model) if averaging else None
+    update_bn(model, [torch.tensor([[1.0], [3.0]]), torch.tensor([[5.0], [9.0]])], shadow=shadow)
+    found = dict((shadow or model).named_buffers())
+    assert found['running_mean'].item() == pytest.approx(4.5)
+    assert found['running_var'].item() == pytest.approx(5)
+    assert model.running_mean is held[0]
+    assert model.running_var is held[1]
+    if averaging:
+        assert model.running_mean.item() == 0
+
+
+def test_a_layer_without_a_counter_and_one_that_is_called_by_its_forward_get_the_means():
+    class Calls(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(1)
+            self.norm.num_batches_tracked = None
+
+        def forward(self, x):
+            return self.norm.forward(x)
+
+    model = Calls()
+    update_bn(model, [torch.tensor([[1.0], [3.0]]), torch.tensor([[5.0], [9.0]])])
+    assert model.norm.running_mean.item() == 4.5
+    assert model.norm.running_var.item() == 5
+
+
+def test_statistics_that_are_not_finite_do_not_stay():
+    model = nn.BatchNorm1d(1)
+    model.running_mean.fill_(torch.nan)
+    model.running_var.fill_(torch.inf)
+    update_bn(model, [X])
+    assert model.running_mean.item() == 2
+    assert model.running_var.item() == 2
+
+
+def test_instance_norm_that_tracks_statistics_gets_the_means_over_batches():
+    model = nn.InstanceNorm1d(1, track_running_stats=True)
+    update_bn(model, [torch.tensor([[[1.0, 3.0]], [[5.0, 9.0]]]), torch.tensor([[[0.0, 2.0]]])])
+    assert model.running_mean.item() == pytest.approx((4.5 + 1) / 2)
+    assert model.running_var.item() == pytest.approx((5 + 2) / 2)
+
+
+def test_a_lazy_layer_is_refused():
+    with pytest.raises(ValueError, match=r'0 is a lazy layer without a shape\. Run one forward pass first'):
+        update_bn(nn.Sequential(nn.LazyBatchNorm1d(affine=False)), [X])
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(1, 2), nn.BatchNorm1d(2)
+
+    def forward(self, x):
+        return self.norm(self.linear(x))
+
+
+def test_compiled_parts_are_computed_without_being_compiled_anew():
+    compilations = []
+
+    def backend(graph, inputs):
+        compilations.append(graph)
+        return graph.forward
+
+    torch.manual_seed(0)
+    plain = nn.Sequential(Block())
+    compiled = nn.Sequential(torch.compile(copy.deepcopy(plain[0]), backend=backend))
+    compiled(X)
+    assert len(compilations) == 1
+    for model in (plain, compiled):
+        update_bn(model, [X, X + 1, X * 3])
+    assert_same_bits(statistics(plain), {n.replace('_orig_mod.', ''): b for n, b in statistics(compiled).items()})
+    compiled(X)
+    assert compiled[0].norm.num_batches_tracked == 4
+    assert len(compilations) == 1
+
+
+# What the code of a model keeps in Python
+
+
+class Meter:
+    def __init__(self):
+        self.values, self.best = [], None
+
+    def add(self, value):
+        self.values.append(value)
+        self.best = value
+
+
+class Remembers(nn.Module):
+    """Keeps whatever a module can keep between two calls, and lets it tell on its output."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.items, self.named = 0, [], collections.OrderedDict(a=1, b=2)
+        self.recent, self.seen = collections.deque(maxlen=2), set()
+        self.total, self.cache, self.array = torch.zeros(1), None, np.zeros(2)
+        self.torch_generator = torch.Generator().manual_seed(1)
+        self.numpy_generator, self.python_generator = np.random.default_rng(1), random.Random(1)
+        self.meter, self.nested, self.raw = Meter(), {'deep': [{'count': 0}]}, bytearray(1)
+        self.hidden = [nn.BatchNorm1d(1)]
+        self.scale = nn.Parameter(torch.ones(1))
+        self.view = self.scale.data.view(-1)
+
+    def forward(self, x):
+        self.calls += 1
+        self.items.append(self.calls)
+        self.named.pop('a', None)
+        self.named['a'] = self.named['c'] = self.calls
+        self.recent.append(self.calls)
+        self.seen.add(self.calls)
+        self.total += x.mean()
+        self.cache = x * self.scale
+        self.array[0] += 1
+        self.raw[0] += 1
+        self.meter.add(self.calls)
+        self.nested['deep'][0]['count'] += 1
+        self.hidden[0](x)
+        self.later = self.calls
+        draws = torch.rand(1, generator=self.torch_generator), self.numpy_generator.random(), self.python_generator
+        return self.cache + self.total + draws[0] + draws[1] + draws[2].random() + len(self.items) + self.array[0]
+
+
+def remembered(model):
+    state = {key: value for key, value in vars(model).items() if not key.startswith('_')}
+    state.pop('cache', None)
+    generators = [state.pop(f'{name}_generator') for name in ('torch', 'numpy', 'python')]
+    hidden, meter = state.pop('hidden')[0], state.pop('meter')
+    states = generators[0].get_state(), generators[1].bit_generator.state, generators[2].getstate()
+    return copy.deepcopy([sorted(state), state, vars(meter), bits(hidden), states, list(state['named'])])
+
+
+@pytest.mark.parametrize('averaging', [False, True])
+@pytest.mark.parametrize('failing', [False, True])
+def test_what_modules_keep_in_python_is_as_if_they_had_not_been_run(averaging, failing):
+    model = nn.Sequential(Remembers(), nn.BatchNorm1d(1))
+    for batch in (X, X + 1):
+        model(batch)
+    cache, items = model[0].cache, model[0].items
+    before, expected = remembered(model[0]), copy.deepcopy(model[0].meter)
+    twin_of_hidden = model[0].hidden[0]
+    shadow = ShadowModel(model) if averaging else None
+    batches = breaking([X, X]) if failing else [X, X, X]
+    with pytest.raises(Broken) if failing else nullcontext():
+        update_bn(model, batches, shadow=shadow)
+    after = remembered(model[0])
+    assert str(after) == str(before)  # tensors are shown in full
+    assert vars(model[0].meter) == vars(expected)
+    assert model[0].cache is cache
+    assert model[0].items is items
+    assert model[0].hidden[0] is twin_of_hidden
+    cache.sum().backward()  # the graph that waited is valid
+    assert 'forward' not in vars(model[1])
+
+
+def test_a_hook_that_writes_into_a_list_of_the_module_is_seen_by_its_forward():
+    model = nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1))
+    model.features = features = []
+    model[0].register_forward_hook(lambda *_: features.append(_[2]))
+    update_bn(model, [X, X], forward=lambda model, x: (model(x), model.features[-1].sum()))
+    assert features == []
+
+
+def test_what_stands_around_a_model_is_left_alone_and_named(caplog):
+    class Around:
+        def __init__(self, model):
+            self.model, self.lock, self.calls = model, threading.Lock(), 0
+
+    model = nn.Sequential(nn.BatchNorm1d(1))
+    model.around, model.shadow = Around(model), ShadowModel(model)
+
+    def forward(model, x):
+        model.around.calls += 1
+        return model(x)
+
+    with caplog.at_level(logging.INFO, 'composer_ema'):
+        update_bn(model, [X, X], forward=forward, shadow=model.shadow)
+    assert model.around.calls == 2
+    assert 'around (Around)' in caplog.text
+    assert dict(model.shadow.named_buffers())['0.running_mean'].item() == 2
+
+
+def test_an_embedding_that_is_renormalized_when_it_is_read_keeps_its_weights():
+    model = nn.Sequential(nn.Embedding(2, 3, max_norm=1.0), nn.BatchNorm1d(3))
+    with torch.no_grad():
+        model[0].weight.fill_(5.0)
+    update_bn(model, [torch.tensor([0, 1])])
+    assert model[0].weight.eq(5).all()
 
 
 # What is refused
@@ -517,6 +836,25 @@ def _on_each_rank(rank, folder):
         told['errors'].append(str(caught.value))
     update_bn(model, flat[rank : 3 + 2 * rank], num_batches=2)
 
+    told['failed'] = []
+    for model, batches in ((network(), shard), (WithoutDevice(2), flat)):
+        before = bits(model)
+        with pytest.raises(Broken if rank else RuntimeError) as caught:
+            update_bn(model, breaking(batches[:1]) if rank else batches)
+        told['failed'].append(str(caught.value))
+        assert_same_bits(bits(model), before)
+
+    class Frozen(WithoutDevice):
+        def train(self, mode=True):
+            return super().train(False)
+
+    model = network()
+    model.append(Frozen(2))
+    with pytest.warns(UserWarning, match=r'frozen keep their statistics.*: 8\.'):
+        update_bn(model, shard)
+    told['beside_frozen'] = statistics(model[:8])
+    told['frozen'] = model[8].running_mean.tolist()
+
     torch.save(told, f'{folder}/{rank}.new')
     Path(folder, f'{rank}.new').rename(Path(folder, f'{rank}.pt'))
     while not Path(folder, f'{1 - rank}.pt').exists():
@@ -583,3 +921,14 @@ def test_uneven_loaders_of_a_synchronized_model_are_an_error_on_every_process(bo
     for told in both_ranks:
         assert 'after 2 batches only 1 of 2 processes' in told['errors'][1]
         assert 'synchronize=False cannot take effect' in told['errors'][2]
+
+
+def test_a_process_that_fails_ends_the_pass_on_every_process(both_ranks):
+    for message in both_ranks[0]['failed']:
+        assert '1 of 2 processes could not run their batches' in message
+
+
+def test_on_two_processes_a_frozen_layer_is_kept_and_need_not_be_in_step(both_ranks):
+    for told in both_ranks:
+        assert told['frozen'] == [0, 0]
+        assert_close(told['beside_frozen'], whole(images(5)))

@@ -3,12 +3,14 @@
 What every average has to hold in a Composer run is tested in test_contract_*.py, for SWA as for EMA.
 """
 
+import contextlib
 import copy
 import functools
 import inspect
 import itertools
 import logging
 import math
+import warnings
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ import toy
 from composer import Callback, DataSpec
 from composer.algorithms import EMA as ComposerEMA
 from composer.algorithms import SWA as ComposerSWA
+from composer.algorithms import GhostBatchNorm, GyroDropout
 from composer.core import Event, Time
 from composer.loggers import InMemoryLogger
 from composer.models import ComposerClassifier
@@ -267,6 +270,46 @@ def test_the_refresh_touches_neither_training_nor_random_numbers(trainer, durati
     assert finals[0] == finals[1]
 
 
+class CountsItsCalls(nn.Module):
+    """Its output depends on how often it has been called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.history = 0, []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        self.history.append(x.detach().mean())
+        return x * (1 + self.calls / 50) + torch.stack(self.history).mean()
+
+
+def with_a_counter() -> tuple[nn.Module, list]:
+    model = make_model()
+    model.module.insert(3, CountsItsCalls())
+    return model, []
+
+
+def with_gyro_dropout() -> tuple[nn.Module, list]:
+    with warnings.catch_warnings(action='ignore'):  # it cannot be resumed
+        return make_model(), [GyroDropout(sigma=2, tau=2)]
+
+
+@pytest.mark.filterwarnings('ignore:No instances of .torch.nn.Dropout. were found')
+@pytest.mark.parametrize('build', [with_a_counter, with_gyro_dropout])
+def test_training_goes_on_after_a_refresh_as_if_the_model_had_not_been_run(trainer, build):
+    finals = []
+    for refresh in (False, True):
+        model, algorithms = build()
+        swa = SWA('1ep', refresh_batchnorm=refresh)
+        run = trainer([*algorithms, swa], model=model, max_duration='3ep')
+        run.fit()
+        refreshed = held(swa)['module.1.num_batches_tracked'] == toy.EPOCH
+        assert refreshed == refresh
+        run.fit(duration='3ep')
+        finals.append(bits(run.state.model))
+    assert finals[0] == finals[1]
+
+
 @pytest.mark.parametrize(
     ('update_interval', 'duration', 'interval'),
     [('1ep', '3ep', '1ep'), ('1ba', '7ba', '1ba'), ('1ep', '9ba', '1ep'), ('1ba', '3ep', '1ep')],
@@ -401,6 +444,77 @@ def test_a_refresh_that_cannot_work_is_refused_before_training(trainer):
     swa = SWA('2ba', update_interval='1ba', refresh_batchnorm='2ba')
     trainer([swa], train_dataloader=loader, max_duration='4ba').fit()
     assert held(swa)['module.1.num_batches_tracked'] == 2
+
+
+def test_with_ghost_batchnorm_the_statistics_are_the_means_over_ghost_batches(trainer):
+    swa = SWA('1ep')
+    trainer([GhostBatchNorm(ghost_batch_size=2), swa], max_duration='3ep').fit()
+    average = {name.replace('.batchnorm', ''): value for name, value in held(swa).items()}
+    ghosts = [[images, None] for batch in make_data().dataloader for images in batch[0].split(2)]
+    assert average['module.1.num_batches_tracked'] == len(ghosts) == 5
+    for name, value in statistics_by_hand(average, ghosts).items():
+        torch.testing.assert_close(average[name], value, rtol=1e-5, atol=1e-6)
+
+
+class FailsInTheRefresh(nn.Module):
+    def __init__(self, error: type[BaseException]) -> None:
+        super().__init__()
+        self.error = error
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training and not torch.is_grad_enabled():
+            raise self.error('no more of this')
+        return x
+
+
+def failing_model(error: type[BaseException]) -> nn.Module:
+    model = make_model()
+    model.module.insert(3, FailsInTheRefresh(error))
+    return model
+
+
+@pytest.mark.parametrize('duration', ['3ep', '7ba'])
+@pytest.mark.parametrize('error', [AssertionError, torch.OutOfMemoryError])
+def test_a_refresh_that_fails_does_not_lose_the_run(trainer, tmp_path, error, duration):
+    finals = []
+    for refresh in (True, False):
+        swa, folder = SWA('2ba', update_interval='1ba', refresh_batchnorm=refresh), tmp_path / str(refresh)
+        run = trainer(
+            [swa], model=failing_model(error), max_duration=duration, eval_dataloader=make_evaluator(),
+            save_folder=str(folder),
+        )  # fmt: skip
+        message = rf'{error.__name__}: no more of this\. Compute them after training: update_bn\('
+        with pytest.warns(UserWarning, match=message) if refresh else contextlib.nullcontext() as warned:
+            run.fit()
+        assert warned is None or sum('could not be computed' in str(each.message) for each in warned) == 1
+        assert swa.state_dict()['refreshed_at'] is None
+        assert bits(load_average(folder / 'latest-rank0.pt')) == bits(held(swa))
+        finals.append((bits(run.state.model), bits(held(swa))))
+    assert finals[0] == finals[1]
+
+
+def test_an_interrupt_of_the_refresh_ends_the_run(trainer):
+    with pytest.raises(KeyboardInterrupt):
+        trainer([SWA('1ep')], model=failing_model(KeyboardInterrupt), max_duration='3ep').fit()
+
+
+class StaysInEvaluation(nn.BatchNorm2d):
+    def train(self, mode: bool = True) -> nn.Module:
+        return super().train(False)
+
+
+@pytest.mark.parametrize('settings', [{}, {'exclude': r'module\.1\.running'}])
+def test_frozen_batchnorm_keeps_its_statistics_and_the_run_says_so(trainer, settings):
+    model = make_model()
+    model.module[1] = StaysInEvaluation(2)
+    model.module[1].running_mean.fill_(0.1)
+    swa = SWA('1ep', **settings)
+    run = trainer([swa], model=model, max_duration='3ep')
+    with pytest.warns(UserWarning, match=r'frozen keep their statistics.*: module\.1\.'):
+        run.fit()
+    assert run.state.model.module[1].running_mean.tolist() == [torch.tensor(0.1).item()] * 2
+    if not settings:
+        assert held(swa)['module.1.running_mean'].tolist() == [torch.tensor(0.1).item()] * 2
 
 
 def test_stopped_early_the_statistics_are_refreshed_too(trainer):

@@ -11,11 +11,12 @@ from typing import Any
 from composer import Trainer
 from composer.core import DataSpec, Event, State, Time, get_precision_context
 
-from composer_ema.batchnorm import statistics_of, update_bn
+from composer_ema.batchnorm import statistics_of, unfrozen_statistics_of, update_bn
 from composer_ema.model.names import listed
 from composer_ema.model.sharding import unwrap
 from composer_ema.shadow.shadow_model import ShadowModel
 from composer_ema.spans import ArgumentError, Span
+from composer_ema.trainer.limits import warn
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ class Refresh:
     def __init__(self, setting: bool | int | str | Time) -> None:
         self.setting = _parse(setting)
         self._refreshed_at: list[int] | None = None
+        self._tried_at: list[int] | None = None
 
     @property
     def argument(self) -> bool | int | str:
@@ -52,14 +54,18 @@ class Refresh:
 
     def reset(self) -> None:
         """Forgets what was refreshed: another run begins."""
-        self._refreshed_at = None
+        self._refreshed_at = self._tried_at = None
 
     def check(self, shadow: ShadowModel, state: State) -> None:
         """Raises a ValueError or RuntimeError if the statistics cannot be computed in this run."""
-        if self.setting is False or not (statistics := statistics_of(unwrap(state.model))):
+        module = unwrap(state.model)
+        if self.setting is False or not (statistics := statistics_of(module)):
             return
         tracked = {name for name, _ in shadow.named_buffers()}
-        untracked = [name for name in statistics if name not in tracked]
+        if statistics.keys() <= tracked:
+            untracked = []
+        else:
+            untracked = [name for name in unfrozen_statistics_of(module) if name not in tracked]
         if untracked:
             raise ArgumentError(
                 f'refresh_batchnorm={self.argument} needs statistics that include and exclude '
@@ -71,17 +77,34 @@ class Refresh:
 
     def is_due(self, event: Event, shadow: ShadowModel, state: State) -> bool:
         """Whether the run ends at ``event`` and the statistics are not those of the final average yet."""
-        if self.setting is False or event not in MAY_END or self._refreshed_at == _moment(shadow, state):
+        if self.setting is False or event not in MAY_END or self._tried_at == _moment(shadow, state):
             return False
         has_ended = state.max_duration is not None and state.timestamp >= state.max_duration
         return has_ended or event is Event.FIT_END
 
     def run(self, shadow: ShadowModel, state: State) -> None:
-        """Computes the statistics into ``shadow``. The model, its flags and random numbers stay as they are."""
-        self._refreshed_at = _moment(shadow, state)
+        """Computes the statistics into ``shadow``. The model, its flags and random numbers stay as they are.
+
+        Warns:
+            They could not be computed. The shadow keeps those that it has, and the run goes on: it has yet to save.
+        """
+        self._tried_at = _moment(shadow, state)
         if not statistics_of(unwrap(state.model)):
             log.info('refresh_batchnorm: the model has no BatchNorm layer with statistics, so none are computed')
-            return
+        else:
+            try:
+                self._compute(shadow, state)
+            except Exception as error:
+                log.warning('the BatchNorm statistics could not be computed', exc_info=True)
+                warn(
+                    'the BatchNorm statistics of the averaged weights could not be computed, so the average keeps '
+                    f'those gathered in training. {type(error).__name__}: {error or "no message"}. Compute them after '
+                    'training: update_bn(model, data, shadow=swa.swa_model).'
+                )
+                return
+        self._refreshed_at = self._tried_at
+
+    def _compute(self, shadow: ShadowModel, state: State) -> None:
         batches = self._num_batches(state)
         log.info('computing the BatchNorm statistics of the averaged weights over %d batches', batches)
         with get_precision_context(state.precision, state.precision_config, fp8_autocast_enabled=False):
@@ -113,7 +136,7 @@ class Refresh:
 
     def load_state_dict(self, refreshed_at: list[int] | None) -> None:
         """Loads what :func:`check_state` returned."""
-        self._refreshed_at = refreshed_at
+        self._refreshed_at = self._tried_at = refreshed_at
 
 
 def check_state(state: Mapping[str, Any]) -> list[int] | None:

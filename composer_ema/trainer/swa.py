@@ -59,7 +59,8 @@ class SWA(WeightAverage):
         refresh_batchnorm: whether the statistics are computed anew at the end, by a pass over the training data: True
             for as many batches as an epoch has, or at most so many batches, or a time string (ba, ep) of at most one
             epoch. Batches are transformed and split into microbatches as in training, see
-            :func:`composer_ema.update_bn`. Default: True.
+            :func:`composer_ema.update_bn`. Frozen layers keep their statistics, with a warning. If the pass fails, all
+            layers do: a warning gives the cause, and the run goes on to save. Default: True.
         evaluate_with, log_interval, export_weights: as for :class:`~composer_ema.EMA`, with ``'swa'`` for ``'ema'``.
         settings: which tensors are averaged and how: ``buffers``, ``include``, ``exclude``, ``shadow_dtype``,
             ``shadow_device``, ``skip_nonfinite``, ``rounding``, ``seed``, and ``avg_fn`` or ``multi_avg_fn`` in place
