@@ -69,7 +69,7 @@ def update_bn(
     reaches keeps its statistics, too. A model without BatchNorm is not run, nor one in which every layer is frozen.
     InstanceNorm that tracks statistics, and layers that refuse the ``momentum=None`` that torch's function gives them,
     as in Composer's GhostBatchNorm, are computed alike; each part of a batch that a layer is called with counts as a
-    batch there.
+    batch there. Scripted layers keep their statistics.
 
     No gradient graph is built, and compiled parts run uncompiled. For mixed precision call it inside
     ``torch.autocast``. Afterwards the model is as before, but for the statistics: see
@@ -107,7 +107,7 @@ def update_bn(
         NotImplementedError: the model is sharded.
 
     Warns:
-        A layer is frozen, by name.
+        A layer is frozen or scripted, by name.
 
     Example:
         >>> model = nn.BatchNorm1d(1)
@@ -132,6 +132,12 @@ def update_bn(
 
     module = unwrap(model)
     layers = _layers(module)
+    if scripted := _scripted(module):
+        warnings.warn(
+            f'scripted BatchNorm layers keep their statistics: {listed(scripted)}. Their momentum is compiled in. '
+            'Compute the statistics of the module that was scripted.',
+            stacklevel=2,
+        )
     if not layers:
         return
     to = _device_of(module) if device is None else torch.device(device)
@@ -222,6 +228,16 @@ def _layers(module: nn.Module) -> dict[str, _NormBase]:
                 raise ValueError(f'{name} is a lazy layer without a shape. Run one forward pass first.')
             layers[canonical_name(f'{name}.').removesuffix('.')] = layer
     return layers
+
+
+def _scripted(module: nn.Module) -> list[str]:
+    """Names of the layers with statistics that are no Python modules any more."""
+    scripted = ((name, child) for name, child in module.named_modules() if isinstance(child, torch.jit.ScriptModule))
+    return [
+        canonical_name(name) or 'the model itself'
+        for name, child in scripted
+        if 'running_mean' in dict(child.named_buffers(recurse=False))
+    ]
 
 
 def _statistics(module: nn.Module, layers: Mapping[str, _NormBase]) -> dict[str, Tensor]:

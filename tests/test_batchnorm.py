@@ -488,6 +488,14 @@ def test_instance_norm_that_tracks_statistics_gets_the_means_over_batches():
     assert model.running_var.item() == pytest.approx((5 + 2) / 2)
 
 
+def test_a_scripted_layer_keeps_its_statistics_and_is_named():
+    model = nn.Sequential(torch.jit.script(nn.Sequential(nn.BatchNorm1d(1))), nn.BatchNorm1d(1))
+    with pytest.warns(UserWarning, match=r'scripted BatchNorm layers keep .*: 0\.0\. .* that was scripted'):
+        update_bn(model, [X])
+    assert model[0][0].running_mean.item() == 0
+    assert model[1].num_batches_tracked == 1
+
+
 def test_a_lazy_layer_is_refused():
     with pytest.raises(ValueError, match=r'0 is a lazy layer without a shape\. Run one forward pass first'):
         update_bn(nn.Sequential(nn.LazyBatchNorm1d(affine=False)), [X])

@@ -290,7 +290,8 @@ def with_a_counter() -> tuple[nn.Module, list]:
 
 
 def with_gyro_dropout() -> tuple[nn.Module, list]:
-    with warnings.catch_warnings(action='ignore'):  # it cannot be resumed
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # it cannot be resumed
         return make_model(), [GyroDropout(sigma=2, tau=2)]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import enum
 import functools
+import inspect
 import logging
 import numbers
 import pathlib
@@ -30,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 _ATOMS = (
     type(None), bool, int, float, str, numbers.Number, bytes, range, slice, enum.Enum, re.Pattern, pathlib.PurePath,
     type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, functools.partial,
-    datetime.date, datetime.time, datetime.timedelta, logging.Logger, weakref.ref,
+    datetime.date, datetime.time, datetime.timedelta, inspect.Signature, logging.Logger, weakref.ref,
     np.generic, np.dtype, torch.dtype, torch.device, torch.layout, torch.memory_format,
 )  # fmt: skip
 _LEAVES = (*_ATOMS, nn.Module, Tensor)
@@ -99,7 +100,7 @@ class Rollback:
             elif (parts := _parts(value)) is not None and self._is_covered(value):
                 self._note_object(value)
                 waiting += [(part, path) for part in parts if not isinstance(part, _ATOMS)]
-            else:
+            elif not type(value).__module__.startswith('torch'):  # what torch keeps there is not the model's
                 self.left_alone.append(f'{path} ({type(value).__name__})')
 
     def _note_module(self, module: nn.Module) -> None:

@@ -96,10 +96,11 @@ class Refresh:
                 self._compute(shadow, state)
             except Exception as error:
                 log.warning('the BatchNorm statistics could not be computed', exc_info=True)
+                cause = str(error).rstrip('.') or 'no message'
                 warn(
                     'the BatchNorm statistics of the averaged weights could not be computed, so the average keeps '
-                    f'those gathered in training. {type(error).__name__}: {error or "no message"}. Compute them after '
-                    'training: update_bn(model, data, shadow=swa.swa_model).'
+                    f'those gathered in training. {type(error).__name__}: {cause}. Compute them after training: '
+                    'update_bn(model, data, shadow=swa.swa_model).'
                 )
                 return
         self._refreshed_at = self._tried_at
