@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import itertools
 import re
@@ -10,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from composer import Event
+from composer import Callback, Event, Trainer
+from composer.core import State
+from composer.loggers import Logger
 from contract import (
     AVERAGES,
     Interrupted,
@@ -18,12 +21,20 @@ from contract import (
     RaiseAt,
     save_after_odd_batches,
     save_when_numpy_says_so,
+    saved_bits,
 )
-from toy import bits, make_data, make_evaluator, snapshot
+from tensors import state_by_hand
+from torch import nn
+from toy import bits, make_data, make_evaluator, make_model, snapshot
 
-from composer_ema import EMA, load_average
+from composer_ema import EMA, ShadowModel, load_average
 from composer_ema import SWA as OurSWA
 from composer_ema.trainer.weight_average import WeightAverage
+
+EVERY_MOMENT = (
+    Event.EVAL_BEFORE_ALL, Event.EVAL_START, Event.EVAL_BEFORE_FORWARD, Event.EVAL_BATCH_END, Event.EVAL_END,
+    Event.EVAL_AFTER_ALL,
+)  # fmt: skip
 
 
 def uninterrupted(trainer, average: Callable[[], WeightAverage] = AVERAGES['ema'], **arguments: Any) -> dict[str, Any]:
@@ -35,11 +46,7 @@ def uninterrupted(trainer, average: Callable[[], WeightAverage] = AVERAGES['ema'
 @pytest.mark.parametrize(
     ('moment', 'batch', 'kind'),
     [
-        *itertools.product(
-            [Event.EVAL_BEFORE_ALL, Event.EVAL_START, Event.EVAL_BEFORE_FORWARD, Event.EVAL_BATCH_END, Event.EVAL_END],
-            [2, 3],
-            ['ema'],
-        ),
+        *itertools.product(EVERY_MOMENT[:-1], [2, 3], ['ema']),
         (Event.EVAL_START, 2, 'swa'),
         (Event.EVAL_BATCH_END, 3, 'swa'),
     ],
@@ -63,6 +70,142 @@ def expected_training_weights(trainer, batch: int) -> dict[str, bytes]:
     plain = trainer(eval_dataloader=make_evaluator(interval='1ba'), max_duration=f'{batch}ba')
     plain.fit()
     return bits(plain.state.model)
+
+
+class SaveAt(Callback):
+    """Saves inside an evaluation, as callbacks that keep the best model do, and notes what the checkpoint holds."""
+
+    def __init__(self, moment: Event, path: Any, **arguments: Any) -> None:
+        self.moment, self.path, self.arguments = moment, str(path), arguments
+        self.trainer: Trainer | None = None
+        self.was_average = False
+
+    def run_event(self, event, state, logger) -> None:
+        if event is self.moment and int(state.timestamp.batch) == 2:
+            assert self.trainer is not None
+            self.was_average = bits(state.model) != bits(state.get_model_state_dict())
+            self.trainer.save_checkpoint(self.path, **self.arguments)
+
+
+def run_that_saves(trainer, average: Callable[[], WeightAverage], saver: SaveAt, **arguments: Any) -> Trainer:
+    arguments = {'eval_dataloader': make_evaluator(interval='1ba'), **arguments}
+    saver.trainer = trainer([average()], callbacks=[saver], **arguments)
+    saver.trainer.fit()
+    return saver.trainer
+
+
+@pytest.mark.parametrize(
+    ('moment', 'kind'), [*itertools.product(EVERY_MOMENT, ['ema']), (Event.EVAL_END, 'swa'), (Event.EVAL_START, 'swa')]
+)
+def test_without_the_algorithm_a_checkpoint_saved_inside_an_evaluation_continues_the_training(
+    trainer, tmp_path, moment, kind
+):
+    saver = SaveAt(moment, tmp_path / 'inside.pt')
+    run = run_that_saves(trainer, AVERAGES[kind], saver)
+    assert saver.was_average == (moment is not Event.EVAL_AFTER_ALL)
+    without = trainer(eval_dataloader=make_evaluator(interval='1ba'), load_path=saver.path)
+    assert bits(without.state.model) == expected_training_weights(trainer, 2)
+    without.fit()
+    assert bits(without.state.model) == bits(run.state.model)
+
+
+@pytest.mark.parametrize(('saves', 'loads'), [(True, True), (False, True), (True, False)])
+def test_weights_only_means_the_training_weights_inside_an_evaluation_too(trainer, tmp_path, saves, loads):
+    saver = SaveAt(Event.EVAL_END, tmp_path / 'inside.pt', weights_only=saves)
+    run_that_saves(trainer, AVERAGES['ema'], saver)
+    assert saver.was_average
+    loaded = trainer([EMA('2ba')] if loads else [], load_path=saver.path, load_weights_only=True)
+    assert bits(loaded.state.model) == expected_training_weights(trainer, 2)
+
+
+def test_a_checkpoint_taken_on_loan_is_the_one_taken_before_the_loan(trainer, tmp_path):
+    ema = EMA('2ba')
+    run = trainer([ema])
+    run.fit(duration='3ba')
+    before, inside = str(tmp_path / 'before.pt'), str(tmp_path / 'inside.pt')
+    run.save_checkpoint(before)
+    ema.get_ema_model(run.state.model)
+    assert 'training_weights' in ema.state_dict()
+    run.save_checkpoint(inside)
+    assert saved_bits(inside) == saved_bits(before)
+    for path in (before, inside):
+        state = torch.load(path, weights_only=False)['state']
+        assert dict(state['algorithms'])['EMA'].keys() == ema.state_dict().keys() - {'training_weights'}
+
+
+def test_the_average_of_a_callback_stays_out_of_the_model_slot(trainer, tmp_path):
+    shadow = ShadowModel(make_model(seed=5).module)
+
+    class OfTheNetwork(SaveAt):
+        def run_event(self, event, state, logger) -> None:
+            with shadow.swapped(state.model.module):
+                super().run_event(event, state, logger)
+
+    saver = OfTheNetwork(Event.BATCH_END, tmp_path / 'inside.pt')
+    run = run_that_saves(trainer, AVERAGES['ema'], saver)
+    assert saver.was_average
+    without = trainer(eval_dataloader=make_evaluator(interval='1ba'), load_path=saver.path)
+    without.fit()
+    assert bits(without.state.model) == bits(run.state.model)
+
+
+@pytest.mark.parametrize('wrap', [lambda model: model, torch.compile], ids=['whole', 'compiled'])
+def test_every_name_of_a_tied_weight_and_of_a_compiled_part_is_saved_with_the_training_weights(wrap):
+    network = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.BatchNorm1d(3))
+    network[1].weight = network[0].weight
+    network[0] = wrap(network[0])
+    state, ema = state_by_hand(model := wrap(network)), EMA('2ba')
+    for event in (Event.INIT, Event.BATCH_END):
+        ema.apply(event, state, Logger(state))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(1)
+    training = bits(state.get_model_state_dict())
+    ema.get_ema_model(model)
+    shown = bits(State.get_model_state_dict(state))
+    assert bits(state.get_model_state_dict()) == training != shown
+    assert bits(copy.deepcopy(state).get_model_state_dict()) == shown  # a copy of the model is not on loan
+    assert {'0.weight', '1.weight', '2.running_var'} <= training.keys()
+
+
+@pytest.mark.parametrize('broken', ['eval', 'predict'])
+def test_after_a_broken_pass_every_checkpoint_holds_the_training_weights(trainer, tmp_path, broken):
+    moment = Event.EVAL_BATCH_END if broken == 'eval' else Event.PREDICT_BATCH_END
+    run = trainer([EMA('2ba')], callbacks=[RaiseAt(moment, 3)])
+    run.fit(duration='3ba')
+    with pytest.raises(Interrupted):
+        run.eval(eval_dataloader=make_data(4)) if broken == 'eval' else run.predict(make_data(4))
+    assert run.state.algorithms[0].ema_weights_active
+    for name, arguments in (('whole.pt', {}), ('weights.pt', {'weights_only': True})):
+        run.save_checkpoint(str(tmp_path / name), **arguments)
+        state = torch.load(tmp_path / name, weights_only=False)['state']
+        assert bits(state['model']) == expected_training_weights(trainer, 3)
+
+
+@pytest.mark.parametrize('kind', AVERAGES)
+def test_a_checkpoint_of_an_earlier_release_with_the_average_in_the_model_slot_resumes_exactly(
+    trainer, tmp_path, kind
+):
+    run = trainer([AVERAGES[kind]()])
+    run.fit(duration='3ba')
+    run.save_checkpoint(str(tmp_path / 'today.pt'))
+    checkpoint = torch.load(tmp_path / 'today.pt', weights_only=False)
+    model, algorithm = checkpoint['state']['model'], dict(checkpoint['state']['algorithms'])[kind.upper()]
+    average = algorithm['averages'][kind]
+    algorithm['training_weights'] = {n: t.clone() for n, t in model.items() if t.is_floating_point()}
+    model |= {n: t for n, t in {**average['parameters'], **average['buffers']}.items() if t.is_floating_point()}
+    torch.save(checkpoint, tmp_path / 'earlier.pt')
+
+    resumed = trainer([AVERAGES[kind]()], load_path=str(tmp_path / 'earlier.pt'))
+    assert bits(resumed.state.model) == bits(run.state.model)
+    resumed.fit()
+    assert snapshot(resumed) == uninterrupted_without_evaluation(trainer, AVERAGES[kind])
+
+
+def uninterrupted_without_evaluation(trainer, average: Callable[[], WeightAverage]) -> dict[str, Any]:
+    run = trainer([average()])
+    run.fit()
+    return snapshot(run)
 
 
 def test_a_checkpoint_taken_while_swapped_is_read_rightly_by_load_average(trainer, tmp_path):

@@ -77,6 +77,14 @@ def test_two_processes_evaluate_with_the_same_bits_on_both_ranks(two_processes):
     assert first[-1] == two_processes[0]['whole']['average']
 
 
+def test_two_processes_save_the_training_weights_inside_an_evaluation_too(two_processes):
+    folder = two_processes[0]['folder']
+    inside = sorted(path.name for path in (folder / 'inside').iterdir())
+    assert inside == ['ba2.pt', 'ba4.pt', 'ba6.pt']
+    for name in inside:
+        assert saved_bits(folder / 'inside' / name) == saved_bits(folder / 'two' / name)
+
+
 @pytest.mark.parametrize('batch', range(1, BATCHES))
 def test_two_processes_resumed_after_any_batch_equal_the_uninterrupted_run(two_processes, batch):
     for rank in two_processes:

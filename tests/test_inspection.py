@@ -203,7 +203,7 @@ class TestRuns:
         assert by_name['module.1.running_mean'] == BUFFER
         assert by_name['module.1.num_batches_tracked'] == COPY
 
-    def test_a_checkpoint_taken_while_swapped_says_so(self, trainer, tmp_path):
+    def test_a_checkpoint_taken_while_swapped_holds_the_training_weights(self, trainer, tmp_path):
         ema = EMA(half_life='2ba')
         run = trainer([ema], max_duration='1ep')
         run.fit()
@@ -211,7 +211,7 @@ class TestRuns:
         ema.get_ema_model(run.state.model)
         run.save_checkpoint(str(tmp_path / 'swapped.pt'))
         found = describe(tmp_path / 'swapped.pt')
-        assert (found.model_slot, found.has_stash) == (AVERAGE, True)
+        assert (found.model_slot, found.has_stash) == (TRAINING_WEIGHTS, False)
         assert found.averages[0].relative_distance == pytest.approx(expected, rel=1e-6)
 
     def test_frozen_excluded_and_tied_tensors(self, trainer, tmp_path):

@@ -5,7 +5,10 @@ A state is plain strings, numbers, lists, dictionaries and tensors, so that ``to
     {'version': 2, 'repr': ..., 'config': {...}, 'started': bool,
      'averages': {label: {'parameters', 'buffers', 'aliases', 'num_updates', 'seed',
                           'last_update', 'started_at', 'profile'}},
-     'training_weights': {...}}          # only in a checkpoint taken while a model held an average
+     'training_weights': {...}}          # only in a state taken while a model held an average
+
+A checkpoint of the Trainer lacks ``training_weights``, whenever it is taken: it holds the training weights as the model.
+Older ones have them if the model was saved with an average in it.
 
 ``last_update`` and ``started_at`` are clocks, time by unit, or None where they are not known. ``profile`` holds the
 profile's ``description`` and what it remembers. An algorithm may add further keys of its own.

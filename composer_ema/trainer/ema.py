@@ -36,8 +36,8 @@ class EMA(WeightAverage):
 
     where ``elapsed`` is the time since the last update, in the half-life's own unit, whatever the batch size. The first
     update, at ``ema_start``, copies the weights. Evaluation and prediction use the average, training never sees it. The
-    model in a checkpoint holds the training weights, this algorithm's state the average. A checkpoint that a callback
-    takes during an evaluation holds both as well, and resumes exactly.
+    model in a checkpoint of the Trainer holds the training weights, this algorithm's state the average, also if a
+    callback saves during an evaluation.
 
     Args:
         half_life: time string after which a weight's share in the average has halved: ``'1000ba'``, ``'1.5ep'``,

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from composer.algorithms.swa import SWA as ComposerSWA
 from composer.core import Algorithm, Event, State, Time
 from composer.loggers import Logger
-from torch import nn
+from torch import Tensor, nn
 
 from composer_ema.averages import Exponential, Profile
 from composer_ema.checkpoints import formats
@@ -32,6 +32,7 @@ from composer_ema.trainer.due import Interval, Start
 from composer_ema.trainer.evaluation import TRAINING, Evaluation
 from composer_ema.trainer.exporting import lend_to_exporters
 from composer_ema.trainer.limits import Limit, warn
+from composer_ema.trainer.saving import save_training_weights
 
 log = logging.getLogger(__name__)
 
@@ -191,6 +192,7 @@ class WeightAverage(Algorithm):
         # Composer's SWA writes the weights at the event that updates the average, while a side stream may read them.
         overlap = not any(isinstance(algorithm, ComposerSWA) for algorithm in state.algorithms)
         self._averages.build(state.model, overlap=overlap)
+        save_training_weights(state, self)
         self._has_started, self.update_seconds = False, 0.0
         self._evaluation.abandon()
         if not any(True for _, average in self._averages for _ in average.shadow.named_parameters()):
@@ -300,6 +302,14 @@ class WeightAverage(Algorithm):
         """
         return self._averages.put_training_weights(self.name, model)
 
+    def stashed_weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """The training weights that ``model`` has in a stash while it holds an average, whoever lent it.
+
+        Returns:
+            Canonical name to training weight, aliased; nothing while the model holds its training weights.
+        """
+        return self._averages.stashed_weights(model)
+
     @property
     def _has_average(self) -> bool:
         return bool(self._averages) and self._has_started
@@ -326,7 +336,10 @@ class WeightAverage(Algorithm):
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """The averages, their counters and, while a model holds one, the training weights; see ``formats``."""
+        """The averages, their counters and, while a model holds one, the training weights; see ``formats``.
+
+        A checkpoint of the Trainer lacks the training weights here: it holds them as the model.
+        """
         state = {
             **super().state_dict(),
             formats.VERSION_KEY: formats.VERSION,

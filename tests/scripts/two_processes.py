@@ -18,14 +18,16 @@ torch.set_num_threads(1)
 import toy  # noqa: E402
 from composer import Callback, Event, Trainer  # noqa: E402
 from composer.utils import dist  # noqa: E402
+from composer.utils.checkpoint import save_checkpoint  # noqa: E402
 
 from composer_ema import EMA, SWA  # noqa: E402
 
 
 class Watch(Callback):
-    """Notes the weights after every batch, and those that every evaluation runs on."""
+    """Notes the weights after every batch, and those that every evaluation runs on; may save inside evaluations."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder
         self.history: list[dict[str, bytes]] = []
         self.evaluated: list[dict[str, bytes]] = []
 
@@ -34,6 +36,8 @@ class Watch(Callback):
             self.history.append(toy.bits(state.model))
         elif event is Event.EVAL_BATCH_START:
             self.evaluated.append(toy.bits(state.model))
+        elif event is Event.EVAL_END and self.folder is not None:
+            save_checkpoint(state, str(self.folder / f'ba{state.timestamp.batch.value}.pt'))
 
 
 def ema() -> EMA:
@@ -56,7 +60,7 @@ def build(watch: Watch, algorithm: Callable[[], Any] | None = ema, **arguments: 
 
 def main(folder: Path) -> None:
     seen: dict[str, Any] = {'resumed': {}, 'from_one': {}}
-    watch = Watch()
+    watch = Watch(folder / 'inside')
     whole = build(watch, save_folder=str(folder / 'two'), save_interval='1ba', save_filename='ba{batch}.pt')
     assert dist.get_world_size() == 2
     whole.fit()

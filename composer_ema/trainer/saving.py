@@ -1,0 +1,58 @@
+"""Checkpoints whose model slot holds the training weights, whatever stands in the model while they are taken.
+
+All savers of Composer checkpoints ask ``State`` for the model, callbacks that save at EVAL_END included. Nobody else does,
+so ``model.state_dict()`` and exports still show what the model holds.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from composer.core import State
+from torch import Tensor, nn
+
+from composer_ema.checkpoints import formats
+from composer_ema.model.inventory import Inventory
+from composer_ema.model.sharding import canonical_name, unwrap
+
+
+class Lender(Protocol):
+    """An algorithm that lends averages to the model."""
+
+    def stashed_weights(self, model: nn.Module) -> Mapping[str, Tensor]:
+        """The training weights of ``model`` that lie in a stash, by canonical name; none while it holds its own."""
+        ...
+
+
+def save_training_weights(state: State, lender: Lender) -> None:
+    """Makes ``state`` save the training weights as its model also while the model holds an average.
+
+    The state of ``lender`` then needs no stash. While the model holds its own weights, ``state`` saves what it would
+    save without this. A second call replaces the first.
+    """
+    state.get_model_state_dict = functools.partial(_model_state_dict, state, lender)
+    state.state_dict = functools.partial(_state_dict, state, lender)
+
+
+def _model_state_dict(state: State, lender: Lender) -> dict[str, Any]:
+    saved = type(state).get_model_state_dict(state)
+    stash = lender.stashed_weights(state.model)
+    if stash:
+        aliases = Inventory.of(unwrap(state.model)).aliases
+        for key, held in saved.items():
+            name = canonical_name(key)
+            weight = stash.get(aliases.get(name, name))
+            # A buffer that the model has replaced by one of another shape keeps its new value, as when a loan ends.
+            if weight is not None and isinstance(held, Tensor) and weight.shape == held.shape:
+                saved[key] = weight.to(held.device, held.dtype)
+    return saved
+
+
+def _state_dict(state: State, lender: Lender) -> dict[str, Any]:
+    saved = type(state).state_dict(state)
+    for algorithm, (_, of_algorithm) in zip(state.algorithms, saved.get('algorithms', ()), strict=False):
+        if algorithm is lender:
+            of_algorithm.pop(formats.STASH, None)  # the model slot holds it
+    return saved
