@@ -183,9 +183,7 @@ def test_after_a_broken_pass_every_checkpoint_holds_the_training_weights(trainer
 
 
 @pytest.mark.parametrize('kind', AVERAGES)
-def test_a_checkpoint_of_an_earlier_release_with_the_average_in_the_model_slot_resumes_exactly(
-    trainer, tmp_path, kind
-):
+def test_a_checkpoint_of_an_earlier_release_with_the_average_in_the_model_slot_resumes_exactly(trainer, tmp_path, kind):
     run = trainer([AVERAGES[kind]()])
     run.fit(duration='3ba')
     run.save_checkpoint(str(tmp_path / 'today.pt'))

@@ -7,8 +7,8 @@ A state is plain strings, numbers, lists, dictionaries and tensors, so that ``to
                           'last_update', 'started_at', 'profile'}},
      'training_weights': {...}}          # only in a state taken while a model held an average
 
-A checkpoint of the Trainer lacks ``training_weights``, whenever it is taken: it holds the training weights as the model.
-Older ones have them if the model was saved with an average in it.
+A checkpoint of the Trainer never has ``training_weights``: it holds them as the model. Older ones have them if the
+model was saved with an average in it.
 
 ``last_update`` and ``started_at`` are clocks, time by unit, or None where they are not known. ``profile`` holds the
 profile's ``description`` and what it remembers. An algorithm may add further keys of its own.

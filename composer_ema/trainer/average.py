@@ -42,8 +42,10 @@ class Average:
         profile: chooses the weight of each update. None: the shadow's own function makes the average.
         horizon: the argument that gives the profile its unit, for errors. None: the profile counts updates.
         shadow: the averaged tensors.
-        last_update: the clock at the last update; None before the first, and where a loaded state does not say.
-        started_at: the clock from which the age of the average counts. None counts from the start of training.
+        last_update: the clock at the last update, moved on by every batch since then whose step was left out; None
+            before the first update, and where a loaded state does not say.
+        started_at: the clock from which the age of the average counts, moved on likewise. None counts from the start of
+            training.
     """
 
     profile: Profile | None
@@ -65,7 +67,10 @@ class Average:
         Returns:
             The weight of the update, which is 1, or None if a function made the average.
         """
-        self.started_at = dict(START_OF_TRAINING if is_from_start else interval.before(look))
+        if not is_from_start:
+            self.started_at = interval.before(look)
+        elif self.started_at is None:
+            self.started_at = dict(START_OF_TRAINING)
         return self._update(model, look, interval, is_first=True)
 
     def update(self, model: nn.Module, look: Look, interval: Interval) -> float | None:
@@ -112,6 +117,15 @@ class Average:
         elapsed = max(elapsed, 0.0)
         since_start = max(now - (self.started_at or START_OF_TRAINING)[unit], elapsed)
         return Moment(elapsed / length, since_start / length, num_updates)
+
+    def pass_over_batch(self, look: Look) -> None:
+        """Makes the batch that has just ended, which moved no weight, no part of any elapsed time and of no age."""
+        length = {unit: look.now[unit] - look.before[unit] for unit in CLOCK_UNITS}
+        started = self.started_at or START_OF_TRAINING
+        self.started_at = {unit: started[unit] + length[unit] for unit in CLOCK_UNITS}
+        if (last := self.last_update) is not None:
+            # Not beyond now by a rounding error: that would look like a clock that was set back.
+            self.last_update = {unit: min(last[unit] + length[unit], look.now[unit]) for unit in CLOCK_UNITS}
 
     def follow_clock(self, now: Clock) -> None:
         """If the run's clock was set back, counts from ``now`` on. The average keeps its age."""
@@ -252,6 +266,11 @@ class Averages:
         """See :meth:`Average.follow_clock`."""
         for average in self._averages.values():
             average.follow_clock(look.now)
+
+    def pass_over_batch(self, look: Look) -> None:
+        """See :meth:`Average.pass_over_batch`."""
+        for average in self._averages.values():
+            average.pass_over_batch(look)
 
     # Beside training
 

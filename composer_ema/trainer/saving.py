@@ -1,7 +1,7 @@
 """Checkpoints whose model slot holds the training weights, whatever stands in the model while they are taken.
 
-All savers of Composer checkpoints ask ``State`` for the model, callbacks that save at EVAL_END included. Nobody else does,
-so ``model.state_dict()`` and exports still show what the model holds.
+All savers of Composer checkpoints ask ``State`` for the model, callbacks that save at EVAL_END included. Nobody else
+does, so ``model.state_dict()`` and exports still show what the model holds.
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ from composer_ema.trainer.evaluation import TRAINING, Evaluation
 from composer_ema.trainer.exporting import lend_to_exporters
 from composer_ema.trainer.limits import Limit, warn
 from composer_ema.trainer.saving import save_training_weights
+from composer_ema.trainer.steps import Steps
 
 log = logging.getLogger(__name__)
 
@@ -120,6 +121,7 @@ class WeightAverage(Algorithm):
         self._implied: set[str] = set()
 
         self.update_seconds = 0.0
+        self._steps = Steps()
         self._has_started = False
         self._state_for_init: Mapping[str, Any] | None = None
         self._loaded_config: Mapping[str, Any] = {}
@@ -149,13 +151,15 @@ class WeightAverage(Algorithm):
         if when is _ALWAYS:
             return True
         if when is _IF_PENDING:
-            return self._averages.is_pending
+            return self._averages.is_pending or self._steps.is_watching
         if when is _IF_TAKEN:
             return self._evaluation.is_open and self._has_started and self._averages.lent is None
         if self._averages.lent is not None or (event in _TRAINING_STARTS and loan.is_open(state.model)):
             return True
         if when is _IF_LENT:
             return False
+        if self._steps.skipped and event is Event.BATCH_END:
+            return True
         look = Look(state)
         return self._is_update_due(event, look) or self._is_log_due(event, look)
 
@@ -167,6 +171,7 @@ class WeightAverage(Algorithm):
             self._averages.follow_surgery(state.model, may_rebuild=not self._has_started)
         elif event is Event.AFTER_TRAIN_BATCH:
             self._averages.wait_for_reads()  # joins the last update before the optimizer writes
+            self._steps.begin()
         elif event in _TRAINING_GOES_ON:
             self._evaluation.abandon()
             self._use(TRAINING, state.model)
@@ -193,6 +198,7 @@ class WeightAverage(Algorithm):
         overlap = not any(isinstance(algorithm, ComposerSWA) for algorithm in state.algorithms)
         self._averages.build(state.model, overlap=overlap)
         save_training_weights(state, self)
+        self._steps.release()
         self._has_started, self.update_seconds = False, 0.0
         self._evaluation.abandon()
         if not any(True for _, average in self._averages for _ in average.shadow.named_parameters()):
@@ -214,6 +220,7 @@ class WeightAverage(Algorithm):
             limits.warn_without_exporter(self.export_weights)
         self._averages.live = state.model
         self._averages.follow_clock(Look(state))
+        self._steps.watch(state)
         for _, average in self._averages:
             profile = 'a function' if average.profile is None else average.profile
             log.info('%s with %s: %s', type(self).__name__, profile, average.shadow)
@@ -238,6 +245,7 @@ class WeightAverage(Algorithm):
         return found
 
     def _end_fit(self) -> None:
+        self._steps.release()
         if self._averages:
             # This waits for the last update, too, so that the weights may be written once training has ended.
             self._averages.share_buffers()
@@ -260,7 +268,9 @@ class WeightAverage(Algorithm):
 
     def _update_and_log(self, event: Event, state: State, logger: Logger) -> None:
         began, look = time.perf_counter(), Look(state)
-        if self._is_update_due(event, look):
+        if self._steps.skipped and event is Event.BATCH_END:
+            self._averages.pass_over_batch(look)
+        elif self._is_update_due(event, look):
             self._update(look, logger)
         if self._is_log_due(event, look):
             for label, average in self._averages:
