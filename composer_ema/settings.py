@@ -315,6 +315,29 @@ def parse_device(device: torch.device | str | None) -> torch.device | None:
         raise ValueError(f"the shadow's device must be one such as 'cpu' or 'cuda:0', got {device!r}.") from error
 
 
+def check_device_is_here(device: torch.device | None) -> None:
+    """Raises where an average is about to be kept on a device that this machine lacks.
+
+    Not when the device is parsed, since a recipe may be read where it does not run. CUDA is not initialised by this, so
+    that processes forked later can use it.
+
+    Raises:
+        ArgumentError: torch finds no such device.
+    """
+    if device is None or device.type == 'cpu':
+        return
+    # Backends of others add themselves to torch by name. What cannot count its devices is left to torch.
+    count_devices = getattr(getattr(torch, device.type, None), 'device_count', None)
+    count = None if count_devices is None else count_devices()
+    if count is not None and (device.index or 0) >= count:
+        found = f'{count or "no"} {device.type} device{"" if count == 1 else "s"}'
+        raise ArgumentError(
+            f"the shadow's device must be one of this machine, got '{device}', and torch finds {found} here. Pass "
+            "'cpu', or leave the device out to keep the average beside the weights.",
+            f'{_PREFIX}device',
+        )
+
+
 def name_of(function: Callable[..., Any]) -> str:
     """A function's own name, for messages and for the record of a run."""
     return getattr(function, '__qualname__', None) or type(function).__qualname__

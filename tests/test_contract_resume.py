@@ -30,13 +30,13 @@ from composer_ema import SWA as OurSWA
 
 RESUMED_SETTINGS = {
     'batches': {'half_life': '2ba'},
-    'epochs': {'half_life': '1ep'},
+    'epochs': {'half_life': '1ep', 'update_interval': '1ep'},
     'parts of epochs': {'half_life': '1.5ep', 'update_interval': '0.5ep'},
     'samples': {'half_life': '9sp', 'update_interval': '5sp'},
     'tokens, every second batch': {'half_life': '20tok', 'update_interval': '2ba'},
     'share of the run, late start': {'half_life': '0.3dur', 'ema_start': '0.4dur'},
     'smoothing, copied buffers': {'smoothing': 0.6, 'buffers': 'copy'},
-    'iterations': {'half_life': '1iter'},
+    'iterations': {'half_life': '1iter', 'update_interval': '1iter'},
     '16-bit shadow': {'half_life': '3ba', 'shadow_dtype': 'bfloat16'},
     'equal': {'swa_start': '1ba', 'update_interval': '1ba'},
     'equal, annealed': {'swa_start': '1ep', 'update_interval': '2ba', 'swa_lr': 0.05, 'anneal_length': '2ba'},
@@ -77,7 +77,9 @@ def test_resuming_after_any_batch_equals_the_uninterrupted_run(trainer, tmp_path
 
 def test_resuming_from_the_end_of_an_epoch_equals_the_uninterrupted_run(trainer, tmp_path):
     def build(**more: Any) -> Trainer:
-        return trainer([EMA('1ep')], eval_dataloader=make_evaluator(), save_filename='ep{epoch}.pt', **more)
+        return trainer(
+            [EMA('1ep', update_interval='1ep')], eval_dataloader=make_evaluator(), save_filename='ep{epoch}.pt', **more
+        )
 
     whole = build(save_folder=str(tmp_path), save_interval='1ep')
     whole.fit()

@@ -41,7 +41,7 @@ def test_a_model_without_trainable_parameters_is_warned_about(trainer):
         ({'half_life': '21sp'}, '2ep', r"half_life='21sp' is longer than the run of 20 samples"),
         ({'half_life': '7ba'}, '20sp', r"half_life='7ba' is longer than the run of 6 batches"),
         ({'half_life': '31tok'}, '30tok', r"half_life='31tok' is longer than the run of 30 tokens"),
-        ({'half_life': '2iter'}, '2ep', r"half_life='2iter' is longer than the run of 1 iterations"),
+        ({'half_life': '2iter'}, '2ep', r"half_life='2iter' is longer than the run of 1 iteration:"),
         ({'half_life': '1.5dur'}, '2ep', r"half_life='1.5dur' is longer than the run"),
         ({'half_life': '2ba', 'update_interval': '7ba'}, '2ep', r"update_interval='7ba' is longer than the run"),
         ({'half_life': '2ba', 'ema_start': '2.5ep'}, '2ep', r"ema_start='2.5ep' is longer than the run of 2 epochs"),

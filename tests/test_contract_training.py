@@ -33,6 +33,7 @@ def test_the_grid_holds_every_pair_of_settings():
     assert len(CASES) < 100
 
 
+@pytest.mark.filterwarnings('ignore:.*without an update_interval updates:UserWarning')
 @pytest.mark.parametrize('case', CASES, ids=lambda case: '-'.join(map(label, case)))
 def test_training_is_bit_identical_with_and_without_the_average(case: Case, tmp_path_factory):
     folder = tmp_path_factory.getbasetemp() / 'grid'

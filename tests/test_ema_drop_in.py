@@ -109,8 +109,8 @@ def test_the_arguments_of_the_builtin_stand_in_its_order_with_its_defaults():
     [
         ({'half_life': '3ba'}, {}),
         ({'half_life': '3ba', 'update_interval': '2ba', 'ema_start': '2ba'}, {}),
-        ({'half_life': '1ep'}, {}),
-        ({'half_life': '2ep', 'ema_start': '1ep'}, {}),
+        ({'half_life': '1ep', 'update_interval': '1ep'}, {}),
+        ({'half_life': '2ep', 'ema_start': '1ep', 'update_interval': '1ep'}, {}),
         ({'half_life': None, 'smoothing': 0.9, 'update_interval': '1ba'}, {}),
         ({'half_life': None, 'smoothing': 0.9, 'update_interval': '3ba'}, {}),
         ({'smoothing': 0.9}, {'half_life': None, 'update_interval': '1ba'}),

@@ -8,14 +8,18 @@ import pickle
 import weakref
 
 import pytest
+import torch
 import toy
 from composer.algorithms import EMA as BuiltinEMA
 from composer.core import Event
 from composer.loggers import Logger
 from tensors import all_tensors, equal, state_by_hand
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
-from composer_ema import EMA
+from composer_ema import EMA, SWA, EMAOptimizer, ShadowModel
+from composer_ema.settings import check_device_is_here
+from composer_ema.spans import ArgumentError
 
 
 @pytest.mark.parametrize(
@@ -33,6 +37,87 @@ def test_what_is_longer_than_the_run_is_warned_of(trainer, arguments, message):
     run = trainer([EMA(**arguments)])
     with pytest.warns(UserWarning, match=message):
         run.fit()
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'length'),
+    [
+        ({'max_duration': '1ep'}, '1 epoch'),
+        ({'max_duration': '2ep'}, '2 epochs'),
+        ({'max_duration': '1ba'}, '0.333333 epochs'),
+        ({'max_duration': '1ba', 'train_dataloader': toy.make_data(4)}, '1 epoch'),
+    ],
+)
+def test_one_epoch_is_not_one_epochs(trainer, arguments, length):
+    run = trainer([EMA('9ep', update_interval='1ba')], **arguments)
+    with pytest.warns(UserWarning, match=rf'longer than the run of {length}:'):
+        run.fit()
+
+
+@pytest.mark.parametrize(
+    ('half_life', 'message'),
+    [
+        (
+            '1ep',
+            "half_life='1ep' .* once an epoch, at most 2 times in this run of 6 batches.*'1ba' or half_life='3ba' .*",
+        ),
+        ('1.5ep', "half_life='1.5ep' .*half_life='4ba' .*update_interval='1ep' to keep it so"),
+        ('1iter', "half_life='1iter' .* once an iteration, .*update_interval='1iter' to keep it so"),
+    ],
+)
+def test_updates_as_rare_as_epochs_that_nobody_asked_for_are_warned_of_once(trainer, half_life, message):
+    ema = EMA(half_life)
+    run = trainer([ema], iteration='1ep')
+    with pytest.warns(UserWarning, match=message):
+        run.fit()
+    run.fit(duration='1ep')  # a warning would be an error
+    assert ema.ema_model.num_updates == 3
+
+
+def test_without_the_length_of_an_epoch_that_is_said_without_numbers(trainer):
+    class Endless(IterableDataset):
+        def __iter__(self):
+            return iter(toy.make_data().dataloader.dataset)
+
+    run = trainer([EMA('1ep')], train_dataloader=DataLoader(Endless(), batch_size=4), max_duration='6ba')
+    with pytest.warns(UserWarning, match=r"once an epoch\. Pass update_interval='1ba' to average every batch, or "):
+        run.fit()
+
+
+@pytest.mark.parametrize(
+    'arguments', [{'half_life': '1ep', 'update_interval': '1ep'}, {'half_life': '0.5dur'}, {'half_life': '5sp'}]
+)
+def test_updates_that_were_asked_for_or_come_every_batch_are_not_warned_of(trainer, arguments):
+    trainer([EMA(**arguments)]).fit()
+    trainer([EMA('1ep')], train_dataloader=toy.make_data(4)).fit()  # an epoch of one batch
+
+
+@pytest.mark.parametrize('device', ['cuda', 'cuda:3'])
+@pytest.mark.parametrize(
+    'build',
+    [
+        lambda device: toy.make_trainer([EMA('2ba', shadow_device=device)]),
+        lambda device: toy.make_trainer([SWA('1ba', shadow_device=device)]),
+        lambda device: ShadowModel(nn.Linear(2, 2), device=device),
+        lambda device: ShadowModel(nn.Linear(2, 2)).to(device),
+        lambda device: EMAOptimizer(toy.make_optimizer(nn.Linear(2, 2)), device=device),
+    ],
+    ids=['EMA', 'SWA', 'ShadowModel', 'to', 'EMAOptimizer'],
+)
+def test_a_device_that_the_machine_lacks_is_named_when_the_average_is_made(monkeypatch, build, device):
+    found = 'no cuda devices' if device == 'cuda' else '2 cuda devices'
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0 if device == 'cuda' else 2)
+    with pytest.raises(ValueError, match=rf"must be one of this machine, got '{device}', and torch finds {found} here"):
+        build(device)
+
+
+def test_an_argument_may_name_a_device_of_another_machine_and_looking_for_it_starts_nothing(monkeypatch):
+    monkeypatch.setattr(torch.cuda, '_lazy_init', lambda: pytest.fail('CUDA was initialised'))
+    assert repr(EMA('2ba', shadow_device='cuda')) == "EMA(half_life='2ba', shadow_device='cuda')"
+    check_device_is_here(torch.device('cpu'))
+    with pytest.raises(ArgumentError, match=r"got 'cuda:99'.*Pass 'cpu', or leave the device out") as error:
+        check_device_is_here(torch.device('cuda:99'))
+    assert error.value.argument == 'shadow_device'
 
 
 def test_iterations_in_a_run_without_any_are_refused_before_the_first_batch(trainer):

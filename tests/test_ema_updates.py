@@ -81,8 +81,8 @@ class Witness(Callback):
         ({'half_life': '8sp'}, {1: None, 2: 4 / 8, 3: 2 / 8, 4: 4 / 8, 5: 4 / 8, 6: 2 / 8}),
         ({'half_life': '8sp', 'update_interval': '2ba'}, {1: None, 2: 4 / 8, 4: 6 / 8, 6: 6 / 8}),
         ({'half_life': '24tok'}, {1: None, 2: 4 / 8, 3: 2 / 8, 4: 4 / 8, 5: 4 / 8, 6: 2 / 8}),
-        ({'half_life': '1ep'}, {3: None, 6: 1}),
-        ({'half_life': '1.5ep'}, {3: None, 6: 1 / 1.5}),
+        ({'half_life': '1ep', 'update_interval': '1ep'}, {3: None, 6: 1}),
+        ({'half_life': '1.5ep', 'update_interval': '1ep'}, {3: None, 6: 1 / 1.5}),
         ({'half_life': '1.5ep', 'update_interval': '1ba'}, {1: None, **dict.fromkeys(range(2, 7), 1 / 4.5)}),
         ({'half_life': '0.5ep', 'update_interval': '1ba'}, {1: None, **dict.fromkeys(range(2, 7), 1 / 1.5)}),
         ({'half_life': '2ep', 'update_interval': '0.5ep'}, {1: None, 2: 1 / 6, 3: 1 / 6, 5: 2 / 6, 6: 1 / 6}),
@@ -101,7 +101,7 @@ class Witness(Callback):
         ({'half_life': '2ba', 'ema_start': '30tok'}, {3: None, 4: 1 / 2, 5: 1 / 2, 6: 1 / 2}),
         ({'half_life': '2ba', 'ema_start': '0.5dur'}, {3: None, 4: 1 / 2, 5: 1 / 2, 6: 1 / 2}),
         ({'half_life': '2ba', 'ema_start': '1dur'}, {6: None}),
-        ({'half_life': '1ep', 'ema_start': '2ep'}, {6: None}),
+        ({'half_life': '1ep', 'ema_start': '2ep', 'update_interval': '1ep'}, {6: None}),
         ({'smoothing': 0.5}, {1: None, **dict.fromkeys(range(2, 7), 1)}),
         ({'smoothing': 0.5, 'update_interval': '2ba'}, {1: None, 2: 1, 4: 1, 6: 1}),
         ({'smoothing': 0.5, 'update_interval': '5sp'}, {1: None, 2: 1, 3: 1, 5: 1, 6: 1}),
@@ -119,7 +119,7 @@ def test_the_average_is_the_closed_form_of_the_time_that_really_passed(trainer, 
 
 
 def test_iterations_are_a_unit_like_any_other(trainer):
-    witness, ema = Witness({3: None, 6: 1 / 2}), EMA(half_life='2iter')
+    witness, ema = Witness({3: None, 6: 1 / 2}), EMA(half_life='2iter', update_interval='1iter')
     trainer([ema], callbacks=[witness], iteration='1ep').fit()
     assert_close(all_tensors(ema.ema_model), witness.average, rtol=3e-6, atol=1e-7)
 

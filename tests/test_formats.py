@@ -155,6 +155,7 @@ def test_a_half_life_takes_over_where_the_builtin_had_a_smoothing(name):
 
 
 @every_file
+@pytest.mark.filterwarnings('ignore:.*without an update_interval updates:UserWarning')
 @pytest.mark.parametrize('interval', [None, '1ep', '3ba'])
 def test_updates_that_come_once_in_a_while_go_on_after_the_builtins_checkpoint(name, interval):
     """Which does not say when the last update was."""

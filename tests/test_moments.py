@@ -54,7 +54,7 @@ def numbers(moments: list[Moment]) -> list[tuple[float, float, int]]:
         ({'half_life': '1ba', 'update_interval': '2ba'}, [(1, 2, 1), (2, 4, 2), (2, 6, 3)]),
         ({'half_life': '1sp', 'update_interval': '1ep'}, [(10, 20, 1)]),
         ({'half_life': '1tok', 'update_interval': '1ep'}, [(30, 60, 1)]),
-        ({'half_life': '1ep'}, [(1, 2, 1)]),
+        ({'half_life': '1ep', 'update_interval': '1ep'}, [(1, 2, 1)]),
         ({'half_life': '1dur', 'update_interval': '1ep'}, [(1 / 2, 1, 1)]),
         ({'half_life': '1dur', 'update_interval': '1ba'}, [(1 / 6, b / 6, b - 1) for b in range(2, 7)]),
         ({'half_life': '1ba', 'ema_start': '3ba'}, [(1, 2, 1), (1, 3, 2), (1, 4, 3)]),

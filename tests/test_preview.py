@@ -91,7 +91,7 @@ class TestProfile:
             ({'half_life': '40sp'}, range(1, 15), ([12] * 6 + [8]) * 2, 40, 40 / 160),
             ({'half_life': '0.25dur', 'update_interval': '3ba'}, [1, 3, 6, 9, 12], [0, 2 / 7] + [3 / 7] * 3, 0.5, 0.25),
             ({'half_life': '2ba', 'ema_start': '1ep'}, range(7, 15), [1] * 8, 2, 2 / 14),
-            ({'half_life': '1ep'}, [7, 14], [1, 1], 1, 0.5),
+            ({'half_life': '1ep', 'update_interval': '1ep'}, [7, 14], [1, 1], 1, 0.5),
         ],
     )
     def test_units_starts_and_intervals(self, ema, batches, elapsed, half_life, share):

@@ -13,7 +13,7 @@ from composer_ema.kernels.rules import is_inexact
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import listed
 from composer_ema.model.selection import Selection
-from composer_ema.settings import Settings
+from composer_ema.settings import Settings, check_device_is_here
 
 
 class Storage:
@@ -34,6 +34,7 @@ class Storage:
     """
 
     def __init__(self, settings: Settings) -> None:
+        check_device_is_here(settings.device)
         self.settings = settings
         self.parameters: dict[str, Tensor] = {}
         self.buffers: dict[str, Tensor] = {}
@@ -209,6 +210,7 @@ class Storage:
 
     def convert(self, settings: Settings) -> None:
         """Moves and casts every shadow to the dtype and device of ``settings``."""
+        check_device_is_here(settings.device)
         self.settings = settings
         for kind in (self.parameters, self.buffers):
             for name, tensor in kind.items():

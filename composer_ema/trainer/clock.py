@@ -209,6 +209,14 @@ def _samples_per_epoch(state: State) -> int | None:
     return len(dataset)
 
 
-def words(unit: str) -> str:
-    """The unit in words, for messages."""
-    return UNITS[unit]
+def words(unit: str, count: float = 0) -> str:
+    """The unit in words, for messages: in the singular where there is one of it.
+
+    Example:
+        >>> words('ep'), words('ep', 1)
+        ('epochs', 'epoch')
+    """
+    return _ONE.get(unit, UNITS[unit]) if count == 1 else UNITS[unit]
+
+
+_ONE = {'iter': 'iteration', 'ep': 'epoch', 'ba': 'batch', 'sp': 'sample', 'tok': 'token'}

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from composer.core import Time
+from composer.core import State, Time
 from torch import nn
 from typing_extensions import Unpack
 
@@ -15,6 +15,7 @@ from composer_ema.model.sharding import canonical_name
 from composer_ema.settings import TrainerSettings, takes_settings
 from composer_ema.shadow.shadow_model import ShadowModel
 from composer_ema.spans import Span
+from composer_ema.trainer import limits
 from composer_ema.trainer.clock import TimeArgument
 from composer_ema.trainer.weight_average import WeightAverage
 
@@ -50,7 +51,7 @@ class EMA(WeightAverage):
             the run. See :class:`composer_ema.averages.Power`. Default: None.
         ema_start: time string (ba, ep, sp, tok, dur) before which nothing is averaged. Default: ``'0.0dur'``.
         update_interval: time string between two updates. Its unit may differ from the half-life's. Default: one batch,
-            or one epoch or iteration for a half-life in those.
+            or one epoch or iteration for a half-life in those, as in Composer's own, with a warning.
         evaluate_with: ``'ema'`` or ``'training'`` by evaluator label. Evaluators that it does not name, and predictions
             (label ``'predict'``), see the average. Default: None.
         log_interval: time string between two values of ``ema/relative_distance``; None logs none. Each value makes the
@@ -132,6 +133,15 @@ class EMA(WeightAverage):
             self._implied.add('half_life')
         if update_interval is None:
             self._implied.add('update_interval')
+        #: Whether to say at the start of training that updates are as rare as epochs or iterations.
+        self._warns_of_rare_updates = update_interval is None and self.update_interval.unit != 'ba'
+
+    def _check_run(self, state: State) -> None:
+        super()._check_run(state)
+        if self._warns_of_rare_updates:
+            assert self._horizon is not None  # the interval has its unit
+            limits.warn_of_rare_updates(self._horizon, self._interval, state)
+            self._warns_of_rare_updates = False
 
     @property
     def ema_start(self) -> Span:

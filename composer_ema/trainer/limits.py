@@ -76,9 +76,27 @@ def _warn_if_longer(time: TimeArgument, effect: str, state: State) -> None:
     length = run_length(span.unit, state)
     if length is not None and span.value > length:
         warn(
-            f'{time} is longer than the run of {length:g} {words(span.unit)}: {effect}. '
+            f'{time} is longer than the run of {length:g} {words(span.unit, float(f"{length:g}"))}: {effect}. '
             f"Pass a shorter {time.name}, for example a share of the run such as {time.name}='0.1dur'."
         )
+
+
+def warn_of_rare_updates(half_life: TimeArgument, interval: Interval, state: State) -> None:
+    """Warns that the average is updated as rarely as the unit of the half-life comes, which nobody asked for."""
+    unit = interval.span.unit
+    updates, batches = run_length(unit, state), run_length('ba', state)
+    if updates is not None and updates < 1:
+        return  # warned of already: there is no update at all
+    effect, remedy = '', ''
+    if updates is not None and batches is not None:
+        if batches <= updates:
+            return  # an epoch of one batch
+        effect = f', at most {updates:.0f} times in this run of {batches:.0f} batches'
+        remedy = f" or half_life='{half_life.span.value * batches / updates:.0f}ba'"
+    warn(
+        f'{half_life} without an update_interval updates the average once an {words(unit, 1)}{effect}. Pass '
+        f"update_interval='1ba'{remedy} to average every batch, or update_interval='{interval.span}' to keep it so."
+    )
 
 
 def warn_of_unknown_labels(evaluate_with: Collection[str], state: State) -> None:
