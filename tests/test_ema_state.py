@@ -61,7 +61,7 @@ def test_one_epoch_is_not_one_epochs(trainer, arguments, length):
             '1ep',
             "half_life='1ep' .* once an epoch, at most 2 times in this run of 6 batches.*'1ba' or half_life='3ba' .*",
         ),
-        ('1.5ep', "half_life='1.5ep' .*half_life='4ba' .*update_interval='1ep' to keep it so"),
+        ('1.5ep', "half_life='1.5ep' .*half_life='5ba' .*update_interval='1ep' to keep it so"),
         ('1iter', "half_life='1iter' .* once an iteration, .*update_interval='1iter' to keep it so"),
     ],
 )
@@ -72,6 +72,9 @@ def test_updates_as_rare_as_epochs_that_nobody_asked_for_are_warned_of_once(trai
         run.fit()
     run.fit(duration='1ep')  # a warning would be an error
     assert ema.ema_model.num_updates == 3
+    run = trainer([EMA('1ep')], max_duration='4ba')
+    with pytest.warns(UserWarning, match='at most 1 time in this run of 4 batches'):
+        run.fit()
 
 
 def test_without_the_length_of_an_epoch_that_is_said_without_numbers(trainer):

@@ -91,8 +91,9 @@ def warn_of_rare_updates(half_life: TimeArgument, interval: Interval, state: Sta
     if updates is not None and batches is not None:
         if batches <= updates:
             return  # an epoch of one batch
-        effect = f', at most {updates:.0f} times in this run of {batches:.0f} batches'
-        remedy = f" or half_life='{half_life.span.value * batches / updates:.0f}ba'"
+        count, in_batches = math.floor(updates), math.ceil(half_life.span.value * batches / updates)
+        effect = f', at most {count} {"time" if count == 1 else "times"} in this run of {batches:g} batches'
+        remedy = f" or half_life='{in_batches}ba'"
     warn(
         f'{half_life} without an update_interval updates the average once an {words(unit, 1)}{effect}. Pass '
         f"update_interval='1ba'{remedy} to average every batch, or update_interval='{interval.span}' to keep it so."
