@@ -193,6 +193,7 @@ def test_a_checkpoint_of_an_earlier_release_with_the_average_in_the_model_slot_r
     algorithm['training_weights'] = {n: t.clone() for n, t in model.items() if t.is_floating_point()}
     model |= {n: t for n, t in {**average['parameters'], **average['buffers']}.items() if t.is_floating_point()}
     torch.save(checkpoint, tmp_path / 'earlier.pt')
+    assert bits(load_average(tmp_path / 'earlier.pt')) == bits({**average['parameters'], **average['buffers']})
 
     resumed = trainer([AVERAGES[kind]()], load_path=str(tmp_path / 'earlier.pt'))
     assert bits(resumed.state.model) == bits(run.state.model)
@@ -295,7 +296,7 @@ def test_the_model_slot_of_every_checkpoint_holds_the_training_weights(trainer, 
 @pytest.mark.parametrize(
     'algorithm',
     [
-        lambda: EMA('0.5ep', evaluate_with={'eval': 'ema'}, include='.'),
+        lambda: EMA('0.5ep', update_interval='1ba', evaluate_with={'eval': 'ema'}, include='.'),
         lambda: OurSWA('1ep', swa_lr=[0.1], evaluate_with={'eval': 'swa'}, include='.', anneal_length='1ep'),
     ],
     ids=['ema', 'swa'],
