@@ -64,8 +64,9 @@ $(DOCS): $(READY)
 	$(BIN)/python -m pip install --quiet --editable '.[composer,dev,docs]'
 	@touch $@
 
+# Without --quiet, which lets mkdocs overlook its own warnings: a strict build would not fail.
 docs: $(DOCS) ## build the documentation into site/; a broken link is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --config-file docs/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --config-file docs/mkdocs.yml
 	@echo 'Open site/index.html.'
 
 # One thread: so small a network gains little from two, which lose much where something else wants the cores.

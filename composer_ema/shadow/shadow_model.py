@@ -273,7 +273,7 @@ class ShadowModel(LendableAverage):
             ValueError: ``model`` lacks a tracked name or has it in another shape.
 
         Warns:
-            ``model`` has a narrower dtype than the average, and digits are lost.
+            UserWarning: ``model`` has a narrower dtype than the average, and digits are lost.
         """
         storage = self._storage
         use_buffers = any(map(storage.is_averaged, storage.buffers))
