@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
@@ -111,37 +113,37 @@ def as_markdown(rows: Sequence[Row]) -> str:
     return ''.join(f'| {" | ".join(line)} |\n' for line in (header, rule, *lines))
 
 
-def draw(rows: Sequence[Row]) -> bytes:
-    """A PNG of every final accuracy: a line for each recipe, a mark for each seed, and what was published."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def draw(rows: Sequence[Row]) -> Figure:
+    """A picture of every final accuracy: a line for each recipe, a mark for each seed, and what was published.
 
+    The mean over seeds has a mark where there are several.
+    """
     figure = Figure(figsize=(9, 1.2 + 0.42 * len(rows)), layout='constrained')
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    colours = _colours(rows)
+    colours, has_means = _colours(rows), any(len(row.endings) > 1 for row in rows)
     for height, row in enumerate(reversed(rows)):
         axes.axhline(height, color='0.9', linewidth=0.8, zorder=0)
         for index, (words, colour) in enumerate(colours.items()):
             own = height + 0.28 * (index - (len(colours) - 1) / 2) / max(len(colours) - 1, 1)
             values = [100 * value for value in row.values('accuracy', words)]
             axes.plot(values, [own] * len(values), 'o', color=colour, alpha=0.45, markersize=4, mew=0)
-            if values:
+            if has_means and values:
                 axes.plot(statistics.fmean(values), own, '|', color=colour, markersize=11, markeredgewidth=2.4)
         if row.published is not None:
             axes.plot(100 * row.published.accuracy, height, 'D', color='0.15', markersize=6, markerfacecolor='none')
     for words, colour in reversed(colours.items()):
         axes.plot([], [], 'o', color=colour, markersize=5, label=words)
-    axes.plot([], [], '|', color='0.4', markersize=11, markeredgewidth=2.4, label='mean over seeds')
-    axes.plot([], [], 'D', color='0.15', markersize=6, markerfacecolor='none', label='published')
+    if has_means:
+        axes.plot([], [], '|', color='0.4', markersize=11, markeredgewidth=2.4, label='mean over seeds')
+    if any(row.published for row in rows):
+        axes.plot([], [], 'D', color='0.15', markersize=6, markerfacecolor='none', label='published')
     axes.set_yticks(range(len(rows)), [row.name for row in reversed(rows)])
     axes.set(xlabel='final accuracy (%)', ylim=(-0.6, len(rows) - 0.4))
     axes.tick_params(axis='y', length=0)
     axes.spines[['top', 'right', 'left']].set_visible(False)
     figure.legend(loc='outside upper left', ncols=4, frameon=False, fontsize=9)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format='png', dpi=150)
-    return buffer.getvalue()
+    return figure
 
 
 def write(rows: Sequence[Row], page: Path, *, is_page: bool, command: str) -> list[Path]:
@@ -160,7 +162,9 @@ def write(rows: Sequence[Row], page: Path, *, is_page: bool, command: str) -> li
         RecipeError: The page cannot be read, or has no place for the table.
     """
     picture = page.parent / 'images' / f'{page.stem}_table.png'
-    write_beside(picture, draw(rows))
+    buffer = io.BytesIO()
+    draw(rows).savefig(buffer, format='png', dpi=150)
+    write_beside(picture, buffer.getvalue())
     made_by = f'Made by `{command}`' if command else 'Made'
     words = _over_seeds(rows)
     text = (

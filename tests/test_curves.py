@@ -71,6 +71,7 @@ class TestReading:
         ]  # fmt: skip
         assert {name: curve.value.tolist() for name, curve in run.rates.items()} == {'group 0': [0.1, 0.1]}
         assert {name: curve.value.tolist() for name, curve in run.momenta.items()} == {'group 0': [0.9, 0.9]}
+        assert run.momentum_names == ('momentum',)
         assert run.evaluations == {'ema': [Point(0.5, 0.75, 0.5, 2, 20)]}
         assert run.distances['ema'].value.tolist() == [0.25]
         assert run.target_accuracy is None
@@ -89,6 +90,20 @@ class TestReading:
             'group 0': [0.1, 0.1], 'groups 1, 3': [0.1, 0.01],
         }  # fmt: skip
         assert list(run.momenta) == ['group 0']
+
+    def test_momenta_are_one_curve_under_the_name_that_the_optimizer_gives(self, tmp_path):
+        lines = batches(1.0, 1.0, 1.0, **{'lr/group0': 0.1})
+        lines[0]['momentum/group0'] = 0.9  # an earlier release, for Adam too
+        lines[1]['beta1/group0'] = lines[2]['beta1/group0'] = 0.8
+        run = read_run(write_lines(tmp_path / 'adam', lines))
+        assert {name: curve.value.tolist() for name, curve in run.momenta.items()} == {'group 0': [0.9, 0.8, 0.8]}
+        assert run.momentum_names == ('beta1',)
+        lines = batches(1.0, 1.0, **{'lr/group0': 0.1, 'momentum/group0': 0.9, 'beta1/group1': 0.8})
+        run = read_run(write_lines(tmp_path / 'both', lines))
+        assert {name: curve.value.tolist() for name, curve in run.momenta.items()} == {
+            'group 0': [0.9, 0.9], 'group 1': [0.8, 0.8],
+        }  # fmt: skip
+        assert run.momentum_names == ('momentum', 'beta1')
 
     def test_the_last_line_of_a_run_that_goes_on_may_be_half_written(self, tmp_path):
         folder = write_lines(tmp_path / 'a', batches(2.0, 1.0), end='{"epoch": 0.7, "ba')
@@ -231,14 +246,18 @@ class TestRecording:
         groups = [{'params': [a]}, {'params': [b]}, {'params': [c], 'lr': torch.tensor(0.5), 'betas': (0.8, 0.9)}]
         adam = torch.optim.Adam(groups, lr=0.1)
         assert step_settings([adam]) == {
-            'lr/group0': 0.1, 'momentum/group0': 0.9, 'lr/group2': 0.5, 'momentum/group2': 0.8,
+            'lr/group0': 0.1, 'beta1/group0': 0.9, 'lr/group2': 0.5, 'beta1/group2': 0.8,
         }  # fmt: skip
 
     @pytest.mark.parametrize(
         ('group', 'expected'),
-        [({'momentum': 0.0, 'betas': (0.9, 0.99)}, 0.0), ({'betas': (0.9, 0.99)}, 0.9), ({'rho': 0.9}, None)],
+        [
+            ({'momentum': 0.0, 'betas': (0.9, 0.99)}, ('momentum', 0.0)),
+            ({'betas': (0.9, 0.99)}, ('beta1', 0.9)),
+            ({'rho': 0.9}, ('beta1', None)),
+        ],
     )
-    def test_momentum_goes_by_either_name(self, group, expected):
+    def test_momentum_goes_by_the_optimizers_name(self, group, expected):
         assert momentum_of(group) == expected
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,11 +47,25 @@ def make_run(name: str = 'run', *, batches: int = 300, weights: Sequence[str] = 
         evaluations={each: points for each in weights},
         distances={each: curve([0.3, 0.2, 0.1], per_epoch=1) for each in weights if each != 'training'},
         target_accuracy=0.86,
+        momentum_names=('momentum',),
     )
+
+
+def with_losses(run: RunCurves, **losses: Sequence[float]) -> RunCurves:
+    """The run with these evaluation losses, by label."""
+    points = {
+        label: [Point(epoch, 0.5, loss, 100 * epoch, 1000 * epoch) for epoch, loss in enumerate(values, start=1)]
+        for label, values in losses.items()
+    }
+    return dataclasses.replace(run, evaluations=points)
 
 
 def panels(figure: Figure) -> dict[str, Axes]:
     return {axes.get_ylabel().split('\n')[0]: axes for axes in figure.axes}
+
+
+def remarks(axes: Axes) -> str:
+    return axes.get_title(loc='left').replace('\N{NO-BREAK SPACE}', ' ')
 
 
 def legend_of(figure: Figure) -> list[str]:
@@ -59,7 +75,7 @@ def legend_of(figure: Figure) -> list[str]:
 class TestPanels:
     def test_one_run_has_all_six_with_units(self):
         assert list(panels(draw_runs([make_run()]))) == [
-            'training loss', 'evaluation loss (nats)', 'accuracy (%)', 'learning rate', 'momentum, β₁',
+            'training loss', 'evaluation loss (nats)', 'accuracy (%)', 'learning rate', 'momentum',
             'distance of the average from',
         ]  # fmt: skip
 
@@ -105,24 +121,144 @@ class TestPanels:
         assert [text.get_text() for text in panel.get_legend().get_texts()] == ['groups 0, 2', 'group 1']
         assert len({line.get_linestyle() for line in panel.lines}) == 2
 
+    @pytest.mark.parametrize(
+        ('names', 'said'),
+        [
+            ([('momentum',)], 'momentum'),
+            ([('beta1',)], 'β₁'),
+            ([('beta1',), ('momentum',)], 'momentum, β₁'),
+            ([('momentum', 'beta1')], 'momentum, β₁'),
+        ],
+    )
+    def test_momentum_is_called_as_the_optimizers_call_it(self, names, said):
+        runs = [dataclasses.replace(make_run(str(own)), momentum_names=own) for own in names]
+        assert list(panels(draw_runs(runs)))[4] == said
+
+
+class TestDivergence:
     def test_a_run_that_diverged_is_drawn(self):
         run = RunCurves('a', curve([2.0, 1.0, math.nan, math.inf] * 30), {}, {}, {})
-        low, high = panels(draw_runs([run]))['training loss'].get_ylim()
+        panel = panels(draw_runs([run]))['training loss']
+        low, high = panel.get_ylim()
         assert 0 < low < high < 3
+        assert remarks(panel).endswith('×: NaN or infinite')
+
+    @pytest.mark.parametrize(
+        ('losses', 'scale'),
+        [
+            ({'training': [2.3, 0.5, 0.3]}, 'linear'),
+            ({'training': [2.3, 0.5, 0.3], 'ema': [2.2, 0.4, 0.2]}, 'linear'),
+            ({'training': [1.0, 0.8, 4e4], 'ema': [1.0, 0.7, 0.6]}, 'log'),
+            ({'training': [1.0, 1e5, 2e5, 3e5]}, 'log'),
+            ({'training': [40.0, 5.0, 1.1, 0.8, 0.6]}, 'log'),
+            ({'training': [1.0, math.nan, math.inf]}, 'linear'),
+            ({'training': [math.nan, math.nan]}, 'linear'),
+            ({'training': [-1.0, -0.5, 0.2, 4e4]}, 'symlog'),
+            ({'training': [0.0, 0.0, 0.0]}, 'linear'),
+            ({'training': [1.0, 1e308]}, 'log'),
+        ],
+        ids=str,
+    )
+    def test_an_evaluation_loss_that_would_flatten_the_rest_gets_a_logarithmic_axis(self, losses, scale):
+        figure = draw_runs([with_losses(make_run(), **losses)])
+        figure.draw_without_rendering()
+        assert panels(figure)['evaluation loss (nats)'].get_yscale() == scale
+
+    def test_a_run_among_others_that_diverged_before_its_first_evaluation_gets_one_too(self):
+        runs = [with_losses(make_run(), training=[1.0, 0.5]), with_losses(make_run('b'), training=[1e6, 1e6])]
+        assert panels(draw_runs(runs))['evaluation loss (nats)'].get_yscale() == 'log'
+
+    def test_distances_get_one_only_where_they_rise(self):
+        def scale(*values: float) -> str:
+            run = dataclasses.replace(make_run('b'), distances={'ema': curve(values, per_epoch=1)})
+            return panels(draw_runs([make_run('a'), run]))['distance of the average from'].get_yscale()
+
+        assert scale(0.5, *[0.001] * 9) == 'linear'
+        assert scale(0.1, 0.05, 1e4) == 'log'
+
+    def test_values_that_are_no_number_are_marked_at_the_upper_edge_and_said(self):
+        run = with_losses(make_run(), training=[1.0, math.nan, math.nan], ema=[1.0, 0.5, 0.4])
+        panel = panels(draw_runs([run]))['evaluation loss (nats)']
+        [marks] = [line for line in panel.lines if line.get_marker() == 'x']
+        assert marks.get_xdata().tolist() == [2, 3]
+        assert marks.get_color() == style.VERMILION
+        assert remarks(panel) == '×: NaN'
+        infinite = panels(draw_runs([with_losses(run, training=[1.0, math.inf])]))['evaluation loss (nats)']
+        assert remarks(infinite) == '×: infinite'
+
+    @pytest.mark.parametrize('number', [1, 3])
+    def test_runs_of_nothing_but_nan_are_drawn_without_a_scale(self, number):
+        nothing = [math.nan] * 40
+        runs = [
+            dataclasses.replace(
+                with_losses(make_run(str(index)), training=nothing[:3]),
+                loss=curve(nothing), rates={'group 0': curve(nothing)}, distances={'ema': curve(nothing)},
+            )
+            for index in range(number)
+        ]  # fmt: skip
+        figure = draw_runs(runs)
+        figure.draw_without_rendering()
+        assert len(panels(figure)['training loss'].get_yticks()) == 0
+
+    def test_a_run_that_is_nan_after_its_first_batches_is_drawn(self):
+        draw_runs([dataclasses.replace(make_run(), loss=curve([2.0, 1.0, 3.0] + [math.nan] * 400))])
+
+    def test_a_run_without_anything_to_draw_is_refused(self):
+        with pytest.raises(PlotError, match='nothing to draw'):
+            draw_runs([RunCurves('a', curve([]), {}, {}, {'ema': [Point(1.0, None, None)]})])
+
+
+class TestEqualCurves:
+    def test_a_line_that_is_covered_is_wider_than_what_covers_it(self):
+        figure = draw_runs([make_run('first'), make_run('second'), make_run('third')])
+        for name in ('evaluation loss (nats)', 'distance of the average from'):
+            lines = [line for line in panels(figure)[name].lines if line.get_color() in style._COLOURS[:3]]
+            by_run = [[line for line in lines if line.get_color() == colour] for colour in style._COLOURS[:3]]
+            for covered, covering in itertools.pairwise(by_run):
+                assert covered[0].get_linewidth() > covering[0].get_linewidth()
+                assert covered[0].get_markersize() > covering[0].get_markersize()
+
+    def test_lines_that_only_cross_are_alike(self):
+        run = with_losses(make_run(), training=[1.0, 0.5, 0.4], ema=[0.9, 0.5, 0.3])
+        first, second = panels(draw_runs([run]))['evaluation loss (nats)'].lines
+        assert first.get_linewidth() == second.get_linewidth()
+
+    def test_an_average_that_equals_the_weights_shows_both(self):
+        first, second = panels(draw_runs([make_run()]))['evaluation loss (nats)'].lines
+        assert first.get_linewidth() > second.get_linewidth()
+        accuracy = panels(draw_runs([make_run()]))['accuracy (%)']
+        dots = [each.get_linestyle() for each in accuracy.collections]
+        assert len(dots) == 2, 'both reach the target in one epoch'
+        assert dots[0] != dots[1]
+
+    def test_short_runs_and_recipes_too(self):
+        for figure in (
+            draw_runs([make_run(name, batches=5) for name in 'ab']),
+            draw_previews([make_preview(name, batches=5) for name in 'ab']),
+        ):
+            first, second = panels(figure)['learning rate'].lines
+            assert first.get_markersize() > second.get_markersize()
+
+    def test_the_legend_says_which_are_equal(self):
+        same, other = [make_run(name) for name in 'abc'], make_run('d', batches=200)
+        assert legend_of(draw_runs([*same, other]))[:4] == ['a', 'b = a', 'c = a', 'd']
+        figure = draw_previews([make_preview('a'), make_preview('b'), make_preview('c', weight=0.02)])
+        assert [text.split('\n')[0] for text in legend_of(figure)] == ['a', 'b = a', 'c']
 
 
 def make_preview(name: str = 'recipe', *, weight: float = 0.01, batches: int = 300, momentum: float = 0.9) -> Preview:
     weights = [1.0, *[weight] * (batches - 1)]
     profile = Profile('ema', np.arange(1.0, batches + 1), shares(weights), batches, 'half_life=69ba', 0.23)
     rates = {'group 0': curve(np.linspace(0.1, 0, batches).tolist())}
-    return Preview(name, batches, 100, rates, {'group 0': curve([momentum] * batches)}, [profile])
+    momenta = {'group 0': curve([momentum] * batches)}
+    return Preview(name, batches, 100, rates, momenta, [profile], momentum_names=('beta1',))
 
 
 class TestRecipes:
     def test_one_recipe_has_all_four_with_units(self):
         figure = draw_previews([make_preview()])
         assert [axes.get_ylabel().replace('\n', ' ') for axes in figure.axes] == [
-            'learning rate', 'momentum, β₁', 'weight of each step in the average at the end (%)',
+            'learning rate', 'β₁', 'weight of each step in the average at the end (%)',
             'part of the average that is made up to here (%)',
         ]  # fmt: skip
         assert {axes.get_xlabel() for axes in figure.axes} == {'epoch'}
@@ -157,7 +293,7 @@ class TestRecipes:
         assert legend_of(figure) == []
 
     def test_several_recipes_are_named_with_their_averages(self):
-        figure = draw_previews([make_preview(name) for name in LONG])
+        figure = draw_previews([make_preview(name, weight=0.01 * index) for index, name in enumerate(LONG, start=1)])
         assert [text.split('\n')[0] for text in legend_of(figure)] == LONG
         assert all('effective number of steps' in text for text in legend_of(figure))
 
@@ -176,11 +312,11 @@ class TestLegend:
         ]  # fmt: skip
 
     def test_several_runs_are_named(self):
-        figure = draw_runs([make_run(name) for name in LONG])
+        figure = draw_runs([make_run(name, batches=300 + index) for index, name in enumerate(LONG)])
         assert legend_of(figure) == [*LONG, 'evaluated: training weights', 'evaluated: average']
 
     def test_names_are_taken_literally(self):
-        figure = draw_runs([make_run('_private'), make_run('$x^2$')])
+        figure = draw_runs([make_run('_private'), make_run('$x^2$', batches=200)])
         figure.draw_without_rendering()
         assert legend_of(figure)[:2] == [' _private', r'\$x^2\$']
 

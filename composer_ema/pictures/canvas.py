@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
-from composer_ema.pictures.style import GREY, RC
+from composer_ema.pictures.errors import PlotError
+from composer_ema.pictures.style import GREY, MARKED_POINTS, RC
 from composer_ema.recipe.outputs import Array, Axis
 
 if TYPE_CHECKING:  # matplotlib takes a second to import, and most of what imports this module never draws
@@ -18,12 +19,16 @@ if TYPE_CHECKING:  # matplotlib takes a second to import, and most of what impor
     from matplotlib.lines import Line2D
 
 _T = TypeVar('_T')
+#: Positions along the axis, and values.
+XY = tuple[Array, Array]
 
 _WIDTH, _ROW_HEIGHT, _LEGEND_LINE_HEIGHT = 10.0, 2.9, 0.21
 # The number of characters that fit over the picture and into its legend; over one of three panels, and one of two.
 _TITLE_CHARACTERS, _LEGEND_CHARACTERS = 110, 125
 PANEL_CHARACTERS, WIDE_PANEL_CHARACTERS = 44, 66
 _TICK_STEPS = [1, 2, 2.5, 5, 10]
+# The ticks of a logarithmic axis that goes much further overflow.
+_LARGEST = 1e200
 #: Values of which one is this many times the other are drawn over a logarithmic axis.
 LARGE_RATIO = 20.0
 
@@ -63,10 +68,15 @@ def draw(
         end: Where the axis ends.
         legend: Returns a line and a text for each entry of the legend.
         title: What stands over the picture; None for nothing.
+
+    Raises:
+        PlotError: No panel has data.
     """
     from matplotlib import rc_context
 
     rows = [[panel for panel in row if panel.is_needed(shown)] for row in panels]
+    if not any(rows):
+        raise PlotError('there is nothing to draw: no loss, accuracy, learning rate, momentum or average.')
     with rc_context(RC):
         figure, cells = _new_figure([row for row in rows if row])
         for axes, panel in zip(cells, (panel for row in rows for panel in row), strict=True):
@@ -77,23 +87,103 @@ def draw(
     return figure
 
 
-def limit_to(axes: Axes, curves: Sequence[Array]) -> None:
-    """Sets the limits of a loss by all but its first 2 %, which may be high. A loss that jumps gets a log axis."""
-    settled = np.concatenate([curve[len(curve) // 50 :] for curve in curves])
-    known = settled[np.isfinite(settled)]
+def plot(axes: Axes, x: Array, y: Array, **style: Any) -> None:
+    """Draws a line. One without any finite value has no markers: matplotlib fails to find places for them."""
+    if not np.isfinite(y).any():
+        style['marker'] = ''
+    axes.plot(x, y, **style)
+
+
+def limit_to(axes: Axes, curves: Sequence[XY], also: Array | None = None) -> None:
+    """Sets the limits of a loss by all but its first 2 %, which may be high. A loss that jumps gets a log axis.
+
+    Args:
+        axes: The panel.
+        curves: Positions and values of each curve.
+        also: Further values that a linear axis shall reach. Default: None.
+    """
+    settled = [(x[len(x) // 50 :], y[len(x) // 50 :]) for x, y in curves]
+    known = _finite(y for _, y in settled)
     if not len(known):
         return
+    if stretch(axes, settled):
+        if axes.get_yscale() == 'log':
+            axes.set_ylim(known.min() / 1.2, min(known.max(), _LARGEST) * 1.2)
+        return
+    known = known if also is None else np.append(known, _finite([also]))
     low, high = known.min(), known.max()
-    if low > 0 and high > LARGE_RATIO * np.median(known):
-        axes.set_yscale('log')
-        axes.set_ylim(low / 1.2, high * 1.2)
-    elif high > low:
+    if high > low:
         axes.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
 
 
+def stretch(axes: Axes, curves: Sequence[XY], *, only_rise: bool = False) -> bool:
+    """Gives values a logarithmic axis if they would lie flat on a linear one, and returns whether it did.
+
+    They would if one of them is 20 times the median, or 20 times a value that was reached before, as in a run that
+    diverges. If some are not positive, the axis is linear around zero.
+
+    Args:
+        axes: The panel.
+        curves: Positions and values of each curve.
+        only_rise: Whether a curve must rise for it: for values that fall from a high start, in each run to another
+            end. Default: False.
+    """
+    values = _finite(y for _, y in curves)
+    if not len(values):
+        return False
+    typical = float(np.median(np.abs(values)))
+    is_high = np.abs(values).max() / LARGE_RATIO > typical
+    if values.min() > 0:
+        is_flat = any(_rises([each]) for each in curves) if only_rise else is_high or _rises(curves)
+        if not is_flat:
+            return False
+        if values.max() > _LARGEST:
+            axes.set_ylim(values.min() / 1.2, _LARGEST)
+        axes.set_yscale('log')
+    else:
+        if not is_high or typical == 0:
+            return False
+        axes.set_yscale('symlog', linthresh=typical)
+        axes.set_ylim(*np.clip(axes.get_ylim(), -_LARGEST, _LARGEST))
+    return True
+
+
+def mark_gaps(axes: Axes, curves: Sequence[XY], colours: Sequence[str]) -> None:
+    """Marks at the upper edge where a curve has a value that is NaN or infinite, and says which."""
+    row, found = 0, np.empty(0)
+    for (x, y), colour in zip(curves, colours, strict=True):
+        is_gap = ~np.isfinite(y)
+        if not is_gap.any():
+            continue
+        found = np.append(found, y[is_gap])
+        gaps = x[is_gap]
+        gaps = gaps[:: -(-len(gaps) // MARKED_POINTS)]
+        height = np.full(len(gaps), 0.97 - 0.05 * (row % 8))
+        axes.plot(gaps, height, 'x', color=colour, markersize=5, transform=axes.get_xaxis_transform(), clip_on=False)
+        row += 1
+    if row:
+        kinds = [word for word, holds in (('NaN', np.isnan(found)), ('infinite', np.isinf(found))) if holds.any()]
+        note(axes, f'×: {" or ".join(kinds)}'.replace(' ', '\N{NO-BREAK SPACE}'))
+        if not len(_finite(y for _, y in curves)):
+            axes.set_yticks([])
+
+
 def note(axes: Axes, text: str, characters: int = PANEL_CHARACTERS) -> None:
-    """Writes a remark over a panel, in as many lines as it takes."""
-    axes.set_title(textwrap.fill(text, characters), loc='left', color=GREY)
+    """Writes a remark over a panel, after those that it has, in as many lines as it takes."""
+    remarks = [before.replace('\n', ' ')] if (before := axes.get_title(loc='left')) else []
+    axes.set_title(textwrap.fill('; '.join([*remarks, text]), characters), loc='left', color=GREY)
+
+
+def _rises(curves: Sequence[XY]) -> bool:
+    """Whether a positive value is many times one that some curve had before, or has at the same time."""
+    x, y = np.concatenate([x[np.isfinite(y)] for x, y in curves]), _finite(y for _, y in curves)
+    in_time = y[np.lexsort((y, x))]
+    return bool((in_time / LARGE_RATIO > np.minimum.accumulate(in_time)).any())
+
+
+def _finite(arrays: Iterable[Array]) -> Array:
+    values = np.concatenate([np.empty(0), *arrays])
+    return values[np.isfinite(values)]
 
 
 def _new_figure(rows: Sequence[Sequence[object]]) -> tuple[Figure, list[Axes]]:
@@ -119,7 +209,7 @@ def _finish_axes(axes: Axes, *, end: float, whole: bool) -> None:
 
     axes.set_xlim(0, end * 1.03 or 1)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=whole or end >= 3, steps=_TICK_STEPS))
-    if axes.get_yscale() == 'linear':
+    if axes.get_yscale() == 'linear' and len(axes.get_yticks()):
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=_TICK_STEPS))
     axes.grid(axis='y', color='0.92', linewidth=0.7, zorder=0)
     axes.set_axisbelow(True)

@@ -12,7 +12,7 @@ from typing import Any
 
 from composer_ema.pictures.errors import PlotError
 from composer_ema.pictures.weights import in_order
-from composer_ema.recipe.outputs import METRICS_FILE, RECIPE_FILE, Curve, curve, curves_by_group, is_number
+from composer_ema.recipe.outputs import METRICS_FILE, RECIPE_FILE, Curve, curve, curves_by_group, is_number, momenta
 
 #: The name of a run's picture in its folder, without the ending.
 CURVES = 'curves'
@@ -49,6 +49,7 @@ class RunCurves:
         evaluations: Label of a set of weights to its evaluations, oldest first. ``'training'`` comes first.
         distances: Label of an average to its relative distance from the training weights. Default: empty.
         target_accuracy: The accuracy whose first epoch the recipe wants reported, in [0, 1]. Default: None.
+        momentum_names: What the optimizer calls its momentum, of ``'momentum'`` and ``'beta1'``. Default: none.
     """
 
     name: str
@@ -58,6 +59,7 @@ class RunCurves:
     evaluations: dict[str, list[Point]]
     distances: dict[str, Curve] = field(default_factory=dict)
     target_accuracy: float | None = None
+    momentum_names: tuple[str, ...] = ()
 
     @property
     def weights(self) -> list[str]:
@@ -78,11 +80,13 @@ def read_run(folder: Path, name: str | None = None) -> RunCurves:
     """
     lines = read_lines(folder)
     training = [line for line in lines if 'loss/train/total' in line or 'lr/group0' in line]
+    momentum, momentum_names = momenta(training)
     run = RunCurves(
         name=name or folder.resolve().name,
         loss=curve(training, 'loss/train/total'),
         rates=curves_by_group(training, 'lr'),
-        momenta=curves_by_group(training, 'momentum'),
+        momenta=momentum,
+        momentum_names=momentum_names,
         evaluations=evaluations(lines),
         distances=_distances(lines),
         target_accuracy=_target_accuracy(folder),

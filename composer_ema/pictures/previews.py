@@ -11,7 +11,7 @@ import numpy as np
 from composer_ema.pictures import canvas
 from composer_ema.pictures.canvas import LARGE_RATIO, WIDE_PANEL_CHARACTERS, Panel, note
 from composer_ema.pictures.rates import MOMENTA, RATES
-from composer_ema.pictures.style import BLUE, DASHES, MARKED_POINTS, with_pens
+from composer_ema.pictures.style import BLUE, DASHES, MARKED_POINTS, covered_if_few, with_pens
 from composer_ema.recipe.outputs import Array, Axis
 
 if TYPE_CHECKING:  # both take seconds to import
@@ -50,9 +50,11 @@ def _three_digits(value: float) -> str:
 def _draw_profiles(axes: Axes, previews: Sequence[Preview], axis: Axis) -> None:
     """Draws the share of each update, in per cent."""
     heights = []
-    for profile, x, style in _profiles(previews, axis):
+    profiles = list(_profiles(previews, axis))
+    sizes = covered_if_few([(x, profile.share) for profile, x, _ in profiles])
+    for (profile, x, style), size in zip(profiles, sizes, strict=True):
         if len(x) <= MARKED_POINTS:
-            style = {'marker': 'o', 'markersize': 4.5, **style}
+            style = {'marker': 'o', 'markersize': 4.5, **style, **size}
         axes.plot(x, 100 * profile.share, **style)
         heights += _heights(profile)
     if len(previews) == 1 and len(previews[0].profiles) == 1:
@@ -109,6 +111,17 @@ _PANELS: tuple[tuple[Panel[Any], ...], ...] = (
 )
 
 
+def _equal_to(preview: Preview, previews: Sequence[Preview]) -> str:
+    """The first recipe that does exactly what this one does, if that is another; its curves are covered."""
+
+    def trace(each: Preview) -> list[bytes]:
+        scheduled = [*each.rates.values(), *each.momenta.values()]
+        return [*(curve.value.tobytes() for curve in scheduled), *(own.share.tobytes() for own in each.profiles)]
+
+    first = next(each for each in previews if trace(each) == trace(preview))
+    return '' if first is preview else f' = {first.name}'
+
+
 def _legend(previews: Sequence[Preview]) -> list[tuple[Line2D, str]]:
     from matplotlib.lines import Line2D
 
@@ -117,7 +130,8 @@ def _legend(previews: Sequence[Preview]) -> list[tuple[Line2D, str]]:
         said = '; '.join([*map(describe, preview.profiles), *preview.remarks])
         if len(previews) > 1:
             line = Line2D([], [], color=pen.colour, marker=pen.marker, markersize=4.5)
-            entries.append((line, f'{preview.name}\n{said}' if said else preview.name))
+            name = f'{preview.name}{_equal_to(preview, previews)}'
+            entries.append((line, f'{name}\n{said}' if said else name))
         elif said:
             entries.append((Line2D([], [], color=BLUE), said))
     return entries

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from composer_ema.pictures.canvas import LARGE_RATIO, Panel, note
-from composer_ema.pictures.style import BLACK, DASHES, few, with_pens
-from composer_ema.recipe.outputs import Axis, Curve
+from composer_ema.pictures.canvas import LARGE_RATIO, Panel, mark_gaps, note, plot
+from composer_ema.pictures.style import BLACK, DASHES, MOMENTUM_WORDS, covered_if_few, few, with_pens
+from composer_ema.recipe.outputs import MOMENTUM, Axis, Curve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,13 +29,19 @@ class Scheduled(Protocol):
         """Momenta; empty for an optimizer without."""
         ...
 
+    @property
+    def momentum_names(self) -> Sequence[str]:
+        """What the optimizer calls them, of ``'momentum'`` and ``'beta1'``."""
+        ...
+
 
 def _draw_rates(axes: Axes, runs: Sequence[Scheduled], axis: Axis) -> None:
     _draw_groups(axes, runs, axis, lambda run: run.rates)
     axes.set_ylabel('learning rate')
-    peaks = [
-        max(np.nanmax(curve.value) for curve in run.rates.values()) for run in runs if any(map(len, run.rates.values()))
+    finite = [
+        [value for curve in run.rates.values() for value in curve.value[np.isfinite(curve.value)]] for run in runs
     ]
+    peaks = [max(values) for values in finite if values]
     if len(peaks) > 1 and min(peaks) > 0 and max(peaks) > LARGE_RATIO * min(peaks):
         # A rate that is annealed to nothing would stretch the axis without end.
         axes.set_yscale('log', nonpositive='mask')
@@ -46,7 +52,8 @@ def _draw_rates(axes: Axes, runs: Sequence[Scheduled], axis: Axis) -> None:
 
 def _draw_momenta(axes: Axes, runs: Sequence[Scheduled], axis: Axis) -> None:
     _draw_groups(axes, runs, axis, lambda run: run.momenta)
-    axes.set_ylabel('momentum, β₁')
+    used = {name for run in runs for name in run.momentum_names} or {MOMENTUM}
+    axes.set_ylabel(', '.join(words for name, words in MOMENTUM_WORDS.items() if name in used))
     low, high = axes.get_ylim()
     if high - low < 0.1:  # the ticks of a constant momentum would differ in their last digits
         axes.set_ylim(0, 1.03)
@@ -59,12 +66,17 @@ def _draw_groups(
     curves: Callable[[Scheduled], Mapping[str, Curve]],
 ) -> None:
     """Draws one line for each parameter group that differs; the first is solid."""
+    drawn = [(curve.over(axis), curve.value) for run in runs for curve in curves(run).values()]
+    sizes = iter(covered_if_few(drawn) if len(runs) > 1 else [{}] * len(drawn))
+    colours = []
     for run, pen in with_pens(runs):
         for dashes, (group, curve) in zip(cycle(DASHES), curves(run).items(), strict=False):
             style = pen.along() if len(runs) > 1 else {'color': BLACK, 'marker': few(curve, 'o'), 'markersize': 4}
             if dashes != '-':
                 style['marker'] = ''
-            axes.plot(curve.over(axis), curve.value, linestyle=dashes, label=group, **style)
+            plot(axes, curve.over(axis), curve.value, linestyle=dashes, label=group, **style | next(sizes))
+            colours.append(style['color'])
+    mark_gaps(axes, drawn, colours)
     if any(len(curves(run)) > 1 for run in runs):
         if len(runs) == 1:
             axes.legend(frameon=False, handlelength=2.6)

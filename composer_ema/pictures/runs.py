@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from composer_ema.pictures import canvas
-from composer_ema.pictures.canvas import Panel, limit_to, note
+from composer_ema.pictures.canvas import XY, Panel, limit_to, mark_gaps, note, plot, stretch
 from composer_ema.pictures.curves import Point, RunCurves, first_reaching
 from composer_ema.pictures.rates import MOMENTA, RATES
 from composer_ema.pictures.smoothing import smoothed
-from composer_ema.pictures.style import GREY, VERMILION, Stroke, few, strokes, with_pens
+from composer_ema.pictures.style import GREY, VERMILION, Pen, Stroke, covered, covered_if_few, few, strokes, with_pens
 from composer_ema.pictures.weights import in_words
-from composer_ema.recipe.outputs import Axis
+from composer_ema.recipe.outputs import Array, Axis
 
 if TYPE_CHECKING:  # matplotlib takes a second to import
     from matplotlib.axes import Axes
@@ -54,32 +54,32 @@ def _strokes(runs: Sequence[RunCurves]) -> dict[str, Stroke]:
 
 
 def _draw_training_loss(axes: Axes, runs: Sequence[RunCurves], axis: Axis) -> None:
-    widths, drawn = set(), []
-    for run, pen in with_pens(runs):
-        if not len(run.loss):
-            continue
-        values, width = smoothed(run.loss.value)
-        widths.add(width)
-        drawn.append(values)
-        x = run.loss.over(axis)
+    shown = [(run, pen, *smoothed(run.loss.value)) for run, pen in with_pens(runs) if len(run.loss)]
+    drawn = [(run.loss.over(axis), values) for run, _, values, _ in shown]
+    widths = {width for *_, width in shown}
+    each_batch: Array | None = None
+    for (run, pen, values, width), (x, _), size in zip(shown, drawn, covered_if_few(drawn), strict=True):
         if len(runs) > 1:
-            axes.plot(x, values, **pen.along())
+            plot(axes, x, values, **pen.along() | size)
             continue
         if width > 1:
             # As a picture inside an SVG: every batch of a long run would be a megabyte of path.
             axes.plot(x, run.loss.value, color='0.8', linewidth=0.6, rasterized=len(x) > 2000, zorder=1)
             settled = run.loss.value[len(x) // 50 :]
-            drawn.append(np.repeat(np.percentile(settled[np.isfinite(settled)], [0.5, 99.5]), 2))
+            if np.isfinite(settled).any():
+                each_batch = np.asarray(np.percentile(settled[np.isfinite(settled)], [0.5, 99.5]), dtype=np.float64)
         axes.plot(x, values, color=VERMILION, marker=few(run.loss, 's'), markersize=4)
     axes.set_ylabel('training loss')
-    limit_to(axes, drawn)
+    limit_to(axes, drawn, each_batch)
     if widths != {1}:
         over = f'{max(widths)} batches' if len(widths) == 1 else f'2 % of a run, {min(widths - {1})} batches or more'
         note(axes, f'mean over {over}' + (', each batch in grey' if len(runs) == 1 else ''))
+    batches = [(x, run.loss.value) for (run, *_), (x, _) in zip(shown, drawn, strict=True)]
+    mark_gaps(axes, batches, [pen.colour if len(runs) > 1 else VERMILION for _, pen, *_ in shown])
 
 
 def _draw_evaluation_loss(axes: Axes, runs: Sequence[RunCurves], axis: Axis) -> None:
-    _draw_points(axes, runs, axis, lambda point: point.loss)
+    stretch(axes, _draw_points(axes, runs, axis, lambda point: point.loss))
     axes.set_ylabel('evaluation loss (nats)')
 
 
@@ -91,18 +91,30 @@ def _draw_accuracy(axes: Axes, runs: Sequence[RunCurves], axis: Axis) -> None:
         _draw_target(axes, runs, axis, targets.pop())
 
 
-def _draw_points(axes: Axes, runs: Sequence[RunCurves], axis: Axis, value: Callable[[Point], float | None]) -> None:
+def _draw_points(axes: Axes, runs: Sequence[RunCurves], axis: Axis, value: Callable[[Point], float | None]) -> list[XY]:
+    """Draws the evaluations of all weights, and returns what it drew."""
     of_weights = _strokes(runs)
+    lines, drawn = [], []
     for run, pen in with_pens(runs):
         for label, points in run.evaluations.items():
-            drawn = [(getattr(point, axis), number) for point in points if (number := value(point)) is not None]
+            known = [(getattr(point, axis), number) for point in points if (number := value(point)) is not None]
+            x, y = np.asarray(known, dtype=np.float64).reshape(-1, 2).T
             stroke = of_weights[label]
             if len(runs) > 1:
                 stroke = Stroke(pen.colour, pen.marker, stroke.dashes, stroke.is_hollow)
-            axes.plot(
-                [x for x, _ in drawn], [y for _, y in drawn], color=stroke.colour, linestyle=stroke.dashes,
-                marker=stroke.marker, markerfacecolor=stroke.face, **pen.sparse(len(drawn)),
-            )  # fmt: skip
+            lines.append((stroke, pen))
+            drawn.append((x, y))
+    _draw_lines(axes, lines, drawn)
+    return drawn
+
+
+def _draw_lines(axes: Axes, lines: Sequence[tuple[Stroke, Pen]], drawn: Sequence[XY]) -> None:
+    for (stroke, pen), (x, y), size in zip(lines, drawn, covered(drawn), strict=True):
+        plot(
+            axes, x, y, color=stroke.colour, linestyle=stroke.dashes, marker=stroke.marker, markerfacecolor=stroke.face,
+            **pen.sparse(len(x)) | size,
+        )  # fmt: skip
+    mark_gaps(axes, drawn, [stroke.colour for stroke, _ in lines])
 
 
 def _draw_target(axes: Axes, runs: Sequence[RunCurves], axis: Axis, target: float) -> None:
@@ -125,25 +137,31 @@ def _draw_target(axes: Axes, runs: Sequence[RunCurves], axis: Axis, target: floa
 
 def _draw_first_reaching(axes: Axes, run: RunCurves, axis: Axis, target: float, low: float) -> None:
     of_weights = _strokes([run])
-    for label, points in run.evaluations.items():
-        first = first_reaching(points, target)
-        if first is not None:
-            x, colour = getattr(first, axis), of_weights[label].colour
-            axes.vlines(x, low, 100 * (first.accuracy or 0.0), color=colour, linestyle=':', linewidth=1.2)
+    firsts = {label: point for label, points in run.evaluations.items() if (point := first_reaching(points, target))}
+    at: dict[float, list[str]] = {}
+    for label, first in firsts.items():
+        at.setdefault(getattr(first, axis), []).append(label)
+    for x, labels in at.items():
+        for index, label in enumerate(labels):  # dots in turn, where several lines stand at one place
+            dots = (2.4 * index, (1.2, 2.4 * len(labels) - 1.2))
+            top, colour = 100 * (firsts[label].accuracy or 0.0), of_weights[label].colour
+            axes.vlines(x, low, top, color=colour, linestyle=dots, linewidth=1.2)
 
 
 def _draw_distances(axes: Axes, runs: Sequence[RunCurves], axis: Axis) -> None:
     of_weights = _strokes(runs)
+    lines, drawn = [], []
     for run, pen in with_pens(runs):
         for label, curve in run.distances.items():
             stroke = of_weights[label]
-            style: dict[str, Any] = {'color': stroke.colour, 'marker': stroke.marker, 'linestyle': stroke.dashes}
             if len(runs) > 1:
-                dashes = stroke.dashes if len(run.distances) > 1 else '-'
-                style = {'color': pen.colour, 'marker': pen.marker, 'linestyle': dashes}
-            axes.plot(curve.over(axis), curve.value, **style, **pen.sparse(len(curve)))
+                stroke = Stroke(pen.colour, pen.marker, stroke.dashes if len(run.distances) > 1 else '-')
+            lines.append((stroke, pen))
+            drawn.append((curve.over(axis), curve.value))
+    _draw_lines(axes, lines, drawn)
     axes.set_ylabel('distance of the average from\nthe weights, share of their norm')
-    axes.set_ylim(bottom=0)
+    if not stretch(axes, drawn, only_rise=True):
+        axes.set_ylim(bottom=0)
 
 
 def _is_evaluated(run: RunCurves, quantity: str) -> bool:
@@ -167,7 +185,8 @@ def _legend(runs: Sequence[RunCurves]) -> list[tuple[Line2D, str]]:
     entries = []
     if len(runs) > 1:
         for run, pen in with_pens(runs):
-            entries.append((Line2D([], [], color=pen.colour, marker=pen.marker, markersize=4.5), run.name))
+            line = Line2D([], [], color=pen.colour, marker=pen.marker, markersize=4.5)
+            entries.append((line, f'{run.name}{_equal_to(run, runs)}'))
     of_weights = _strokes(runs)
     for label, words in in_words(label for run in runs for label in run.evaluations).items():
         stroke = of_weights[label]
@@ -179,6 +198,16 @@ def _legend(runs: Sequence[RunCurves]) -> list[tuple[Line2D, str]]:
         )  # fmt: skip
         entries.append((line, f'evaluated: {words}{_first_epoch(runs, label)}'))
     return entries
+
+
+def _equal_to(run: RunCurves, runs: Sequence[RunCurves]) -> str:
+    """The first run that trained and evaluated exactly like this one, if that is another; its curves are covered."""
+
+    def trace(each: RunCurves) -> tuple[bytes, str]:
+        return each.loss.value.tobytes(), repr(each.evaluations)  # both hold where NaN does not equal itself
+
+    first = next(each for each in runs if trace(each) == trace(run))
+    return '' if first is run else f' = {first.name}'
 
 
 def _first_epoch(runs: Sequence[RunCurves], label: str) -> str:

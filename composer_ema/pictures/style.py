@@ -11,7 +11,7 @@ from itertools import cycle
 from typing import Any, Literal, TypeVar
 
 from composer_ema.pictures.weights import TRAINING, UNNAMED, in_order
-from composer_ema.recipe.outputs import Curve
+from composer_ema.recipe.outputs import Array, Curve
 
 _T = TypeVar('_T')
 
@@ -23,9 +23,13 @@ _COLOURS = (BLUE, ORANGE, BLACK, GREEN, VERMILION, SKY, PURPLE)
 _MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X', '*')
 GREY = '0.35'
 DASHES = ('-', '--', ':', '-.')
+#: What a metrics file and a reader call a momentum.
+MOMENTUM_WORDS = {'momentum': 'momentum', 'beta1': 'β₁'}
 # More values than this get markers at even distances: one each would run into the next.
 MARKED_POINTS = 25
-_MARKER_DISTANCE = 0.22
+_MARKER_DISTANCE, _MARKER_SIZE = 0.22, 4.5
+# How much wider a line may be than the last of those that cover it, in points.
+_WIDEST = 12.0
 
 #: What matplotlib is set to while a picture is drawn or written.
 RC: Any = {
@@ -107,13 +111,13 @@ class Pen:
             'color': self.colour,
             'marker': self.marker,
             'markevery': (self.offset, _MARKER_DISTANCE),
-            'markersize': 4.5,
+            'markersize': _MARKER_SIZE,
         }
 
     def sparse(self, count: int) -> dict[str, Any]:
         """Markers for ``count`` values: one each if they are few, else as in :meth:`along`."""
         every = None if count <= MARKED_POINTS else (self.offset, _MARKER_DISTANCE)
-        return {'markersize': 4.5, 'markevery': every}
+        return {'markersize': _MARKER_SIZE, 'markevery': every}
 
 
 def with_pens(runs: Sequence[_T]) -> Iterator[tuple[_T, Pen]]:
@@ -121,6 +125,33 @@ def with_pens(runs: Sequence[_T]) -> Iterator[tuple[_T, Pen]]:
     for index, run in enumerate(runs):
         offset = _MARKER_DISTANCE * (0.3 + index) / max(len(runs), 2)
         yield run, Pen(_COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)], offset)
+
+
+def covered(curves: Sequence[tuple[Array, Array]]) -> list[dict[str, Any]]:
+    """The width of each line and the size of its markers, so that a line shows on both sides of one that covers it.
+
+    Args:
+        curves: Positions and values of each line, in the order in which they are drawn.
+
+    Example:
+        >>> one, other = ([0, 1], [5, 5]), ([0, 1], [6, 6])
+        >>> [style['linewidth'] for style in covered([one, other, one])]
+        [4.0, 1.5, 1.5]
+    """
+    points = [{(float(a), float(b)) for a, b in zip(x, y, strict=True)} for x, y in curves]
+    above = [
+        sum(2 * len(own & other) >= len(own) > 0 for other in points[index + 1 :]) for index, own in enumerate(points)
+    ]
+    step = min(2.5, _WIDEST / max([1, *above]))
+    return [
+        {'linewidth': RC['lines.linewidth'] + step * number, 'markersize': _MARKER_SIZE + 1.4 * step * number}
+        for number in above
+    ]
+
+
+def covered_if_few(curves: Sequence[tuple[Array, Array]]) -> list[dict[str, Any]]:
+    """Like :func:`covered` for few values; many have their markers at different places, which shows each line."""
+    return covered(curves) if all(len(x) <= MARKED_POINTS for x, _ in curves) else [{} for _ in curves]
 
 
 def few(curve: Curve, marker: str) -> str:

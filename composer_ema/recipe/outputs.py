@@ -17,6 +17,8 @@ METRICS_FILE = 'metrics.jsonl'
 RECIPE_FILE = 'recipe.yaml'
 #: The folder of the checkpoints, unless the recipe gives another.
 CHECKPOINT_FOLDER = 'checkpoints'
+#: What a metrics file calls the momentum of a parameter group, before ``/group0``: by the optimizer's own argument.
+MOMENTUM, BETA1 = 'momentum', 'beta1'
 #: What values over training can be plotted against.
 Axis = Literal['epoch', 'batch', 'sample']
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -62,7 +64,7 @@ def curves_by_group(lines: Sequence[Mapping[str, Any]], name: str) -> dict[str, 
 
     Args:
         lines: Lines of a metrics file.
-        name: The part of the keys before ``/group0``.
+        name: The part of the keys before ``/group0``; see :func:`momenta` for those of either name.
 
     Returns:
         dict: Label to curve, such as ``'group 0'`` or ``'groups 0, 2'``.
@@ -78,6 +80,27 @@ def curves_by_group(lines: Sequence[Mapping[str, Any]], name: str) -> dict[str, 
         else:
             same.append(group)
     return {f'group{"s" * (len(members) > 1)} {", ".join(map(str, members))}': own for members, own in found}
+
+
+def momenta(lines: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Curve], tuple[str, ...]]:
+    """The momenta of all parameter groups, and what the optimizer calls them.
+
+    Older releases wrote the first of ``betas`` as ``momentum``, too. Where a newer one resumed such a run, its lines
+    tell the name.
+
+    Returns:
+        tuple: Label to curve, as from :func:`curves_by_group`; and the names, of ``'momentum'`` and ``'beta1'``: both
+        if groups differ in that, none without momentum.
+    """
+    names: tuple[str, ...] = ()
+    found = []
+    for line in lines:
+        own = {key: value for key, value in line.items() if key.startswith((f'{MOMENTUM}/group', f'{BETA1}/group'))}
+        if own:
+            names = tuple(name for name in (MOMENTUM, BETA1) if any(key.startswith(f'{name}/') for key in own))
+        under_one_name = {f'{MOMENTUM}/{key.partition("/")[2]}': value for key, value in own.items()}
+        found.append({key: line[key] for key in ('epoch', 'batch', 'sample')} | under_one_name)
+    return curves_by_group(found, MOMENTUM), names
 
 
 def is_number(value: Any) -> bool:

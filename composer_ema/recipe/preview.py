@@ -20,7 +20,7 @@ from torch import nn
 
 from composer_ema.recipe.named import Named
 from composer_ema.recipe.outline import Outline
-from composer_ema.recipe.outputs import Array, Curve, curves_by_group
+from composer_ema.recipe.outputs import Array, Curve, curves_by_group, momenta
 from composer_ema.recipe.recorder import step_settings
 from composer_ema.recipe.schema import Plan, Recipe, plan
 from composer_ema.settings import settings_of
@@ -80,6 +80,7 @@ class Preview:
         momenta: The same for momentum.
         profiles: One for each average of the recipe.
         remarks: What the preview cannot know.
+        momentum_names: What the optimizer calls its momentum, of ``'momentum'`` and ``'beta1'``.
     """
 
     name: str
@@ -89,6 +90,7 @@ class Preview:
     momenta: dict[str, Curve]
     profiles: list[Profile] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
+    momentum_names: tuple[str, ...] = ()
 
 
 def preview(
@@ -130,12 +132,14 @@ def preview(
             outline.end_epoch()
             _advance(state, state.timestamp.to_next_epoch())
             _send(Event.EPOCH_END, probes)
+    momentum, momentum_names = momenta(lines)
     return Preview(
         name=name or recipe.run_name or recipe.name,
         batches=outline.length.batches,
         batches_per_epoch=per_epoch,
         rates=curves_by_group(lines, 'lr'),
-        momenta=curves_by_group(lines, 'momentum'),
+        momenta=momentum,
+        momentum_names=momentum_names,
         profiles=[found for probe in probes if (found := probe.profile(outline.length.batches)) is not None],
         remarks=[
             *(f'{each.name} is drawn as if {each.metric} always improved' for each in outline.scheduled if each.metric),

@@ -14,6 +14,7 @@ from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist
 
 from composer_ema.files import write_beside
+from composer_ema.recipe.outputs import BETA1, MOMENTUM
 
 _NUM_LINES, _EVALUATIONS = 'num_lines', 'evaluations'
 _STEP_SECONDS, _UPDATE_SECONDS, _NUM_BATCHES = 'step_seconds', 'update_seconds', 'num_batches'
@@ -44,8 +45,8 @@ class Recorder(Callback):
 
     Each batch gives one line, and each end of an epoch another: ``{"epoch": 1.0, "batch": 468, "sample": 59904,
     "lr/group0": 0.01, "momentum/group0": 0.9, "loss/train/total": ..., "metrics/eval_ema/MulticlassAccuracy": ...}``.
-    Learning rate and momentum (``momentum``, or the first of ``betas``) are those of the batch's step. Parameter groups
-    after the first are written only where they differ from it.
+    Learning rate and momentum are those of the batch's step; the first of ``betas`` is written as ``beta1/group0``
+    instead. Parameter groups after the first are written only where they differ from it.
 
     Lines are appended, so a killed process loses at most the line that it was writing. The state holds the number of
     lines written up to the checkpoint. On resume the file is cut to that number, and the run writes the rest again. A
@@ -177,21 +178,23 @@ def step_settings(optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, floa
         >>> weight, bias = torch.nn.Linear(1, 1).parameters()
         >>> adam = torch.optim.Adam([{'params': [weight]}, {'params': [bias], 'lr': 0.5}], lr=0.25)
         >>> step_settings([adam])
-        {'lr/group0': 0.25, 'momentum/group0': 0.9, 'lr/group1': 0.5}
+        {'lr/group0': 0.25, 'beta1/group0': 0.9, 'lr/group1': 0.5}
     """
     settings: dict[str, float] = {}
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     for index, group in enumerate(groups):
-        for name, value in (('lr', group.get('lr')), ('momentum', momentum_of(group))):
+        for name, value in (('lr', group.get('lr')), momentum_of(group)):
             number = _number(value)
             if number is not None and (index == 0 or number != settings.get(f'{name}/group0')):
                 settings[f'{name}/group{index}'] = number
     return settings
 
 
-def momentum_of(group: Mapping[str, Any]) -> Any:
-    """The momentum of a parameter group: ``momentum``, or the first of ``betas``; None if it has neither."""
-    return group['momentum'] if 'momentum' in group else (group.get('betas') or [None])[0]
+def momentum_of(group: Mapping[str, Any]) -> tuple[str, Any]:
+    """The name and value of a parameter group's momentum: ``momentum`` or the first of ``betas``; None for neither."""
+    if 'momentum' in group:
+        return MOMENTUM, group['momentum']
+    return BETA1, (group.get('betas') or [None])[0]
 
 
 def _seconds_in_updates(state: State) -> float:
