@@ -286,7 +286,7 @@ def _average_of_others(found: Found) -> AverageInfo:
     roles = dict.fromkeys(averaged, OF_AVERAGE)
     if average.source in _TELLS_ROLES or average.label is not None:
         roles = dict.fromkeys(average.parameters, PARAMETER)
-        roles |= {n: COPY if _is_copied(b, average.config) else BUFFER for n, b in average.buffers.items()}
+        roles |= {n: COPY if _is_copied(n, b, average.config) else BUFFER for n, b in average.buffers.items()}
         roles |= dict.fromkeys(average.aliases, ALIAS)
     tensors, distances = [], []
     for name in dict.fromkeys([*model, *averaged]):
@@ -344,7 +344,7 @@ def _average(algorithm: str, row: Format, saved: Mapping[str, Any], label: str, 
         averaged = {**parameters, **buffers}.get(aliases.get(name, name))
         role = ALIAS if name in aliases else PARAMETER if name in parameters else UNTRACKED
         if name in buffers:
-            role = COPY if row.copies_whole_buffers and _is_copied(buffers[name], saved['config']) else BUFFER
+            role = COPY if row.copies_whole_buffers and _is_copied(name, buffers[name], saved['config']) else BUFFER
         norms = _norms(averaged, training.get(name))
         if role == PARAMETER and norms is not None:
             distances.append(norms)
@@ -366,8 +366,15 @@ def _overall(distances: Sequence[tuple[float, float]]) -> float | None:
     return _ratio(*(math.hypot(*each) for each in zip(*distances, strict=True))) if distances else None
 
 
-def _is_copied(buffer: Tensor, config: Mapping[str, Any]) -> bool:
-    return not buffer.dtype.is_floating_point or config.get('buffers') == 'copy'
+def _is_copied(name: str, buffer: Tensor, config: Mapping[str, Any]) -> bool:
+    """Whether a buffer is copied, as far as its name tells: a file does not say the types of the layers.
+
+    The patterns of a mapping are not evaluated, since a file could bring one that takes for ever.
+    """
+    if not buffer.dtype.is_floating_point or config.get('buffers') == 'copy':
+        return True
+    is_statistic = name.rpartition('.')[2] in ('running_mean', 'running_var')
+    return config.get('buffers') != 'average' and not is_statistic
 
 
 def _info(

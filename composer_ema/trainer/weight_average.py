@@ -201,8 +201,6 @@ class WeightAverage(Algorithm):
         self._steps.release()
         self._has_started, self.update_seconds = False, 0.0
         self._evaluation.abandon()
-        if not any(True for _, average in self._averages for _ in average.shadow.named_parameters()):
-            warn('no trainable parameter to average yet: all selected ones are frozen. They join when unfrozen.')
         self._loaded_config = {}
         if self._state_for_init is not None:
             loaded, self._state_for_init = self._state_for_init, None
