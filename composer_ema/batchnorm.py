@@ -27,6 +27,7 @@ from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import listed
 from composer_ema.model.rollback import Rollback
 from composer_ema.model.sharding import canonical_name, is_sharded, unwrap
+from composer_ema.model.untraced import untraced
 from composer_ema.shadow import loan
 from composer_ema.shadow.shadow_model import ShadowModel
 
@@ -37,6 +38,7 @@ Forward = Callable[[nn.Module, Any], Any]
 log = logging.getLogger(__name__)
 
 
+@untraced
 def update_bn(
     model: nn.Module,
     dataloader: Iterable[Any] | DataSpec,

@@ -17,6 +17,7 @@ from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import check_same
 from composer_ema.model.selection import check_buffer_patterns
 from composer_ema.model.sharding import canonical_name, unwrap
+from composer_ema.model.untraced import aside, is_traced
 from composer_ema.model.watch import Watch
 from composer_ema.settings import Buffers, Settings
 from composer_ema.shadow import loan
@@ -65,6 +66,9 @@ def compute_ema(
         >>> round(ema_model.weight.item(), 6)
         0.1
     """
+    if is_traced():
+        aside(compute_ema, model, ema_model, smoothing)
+        return
     weight = weight_from_smoothing(smoothing)
     if isinstance(ema_model, ShadowModel):
         if buffers is not None:

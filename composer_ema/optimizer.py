@@ -30,6 +30,7 @@ from composer_ema.averages import (
 )
 from composer_ema.model.names import listed
 from composer_ema.model.sharding import is_sharded, unwrap
+from composer_ema.model.untraced import aside, is_traced, untraced
 from composer_ema.settings import OptimizerSettings, Settings, takes_settings
 from composer_ema.shadow.shadow_model import ShadowModel
 from composer_ema.wrapper import OptimizerWrapper, ParameterGroups
@@ -62,7 +63,7 @@ class EMAOptimizer(OptimizerWrapper):
     scalers and clipping work on either. Two kinds of step are not averaged: one that a ``GradScaler`` skips, and the
     one on zero gradients that ``torch.distributed.checkpoint.state_dict`` makes to build an empty state. With a fused
     optimizer under a ``GradScaler``, and only then, the host waits for the number that says whether the step was
-    skipped.
+    skipped. ``torch.compile`` compiles the wrapped optimizer's step and leaves the average to run eagerly after it.
 
     Args:
         optimizer: the optimizer that moves the weights. Call the wrapper's ``step`` in its place.
@@ -228,6 +229,7 @@ class EMAOptimizer(OptimizerWrapper):
         with self.shadow.swapped(self._module):
             yield
 
+    @untraced
     def ema_state_dict(self) -> dict[str, Any]:
         """Returns the average and its counters in plain types; tensors alias the average.
 
@@ -240,6 +242,7 @@ class EMAOptimizer(OptimizerWrapper):
         self._refuse_while_swapped('ema_state_dict()')
         return self._average.state_dict()
 
+    @untraced
     def load_ema_state_dict(self, state: Mapping[str, Any]) -> None:
         """Loads what :meth:`ema_state_dict` returned. This object keeps its own settings, and warns if they differ.
 
@@ -252,8 +255,9 @@ class EMAOptimizer(OptimizerWrapper):
         """
         self._refuse_while_swapped('load_ema_state_dict()')
         self._average.shadow.refuse_on_loan(self._module)
-        self._average.assign(*self._average.checked(state), stacklevel=3)
+        self._average.assign(*self._average.checked(state), stacklevel=4)
 
+    @untraced
     def state_dict(self) -> dict[str, Any]:
         """Returns the wrapped optimizer's state, which that can load by itself, and under ``'ema'`` the average.
 
@@ -263,6 +267,7 @@ class EMAOptimizer(OptimizerWrapper):
         self._refuse_while_swapped('state_dict()')
         return super().state_dict()
 
+    @untraced
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Loads what :meth:`state_dict` returned; training continues bit for bit.
 
@@ -298,6 +303,9 @@ class EMAOptimizer(OptimizerWrapper):
             )
 
     def _before_step(self) -> None:
+        if is_traced():
+            aside(EMAOptimizer._before_step, self)
+            return
         self._refuse_while_swapped('step()')
         self._average.shadow.refuse_on_loan(self._module)
         self._average.start()
@@ -306,6 +314,9 @@ class EMAOptimizer(OptimizerWrapper):
         self._average.shadow.wait_for_reads()
 
     def _after_step(self) -> None:
+        if is_traced():
+            aside(EMAOptimizer._after_step, self)
+            return
         self._average.follow()
 
     def _saved(self) -> dict[str, Any]:
@@ -316,13 +327,13 @@ class EMAOptimizer(OptimizerWrapper):
         checked = None if ema is None else self._average.checked(ema)
         super()._load(state)
         if checked is not None:
-            self._average.assign(*checked, stacklevel=5)
+            self._average.assign(*checked, stacklevel=6)
             return
         warnings.warn(
             'the loaded state has no average: it was saved by a bare optimizer, or without its ema_state_dict(). '
             'A new average starts from the weights before the next step. If you have the old one, pass it to '
             'load_ema_state_dict().',
-            stacklevel=4,
+            stacklevel=5,
         )
         self._average.reset()
 
@@ -360,6 +371,7 @@ class _StepAverage:
         self._copy_weights()
         self.shadow.resolve(self._module)  # stochastic rounding counts from the num_updates of this moment
 
+    @untraced
     def refresh(self) -> None:
         """Makes the average the weights, unless it has started."""
         if self.num_steps == 0:

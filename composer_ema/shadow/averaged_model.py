@@ -54,5 +54,5 @@ def warn_of_lost_digits(averaged: AveragedModel, average: Mapping[str, Tensor]) 
         warnings.warn(
             f'the average is {average[narrowed[0]].dtype}, the model {held[narrowed[0]].dtype}: digits are lost. '
             'Pass the model in the wider dtype, for example copy.deepcopy(model).float().',
-            stacklevel=3,
+            stacklevel=4,
         )

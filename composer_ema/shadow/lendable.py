@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import check_same
 from composer_ema.model.sharding import unwrap
+from composer_ema.model.untraced import untraced
 from composer_ema.shadow import loan
 from composer_ema.shadow.follower import Follower
 from composer_ema.shadow.storage import Storage
@@ -44,6 +45,7 @@ class LendableAverage:
         held = loan.of(model)
         return self.is_swapped_into(model) and (held is None or held.shown is self._storage)
 
+    @untraced
     @torch.no_grad()
     def swap_in(self, model: nn.Module) -> None:
         """Stashes the tracked weights of ``model`` and copies the average into it, in place.
@@ -59,6 +61,7 @@ class LendableAverage:
         self._follower.wait()
         loan.enter(self._storage, model, plan.sources)
 
+    @untraced
     @torch.no_grad()
     def swap_out(self, model: nn.Module) -> None:
         """Takes the average out of ``model``; the last one to leave restores every bit of the training weights.
@@ -96,6 +99,7 @@ class LendableAverage:
         plan = self._follower.plan
         loan.refuse(unwrap(model), None if plan is None else plan.identities)
 
+    @untraced
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
         """Overwrites the tracked tensors of ``model`` with the average, for good. Other tensors stay.
@@ -125,6 +129,7 @@ class LendableAverage:
         self._follower.wait()
         return dict(self._storage.items())
 
+    @untraced
     def training_weights(self, model: nn.Module) -> dict[str, Tensor]:
         """The tracked training weights, aliased: the stash while ``model`` holds an average, else the live tensors."""
         live = Inventory.of(unwrap(model)).tensors()

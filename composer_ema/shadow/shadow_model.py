@@ -15,6 +15,7 @@ from composer_ema.averages import check_share, weight_from_smoothing
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.selection import check_buffer_patterns
 from composer_ema.model.sharding import broadcast_, unwrap
+from composer_ema.model.untraced import aside, is_traced, untraced
 from composer_ema.settings import Settings, ShadowSettings, parse_device, parse_dtype, takes_settings
 from composer_ema.shadow import averaged_model, foreign, loan
 from composer_ema.shadow import state as states
@@ -41,6 +42,8 @@ class ShadowModel(LendableAverage):
 
     Several shadows may follow one model and take turns in it. The model's training weights are stashed once, and return
     when the last average has been swapped out; see :mod:`composer_ema.shadow.loan`.
+
+    In a function that ``torch.compile`` compiles, each call of a method breaks the graph and runs eagerly.
 
     Args:
         model: the model to follow; DDP, ``torch.compile`` and the like are looked through. Only read.
@@ -69,6 +72,9 @@ class ShadowModel(LendableAverage):
     """
 
     def __init__(self, model: nn.Module, *, overlap: bool = False, **settings: Unpack[ShadowSettings]) -> None:
+        if is_traced():
+            aside(ShadowModel.__init__, self, model, overlap=overlap, **settings)
+            return
         if not isinstance(model, nn.Module):
             raise TypeError(
                 f'model must be a torch.nn.Module, got {type(model).__name__}. Pass the module itself, as in '
@@ -143,6 +149,7 @@ class ShadowModel(LendableAverage):
         """Whether ``avg_fn`` or ``multi_avg_fn`` makes the average."""
         return self._storage.settings.has_function
 
+    @untraced
     def resolve(
         self,
         model: nn.Module,
@@ -193,6 +200,7 @@ class ShadowModel(LendableAverage):
         self._follower.forget_plan()
         self._follower.plan_for(module, joining=joining)
 
+    @untraced
     def outline(self, model: nn.Module) -> ShadowModel:
         """A shadow without memory that tracks what this one will track once what is new in ``model`` has joined.
 
@@ -218,6 +226,9 @@ class ShadowModel(LendableAverage):
             TypeError, ValueError: a share out of range, a tracked parameter that the model lacks, or a function that
                 does not keep to its rules. Only what a ``multi_avg_fn`` has written by then has changed the average.
         """
+        if is_traced():
+            aside(ShadowModel.update, self, model, smoothing, weight=weight)
+            return
         if self._storage.settings.has_function:
             if smoothing is not None or weight is not None:
                 raise TypeError(
@@ -242,6 +253,9 @@ class ShadowModel(LendableAverage):
 
         The host waits only for an average that it keeps itself for a model on CUDA, until its thread is done.
         """
+        if is_traced():
+            aside(ShadowModel.wait, self)
+            return
         self._follower.wait()
 
     def wait_for_reads(self) -> None:
@@ -249,6 +263,9 @@ class ShadowModel(LendableAverage):
 
         This is :meth:`wait`, except that it does not wait for the last arithmetic of an average on the host.
         """
+        if is_traced():
+            aside(ShadowModel.wait_for_reads, self)
+            return
         self._follower.wait_for_reads()
 
     @property
@@ -260,6 +277,7 @@ class ShadowModel(LendableAverage):
         """How many elements ``skip_nonfinite`` has left alone so far. Never waits, so on CUDA a few updates old."""
         return self._follower.poll_skipped()
 
+    @untraced
     def to_averaged_model(self, model: nn.Module, **arguments: Any) -> AveragedModel:
         """The average as torch's ``AveragedModel``: a copy of ``model`` with the average in it, ``n_averaged`` kept.
 
@@ -301,6 +319,7 @@ class ShadowModel(LendableAverage):
         """The shadows of :meth:`named_buffers`."""
         return (tensor for _, tensor in self.named_buffers())
 
+    @untraced
     @torch.no_grad()
     def relative_distance(self, model: nn.Module) -> Tensor:
         """Norm of shadow minus training weights over norm of the training weights; a float64 scalar tensor.
@@ -322,6 +341,7 @@ class ShadowModel(LendableAverage):
     def __repr__(self) -> str:
         return repr(self._storage)
 
+    @untraced
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None) -> ShadowModel:
         """Moves the shadow to a device, casts its floating tensors to a dtype, and stays there. Returns itself."""
         settings = self._storage.settings
@@ -332,6 +352,7 @@ class ShadowModel(LendableAverage):
         self._storage.convert(changed)
         return self
 
+    @untraced
     def state_dict(self) -> dict[str, Any]:
         """The average as plain dictionaries of tensors, which alias the shadow: save or copy them before updating.
 
@@ -341,6 +362,7 @@ class ShadowModel(LendableAverage):
         self.wait()
         return states.of_storage(self._storage, self._stash())
 
+    @untraced
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Loads what :meth:`state_dict` returned, in place and with the shadow's own dtypes and devices.
@@ -362,6 +384,7 @@ class ShadowModel(LendableAverage):
             self._storage.settings = self._storage.settings.replace(seed=loaded.seed)
         self._loaded_stash = None if loaded.stash is None else {n: t.clone() for n, t in loaded.stash.items()}
 
+    @untraced
     def load_foreign(self, state: Mapping[str, Any], model: nn.Module) -> None:
         """Loads the average that another library saved, which its keys tell; all is checked first.
 
@@ -407,7 +430,7 @@ class ShadowModel(LendableAverage):
             warnings.warn(
                 f'the saved average is {loaded[narrowed[0]].dtype}, the shadow {kept[narrowed[0]].dtype}: '
                 'digits are lost. Pass the dtype of the saved run.',
-                stacklevel=3,
+                stacklevel=5,
             )
 
 
