@@ -26,7 +26,7 @@ from torch.nn.parameter import is_lazy
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import listed
 from composer_ema.model.rollback import Rollback
-from composer_ema.model.sharding import canonical_name, is_sharded, unwrap
+from composer_ema.model.sharding import canonical_name, refuse_sharded, unwrap
 from composer_ema.model.untraced import untraced
 from composer_ema.shadow import loan
 from composer_ema.shadow.shadow_model import ShadowModel
@@ -129,10 +129,8 @@ def update_bn(
         )
     if num_batches is not None and (type(num_batches) is not int or num_batches < 1):
         raise ValueError(f'num_batches must be a whole number above 0, got {num_batches!r}. Leave it out for all.')
-    if is_sharded(model):
-        raise NotImplementedError('this release computes no statistics of sharded models (FSDP, tensor parallel).')
-
     module = unwrap(model)
+    refuse_sharded({**dict(module.named_parameters()), **dict(module.named_buffers())})
     layers = _layers(module)
     if scripted := _scripted(module):
         warnings.warn(

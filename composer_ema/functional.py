@@ -16,7 +16,7 @@ from composer_ema.kernels.rules import is_inexact, smallest_weight
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import check_same
 from composer_ema.model.selection import check_buffer_patterns
-from composer_ema.model.sharding import canonical_name, unwrap
+from composer_ema.model.sharding import canonical_name, refuse_sharded, unwrap
 from composer_ema.model.untraced import aside, is_traced
 from composer_ema.model.watch import Watch
 from composer_ema.settings import Buffers, Settings
@@ -53,6 +53,7 @@ def compute_ema(
             Default: ``'statistics'``.
 
     Raises:
+        NotImplementedError: a tensor is sharded by FSDP or tensor parallelism.
         RuntimeError: a :class:`ShadowModel` has been swapped into one of the models.
         TypeError: ``ema_model`` is none of these, ``smoothing`` is not a number, or ``buffers`` is given beside a
             :class:`ShadowModel`.
@@ -67,7 +68,7 @@ def compute_ema(
         0.1
     """
     if is_traced():
-        aside(compute_ema, model, ema_model, smoothing)
+        aside(compute_ema, model, ema_model, smoothing, buffers=buffers)
         return
     weight = weight_from_smoothing(smoothing)
     if isinstance(ema_model, ShadowModel):
@@ -82,6 +83,7 @@ def compute_ema(
     elif isinstance(ema_model, Mapping):
         loan.refuse(unwrap(model))
         sources, shadows = _tensors(unwrap(model).state_dict(keep_vars=True)), _tensors(ema_model)
+        refuse_sharded({**shadows, **sources})
         check_same('ema_model', sources, shadows, remedy=_REMEDY)
         _prepare(shadows, sources, Inventory.of(unwrap(model)), _settings_of(buffers))(weight)
     else:

@@ -29,9 +29,10 @@ from composer_ema.averages import (
     check_numbers,
 )
 from composer_ema.model.names import listed
-from composer_ema.model.sharding import is_sharded, unwrap
+from composer_ema.model.sharding import refuse_sharded, unwrap
 from composer_ema.model.untraced import aside, is_traced, untraced
 from composer_ema.settings import OptimizerSettings, Settings, takes_settings
+from composer_ema.shadow import state as states
 from composer_ema.shadow.shadow_model import ShadowModel
 from composer_ema.wrapper import OptimizerWrapper, ParameterGroups
 
@@ -90,6 +91,7 @@ class EMAOptimizer(OptimizerWrapper):
             ``average``; see :class:`composer_ema.settings.Settings`.
 
     Raises:
+        NotImplementedError: a parameter is sharded by FSDP or tensor parallelism.
         TypeError: an argument has the wrong type or is unknown.
         ValueError: an argument is out of range, has no effect or contradicts another one, or ``model`` lacks some of
             the optimizer's parameters.
@@ -163,11 +165,13 @@ class EMAOptimizer(OptimizerWrapper):
             param_group: ``'params'`` and the options that differ from the optimizer's defaults.
 
         Raises:
+            NotImplementedError: a parameter is sharded. Nothing was added.
             ValueError: a parameter does not belong to ``model``. Nothing was added.
         """
         parameters = param_group['params']
         # A list, since a generator can be read only once.
         parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        refuse_sharded({f'{len(self.param_groups)}.{i}': _tensor_of(entry) for i, entry in enumerate(parameters)})
         if not isinstance(self._module, ParameterGroups):
             _check_covered(self._module, [*self.param_groups, {'params': parameters}])
         super().add_param_group({**param_group, 'params': parameters})
@@ -188,7 +192,8 @@ class EMAOptimizer(OptimizerWrapper):
             What the wrapped optimizer returns.
 
         Raises:
-            RuntimeError: the model holds this average or another.
+            RuntimeError: the model holds this average or another, be it that a checkpoint which was saved like that was
+                loaded into the optimizer first and into the model afterwards.
         """
         return super().step(closure)
 
@@ -234,17 +239,33 @@ class EMAOptimizer(OptimizerWrapper):
         """Returns the average and its counters in plain types; tensors alias the average.
 
         For checkpoints that keep only ``state`` and ``param_groups`` of an optimizer, as those of
-        ``torch.distributed.checkpoint.state_dict`` do.
+        ``torch.distributed.checkpoint.state_dict`` do. While the model holds the average, the training weights are in
+        the state too, aliased.
+        """
+        return self._average.state_dict()
+
+    def averaged_state_dict(self) -> dict[str, Any]:
+        """The state dict that the model would have with the average in it; all copies, with the model's own names.
+
+        See :meth:`ShadowModel.averaged_state_dict`. The optimizer must have been built with ``model``, whose names
+        these are.
 
         Raises:
-            RuntimeError: the model holds the average.
+            ValueError: it was built without.
         """
-        self._refuse_while_swapped('ema_state_dict()')
-        return self._average.state_dict()
+        if isinstance(self._module, ParameterGroups):
+            raise ValueError(
+                'without the model the optimizer does not know the names of the parameters. Build it as '
+                'EMAOptimizer(optimizer, model=model), or copy model.state_dict() inside swap_ema_weights().'
+            )
+        return self.shadow.averaged_state_dict(self._module)
 
     @untraced
     def load_ema_state_dict(self, state: Mapping[str, Any]) -> None:
         """Loads what :meth:`ema_state_dict` returned. This object keeps its own settings, and warns if they differ.
+
+        A state that was taken while the model held the average puts the training weights back into the model. Load the
+        model first: its part of such a checkpoint holds the average.
 
         Args:
             state: of this release, or of one that wrote version 1. Not changed.
@@ -261,10 +282,9 @@ class EMAOptimizer(OptimizerWrapper):
     def state_dict(self) -> dict[str, Any]:
         """Returns the wrapped optimizer's state, which that can load by itself, and under ``'ema'`` the average.
 
-        Raises:
-            RuntimeError: the model holds the average.
+        While the model holds the average, the training weights are in the state too, and ``model.state_dict()`` is
+        that of the average: whoever saves both then, as at a preemption, resumes from them as from any other pair.
         """
-        self._refuse_while_swapped('state_dict()')
         return super().state_dict()
 
     @untraced
@@ -272,7 +292,9 @@ class EMAOptimizer(OptimizerWrapper):
         """Loads what :meth:`state_dict` returned; training continues bit for bit.
 
         The state of a bare optimizer loads too: a warning says so, and a new average starts from the weights before
-        the next step. After an error neither the optimizer nor the average has changed.
+        the next step. A state that was taken while the model held the average puts the training weights back into the
+        model. Load the model first: its part of such a checkpoint holds the average. After an error neither the
+        optimizer nor the average has changed.
 
         Args:
             state_dict: not changed.
@@ -308,6 +330,7 @@ class EMAOptimizer(OptimizerWrapper):
             return
         self._refuse_while_swapped('step()')
         self._average.shadow.refuse_on_loan(self._module)
+        self._average.refuse_overwritten()
         self._average.start()
 
     def _before_write(self) -> None:
@@ -360,6 +383,8 @@ class _StepAverage:
         self.num_steps = 0
         self._last_update = 0
         self._started_at = 0
+        #: Training weights that a loaded state has put back into the model, until the next step.
+        self._returned: dict[str, Tensor] | None = None
 
     def start(self) -> None:
         """Before the first step, makes the average the weights, whenever those were loaded."""
@@ -398,10 +423,12 @@ class _StepAverage:
         """Forgets the average; a new one starts from the weights before the next step."""
         self.num_steps, self._last_update, self._started_at, self._rule = 0, 0, 0, self._new_rule()
         self.shadow.num_updates = 0
+        self._returned = None
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the average and its counters; see :meth:`EMAOptimizer.ema_state_dict`."""
-        self.refresh()
+        if not self.shadow.is_swapped:
+            self.refresh()
         return {
             _VERSION: EMA_STATE_VERSION,
             _NUM_STEPS: self.num_steps,
@@ -423,7 +450,9 @@ class _StepAverage:
             rule.catch_up(state[_LAST_UPDATE])
         self._refresh_groups()
         # A shadow without memory finds out whether the average fits, before the real one takes any value.
-        self.shadow.outline(self._module).load_state_dict(state[_AVERAGE])
+        outline = self.shadow.outline(self._module)
+        outline.leave_out(self._still_to_join(outline, state[_AVERAGE]))
+        outline.load_state_dict(state[_AVERAGE])
         return state, rule
 
     def assign(self, state: Mapping[str, Any], rule: _ByProfile | _ByFunction, stacklevel: int) -> None:
@@ -435,12 +464,42 @@ class _StepAverage:
                 'Pass the saved settings to continue as before.',
                 stacklevel=stacklevel,
             )
+        outline = self.shadow.outline(self._module)
+        still_to_join = self._still_to_join(outline, state[_AVERAGE])
         self.shadow.resolve(self._module, joining=True)
+        self.shadow.leave_out(still_to_join)
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # the check has given these warnings already
             self.shadow.load_state_dict(state[_AVERAGE])
         self.num_steps, self._last_update, self._rule = state[_NUM_STEPS], state[_LAST_UPDATE], rule
         self._started_at = state[_STARTED_AT]
+        self._returned = None
+        if states.TRAINING_WEIGHTS in state[_AVERAGE]:
+            self.shadow.swap_out(self._module)
+            tracked = self.shadow.training_weights(self._module)
+            self._returned = {name: tracked[name].clone() for name, _ in self.shadow.named_parameters()}
+
+    def refuse_overwritten(self) -> None:
+        """Raises if the model has got the average again after a loaded state had put the training weights back."""
+        returned, self._returned = self._returned, None
+        if returned is None:
+            return
+        live = self.shadow.training_weights(self._module)
+        average = {name: tensor.to(live[name]) for name, tensor in self.shadow.named_parameters() if name in live}
+        if _are_equal(live, average) and not _are_equal(live, returned):
+            self._returned = returned
+            raise RuntimeError(
+                'the model holds the average, not its training weights: the checkpoint was saved while the average was '
+                'swapped in, and the optimizer, which put the training weights back, was loaded before the model. Load '
+                'the model first, then the optimizer.'
+            )
+
+    def _still_to_join(self, outline: ShadowModel, average: Mapping[str, Any]) -> set[str]:
+        """What the next update will take in, and the saved average does not know either."""
+        kinds = [average.get(kind) for kind in ('parameters', 'buffers')]
+        saved = {name for kind in kinds if isinstance(kind, Mapping) for name in kind}
+        tracked = {name for name, _ in (*self.shadow.named_parameters(), *self.shadow.named_buffers())}
+        return {n for n, _ in (*outline.named_parameters(), *outline.named_buffers())} - tracked - saved
 
     @property
     def _has_to_start(self) -> bool:
@@ -577,23 +636,28 @@ def _check_interval(every_n_steps: int) -> int:
 
 def _check_covered(module: nn.Module, groups: Sequence[Mapping[str, Any]]) -> None:
     """Raises unless ``module`` has every parameter of ``groups``, unsharded."""
-    if is_sharded(module):
-        raise ValueError(
-            'the parameters are sharded with FSDP or tensor parallelism, which EMAOptimizer does not average yet. '
-            'Use DDP, or leave the average out.'
-        )
+    refuse_sharded(dict(module.named_parameters()))
     known = {id(parameter) for parameter in module.parameters()}
     unknown = [
         f'{index}.{position}'
         for index, group in enumerate(groups)
         for position, entry in enumerate(group['params'])
-        if id(entry[1] if isinstance(entry, tuple) else entry) not in known
+        if id(_tensor_of(entry)) not in known
     ]
     if unknown:
         raise ValueError(
             f"{len(unknown)} of the optimizer's parameters are not in the model, by group and position: "
             f'{listed(unknown)}. Pass the model that the optimizer was built for, or leave model out.'
         )
+
+
+def _are_equal(live: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
+    return all(name in live and torch.equal(live[name], other.to(live[name])) for name, other in others.items())
+
+
+def _tensor_of(entry: Tensor | tuple[str, Tensor]) -> Tensor:
+    """The tensor of an entry of ``params``, which may come with its name."""
+    return entry[1] if isinstance(entry, tuple) else entry
 
 
 def _upgraded(state: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -638,11 +702,6 @@ def _check_state(state: Mapping[str, Any]) -> None:
         raise ValueError(
             f'the state has its start at step {state[_STARTED_AT]} and its last update at step {state[_LAST_UPDATE]}; '
             'the start must lie in [0, last update]. Nothing was loaded.'
-        )
-    if 'training_weights' in state[_AVERAGE]:
-        raise ValueError(
-            'the state was saved while the average was swapped in. Nothing was loaded. '
-            'Save outside of the swap_ema_weights block.'
         )
 
 

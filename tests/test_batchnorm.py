@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import swa_utils
 from torch.utils.data import DataLoader, TensorDataset
 
-from composer_ema import ShadowModel, batchnorm, update_bn
+from composer_ema import ShadowModel, update_bn
 
 needs_composer = pytest.mark.skipif(importlib.util.find_spec('composer') is None, reason='needs Composer')
 
@@ -666,10 +666,12 @@ def test_a_number_of_batches_that_is_none_is_refused(number):
         update_bn(network(), images(), num_batches=number)
 
 
-def test_a_sharded_model_is_refused(monkeypatch):
-    monkeypatch.setattr(batchnorm, 'is_sharded', lambda model: True)
-    with pytest.raises(NotImplementedError, match='sharded'):
-        update_bn(network(), images())
+def test_a_sharded_model_is_refused_by_the_name_of_a_parameter():
+    model = network()
+    next(model.parameters())._fsdp_flattened = True  # as FSDP marks it
+    name = next(name for name, _ in model.named_parameters())
+    with pytest.raises(NotImplementedError, match=f'{name} is sharded: .*FSDP1'):
+        update_bn(model, images())
 
 
 # For an average

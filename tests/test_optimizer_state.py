@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from plain import STRICT, Net, One, assert_same, averaged, same_bits, saved, sgd, step_to, train, weights
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plain import STRICT, Net, One, assert_same, averaged, loss_of, same_bits, saved, sgd, step_to, train, weights
 from torch import nn
 
 from composer_ema import EMAOptimizer
@@ -115,7 +117,7 @@ class TestSaving:
             (lambda s: s['ema'].pop('average'), "'average' is a NoneType"),
             (lambda s: s['ema']['average'].pop('version'), 'format version None'),
             (lambda s: s.update(ema=3), 'format version None'),
-            (lambda s: s['ema']['average'].update(training_weights={}), 'swapped'),
+            (lambda s: s['ema']['average'].update(training_weights={}), 'saved training weights does not fit'),
             (lambda s: s['ema']['average']['parameters'].pop('0.1'), r'1 missing: 0\.1'),
             (lambda s: s['ema']['average']['parameters'].update({'0.1': torch.ones(7)}), r'another shape.*0\.1'),
             (lambda s: s['ema']['average']['parameters'].update({'2.0': torch.ones(7)}), r'unexpected: 2\.0'),
@@ -388,3 +390,139 @@ def test_the_age_of_a_late_average_goes_on_under_other_settings():
 def test_numbers_of_numpy_leave_a_state_that_torch_reads(options):
     optimizer = EMAOptimizer(sgd(Net()), **options)
     assert saved(optimizer.ema_state_dict())['settings'].items() >= options.items()
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    options=st.sampled_from([{**each, 'model': None} for each in ALIASED[:4]] + [{'decay': 0.5, 'model': True}]),
+    steps=st.integers(0, 5),
+    interval=st.integers(1, 3),
+    joins=st.sampled_from(['nothing', 'before', 'between']),
+    load=st.sampled_from(['load_ema_state_dict', 'load_state_dict']),
+)
+def test_loading_its_own_state_is_the_identity_whatever_the_settings(options, steps, interval, joins, load):
+    model, twin = Net(), Net()
+
+    def build(net: Net) -> EMAOptimizer:
+        inner = torch.optim.SGD(net.first.parameters(), lr=0.1, momentum=0.9)
+        optimizer = EMAOptimizer(
+            inner, every_n_steps=interval, **{**options, 'model': net if options['model'] else None}
+        )
+        train(net, optimizer, range(steps))
+        if joins == 'before':
+            optimizer.add_param_group({'params': list(net.last.parameters())})
+        return optimizer
+
+    optimizer, expected = build(model), build(twin)
+    state = getattr(optimizer, load.removeprefix('load_'))()
+    if joins == 'between' and load == 'load_ema_state_dict':
+        for each, net in ((optimizer, model), (expected, twin)):
+            each.add_param_group({'params': list(net.last.parameters())})
+    getattr(optimizer, load)(state)
+    assert same_bits(weights(model), weights(twin))
+    assert same_bits(averaged(optimizer), averaged(expected))
+    train(model, optimizer, range(steps, steps + 3))
+    train(twin, expected, range(steps, steps + 3))
+    assert same_bits(weights(model), weights(twin))
+    assert same_bits(averaged(optimizer), averaged(expected))
+    assert optimizer.num_steps == expected.num_steps
+
+
+class TestSavedWhileSwapped:
+    """As a preemption or a ModelCheckpoint inside of the block would."""
+
+    @staticmethod
+    def build(with_model: bool, seed: int = 0, **options: Any) -> tuple[Net, EMAOptimizer]:
+        model = Net(seed)
+        inner = torch.optim.Adam(model.parameters(), lr=0.05)
+        return model, EMAOptimizer(inner, model=model if with_model else None, decay=0.5, **options)
+
+    @pytest.mark.parametrize('with_model', [False, True])
+    @pytest.mark.parametrize('options', [{}, {'start': 3}, {'every_n_steps': 2, 'dtype': 'float64'}], ids=str)
+    @pytest.mark.parametrize('stop', [0, 2, 5])
+    @pytest.mark.parametrize('beside', [False, True], ids=['state_dict', 'ema_state_dict'])
+    def test_the_run_goes_on_to_the_bit(self, with_model, options, stop, beside):
+        model, optimizer = self.build(with_model, **options)
+        train(model, optimizer, range(stop))
+        with optimizer.swap_ema_weights():
+            state = saved({
+                'model': model.state_dict(),
+                'optimizer': optimizer.state_dict(),
+                'ema': optimizer.ema_state_dict(),
+            })  # fmt: skip
+        train(model, optimizer, range(stop, 9))
+        resumed_model, resumed = self.build(with_model, seed=1, **options)
+        resumed_model.load_state_dict(state['model'])
+        if beside:
+            resumed.optimizer.load_state_dict({n: s for n, s in state['optimizer'].items() if n != 'ema'})
+            resumed.load_ema_state_dict(state['ema'])
+        else:
+            resumed.load_state_dict(state['optimizer'])
+        assert not resumed.shadow.is_swapped
+        train(resumed_model, resumed, range(stop, 9))
+        assert same_bits(weights(resumed_model), weights(model))
+        assert same_bits(averaged(resumed), averaged(optimizer))
+
+    def test_the_models_part_is_the_average_and_the_training_weights_are_in_the_average(self):
+        model, optimizer = self.build(with_model=True)
+        train(model, optimizer, range(4))
+        before = weights(model)
+        with optimizer.swap_ema_weights():
+            state, slot = saved(optimizer.state_dict()), weights(model)
+        assert torch.equal(slot['first.weight'], state['ema']['average']['parameters']['first.weight'])
+        assert torch.equal(before['first.weight'], state['ema']['average']['training_weights']['first.weight'])
+        assert 'training_weights' not in optimizer.state_dict()['ema']['average']
+
+    def test_a_model_that_is_loaded_after_the_optimizer_is_refused_at_the_step(self):
+        model, optimizer = self.build(with_model=True)
+        train(model, optimizer, range(4))
+        with optimizer.swap_ema_weights():
+            state = saved({'model': model.state_dict(), 'optimizer': optimizer.state_dict()})
+        resumed_model, resumed = self.build(with_model=True, seed=1)
+        resumed.load_state_dict(state['optimizer'])
+        resumed_model.load_state_dict(state['model'])
+        loss_of(resumed_model, 4).backward()
+        held = weights(resumed_model)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match=r'Load the model first, then the optimizer\.'):
+                resumed.step()
+        assert same_bits(weights(resumed_model), held)
+        resumed_model.load_state_dict(state['model'])
+        resumed.load_state_dict(state['optimizer'])
+        train(model, optimizer, range(4, 6))
+        train(resumed_model, resumed, range(4, 6))
+        assert same_bits(weights(resumed_model), weights(model))
+
+    def test_other_weights_may_be_loaded_after_it(self):
+        model, optimizer = self.build(with_model=True)
+        train(model, optimizer, range(4))
+        with optimizer.swap_ema_weights():
+            state = saved(optimizer.state_dict())
+        model.load_state_dict(Net(seed=3).state_dict())
+        optimizer.load_state_dict(state)
+        model.load_state_dict(Net(seed=4).state_dict())
+        train(model, optimizer, range(4, 5))
+
+    def test_training_weights_of_another_shape_leave_everything_as_it_was(self):
+        model, optimizer = self.build(with_model=True)
+        train(model, optimizer, range(2))
+        with optimizer.swap_ema_weights():
+            state = saved(optimizer.state_dict())
+        state['ema']['average']['training_weights']['first.weight'] = torch.ones(9)
+        before = copy.deepcopy((optimizer.state_dict(), weights(model)))
+        with pytest.raises(ValueError, match=r'saved training weights does not fit.*first\.weight'):
+            optimizer.load_state_dict(state)
+        assert_same(before, (optimizer.state_dict(), weights(model)))
+
+
+def test_the_averaged_state_dict_of_an_optimizer_has_the_models_names():
+    model = Net()
+    optimizer = EMAOptimizer(sgd(model), decay=0.5, model=model)
+    train(model, optimizer, range(3))
+    found, average = optimizer.averaged_state_dict(), averaged(optimizer)
+    assert list(found) == list(model.state_dict())
+    assert same_bits({name: found[name] for name in average}, average)
+    with optimizer.swap_ema_weights():
+        assert same_bits(optimizer.averaged_state_dict(), dict(found))
+    with pytest.raises(ValueError, match='Build it as EMAOptimizer'):
+        EMAOptimizer(sgd(model)).averaged_state_dict()

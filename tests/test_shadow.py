@@ -1125,3 +1125,180 @@ def test_resolve_checks_a_model_before_the_first_update(net):
     other.last = nn.Linear(7, 2)
     with pytest.raises(ValueError, match=r'1 of another shape or kind: last\.weight'):
         shadow.resolve(other)
+
+
+class Versioned(Net):
+    """Tied and frozen parameters, and an extra state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.again = self.first
+        self.last.bias.requires_grad_(False)
+        self.note = {'seen': [3]}
+
+    def get_extra_state(self) -> dict:
+        return self.note
+
+    def set_extra_state(self, state: dict) -> None:
+        self.note = state
+
+
+def copied(model: nn.Module, shadow: ShadowModel) -> dict:
+    """What an average looks like in a copy of the model."""
+    twin = copy.deepcopy(model)
+    shadow.copy_to(twin)
+    return twin.state_dict()
+
+
+def assert_same_state(found: dict, expected: dict) -> None:
+    assert list(found) == list(expected)
+    assert found._metadata == expected._metadata
+    for name, value in expected.items():
+        if isinstance(value, torch.Tensor):
+            assert (found[name].dtype, found[name].device) == (value.dtype, value.device)
+            assert torch.equal(found[name], value)
+        else:
+            assert found[name] == value
+
+
+class TestAveragedStateDict:
+    @pytest.fixture
+    def followed(self) -> tuple[Versioned, ShadowModel]:
+        torch.manual_seed(0)
+        model = Versioned()
+        shadow = ShadowModel(model, exclude='last.weight')
+        for seed in range(2):
+            move(model, seed)
+            shadow.update(model, smoothing=0.5)
+        move(model, 5)
+        return model, shadow
+
+    def test_it_is_that_of_a_copy_of_the_model_with_the_average_in_it(self, followed):
+        model, shadow = followed
+        assert_same_state(shadow.averaged_state_dict(model), copied(model, shadow))
+        assert 'cache' not in shadow.averaged_state_dict(model)
+
+    def test_it_loads_strictly_and_what_is_not_tracked_is_that_of_training(self, followed):
+        model, shadow = followed
+        saved, fresh = shadow.averaged_state_dict(model), Versioned()
+        fresh.load_state_dict(saved, strict=True)
+        assert torch.equal(fresh.last.weight, model.last.weight)
+        assert torch.equal(fresh.last.bias, model.last.bias)
+        assert torch.equal(fresh.first.weight, dict(shadow.named_parameters())['first.weight'])
+        assert fresh.note == {'seen': [3]}
+
+    def test_nothing_changes_it_later(self, followed):
+        model, shadow = followed
+        saved = shadow.averaged_state_dict(model)
+        expected = copied(model, shadow)
+        assert all(not tensor.requires_grad for tensor in saved.values() if isinstance(tensor, torch.Tensor))
+        move(model, 7)
+        model.note['seen'].append(4)
+        shadow.update(model, smoothing=0.1)
+        with shadow.swapped(model):
+            move(model, 8)
+        assert_same_state(saved, expected)
+
+    @pytest.mark.parametrize('which', ['own', 'another', 'both'])
+    def test_on_loan_it_is_the_same(self, followed, which):
+        model, shadow = followed
+        other = ShadowModel(model)
+        move(model, 6)
+        expected = shadow.averaged_state_dict(model)
+        if which != 'another':
+            shadow.swap_in(model)
+        if which != 'own':
+            other.swap_in(model)
+        assert_same_state(shadow.averaged_state_dict(model), expected)
+
+    def test_a_narrow_model_gives_its_own_dtype(self):
+        model = One(1.0, dtype=torch.bfloat16)
+        shadow = ShadowModel(model)
+        shadow.update(model, smoothing=0.5)
+        assert shadow.averaged_state_dict(model)['weight'].dtype == torch.bfloat16
+
+    def test_wrappers_are_taken_off_and_segments_of_inner_ones_stay_as_the_model_has_them(self):
+        model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        model[1] = torch.compile(model[1])
+        shadow = ShadowModel(model)
+        move(model)
+        shadow.update(model, smoothing=0.0)
+        move(model)
+        for wrapped in (
+            model,
+            torch.compile(model),
+            nn.DataParallel(model),
+            torch.optim.swa_utils.AveragedModel(model),
+        ):
+            saved = shadow.averaged_state_dict(wrapped)
+            assert list(saved) == ['0.weight', '0.bias', '1._orig_mod.weight', '1._orig_mod.bias']
+            assert torch.equal(saved['1._orig_mod.weight'], dict(shadow.named_parameters())['1.weight'])
+            model.load_state_dict(saved, strict=True)
+
+    def test_another_model_of_the_architecture_will_do(self, net):
+        shadow = ShadowModel(net)
+        other = Net()
+        saved = shadow.averaged_state_dict(other)
+        assert torch.equal(saved['first.weight'], net.first.weight)
+
+    def test_a_state_dict_that_hides_a_tracked_tensor_is_refused(self, net):
+        shadow = ShadowModel(net)
+        net.register_state_dict_post_hook(
+            lambda module, state, *_: state.update({'first.weight': state['first.weight'].half()})
+        )
+        with pytest.raises(ValueError, match=r'leaves out first\.weight, or replaces.*inside swapped'):
+            shadow.averaged_state_dict(net)
+
+    def test_a_model_that_does_not_fit_is_refused(self, net):
+        with pytest.raises(ValueError, match=r'6 missing: first\.bias'):
+            ShadowModel(net).averaged_state_dict(nn.Sequential(nn.Linear(1, 1)))
+
+
+class TestLoadingItsOwnState:
+    """``load_state_dict(state_dict())`` is the identity, although the state refers to the average itself."""
+
+    @given(
+        updates=st.integers(0, 3),
+        buffers=st.sampled_from(['average', 'copy']),
+        dtype=st.sampled_from([None, 'float64', 'bfloat16']),
+        joins=st.sampled_from(['nothing', 'before', 'between']),
+        is_loaded_swapped=st.booleans(),
+        exclude=st.sampled_from([(), ('first',)]),
+    )
+    @settings(max_examples=40, deadline=None, derandomize=True)
+    def test_nothing_changes(self, updates, buffers, dtype, joins, is_loaded_swapped, exclude):
+        torch.manual_seed(0)
+        model = Net()
+        model.last.requires_grad_(joins == 'nothing')
+        shadow = ShadowModel(model, buffers=buffers, dtype=dtype, exclude=exclude)
+        for seed in range(updates):
+            move(model, seed)
+            shadow.update(model, smoothing=0.5)
+        if joins == 'before':
+            model.last.requires_grad_(True)
+            shadow.resolve(model, joining=True)
+        if is_loaded_swapped:
+            with shadow.swapped(model):
+                state = copy.deepcopy(shadow.state_dict())
+            shadow.load_state_dict(state)
+        own = shadow.state_dict()
+        before, live = copy.deepcopy(own), copy.deepcopy(model.state_dict())
+        if joins == 'between':
+            model.last.requires_grad_(True)
+            shadow.resolve(model)
+        shadow.load_state_dict(own)
+        after = shadow.state_dict()
+        assert before.keys() == after.keys()
+        assert repr(before) == repr(after)
+        for kind in ('parameters', 'buffers'):
+            assert all(torch.equal(tensor, after[kind][name]) for name, tensor in before[kind].items())
+        assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in live.items())
+
+    def test_a_state_that_names_its_tensors_otherwise_is_loaded_as_it_was_given(self):
+        model = nn.ModuleList(nn.Linear(2, 2, bias=False) for _ in range(3))
+        shadow = ShadowModel(model)
+        own = dict(shadow.named_parameters())
+        turned = {name: own[other] for name, other in zip(own, [*list(own)[1:], next(iter(own))], strict=True)}
+        expected = {name: tensor.clone() for name, tensor in turned.items()}
+        shadow.load_foreign({'n_averaged': torch.tensor(2), **{f'module.{n}': t for n, t in turned.items()}}, model)
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in shadow.named_parameters())

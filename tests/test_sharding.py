@@ -1,8 +1,10 @@
 """Wrappers are looked through, whatever the user's own sub-modules are called; rank 0's tensors reach every rank."""
 
+import copy
 import faulthandler
 import os
 import time
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -12,9 +14,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
+from composer_ema import EMAOptimizer, ShadowModel, compute_ema, update_bn
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.sharding import broadcast_, canonical_name, is_sharded, unwrap
 
@@ -155,8 +159,6 @@ def _on_each_rank(rank: int, folder: str) -> None:
 
     wrapped = DistributedDataParallel(Classifier(), broadcast_buffers=False)
     unwrap(wrapped).module[1].running_mean.fill_(rank + 5)
-    from composer_ema import ShadowModel
-
     shadow = ShadowModel(wrapped)
     own = dict(shadow.named_buffers())['module.1.running_mean'].tolist()
     shadow.broadcast_buffers()
@@ -178,3 +180,120 @@ def test_two_processes_end_with_the_tensors_of_rank_0(tmp_path):
         assert own == live == [rank + 5] * 2
         assert shared == [5, 5]
         assert tracked == NAMES
+
+
+def _dtensors() -> nn.Module:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    mesh = init_device_mesh('cpu', (1,))
+    model[0].weight = nn.Parameter(distribute_tensor(model[0].weight.detach(), mesh, [Shard(0)]))
+    return model
+
+
+def _fsdp2() -> nn.Module:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    fully_shard(model, mesh=init_device_mesh('cpu', (1,)))
+    return model
+
+
+def _fsdp1(use_orig_params: bool) -> nn.Module:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    return FullyShardedDataParallel(model, use_orig_params=use_orig_params, device_id=torch.device('cpu'))
+
+
+SHARDED = {
+    'DTensor': (_dtensors, r'0\.weight is sharded: a DTensor.*Shard'),
+    'FSDP2': (_fsdp2, r'0\.weight is sharded: a DTensor'),
+    'FSDP1': (lambda: _fsdp1(use_orig_params=True), r'0\.weight is sharded: a parameter of FSDP1'),
+    'FSDP1 flat': (lambda: _fsdp1(use_orig_params=False), r'_flat_param is sharded: a parameter of FSDP1'),
+}
+
+
+@pytest.mark.parametrize('kind', SHARDED)
+@pytest.mark.filterwarnings('ignore::UserWarning:torch', 'ignore::FutureWarning:torch')
+@pytest.mark.usefixtures('_process_group')
+class TestShardedModelsAreRefusedByName:
+    """In every door, with the kind and a remedy, and before anything is changed."""
+
+    def refused(self, kind: str):
+        return pytest.raises(NotImplementedError, match=f'{SHARDED[kind][1]}.*Train with DDP')
+
+    def test_at_construction(self, kind):
+        model = SHARDED[kind][0]()
+        with self.refused(kind):
+            ShadowModel(model)
+        with self.refused(kind):
+            EMAOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
+
+    def test_by_an_optimizer_that_does_not_know_the_model(self, kind):
+        model = SHARDED[kind][0]()
+        with pytest.raises(NotImplementedError, match=r'0\.0 is sharded: a .*Train with DDP'):
+            EMAOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+
+    def test_when_a_shadow_meets_one_later(self, kind):
+        whole = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+        shadow = ShadowModel(whole)
+        before = copy.deepcopy(shadow.state_dict())
+        model = SHARDED[kind][0]()
+        for meet in (
+            lambda: shadow.update(model, smoothing=0.5),
+            lambda: shadow.resolve(model),
+            lambda: shadow.resolve(model, joining=True),
+            lambda: shadow.swap_in(model),
+            lambda: shadow.copy_to(model),
+            lambda: shadow.relative_distance(model),
+            lambda: shadow.averaged_state_dict(model),
+            lambda: shadow.load_foreign({'module.0.weight': torch.ones(2, 2)}, model),
+        ):
+            with self.refused(kind), warnings.catch_warnings():
+                warnings.simplefilter('ignore')
+                meet()
+        assert not shadow.is_swapped
+        assert str(shadow.state_dict()) == str(before)
+
+    def test_by_the_functions(self, kind):
+        model = SHARDED[kind][0]()
+        whole = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+        for call in (
+            lambda: compute_ema(model, whole),
+            lambda: compute_ema(whole, model),
+            lambda: compute_ema(whole, ShadowModel(model)),
+            lambda: update_bn(model, [torch.ones(2, 2)]),
+        ):
+            with self.refused(kind):
+                call()
+
+    def test_when_they_join_an_optimizer_later(self, kind):
+        weight, model = nn.Parameter(torch.ones(2)), SHARDED[kind][0]()
+        optimizer = EMAOptimizer(torch.optim.SGD([weight], lr=0.1))
+        with pytest.raises(NotImplementedError, match=r'1\.0 is sharded'):
+            optimizer.add_param_group({'params': list(model.parameters())})
+        assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.usefixtures('_process_group')
+def test_a_state_dict_of_sharded_tensors_is_refused():
+    model = _dtensors()
+    with pytest.raises(NotImplementedError, match=r'0\.weight is sharded: a DTensor'):
+        compute_ema(model, dict(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).state_dict()))
+
+
+@pytest.mark.usefixtures('_process_group')
+def test_a_model_that_is_sharded_after_its_shadow_was_built_is_refused_at_the_next_update():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = nn.Linear(2, 2)
+    shadow = ShadowModel(model)
+    optimizer = EMAOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
+    shadow.update(model, smoothing=0.5)
+    fully_shard(model, mesh=init_device_mesh('cpu', (1,)))
+    with pytest.raises(NotImplementedError, match='weight is sharded: a DTensor'):
+        shadow.update(model, smoothing=0.5)
+    with pytest.raises(NotImplementedError, match='weight is sharded: a DTensor'):
+        optimizer.step()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
-from composer_ema.model.sharding import canonical_name
+from composer_ema.model.sharding import canonical_name, refuse_sharded
 
 
 @dataclass
@@ -34,6 +34,7 @@ class Inventory:
         """Walks ``module``, which :func:`~composer_ema.model.sharding.unwrap` has freed of outer wrappers.
 
         Raises:
+            NotImplementedError: a tensor is sharded.
             ValueError: a lazy parameter has no shape yet.
         """
         inventory, first_names = cls(), {}
@@ -53,6 +54,7 @@ class Inventory:
                         inventory.persistent.add(name)
                     if isinstance(child, _NormBase) and key in ('running_mean', 'running_var'):
                         inventory.statistics.add(first_names[id(buffer)])
+        refuse_sharded(inventory.tensors())
         return inventory
 
     def tensors(self) -> dict[str, Tensor]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import cast
 
 import torch
 import torch.distributed
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
@@ -43,14 +43,41 @@ def canonical_name(name: str) -> str:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP or tensor parallelism holds only a part of the parameters in this process."""
-    from torch.distributed.tensor import DTensor
-
     return any(isinstance(module, FullyShardedDataParallel) for module in model.modules()) or any(
-        isinstance(parameter, DTensor) for parameter in model.parameters()
+        kind_of_shard(parameter) is not None for parameter in model.parameters()
     )
 
 
-def broadcast_(tensors: Iterable[torch.Tensor]) -> None:
+def kind_of_shard(tensor: Tensor) -> str | None:
+    """How processes share a tensor, in words; None for one that each process holds whole."""
+    from torch.distributed.tensor import DTensor
+
+    if isinstance(tensor, DTensor):
+        return f'a DTensor of FSDP2 or tensor parallelism, {tensor.placements} over {tensor.device_mesh}'
+    # FSDP1 marks its flat parameters so, and with use_orig_params the views of them that optimizers see.
+    if getattr(tensor, '_fsdp_flattened', False):
+        return 'a parameter of FSDP1, which holds it in one flat parameter with others'
+    return None
+
+
+def refuse_sharded(tensors: Mapping[str, Tensor]) -> None:
+    """Raises a NotImplementedError that names the first sharded tensor and its kind, or returns.
+
+    Every way into an average passes here: a shard is read and written under other rules than a whole tensor.
+
+    Args:
+        tensors: what is to be averaged, lent or overwritten, by name.
+    """
+    for name, tensor in tensors.items():
+        kind = kind_of_shard(tensor)
+        if kind is not None:
+            raise NotImplementedError(
+                f'{name} is sharded: {kind}. This release does not average sharded models. Train with DDP, or leave '
+                'the average out.'
+            )
+
+
+def broadcast_(tensors: Iterable[Tensor]) -> None:
     """Overwrites ``tensors`` in every process with those of rank 0. A collective call; nothing with one process."""
     if (
         torch.distributed.is_available()

@@ -83,7 +83,11 @@ class LendableAverage:
 
     @contextmanager
     def swapped(self, model: nn.Module) -> Iterator[nn.Module]:
-        """Lends ``model`` with the average in it, and takes the average out again whatever happens."""
+        """Lends ``model`` with the average in it, and takes the average out again whatever happens.
+
+        ``model.state_dict()`` refers to the model's own tensors: one that is taken here and saved after the block
+        holds the training weights. To save the average, call ``averaged_state_dict(model)``, anywhere.
+        """
         self.swap_in(model)
         try:
             yield model

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from typing_extensions import Unpack
 
 from composer_ema.averages import check_share, weight_from_smoothing
 from composer_ema.model.inventory import Inventory
+from composer_ema.model.names import listed
 from composer_ema.model.selection import check_buffer_patterns
 from composer_ema.model.sharding import broadcast_, unwrap
 from composer_ema.model.untraced import aside, is_traced, untraced
@@ -54,6 +56,7 @@ class ShadowModel(LendableAverage):
             :class:`composer_ema.settings.Settings`.
 
     Raises:
+        NotImplementedError: a tensor is sharded by FSDP or tensor parallelism.
         RuntimeError: ``model`` holds an average.
         TypeError, ValueError: an argument out of range, one that has no effect, or a pattern that matches nothing.
 
@@ -200,6 +203,13 @@ class ShadowModel(LendableAverage):
         self._follower.forget_plan()
         self._follower.plan_for(module, joining=joining)
 
+    def leave_out(self, names: Collection[str]) -> None:
+        """Forgets the averages of these names; those that the model still has join anew at the next update."""
+        self._follower.forget_plan()
+        for kind in (self._storage.parameters, self._storage.buffers):
+            for name in kind.keys() & set(names):
+                del kind[name]
+
     @untraced
     def outline(self, model: nn.Module) -> ShadowModel:
         """A shadow without memory that tracks what this one will track once what is new in ``model`` has joined.
@@ -276,6 +286,58 @@ class ShadowModel(LendableAverage):
     def poll_skipped(self) -> int:
         """How many elements ``skip_nonfinite`` has left alone so far. Never waits, so on CUDA a few updates old."""
         return self._follower.poll_skipped()
+
+    @untraced
+    @torch.no_grad()
+    def averaged_state_dict(self, model: nn.Module) -> dict[str, Any]:
+        """The state dict that ``model`` would have with the average in it, to save or to load elsewhere.
+
+        It has the names and order of ``model.state_dict()``, bare of outer wrappers, and the dtypes and devices of the
+        model. Tracked tensors are the average; the others are those of training, also while an average stands in the
+        model. All are copies, so later updates, steps and swaps do not change them, as they would change a state dict
+        that was taken inside :meth:`swapped`.
+
+        Args:
+            model: the model followed, or another of its architecture. Only read.
+
+        Raises:
+            ValueError: ``model`` lacks a tracked parameter or has it in another shape, or its state dict leaves one
+                out.
+
+        Example:
+            >>> model = nn.Linear(1, 1)
+            >>> shadow = ShadowModel(model)
+            >>> _ = nn.init.zeros_(model.weight)
+            >>> shadow.update(model, smoothing=0.0)
+            >>> saved = shadow.averaged_state_dict(model)
+            >>> _ = nn.init.ones_(model.weight)
+            >>> saved['weight'].item()
+            0.0
+        """
+        module = unwrap(model)
+        self._follower.plan_for(module)
+        self.wait()
+        inventory = Inventory.of(module)
+        live, held, storage = inventory.tensors(), loan.of(module), self._storage
+        stashed = {} if held is None else held.training_weights(module, live)
+        names = {id(tensor): name for name, tensor in live.items()}
+        expected = storage.parameters.keys() | (storage.buffers.keys() & inventory.persistent)
+        saved = module.state_dict(keep_vars=True)  # with the metadata that load_state_dict reads
+        for key, value in saved.items():
+            if not isinstance(value, Tensor):  # extra state
+                saved[key] = copy.deepcopy(value)
+                continue
+            name = names.get(id(value), '')
+            expected.discard(name)
+            average = storage.tensor(name)
+            kept = average if average is not None and average.shape == value.shape else stashed.get(name, value)
+            saved[key] = kept.detach().to(value.device, value.dtype, copy=True)
+        if expected:
+            raise ValueError(
+                f"the model's state_dict() leaves out {listed(sorted(expected))}, or replaces what it holds, so the "
+                'average has no place in it. Call state_dict() of the model inside swapped(model), and copy it there.'
+            )
+        return saved
 
     @untraced
     def to_averaged_model(self, model: nn.Module, **arguments: Any) -> AveragedModel:
@@ -378,7 +440,10 @@ class ShadowModel(LendableAverage):
         loaded = states.check(state, self._storage)
         self._warn_of_lost_digits(loaded.parameters)
         self._follower.forget_plan()
-        self._storage.assign(loaded.parameters, loaded.buffers)
+        own = {tensor.untyped_storage().data_ptr() for _, tensor in self._storage.items()}
+        self._storage.assign(
+            _apart(loaded.parameters, own, self._storage.parameters), _apart(loaded.buffers, own, self._storage.buffers)
+        )
         self._storage.num_updates = loaded.num_updates
         if loaded.seed is not None:
             self._storage.settings = self._storage.settings.replace(seed=loaded.seed)
@@ -432,6 +497,14 @@ class ShadowModel(LendableAverage):
                 'digits are lost. Pass the dtype of the saved run.',
                 stacklevel=5,
             )
+
+
+def _apart(loaded: Mapping[str, Tensor], own: set[int], kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``loaded``, with copies of what lies in the memory ``own`` of the average, unless it is that very shadow."""
+    return {
+        name: tensor.clone() if tensor is not kept.get(name) and tensor.untyped_storage().data_ptr() in own else tensor
+        for name, tensor in loaded.items()
+    }
 
 
 def _loses_digits(saved: Tensor, shadow: Tensor) -> bool:
