@@ -7,6 +7,7 @@ not averaged.
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Real
@@ -75,7 +76,9 @@ class EMAOptimizer(OptimizerWrapper):
         half_life: number of steps after which a weight's share has halved, at least 0; 0 averages nothing. Replaces
             ``decay``.
         model: the model whose parameters ``optimizer`` moves. The average then has the model's names and covers its
-            buffers. Default: names are group and position; ``'0.3'`` is the fourth parameter of the first group.
+            buffers. Default: names are those that the optimizer was given, as by ``SGD(model.named_parameters())`` of
+            torch 2.6. Without these, names are group and position; ``'0.3'`` is the fourth parameter of the first
+            group, and the order of the parameters must be the same when a state is loaded.
         power: width of a power function average as a share of the steps so far, above 0 and at most 0.2887. Replaces
             ``decay``; see :class:`composer_ema.averages.Power`. The first update copies.
         bias_correction: divides each weight by one minus the product of all decays so far. The average forgets where
@@ -385,6 +388,7 @@ class _StepAverage:
         self._started_at = 0
         #: Training weights that a loaded state has put back into the model, until the next step.
         self._returned: dict[str, Tensor] | None = None
+        self._has_warned = False
 
     def start(self) -> None:
         """Before the first step, makes the average the weights, whenever those were loaded."""
@@ -443,12 +447,14 @@ class _StepAverage:
         """Returns ``state`` in the current version and the rule that continues from it, or raises a ValueError."""
         state = _upgraded(state)
         _check_state(state)
+        self._refresh_groups()
+        if isinstance(self._module, ParameterGroups):
+            state = {**state, _AVERAGE: _renamed(state[_AVERAGE], self._module.positions)}
         rule = self._new_rule()
         if state[_SETTINGS] == self.arguments or state[_PROFILE].keys() == rule.state_dict().keys():
             _load_profile(rule, state[_PROFILE])
         else:  # written by another kind of profile
             rule.catch_up(state[_LAST_UPDATE])
-        self._refresh_groups()
         # A shadow without memory finds out whether the average fits, before the real one takes any value.
         outline = self.shadow.outline(self._module)
         outline.leave_out(self._still_to_join(outline, state[_AVERAGE]))
@@ -466,6 +472,8 @@ class _StepAverage:
             )
         outline = self.shadow.outline(self._module)
         still_to_join = self._still_to_join(outline, state[_AVERAGE])
+        if isinstance(self._module, ParameterGroups) and not self._module.has_names and not self._has_warned:
+            self._has_warned = self._warn_of_positions(stacklevel + 1)
         self.shadow.resolve(self._module, joining=True)
         self.shadow.leave_out(still_to_join)
         with warnings.catch_warnings():
@@ -478,6 +486,20 @@ class _StepAverage:
             self.shadow.swap_out(self._module)
             tracked = self.shadow.training_weights(self._module)
             self._returned = {name: tracked[name].clone() for name, _ in self.shadow.named_parameters()}
+
+    def _warn_of_positions(self, stacklevel: int) -> bool:
+        """Warns where the shapes do not tell whether the saved parameters had the same order."""
+        shapes = Counter(tuple(tensor.shape) for tensor in self.shadow.parameters())
+        alike = sum(count for count in shapes.values() if count > 1)
+        if alike:
+            warnings.warn(
+                f'the saved average is taken over by position, and {alike} of {shapes.total()} parameters share their '
+                'shape with others: in another order than in the saved run, each would get the average of another. '
+                'To go by name, build EMAOptimizer with model=, or the wrapped optimizer from model.named_parameters() '
+                '(torch 2.6).',
+                stacklevel=stacklevel,
+            )
+        return alike > 0
 
     def refuse_overwritten(self) -> None:
         """Raises if the model has got the average again after a loaded state had put the training weights back."""
@@ -703,6 +725,22 @@ def _check_state(state: Mapping[str, Any]) -> None:
             f'the state has its start at step {state[_STARTED_AT]} and its last update at step {state[_LAST_UPDATE]}; '
             'the start must lie in [0, last update]. Nothing was loaded.'
         )
+
+
+def _renamed(average: Mapping[str, Any], positions: Mapping[str, str]) -> Mapping[str, Any]:
+    """A saved average under the names of now, where it was saved under group and position."""
+    saved = average.get('parameters')
+    if (
+        not isinstance(saved, Mapping)
+        or saved.keys() <= set(positions.values())
+        or not saved.keys() <= positions.keys()
+    ):
+        return average
+    kinds = [kind for kind in ('parameters', states.TRAINING_WEIGHTS) if isinstance(average.get(kind), Mapping)]
+    return {
+        **average,
+        **{kind: {positions.get(name, name): tensor for name, tensor in average[kind].items()} for kind in kinds},
+    }
 
 
 def _load_profile(rule: _ByProfile | _ByFunction, state: Mapping[str, Any]) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from composer_ema.model.sharding import canonical_name
+
 #: The attributes in which ``torch.optim.Optimizer`` keeps its hooks.
 _HOOKS = (
     '_optimizer_step_pre_hooks',
@@ -263,10 +265,18 @@ class OptimizerWrapper(Optimizer):
 
 
 class ParameterGroups(nn.Module):
-    """Presents an optimizer's groups as a module: group ``i`` is the child ``'i'`` with parameters ``'0'``, ``'1'``...
+    """Presents an optimizer's groups as a module.
+
+    Its parameters have the names that the optimizer was given, as with ``SGD(model.named_parameters())`` of torch 2.6.
+    Without names, or with one name for two parameters, group ``i`` is the child ``'i'`` with parameters ``'0'``,
+    ``'1'``...
 
     Args:
         optimizer: the optimizer whose groups to present.
+
+    Attributes:
+        has_names: whether the names are those that the optimizer was given.
+        positions: group and position of each parameter, as in ``'0.3'``, to the name that it has here.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -274,6 +284,9 @@ class ParameterGroups(nn.Module):
         self._optimizer = optimizer
         self._flat: list[Tensor] = []
         self._sizes: list[int] = []
+        self._names: list[str] = []
+        self.positions: dict[str, str] = {}
+        self.has_names = False
         self.refresh()
 
     def refresh(self) -> None:
@@ -283,13 +296,31 @@ class ParameterGroups(nn.Module):
         sizes = [len(group['params']) for group in groups]
         if sizes == self._sizes and all(map(is_, flat, self._flat)):
             return
-        self._flat, self._sizes = flat, sizes
+        # Known names stay: the optimizer's load_state_dict takes over the saved ones, whatever the order here.
+        named = {**self._given_names(), **dict(zip(map(id, self._flat), self._names, strict=True))}
+        names = [named.get(id(parameter), '') for parameter in flat]
+        self._flat, self._sizes, self._names = flat, sizes, names
         self._modules.clear()
+        self._parameters.clear()
+        places = [f'{index}.{position}' for index, size in enumerate(sizes) for position in range(size)]
+        self.has_names = all(names) and len(set(names)) == len(names)
+        self.positions = dict(zip(places, names if self.has_names else places, strict=True))
+        if self.has_names:
+            # Not register_parameter: names have dots, and optimizers take any leaf tensor, not only nn.Parameter.
+            parameters: dict[str, Any] = dict(zip(names, flat, strict=True))
+            self._parameters.update(parameters)
+            return
         for index, group in enumerate(groups):
             child = nn.Module()
-            # Not register_parameter: optimizers take any leaf tensor, not only nn.Parameter.
             child._parameters.update({str(position): tensor for position, tensor in enumerate(group['params'])})
             self.add_module(str(index), child)
+
+    def _given_names(self) -> dict[int, str]:
+        return {
+            id(parameter): canonical_name(name)
+            for group in self._optimizer.param_groups
+            for parameter, name in zip(group['params'], group.get('param_names', ()), strict=False)
+        }
 
 
 def _is_zero_on_host(rate: float | Tensor) -> bool:

@@ -13,7 +13,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plain import STRICT, Net, One, assert_same, averaged, loss_of, same_bits, saved, sgd, step_to, train, weights
+from plain import (
+    STRICT,
+    Net,
+    One,
+    assert_same,
+    averaged,
+    loss_of,
+    same_bits,
+    same_values,
+    saved,
+    sgd,
+    step_to,
+    train,
+    weights,
+)
 from torch import nn
 
 from composer_ema import EMAOptimizer
@@ -526,3 +540,100 @@ def test_the_averaged_state_dict_of_an_optimizer_has_the_models_names():
         assert same_bits(optimizer.averaged_state_dict(), dict(found))
     with pytest.raises(ValueError, match='Build it as EMAOptimizer'):
         EMAOptimizer(sgd(model)).averaged_state_dict()
+
+
+class Alike(nn.Module):
+    """Two weights of one shape; the order in which they are registered may be turned."""
+
+    def __init__(self, names: str = 'ab') -> None:
+        super().__init__()
+        for name in names:
+            setattr(self, name, nn.Linear(2, 2, bias=False))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.b(self.a(inputs))
+
+
+def alike(names: str, kind: str, model: Alike | None = None) -> tuple[Alike, EMAOptimizer]:
+    model = Alike(names) if model is None else model
+    given = model.named_parameters() if kind == 'named' else model.parameters()
+    inner = torch.optim.SGD(given, lr=0.1)
+    return model, EMAOptimizer(inner, decay=0.5, model=model if kind == 'model' else None)
+
+
+def run(model: Alike, optimizer: EMAOptimizer, steps: int = 3) -> None:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.ones(1, 2)).square().sum().backward()
+        optimizer.step()
+
+
+NEEDS_NAMES = pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split('.')[:2])) < (2, 6), reason='optimizers of torch 2.5 keep no names'
+)
+
+
+class TestAnotherOrder:
+    """A run that is resumed with its parameters in another order."""
+
+    @NEEDS_NAMES
+    def test_the_names_of_the_groups_are_the_names_of_the_average(self):
+        _, optimizer = alike('ab', 'named')
+        assert list(averaged(optimizer)) == ['a.weight', 'b.weight']
+        assert list(averaged(alike('ab', 'plain')[1])) == ['0.0', '0.1']
+
+    @NEEDS_NAMES
+    @pytest.mark.parametrize(('saved_by', 'loaded_by'), [('named', 'named'), ('named', 'model'), ('model', 'named')])
+    def test_each_weight_gets_its_own_average_again_and_goes_on(self, saved_by, loaded_by):
+        model, optimizer = alike('ab', saved_by)
+        run(model, optimizer)
+        state = saved({'model': model.state_dict(), 'optimizer': optimizer.state_dict()})
+        turned, resumed = alike('ba', loaded_by)
+        turned.load_state_dict(state['model'])
+        resumed.load_state_dict(state['optimizer'])
+        for _ in range(2):
+            found = averaged(resumed)
+            assert same_bits({name: found[name] for name in ('a.weight', 'b.weight')}, averaged(optimizer))
+            run(model, optimizer)
+            run(turned, resumed)
+
+    @NEEDS_NAMES
+    def test_a_state_under_positions_is_read_by_an_optimizer_that_has_names(self):
+        model, optimizer = alike('ab', 'plain')
+        run(model, optimizer)
+        with optimizer.swap_ema_weights():
+            state = saved(optimizer.state_dict())
+        _, resumed = alike('ab', 'named', model)
+        resumed.load_state_dict(state)
+        assert list(averaged(resumed)) == ['a.weight', 'b.weight']
+        assert same_values(averaged(resumed), averaged(optimizer))
+        run(model, resumed)
+
+    @NEEDS_NAMES
+    def test_a_group_that_is_added_brings_its_names(self):
+        model = Alike()
+        optimizer = EMAOptimizer(torch.optim.SGD(model.a.named_parameters('a'), lr=0.1), decay=0.5)
+        optimizer.add_param_group({'params': list(model.b.named_parameters('b'))})
+        run(model, optimizer)
+        assert list(averaged(optimizer)) == ['a.weight', 'b.weight']
+
+    @NEEDS_NAMES
+    def test_one_name_for_two_parameters_is_no_name(self):
+        first, second = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+        inner = torch.optim.SGD(
+            [{'params': list(first.named_parameters())}, {'params': list(second.named_parameters())}], lr=0.1
+        )
+        assert list(averaged(EMAOptimizer(inner))) == ['0.0', '1.0']
+
+    def test_without_names_it_is_said_once_that_position_decides(self):
+        model, optimizer = alike('ab', 'plain')
+        run(model, optimizer)
+        state = saved(optimizer.state_dict())
+        _, resumed = alike('ab', 'plain', model)
+        with pytest.warns(UserWarning, match=r'by position, and 2 of 2 parameters share.*model=') as caught:
+            resumed.load_state_dict(state)
+        assert [each.filename for each in caught] == [__file__]
+        resumed.load_state_dict(state)  # a second warning would be an error
+        with pytest.warns(UserWarning, match='by position') as caught:
+            alike('ab', 'plain', model)[1].load_ema_state_dict(state['ema'])
+        assert [each.filename for each in caught] == [__file__]
