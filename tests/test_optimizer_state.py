@@ -568,21 +568,14 @@ def run(model: Alike, optimizer: EMAOptimizer, steps: int = 3) -> None:
         optimizer.step()
 
 
-NEEDS_NAMES = pytest.mark.skipif(
-    tuple(map(int, torch.__version__.split('.')[:2])) < (2, 6), reason='optimizers of torch 2.5 keep no names'
-)
-
-
 class TestAnotherOrder:
     """A run that is resumed with its parameters in another order."""
 
-    @NEEDS_NAMES
     def test_the_names_of_the_groups_are_the_names_of_the_average(self):
         _, optimizer = alike('ab', 'named')
         assert list(averaged(optimizer)) == ['a.weight', 'b.weight']
         assert list(averaged(alike('ab', 'plain')[1])) == ['0.0', '0.1']
 
-    @NEEDS_NAMES
     @pytest.mark.parametrize(('saved_by', 'loaded_by'), [('named', 'named'), ('named', 'model'), ('model', 'named')])
     def test_each_weight_gets_its_own_average_again_and_goes_on(self, saved_by, loaded_by):
         model, optimizer = alike('ab', saved_by)
@@ -597,7 +590,6 @@ class TestAnotherOrder:
             run(model, optimizer)
             run(turned, resumed)
 
-    @NEEDS_NAMES
     def test_a_state_under_positions_is_read_by_an_optimizer_that_has_names(self):
         model, optimizer = alike('ab', 'plain')
         run(model, optimizer)
@@ -609,7 +601,6 @@ class TestAnotherOrder:
         assert same_values(averaged(resumed), averaged(optimizer))
         run(model, resumed)
 
-    @NEEDS_NAMES
     def test_a_group_that_is_added_brings_its_names(self):
         model = Alike()
         optimizer = EMAOptimizer(torch.optim.SGD(model.a.named_parameters('a'), lr=0.1), decay=0.5)
@@ -617,7 +608,6 @@ class TestAnotherOrder:
         run(model, optimizer)
         assert list(averaged(optimizer)) == ['a.weight', 'b.weight']
 
-    @NEEDS_NAMES
     def test_one_name_for_two_parameters_is_no_name(self):
         first, second = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
         inner = torch.optim.SGD(
