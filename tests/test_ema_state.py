@@ -13,6 +13,7 @@ import toy
 from composer.algorithms import EMA as BuiltinEMA
 from composer.core import Event
 from composer.loggers import Logger
+from plain import assert_same
 from tensors import all_tensors, equal, state_by_hand
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -252,3 +253,21 @@ def test_one_instance_can_serve_a_second_trainer(trainer):
     trainer([ema], model=toy.make_model(seed=2)).fit()
     trainer([fresh], model=toy.make_model(seed=2)).fit()
     assert equal(all_tensors(ema.ema_model), all_tensors(fresh.ema_model))
+
+
+@pytest.mark.parametrize(
+    'build',
+    [
+        lambda: EMA(half_life='3ba'),
+        lambda: EMA(smoothing=0.5, update_interval='2ba'),
+        lambda: EMA(power=0.1),
+        lambda: SWA(swa_start='1ba', update_interval='1ba'),
+    ],
+    ids=['half-life', 'smoothing', 'power', 'SWA'],
+)
+def test_loading_its_own_state_after_a_run_changes_nothing(trainer, build):
+    algorithm = build()
+    trainer([algorithm]).fit()
+    before = copy.deepcopy(algorithm.state_dict())
+    algorithm.load_state_dict(algorithm.state_dict())
+    assert_same(before, algorithm.state_dict())
