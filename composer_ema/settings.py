@@ -8,7 +8,6 @@ recipes and other registries read.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import inspect
 import re
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from composer_ema.spans import ArgumentError
+from composer_ema.wording import suggestion
 
 BufferMode = Literal['average', 'copy']
 #: One mode for all floating buffers, or patterns over their names with a mode each.
@@ -235,7 +235,7 @@ def takes_settings(cls: _Class) -> _Class:
     """Lists the settings one by one in the signature of a class whose constructor collects ``**settings``.
 
     The annotation ``Unpack[...]`` of ``settings`` says which. A call with an argument that is none of them fails as it
-    would for any other function, with the nearest legal name.
+    would for any other function, with the legal name that is near, or all of them.
     """
     constructor = cls.__init__
     hints = typing.get_type_hints(constructor)
@@ -258,11 +258,8 @@ def takes_settings(cls: _Class) -> _Class:
     def checked(self: Any, *args: Any, **kwargs: Any) -> None:
         unknown = next((name for name in kwargs if name not in signature.parameters), None)
         if unknown is not None:
-            near = difflib.get_close_matches(unknown, signature.parameters, n=1)
-            raise TypeError(
-                f'{cls.__name__} takes no argument {unknown!r}. '
-                + (f'Did you mean {near[0]!r}?' if near else f'It takes {", ".join(list(signature.parameters)[1:])}.')
-            )
+            remedy = suggestion(unknown, list(signature.parameters)[1:], 'It takes')
+            raise TypeError(f'{cls.__name__} takes no argument {unknown!r}. {remedy}')
         constructor(self, *args, **kwargs)
 
     checked.__signature__ = signature  # pyright: ignore[reportAttributeAccessIssue]: inspect reads it

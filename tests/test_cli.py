@@ -118,7 +118,7 @@ def test_usage_errors_are_one_message_and_exit_code_2(call, recipe, arguments, s
 
 def test_missing_recipe_and_broken_yaml(call, tmp_path):
     (tmp_path / 'broken.yaml').write_text('a: [1')
-    faults = (('brken.yaml', 'The nearest is'), ('broken.yaml', 'is not legal YAML'), ('.', 'is a folder. Give one of'))
+    faults = (('brken.yaml', 'Did you mean'), ('broken.yaml', 'is not legal YAML'), ('.', 'is a folder. Give one of'))
     for name, said in faults:
         code, _, err = call('train', tmp_path / name)
         assert code == 2
@@ -325,7 +325,7 @@ class TestPlot:
     @pytest.mark.parametrize(
         ('arguments', 'said'),
         [
-            (['runs/frist'], 'runs/frist is no run folder: there is no such folder. The nearest run is runs/first.'),
+            (['runs/frist'], "runs/frist is no run folder: there is no such folder. Did you mean 'runs/first'?"),
             (['runs'], 'it has no metrics.jsonl. Runs in it: runs/first, runs/second.'),
             (['.'], 'it has no metrics.jsonl. Recipes in it: tiny.yaml.'),
             (['runs/first/a.pt'], 'runs/first/a.pt is a file, neither the folder of a run nor a recipe'),

@@ -176,7 +176,7 @@ class TestReading:
 
     def test_a_missing_folder_names_the_nearest_run(self, tmp_path):
         write_lines(tmp_path / 'mnist1d', batches(1.0))
-        with pytest.raises(PlotError, match=r'there is no such folder. The nearest run is .*/mnist1d\.'):
+        with pytest.raises(PlotError, match=r"there is no such folder. Did you mean '.*/mnist1d'\?"):
             read_run(tmp_path / 'mnst1d')
 
     def test_axes_are_checked(self):

@@ -268,7 +268,11 @@ def test_an_outsiders_data_set_model_and_callback_train_a_recipe(outsider):
 #: Override, the key to blame, and words of the message.
 WRONG = [
     ('callbacks={shattered: {}}', 'callbacks.shattered', ['shattered-plugins 1.5', 'nowhere_at_all:Callback']),
-    ('model.name=shard', 'model.name', ['shattered-plugins 1.5', 'nowhere_at_all:MODELS', 'nearest legal one is']),
+    (
+        'model.name=shard',
+        'model.name',
+        ['shattered-plugins 1.5', 'nowhere_at_all:MODELS', 'Legal names are line, fashion_cnn'],
+    ),
     ('data.point=3', 'data.point', ['rings has no such argument', 'points']),
     ('callbacks.counter.word=3', 'callbacks.counter.word', ['must be a string, got 3']),
 ]

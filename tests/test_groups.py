@@ -130,7 +130,7 @@ def test_every_optimizer_resumes_exactly(recipe, name):
             {'name': 'adam', 'param_groups': [{'match': 'a', 'weight_decy': 0}]},
             {},
             'optimizer.param_groups.0.weight_decy',
-            'The nearest legal one is weight_decay',
+            "Did you mean 'weight_decay'?",
         ),
         (
             {'name': 'adam', 'param_groups': [{'match': 'a', 'lr': 'fast'}]},

@@ -37,6 +37,7 @@ HOUSE = (
     'averages',
     'settings',
     'spans',
+    'wording',
     'files',
     'version',
 )

@@ -146,7 +146,7 @@ REFUSED = [
     ('max_duration=2eps', 'max_duration', "'2eps' is no time"),
     ('max_duration=1iter', 'max_duration', 'never ends a run: it has no iterations'),
     ('max_duration=1dur', 'max_duration', 'never ends a run: it has no durations'),
-    ('evaluate=[EMA]', 'evaluate.0', "there are no weights called 'EMA'. The nearest legal one is ema"),
+    ('evaluate=[EMA]', 'evaluate.0', "there are no weights called 'EMA'. Did you mean 'ema'?"),
     ('optimizer={name: sgd, lr: -1, nesterov: true}', 'optimizer.lr', 'Invalid learning rate: -1'),
     ('max_duration=0ep', 'max_duration', 'at least 1'),
     ('max_duration=null', 'max_duration', 'is missing'),
@@ -210,10 +210,32 @@ class TestRefused:
             schema.plan(schema.load(path))
         assert said in str(refused.value)
 
-    def test_missing_file_names_the_nearest(self, write):
+    def test_missing_file_names_the_one_that_is_near_or_all(self, write):
         path = write()
-        with pytest.raises(RecipeError, match=r'no such file\. The nearest is .*tiny\.yaml'):
+        with pytest.raises(RecipeError, match=r"no such file\. Did you mean '.*/tiny\.yaml'\?"):
             schema.load(path.with_name('tny.yaml'))
+        with pytest.raises(RecipeError, match=r'no such file\. Recipes in .*: .*/tiny\.yaml\.'):
+            schema.load(path.with_name('mnist.yaml'))
+
+    @pytest.mark.parametrize(
+        ('override', 'said'),
+        [
+            ('lr=1', 'a recipe has no such key. Its keys are variables, model, data, optimizer, scheduler'),
+            ('data.name=imagefolder', "there is no data set 'imagefolder'. Legal names are "),
+            ('optimizer.learning_rate=1', 'AdamW has no such argument. It takes lr, betas, eps'),
+            ('algorithms.averaging={}', "there is no algorithm 'averaging'. Legal names are "),
+            ('evaluate=[best]', "there are no weights called 'best'. Legal names are training, ema."),
+            (
+                'scheduler={name: reduce_lr_on_plateau, metric: test/Loss}',
+                "no evaluator 'test'. Its evaluators are eval_",
+            ),
+        ],
+    )
+    def test_where_no_name_is_near_the_legal_ones_are_listed(self, write, override, said):
+        with pytest.raises(RecipeError) as refused:
+            schema.plan(schema.load(write(), [override]))
+        assert said in str(refused.value)
+        assert 'Did you mean' not in str(refused.value)
 
     def test_model_that_does_not_take_the_data(self, write):
         model = {'name': 'mnist1d_cnn', 'num_classes': 3}

@@ -328,7 +328,7 @@ SEQUENCE = {'name': 'sequential_lr', 'milestones': [2], 'schedulers': [{'name': 
 PLATEAU = {'name': 'reduce_lr_on_plateau', 'metric': 'eval_training/CrossEntropy'}
 ACCURACY = {'name': 'reduce_lr_on_plateau', 'metric': 'eval_training/MulticlassAccuracy'}
 REFUSED: list[tuple[Any, dict[str, Any], str, str]] = [
-    ({'name': 'one_cycle'}, {}, 'scheduler.name', 'The nearest legal one is one_cycle_lr'),
+    ({'name': 'one_cycle'}, {}, 'scheduler.name', "Did you mean 'one_cycle_lr'?"),
     ({'name': 'one_cycle_lr'}, {}, 'scheduler', 'OneCycleLR needs max_lr'),
     ({'name': 'one_cycle_lr', 'max_lr': 1, 'pct_start': 2.0}, {}, 'scheduler.pct_start', 'between 0 and 1'),
     ({'name': 'one_cycle_lr', 'max_lr': 1, 'max_momentun': 1}, {}, 'scheduler.max_momentun', 'max_momentum'),
@@ -365,7 +365,12 @@ REFUSED: list[tuple[Any, dict[str, Any], str, str]] = [
     ({'name': 'lambda_lr', 'lr_lambda': 'x'}, {}, 'scheduler.name', 'needs a function'),
     ({'name': 'multiplicative_lr'}, {}, 'scheduler.name', 'needs a function'),
     ({'name': 'cyclic_lr', 'base_lr': 0.1, 'max_lr': 1, 'scale_fn': 'x'}, {}, 'scheduler.scale_fn', 'must be null'),
-    ({'name': 'swalr', 'swa_lr': 1, 'anneal_strategy': 'cosine'}, {}, 'scheduler.anneal_strategy', 'is cos'),
+    (
+        {'name': 'swalr', 'swa_lr': 1, 'anneal_strategy': 'cosine'},
+        {},
+        'scheduler.anneal_strategy',
+        'must be one of cos, linear',
+    ),
     ({'name': 'cosine', 't_max': '3eps'}, {}, 'scheduler.t_max', "'3eps' is no time"),
     ({'name': 'multistep', 'milestones': ['1ep', '2']}, {}, 'scheduler.milestones', "'2' is no time"),
     ({**SEQUENCE, 'schedulers': []}, {}, 'scheduler.schedulers', 'must be a list of schedulers'),
@@ -387,7 +392,7 @@ REFUSED: list[tuple[Any, dict[str, Any], str, str]] = [
     ([{'name': 'linear_lr'}, {'name': 'step'}], {}, 'scheduler.1', 'needs step_size'),
     ({'name': 'reduce_lr_on_plateau'}, {}, 'scheduler', 'Write metric: eval_training/CrossEntropy'),
     ({**PLATEAU, 'metric': 'loss'}, {}, 'scheduler.metric', 'an evaluator and a metric'),
-    ({**PLATEAU, 'metric': 'eval_ema/CrossEntropy'}, {}, 'scheduler.metric', 'nearest legal one is eval_training'),
+    ({**PLATEAU, 'metric': 'eval_ema/CrossEntropy'}, {}, 'scheduler.metric', 'Its evaluators are eval_training'),
     ({**PLATEAU, 'metric': 'eval_training/Accuracy'}, {}, 'scheduler.metric', 'eval_training/MulticlassAccuracy'),
     ({**ACCURACY, 'mode': 'min'}, {}, 'scheduler.mode', 'Write max, or leave it out'),
     ({**PLATEAU, 'mode': 'most'}, {}, 'scheduler.mode', 'one of min, max'),

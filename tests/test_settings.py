@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from torch import nn
 from typing_extensions import Unpack
 
-from composer_ema import EMAOptimizer, ShadowModel
+from composer_ema import EMAOptimizer, ShadowModel, wording
 from composer_ema.settings import OptimizerSettings, Settings, ShadowSettings, settings_of, takes_settings
+from composer_ema.wording import counted, near, suggestion
 
 HAS_COMPOSER = importlib.util.find_spec('composer') is not None
 #: The names of the settings in each class that takes them.
@@ -247,6 +248,74 @@ class TestSignatures:
     def test_the_collected_name_itself_is_no_argument(self):
         with pytest.raises(TypeError, match="takes no argument 'settings'"):
             ShadowModel(nn.Linear(1, 1), settings={})
+
+
+class TestSuggestions:
+    """One measure of nearness for every message, in :mod:`composer_ema.wording`."""
+
+    @pytest.mark.parametrize(
+        ('name', 'expected'),
+        [
+            ('half_lif', ['half_life']),
+            ('half_lfie', ['half_life']),
+            ('haf_life', ['half_life']),
+            ('halflife', ['half_life']),
+            ('HALF-LIFE', ['half_life']),
+            ('window', ['window_size']),
+            ('emma', ['ema']),
+            ('adamm', ['adam', 'adamw']),
+            ('em', ['ema']),
+            ('board', ['tensorboard_logger']),
+            ('lr', []),
+            ('imagefolder', []),
+            ('learning_rate', []),
+            ('x', []),
+            (3, []),
+        ],
+    )
+    def test_a_slip_is_near_and_another_word_is_not(self, name, expected):
+        legal = [
+            'half_life',
+            'window_size',
+            'ema',
+            'adam',
+            'adamw',
+            'loggers',
+            'cifar10',
+            'lq',
+            'e',
+            'tensorboard_logger',
+        ]
+        assert near(name, legal, {'tensorboard': 'tensorboard_logger'}) == expected
+
+    def test_where_many_are_near_none_is_nearer(self):
+        legal = ['save_folder', 'save_filename', 'save_interval', 'save_overwrite']
+        assert near('save', legal) == []
+        assert near('save', legal[:3]) == legal[:3]
+
+    def test_the_legal_names_are_all_listed_up_to_twenty_and_counted_beyond(self):
+        names = [f'{letter}{letter}' for letter in 'abcdefghijklmnopqrstuvw']
+        assert suggestion('none', names[:20]) == f'Legal names are {", ".join(names[:20])}.'
+        assert suggestion('none', names, 'It takes') == f'It takes {", ".join(names[:20])} and 3 more.'
+        assert suggestion('none', [], 'It takes') == 'It takes none.'
+
+    def test_two_that_are_near_are_both_offered(self):
+        assert suggestion('adamm', ['adam', 'adamw', 'sgd']) == "Did you mean 'adam' or 'adamw'?"
+
+    @given(st.text('ab_', max_size=5), st.text('ab_', max_size=5))
+    def test_the_distance_is_symmetric_and_counts_at_most_one_letter_at_a_time(self, one, other):
+        slips = wording._slips(one, other)
+        assert slips == wording._slips(other, one)
+        assert (slips == 0) == (one == other)
+        assert abs(len(one) - len(other)) <= slips <= max(len(one), len(other))
+        assert wording._slips(one + 'c', other) <= slips + 1
+
+    @pytest.mark.parametrize(
+        ('number', 'noun', 'expected'),
+        [(1, 'epoch', '1 epoch'), (1.0, 'epoch', '1 epoch'), (0, 'batch', '0 batches'), (1200, 'step', '1,200 steps')],
+    )
+    def test_a_noun_agrees_with_its_number(self, number, noun, expected):
+        assert counted(number, noun) == expected
 
 
 class TestSubclasses:

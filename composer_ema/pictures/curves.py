@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 from composer_ema.pictures.errors import PlotError
 from composer_ema.pictures.weights import in_order
 from composer_ema.recipe.outputs import METRICS_FILE, RECIPE_FILE, Curve, curve, curves_by_group, is_number, momenta
+from composer_ema.wording import suggestion
 
 #: The name of a run's picture in its folder, without the ending.
 CURVES = 'curves'
@@ -204,8 +204,8 @@ def _distinct_names(folders: Sequence[Path]) -> list[str]:
 
 def _folders_beside(folder: Path) -> str:
     runs = [each.parent.name for each in folder.parent.glob(f'*/{METRICS_FILE}')]
-    near = difflib.get_close_matches(folder.name, runs, n=1, cutoff=0.0)
-    return f'The nearest run is {folder.parent / near[0]}.' if near else ''
+    beside = {name: str(folder.parent / name) for name in sorted(runs)}
+    return suggestion(folder.name, beside.values(), 'Runs there are', spellings=beside) if beside else ''
 
 
 def _what_lies_below(folder: Path) -> str:

@@ -1,6 +1,6 @@
 """Checks the arguments that a recipe gives to a class or function against its signature, with pydantic.
 
-Each error becomes one :class:`RecipeError` that names the key, the value, the rule and the nearest legal name.
+Each error becomes one :class:`RecipeError` that names the key, the value, the rule and the legal names.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from composer.loggers import LoggerDestination
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from composer_ema.recipe.kinds import CONFIG, Kind, kind_of, list_adapter
-from composer_ema.recipe.registry import nearest
+from composer_ema.wording import near, suggestion
 
 
 class RecipeError(ValueError):
@@ -104,15 +104,6 @@ def signature(owner: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     }
 
 
-def unknown(place: Place, complaint: str, legal: Collection[str]) -> RecipeError:
-    """The error for a name that is not legal, with the nearest one that is."""
-    name = place.key.rpartition('.')[2]
-    if name in ('name', 'metric') or name.isdigit():
-        name = complaint.rpartition(' ')[2].strip("'")
-    near = nearest(name, legal)
-    return place.error(f'{complaint}. ' + (f'The nearest legal one is {near}.' if near else 'It takes none.'))
-
-
 def said(error: BaseException) -> str:
     """An error's message on one line, without the lines that OmegaConf adds about its internals."""
     lines = [line.strip() for line in str(error).splitlines()]
@@ -150,7 +141,7 @@ def _first_error(
     }
     for key, value in arguments.items():
         if key in by_key and key not in keywords:
-            return unknown(place / key, f'{_name(owner)} has no such argument', keywords)
+            return (place / key).error(f'{_name(owner)} has no such argument. {suggestion(key, keywords, "It takes")}')
         if key in by_key:
             return _wrong_kind(_kinds(owner)[key], value, place / key)
     missing = [str(key) for key in keywords if key in by_key]
@@ -166,8 +157,9 @@ def _kinds(owner: Callable[..., Any]) -> dict[str, Kind]:
 
 def _wrong_kind(kind: Kind, value: Any, place: Place) -> RecipeError:
     choices = [each for each in kind.choices if isinstance(each, str)]
-    near = f' The nearest legal one is {nearest(value, choices)}.' if choices and isinstance(value, str) else ''
-    return place.error(f'must be {kind}, got {value!r} ({kind_of(value)}).{near}')
+    # The kind lists its choices.
+    remedy = f' {suggestion(value, choices)}' if isinstance(value, str) and near(value, choices) else ''
+    return place.error(f'must be {kind}, got {value!r} ({kind_of(value)}).{remedy}')
 
 
 def _annotation(parameter: inspect.Parameter, hints: Mapping[str, Any]) -> Any:

@@ -12,9 +12,10 @@ from typing import Any
 from composer.core import Callback, Time, Timestamp, TimeUnit, ensure_time
 from torch.optim import Optimizer
 
-from composer_ema.recipe.arguments import Place, unknown
+from composer_ema.recipe.arguments import Place
 from composer_ema.recipe.scheduled import METRIC, Length, Scheduled
 from composer_ema.recipe.stepping import Product, Schedules, SchedulesCallback
+from composer_ema.wording import suggestion
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,8 @@ def _check_metric(scheduled: Scheduled, metrics: Mapping[str, Any]) -> Scheduled
         return scheduled
     label, _, name = scheduled.metric.partition('/')
     if name not in metrics:
-        legal = [f'{label}/{each}' for each in metrics]
-        raise unknown(scheduled.place / METRIC, f'the model has no metric {name!r}', legal)
+        remedy = suggestion(scheduled.metric, [f'{label}/{each}' for each in metrics])
+        raise (scheduled.place / METRIC).error(f'the model has no metric {name!r}. {remedy}')
     better = {True: 'max', False: 'min'}.get(getattr(metrics[name], 'higher_is_better', None))  # pyright: ignore[reportArgumentType]: None when the metric does not say
     mode = scheduled.named.arguments.get('mode')
     if better is None or mode == better:

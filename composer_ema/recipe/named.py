@@ -8,8 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from composer_ema.recipe.arguments import Place, said, signature, unknown
+from composer_ema.recipe.arguments import Place, said, signature
 from composer_ema.recipe.registry import Registry
+from composer_ema.wording import suggestion
 from composer_ema.zoo.plugins import PluginError
 
 #: What constructors raise about arguments that they cannot take.
@@ -109,12 +110,13 @@ def find(name: str, place: Place, known: Registry) -> Any:
     """The class or function of that name.
 
     Raises:
-        RecipeError: There is none, with the nearest name; or a package registers it and cannot be imported.
+        RecipeError: There is none, with the names there are; or a package registers it and cannot be imported.
     """
     if known.canonical(name) is None:
         if not known.classes:
             raise place.error(f'no installed package registers a {known.kind}. Install this one: pip install .')
-        raise unknown(place, ' '.join([*known.broken, f'there is no {known.kind} {name!r}']), known.classes)
+        remedy = suggestion(name, known.classes, spellings=known.aliases)
+        raise place.error(' '.join([*known.broken, f'there is no {known.kind} {name!r}.', remedy]))
     try:
         return known.find(name)
     except PluginError as error:

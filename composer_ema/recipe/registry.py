@@ -5,7 +5,6 @@ This package registers its own data sets, models, callbacks and algorithms by en
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import re
@@ -26,21 +25,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import SWALR
 
-from composer_ema.zoo.plugins import PluginError, Plugins, plugins, squash
+from composer_ema.wording import squash
+from composer_ema.zoo.plugins import PluginError, Plugins, plugins
 
 _SUFFIXES = ('callback', 'logger', 'scheduler')
-
-
-def nearest(name: object, legal: Iterable[str]) -> str | None:
-    """The legal name with the most similar spelling, however different; None if there is no legal name.
-
-    Example:
-        >>> nearest('half_lif', ['half_life', 'smoothing'])
-        'half_life'
-    """
-    by_squashed = {squash(each): each for each in legal}
-    found = difflib.get_close_matches(squash(str(name)), by_squashed, n=1, cutoff=0.0)
-    return by_squashed[found[0]] if found else None
 
 
 @dataclass(frozen=True)

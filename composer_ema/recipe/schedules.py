@@ -21,10 +21,11 @@ from torch.optim.lr_scheduler import (
 )
 
 from composer_ema.recipe import registry
-from composer_ema.recipe.arguments import Place, check_arguments, unknown
+from composer_ema.recipe.arguments import Place, check_arguments
 from composer_ema.recipe.named import Named, find, named
 from composer_ema.recipe.scheduled import INNER, INTERVAL, METRIC, SPAN, Scheduled
 from composer_ema.recipe.stepping import SWALR, Interval
+from composer_ema.wording import suggestion
 
 _EVERY_BATCH = 'step_schedulers_every_batch'
 #: Arguments by which torch divides.
@@ -183,7 +184,8 @@ def _read_plateau(
     if not labels or ensure_time(trainer.get('eval_interval', 1), TimeUnit.EPOCH).value == 0:
         raise (place / METRIC).error('is never measured: the run evaluates nothing. Set evaluate and eval_interval.')
     if label not in labels:
-        raise unknown(place / METRIC, f'the run has no evaluator {label!r}', labels)
+        remedy = suggestion(label, labels, 'Its evaluators are')
+        raise (place / METRIC).error(f'the run has no evaluator {label!r}. {remedy}')
     return dataclasses.replace(read_in, interval='evaluation', metric=metric)
 
 

@@ -21,12 +21,13 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from composer_ema.recipe import groups, registry, schedules
-from composer_ema.recipe.arguments import Place, RecipeError, check_arguments, check_value, said, signature, unknown
+from composer_ema.recipe.arguments import Place, RecipeError, check_arguments, check_value, said, signature
 from composer_ema.recipe.named import Named, find, named
-from composer_ema.recipe.registry import Registry, nearest
+from composer_ema.recipe.registry import Registry
 from composer_ema.recipe.scheduled import Length, Scheduled
 from composer_ema.spans import ArgumentError
 from composer_ema.trainer.weight_average import WeightAverage
+from composer_ema.wording import suggestion
 from composer_ema.zoo.dataset import Extent, extent
 from composer_ema.zoo.models import classifier
 
@@ -171,13 +172,14 @@ def plan(recipe: Recipe) -> Plan:
         recipe: The result of :func:`load`.
 
     Raises:
-        RecipeError: The first error, with the path of the key and the nearest legal name.
+        RecipeError: The first error, with the path of the key and the legal names.
     """
     place, values = Place(recipe.source), recipe.values
     trainer_names = signature(Trainer).keys() - _BUILT_FROM_SECTIONS
     for key in values:
         if key not in trainer_names and key not in SECTIONS:
-            raise unknown(place / key, 'a recipe has no such key', [*SECTIONS, *trainer_names])
+            remedy = suggestion(key, [*SECTIONS, *sorted(trainer_names)], 'Its keys are')
+            raise (place / key).error(f'a recipe has no such key. {remedy}')
     model, data = _model(values.get('model'), place / 'model'), _data(values.get('data'), place / 'data')
     algorithms = _section(values, 'algorithms', registry.algorithms(), place, is_cheap=True)
     evaluate = _evaluate(values, algorithms, place)
@@ -214,9 +216,9 @@ def _read(place: Place) -> DictConfig:
         config = OmegaConf.load(place.source)
     except FileNotFoundError:
         folder = Path(place.source).parent
-        others = sorted(path.name for path in folder.glob('*.yaml')) if folder.is_dir() else []
-        near = nearest(Path(place.source).name, others)
-        raise place.error('there is no such file.' + (f' The nearest is {folder / near}.' if near else '')) from None
+        others = {path.stem: str(path) for path in sorted(folder.glob('*.yaml'))}
+        remedy = suggestion(Path(place.source).stem, others.values(), f'Recipes in {folder}:', spellings=others)
+        raise place.error(f'there is no such file. {remedy}') from None
     except IsADirectoryError:
         raise place.error('is a folder. Give one of its recipes, a file that ends in .yaml.') from None
     except (OSError, UnicodeDecodeError, RecursionError) as error:
@@ -356,7 +358,7 @@ def _no_such_weights(label: Any, legal: Collection[str], place: Place, index: in
         return place.error(
             f'asks for the average and the recipe has none. Add {name}: {{}} under algorithms, or drop {label}.'
         )
-    return unknown(place / index, f'there are no weights called {label!r}', legal)
+    return (place / index).error(f'there are no weights called {label!r}. {suggestion(label, legal)}')
 
 
 def _trainer_arguments(values: Mapping[str, Any], names: Collection[str], place: Place) -> dict[str, Any]:

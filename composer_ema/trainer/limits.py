@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 from composer.core import Algorithm, Event, State
@@ -16,6 +15,7 @@ from composer_ema.spans import ArgumentError
 from composer_ema.trainer.clock import TimeArgument, knows_fractions, run_length, words
 from composer_ema.trainer.due import Interval, Start
 from composer_ema.trainer.evaluation import PREDICT
+from composer_ema.wording import suggestion
 
 
 @dataclass(frozen=True)
@@ -105,11 +105,8 @@ def warn_of_unknown_labels(evaluate_with: Collection[str], state: State) -> None
     labels = [evaluator.label for evaluator in state.evaluators]
     for label in evaluate_with:
         if labels and label not in labels and label != PREDICT:
-            near = get_close_matches(label, labels, n=1) or labels
-            warn(
-                f'evaluate_with names the evaluator {label!r}, which this Trainer does not have. '
-                f'Did you mean {near[0]!r}? Its evaluators are {", ".join(labels)}.'
-            )
+            remedy = suggestion(label, labels, 'Its evaluators are')
+            warn(f'evaluate_with names the evaluator {label!r}, which this Trainer does not have. {remedy}')
 
 
 def warn_of_other_arguments(names: Iterable[str], saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:

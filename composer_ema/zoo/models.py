@@ -6,7 +6,6 @@ or function with keyword arguments, among them ``num_classes``, that returns a n
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from composer.models import ComposerClassifier, ComposerModel
 
 from composer_ema.spans import ArgumentError
+from composer_ema.wording import suggestion
 from composer_ema.zoo.checks import check_share, check_whole
 from composer_ema.zoo.plugins import plugins
 
@@ -36,21 +36,17 @@ def build_model(name: str, **arguments: Any) -> ComposerModel:
         The classifier; `.module` is the network.
 
     Raises:
-        ValueError: The name is not legal; the message has the nearest ones. Or an argument is out of range.
-        TypeError: The model has no argument of that name; the message has the nearest one.
+        ValueError: The name is not legal; the message has the near ones, or all. Or an argument is out of range.
+        TypeError: The model has no argument of that name; the message has the near one, or all.
     """
     models = plugins('models')
     if name not in models:
-        near = difflib.get_close_matches(str(name), models, n=3)
-        remedy = f'Did you mean {" or ".join(map(repr, near))}?' if near else f'Legal names are {", ".join(models)}.'
-        raise ValueError(f'model name must be a known model, got {name!r}. {remedy}')
+        raise ValueError(f'model name must be a known model, got {name!r}. {suggestion(name, models)}')
     builder = models[name]
     legal = inspect.signature(builder).parameters
     for key in arguments:
         if key not in legal:
-            near = difflib.get_close_matches(key, legal, n=1)
-            remedy = f'Did you mean {near[0]!r}?' if near else f'It takes {", ".join(legal)}.'
-            raise TypeError(f'model {name!r} has no argument {key!r}. {remedy}')
+            raise TypeError(f'model {name!r} has no argument {key!r}. {suggestion(key, legal, "It takes")}')
     return classifier(builder, **arguments)
 
 

@@ -15,13 +15,10 @@ from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
+from composer_ema.wording import squash
+
 #: What can be offered. The group of entry points is ``composer_ema.<kind>``, that of families one with ``_families``.
 KINDS = ('datasets', 'models', 'callbacks', 'algorithms', 'loggers', 'optimizers', 'schedulers')
-
-
-def squash(name: str) -> str:
-    """A name as recipes compare it: case, ``_`` and ``-`` make no difference."""
-    return name.lower().replace('_', '').replace('-', '')
 
 
 class PluginError(ValueError):

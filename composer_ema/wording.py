@@ -1,0 +1,122 @@
+"""What messages have in common: the legal names near a wrong one, or all of them, and numbers that agree with nouns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+#: How many legal names a message lists before it gives their number only.
+LISTED = 20
+#: Up to this length, a slip makes another name of any.
+_NO_SLIP = 2
+#: From this length on, two slips still leave a name that can be told from others.
+_TWO_SLIPS = 6
+#: From this length on, the beginning or the end of a name says which one is meant.
+_SHORTEST_PART = 4
+#: How many near names a message offers; where more are near, none is nearer than the others.
+_OFFERED = 3
+
+
+def squash(name: str) -> str:
+    """A name as recipes compare it: case, ``_`` and ``-`` make no difference."""
+    return name.lower().replace('_', '').replace('-', '')
+
+
+def near(name: object, legal: Iterable[str], spellings: Mapping[str, str] | None = None) -> list[str]:
+    """The legal names that ``name`` may be a slip of, at most three; none if no spelling is close.
+
+    Case, ``_`` and ``-`` make no difference. Close is one slip (a letter too many, too few or another one, or two in
+    the wrong order), two in names of six letters or more, and none in names of two. If no name is that close, it is one
+    that begins or ends with ``name``, of four letters or more.
+
+    Args:
+        name: What was given.
+        legal: What could have been given.
+        spellings: Other spellings of legal names, each with the name that it stands for. Default: none.
+
+    Example:
+        >>> near('half_lif', ['half_life', 'smoothing']), near('lr', ['loggers'])
+        (['half_life'], [])
+    """
+    given = squash(str(name))
+    by_slips: dict[int, list[str]] = {}
+    parts = []
+    for spelling, each in {**{each: each for each in legal}, **(spellings or {})}.items():
+        squashed = squash(spelling)
+        slips = _slips(given, squashed)
+        if slips <= _slips_allowed(given, squashed):
+            by_slips.setdefault(slips, []).append(each)
+        elif len(given) >= _SHORTEST_PART and (squashed.startswith(given) or squashed.endswith(given)):
+            parts.append(each)
+    found = list(dict.fromkeys(by_slips[min(by_slips)] if by_slips else parts))
+    return found if len(found) <= _OFFERED else []
+
+
+def suggestion(
+    name: object,
+    legal: Iterable[str],
+    otherwise: str = 'Legal names are',
+    *,
+    spellings: Mapping[str, str] | None = None,
+) -> str:
+    """The last sentence of an error about a wrong name: the near names, or else all that are legal.
+
+    Args:
+        name: What was given.
+        legal: What could have been given, in the order to list it in.
+        otherwise: The words before the list.
+        spellings: As for :func:`near`.
+
+    Example:
+        >>> suggestion('half_lif', ['half_life', 'smoothing'])
+        "Did you mean 'half_life'?"
+        >>> suggestion('lr', ['half_life', 'smoothing'], 'It takes')
+        'It takes half_life, smoothing.'
+    """
+    legal = list(dict.fromkeys(legal))
+    found = [repr(each) for each in near(name, legal, spellings)]
+    if found:
+        *first, last = found
+        return f'Did you mean {", ".join(first)} or {last}?' if first else f'Did you mean {last}?'
+    if not legal:
+        return f'{otherwise} none.'
+    more = f' and {len(legal) - LISTED} more' if len(legal) > LISTED else ''
+    return f'{otherwise} {", ".join(legal[:LISTED])}{more}.'
+
+
+def counted(number: float, noun: str) -> str:
+    """A number and a noun that agrees with it.
+
+    Args:
+        number: How many.
+        noun: The noun in the singular.
+
+    Example:
+        >>> counted(1, 'batch'), counted(1200, 'batch'), counted(0.5, 'epoch'), counted(2, 'more parameter')
+        ('1 batch', '1,200 batches', '0.5 epochs', '2 more parameters')
+    """
+    amount = f'{number:,}' if isinstance(number, int) else f'{number:,.15g}'
+    return f'{amount} {noun if number == 1 else _plural(noun)}'
+
+
+def _plural(noun: str) -> str:
+    return f'{noun}es' if noun.endswith(('tch', 'sh', 's', 'x')) else f'{noun}s'  # but epochs
+
+
+def _slips_allowed(one: str, other: str) -> int:
+    if max(len(one), len(other)) <= _NO_SLIP:
+        return 0
+    return 1 if min(len(one), len(other)) < _TWO_SLIPS else 2
+
+
+def _slips(one: str, other: str) -> int:
+    """The distance of Damerau and Levenshtein, each letter moved once at most."""
+    above: list[int] = []
+    row = list(range(len(other) + 1))
+    for i, letter in enumerate(one, 1):
+        before, above, row = above, row, [i]
+        for j, its in enumerate(other, 1):
+            best = min(above[j] + 1, row[j - 1] + 1, above[j - 1] + (letter != its))
+            if i > 1 and j > 1 and letter == other[j - 2] and one[i - 2] == its:
+                best = min(best, before[j - 2] + 1)
+            row.append(best)
+    return row[-1]
