@@ -42,7 +42,13 @@ def train(
         Path, typer.Argument(help='A YAML recipe, such as yamls/fashion_mnist.yaml.', show_default=False)
     ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help='key=value, as in algorithms.ema.half_life=100ba', show_default=False)
+        list[str] | None,
+        typer.Argument(
+            metavar='key=value | ~key',
+            help='From left to right: key=value sets a key, as in algorithms.ema.half_life=100ba; ~key drops one, or a '
+            'section. Another name of a model, data set, optimizer or scheduler drops the arguments of the one before.',
+            show_default=False,
+        ),
     ] = None,
     dry_run: Annotated[bool, typer.Option('--dry-run', help='Build everything, train nothing.')] = False,
     seeds: Annotated[str | None, typer.Option(help='Train once per seed, as in 1,2,3, and show one table.')] = None,
@@ -105,8 +111,8 @@ def plot(
     things: Annotated[
         list[str],
         typer.Argument(
-            metavar='RUN_FOLDER... | RECIPE.yaml [key=value]...',
-            help='Run folders, or recipes, each with overrides of the recipes before them; drawn over one another.',
+            metavar='RUN_FOLDER... | RECIPE.yaml [key=value | ~key]...',
+            help='Run folders, or recipes, each followed by its own overrides; drawn over one another.',
             show_default=False,
         ),
     ],
@@ -166,7 +172,7 @@ def _draw_recipes(recipes: list[tuple[Path, list[str]]], axis: Any, batches_per_
     for recipe, name in zip(loaded, names, strict=True):
         bar = functools.partial(track, description=name, console=_error_console(), transient=True)
         previews.append(preview(recipe, name=name, batches_per_epoch=batches_per_epoch, track=bar))
-        show('\n  '.join([name, *map(describe, previews[-1].profiles), *previews[-1].remarks]))
+        show('\n  '.join([name, *recipe.remarks, *map(describe, previews[-1].profiles), *previews[-1].remarks]))
     return draw_previews(previews, axis=axis)
 
 

@@ -99,6 +99,8 @@ def counted(number: float, noun: str) -> str:
 
 
 def _plural(noun: str) -> str:
+    if noun.endswith('ry'):
+        return f'{noun[:-1]}ies'
     return f'{noun}es' if noun.endswith(('tch', 'sh', 's', 'x')) else f'{noun}s'  # but epochs
 
 

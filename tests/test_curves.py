@@ -262,12 +262,13 @@ class TestRecording:
 
 
 class TestArguments:
-    def test_overrides_belong_to_the_recipes_before_them(self):
+    def test_an_override_belongs_to_the_recipe_before_it(self):
         def recipes(*things: str) -> list[tuple[str, list[str]]]:
             return [(str(path), overrides) for path, overrides in sort_arguments(things).recipes]
 
-        assert recipes('a.yaml', 'b.yml', 'x=1', 'y=2') == [('a.yaml', ['x=1', 'y=2']), ('b.yml', ['x=1', 'y=2'])]
+        assert recipes('a.yaml', 'b.yml', 'x=1', 'y=2') == [('a.yaml', []), ('b.yml', ['x=1', 'y=2'])]
         assert recipes('a.yaml', 'x=1', 'a.yaml', 'x=2') == [('a.yaml', ['x=1']), ('a.yaml', ['x=2'])]
+        assert recipes('a.yaml', 'a.yaml', 'x=1', '~y') == [('a.yaml', []), ('a.yaml', ['x=1', '~y'])]
         assert recipes('a.yaml', 'x=1', 'b.yaml') == [('a.yaml', ['x=1']), ('b.yaml', [])]
 
     def test_a_picture_without_a_name_goes_where_its_runs_are(self, tmp_path):

@@ -138,7 +138,7 @@ REFUSED = [
     ('evaluate=[emma]', 'evaluate.0', 'ema'),
     ('evaluate=[ema,ema]', 'evaluate.1', 'twice'),
     ('evaluate=3', 'evaluate', 'must be a list'),
-    ('evaluate={ema: true}', 'evaluate', 'does not fit the recipe'),
+    ('evaluate={ema: true}', 'evaluate', 'must be a list of training and ema'),
     ('algorithms=null', 'evaluate', 'Add ema: {} under algorithms'),
     ('report.target=1', 'report.target', 'target_accuracy'),
     ('report.target_accuracy=90', 'report.target_accuracy', '[0, 1]'),
@@ -529,6 +529,125 @@ class TestLoad:
     )
     def test_evaluate(self, write, evaluate, algorithms, expected):
         assert schema.plan(schema.load(write(evaluate=evaluate, algorithms=algorithms))).evaluate == expected
+
+
+ONE_CYCLE = {'name': 'one_cycle_lr', 'max_lr': 0.3, 'interval': 'batch'}
+STEP = '{name: step_lr, step_size: 3}'
+
+
+class TestOverrides:
+    """From left to right; a changed name drops the arguments of the old one, ``~key`` drops a key."""
+
+    @pytest.fixture
+    def load(self, write) -> Callable[..., schema.Recipe]:
+        variables = {'name': 'mine', 'rate': 0.5, 'sgd': {'name': 'sgd', 'lr': 1.0}, 'one_cycle': 'OneCycleLR'}
+        path = write(scheduler=ONE_CYCLE, variables=variables)
+        return lambda *overrides: schema.load(path, overrides)
+
+    @pytest.mark.parametrize(
+        ('overrides', 'expected'),
+        [
+            (['scheduler={name: cosine_annealing_lr}'], {'name': 'cosine_annealing_lr'}),
+            (['scheduler.name=cosine_annealing_lr'], {'name': 'cosine_annealing_lr'}),
+            (['scheduler={name: step_lr, step_size: 3}'], {'name': 'step_lr', 'step_size': 3}),
+            (['scheduler.name=step_lr', 'scheduler.step_size=3'], {'name': 'step_lr', 'step_size': 3}),
+            (['scheduler={max_lr: 0.1}'], {**ONE_CYCLE, 'max_lr': 0.1}),
+            (['scheduler={name: OneCycleLR, max_lr: 0.1}'], {**ONE_CYCLE, 'name': 'OneCycleLR', 'max_lr': 0.1}),
+            (['scheduler.name=${variables.one_cycle}'], {**ONE_CYCLE, 'name': 'OneCycleLR'}),
+            (['~scheduler.interval'], {'name': 'one_cycle_lr', 'max_lr': 0.3}),
+            (['~scheduler.max_lr=0.3'], {'name': 'one_cycle_lr', 'interval': 'batch'}),
+            (['~scheduler'], None),
+            (['scheduler=null'], None),
+            (['scheduler=null', 'scheduler.name=linear_lr'], {'name': 'linear_lr'}),
+            (['~scheduler', 'scheduler={name: linear_lr}'], {'name': 'linear_lr'}),
+            (['scheduler.max_lr=1', '~scheduler', 'scheduler.name=linear_lr'], {'name': 'linear_lr'}),
+            (['scheduler={name: linear_lr}', 'scheduler.name=one_cycle_lr'], {'name': 'one_cycle_lr'}),
+            (['scheduler.max_lr=1', 'scheduler.max_lr=2'], {**ONE_CYCLE, 'max_lr': 2}),
+            (['scheduler.max_lr=null'], {**ONE_CYCLE, 'max_lr': None}),
+            ([f'scheduler=[{STEP}, {{name: linear_lr}}]', '~scheduler.0'], [{'name': 'linear_lr'}]),
+            ([f'scheduler=[{STEP}]', 'scheduler.0.gamma=0.5'], [{'name': 'step_lr', 'step_size': 3, 'gamma': 0.5}]),
+            ([f'scheduler=[{STEP}]', 'scheduler.0={name: linear_lr}'], [{'name': 'linear_lr'}]),
+            (
+                [f'scheduler={{name: chained, schedulers: [{STEP}]}}', 'scheduler.schedulers.0.name=linear_lr'],
+                {'name': 'chained', 'schedulers': [{'name': 'linear_lr'}]},
+            ),
+        ],
+    )
+    def test_set_merge_replace_and_drop_from_left_to_right(self, load, overrides, expected):
+        assert load(*overrides).values.get('scheduler') == expected
+
+    @pytest.mark.parametrize(
+        ('overrides', 'key', 'expected'),
+        [
+            (['optimizer.name=sgd'], 'optimizer', {'name': 'sgd'}),
+            (['optimizer=${variables.sgd}', 'optimizer.lr=2'], 'optimizer', {'name': 'sgd', 'lr': 2}),
+            (['model.name=mnist1d_mlp'], 'model', {'name': 'mnist1d_mlp'}),
+            (['data={name: mnist1d}'], 'data', {'name': 'mnist1d'}),
+            (['evaluate.0=ema', '~evaluate.1'], 'evaluate', ['ema']),
+            (['evaluate=[ema]'], 'evaluate', ['ema']),
+            (['~algorithms.ema', 'algorithms.swa={}'], 'algorithms', {'swa': {}}),
+            (['algorithms={ema: {seed: 1}}'], 'algorithms', {'ema': {'half_life': '3ba', 'seed': 1}}),
+            (['loggers.mine={name: a, id: b}', 'loggers.mine.name=c'], 'loggers', {'mine': {'name': 'c', 'id': 'b'}}),
+            (['variables={name: a}', '~variables.sgd', '~variables.rate', '~variables.one_cycle'], 'variables', {'name': 'a'}),
+        ],
+    )  # fmt: skip
+    def test_a_name_drops_arguments_only_where_it_says_what_takes_them(self, load, overrides, key, expected):
+        assert load(*overrides).values[key] == expected
+
+    def test_what_was_dropped_is_said_by_name(self, load):
+        said = 'override scheduler.name=linear_lr: drops the arguments of one_cycle_lr: interval=batch, max_lr=0.3'
+        assert load('scheduler.name=linear_lr').remarks == (said,)
+        assert load('scheduler.name=OneCycleLR', 'scheduler.max_lr=3', '~optimizer.lr').remarks == ()
+        rehearsal = run.rehearse(load('scheduler.name=linear_lr'))
+        assert rehearsal.remarks[0] == said
+        assert 'max_lr' not in rehearsal.recipe
+        assert load('scheduler={name: linear_lr}').replace(seed=5).remarks, 'also when trained for several seeds'
+
+    @pytest.mark.parametrize(
+        ('overrides', 'key', 'said'),
+        [
+            (['~scheduler.max_l'], 'scheduler.max_l', "there is no such key. Did you mean 'max_lr'?"),
+            (['~scheduler.gamma'], 'scheduler.gamma', 'there is no such key. scheduler has interval, max_lr, name.'),
+            (['~loggers'], 'loggers', 'there is no such key. the recipe has '),
+            (['~loggers.wandb.name'], 'loggers', 'there is no such key.'),
+            (['~scheduler', '~scheduler'], 'scheduler', 'there is no such key.'),
+            (['~scheduler.max_lr=0.4'], 'scheduler.max_lr', 'is 0.3, and the override'),
+            (['~evaluate.2'], 'evaluate.2', 'the list has 2 entries, and the first one is 0'),
+            (['evaluate.first=ema'], 'evaluate.first', 'the list has 2 entries, and the first one is 0'),
+            (['max_duration.ep=2'], 'max_duration', "is '2ep', which has no keys"),
+            (['scheduler=${nowhere.x}', 'scheduler.max_lr=1'], 'scheduler', "'nowhere.x' not found"),
+            (['scheduler.max_lr=1', 'scheduler.name=linear_lr'], 'scheduler.name', "'scheduler.max_lr=1' before it"),
+            (['+optimizer.eps=1e-6'], '', 'needs no +: key=value also adds a key. Write optimizer.eps=1e-6.'),
+            (['++optimizer.eps=1e-6'], '', 'Write optimizer.eps=1e-6.'),
+            (['other.yaml'], '', 'A run follows one recipe'),
+            (['~'], '', 'or ~key, which drops a key'),
+        ],
+    )  # fmt: skip
+    def test_what_cannot_take_effect_is_refused_by_key(self, load, overrides, key, said):
+        with pytest.raises(RecipeError) as refused:
+            load(*overrides)
+        assert refused.value.key == key
+        assert said in str(refused.value)
+
+    def test_before_the_recipe_has_a_remedy(self):
+        with pytest.raises(RecipeError, match=r'is an override without a recipe before it\. Write RECIPE\.yaml lr=1\.'):
+            schema.load('lr=1')
+
+    def test_the_recorded_recipe_and_a_resumed_run_follow_the_changed_one(self, load, tmp_path):
+        overrides = ['scheduler.name=cosine_annealing_lr', '~optimizer.lr', 'max_duration=2ep', 'autoresume=true']
+        stopped = build(load(*overrides, 'run_name=stopped'), callbacks=[Interrupt(batch=7)])
+        write_beside(stopped.folder / 'recipe.yaml', run.as_yaml(stopped.recipe))
+        with pytest.raises(KeyboardInterrupt):
+            stopped.trainer.fit()
+        stopped.trainer.close()
+        recorded = schema.load(stopped.folder / 'recipe.yaml')
+        assert recorded.values['scheduler'] == {'name': 'cosine_annealing_lr', 'T_max': 2, 'interval': 'epoch'}
+        assert recorded.remarks == ()
+        train(load(*overrides, 'run_name=stopped'), quiet)
+        train(load(*overrides, 'run_name=whole'), quiet)
+        assert lines_of(tmp_path / 'runs/stopped') == lines_of(tmp_path / 'runs/whole')
+        train(schema.load(stopped.folder / 'recipe.yaml', ['run_name=again', '~autoresume']), quiet)
+        assert lines_of(tmp_path / 'runs/again') == lines_of(tmp_path / 'runs/whole')
 
 
 class TestBuild:

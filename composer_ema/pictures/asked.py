@@ -9,6 +9,7 @@ from typing import get_args
 
 from composer_ema.pictures.curves import CURVES
 from composer_ema.pictures.errors import PlotError
+from composer_ema.recipe.command import is_override
 from composer_ema.recipe.outputs import METRICS_FILE, Axis
 
 
@@ -35,8 +36,8 @@ class Asked:
 def sort_arguments(things: Sequence[str]) -> Asked:
     """Sorts arguments into run folders, recipes and overrides.
 
-    An override applies to the recipes before it, back to the previous override: in ``a.yaml b.yaml lr=1`` to both,
-    and ``a.yaml lr=1 a.yaml lr=2`` draws one recipe twice.
+    An override belongs to the recipe before it: ``a.yaml lr=1 a.yaml lr=2`` draws one recipe twice, and in
+    ``a.yaml b.yaml lr=1`` the first keeps its own rate.
 
     Args:
         things: Arguments of the command line. A metrics file stands for its folder.
@@ -46,19 +47,14 @@ def sort_arguments(things: Sequence[str]) -> Asked:
     """
     folders: list[Path] = []
     recipes: list[tuple[Path, list[str]]] = []
-    first, is_closed = 0, False
     for thing in things:
         path = Path(thing)
-        if '=' in thing and not path.exists():
+        if is_override(thing):
             if not recipes:
                 raise PlotError(f'the override {thing!r} has no recipe before it. Write RECIPE.yaml {thing}.')
-            for _, overrides in recipes[first:]:
-                overrides.append(thing)
-            is_closed = True
+            recipes[-1][1].append(thing)
         elif path.suffix.lower() in ('.yaml', '.yml'):
-            first = len(recipes) if is_closed else first
             recipes.append((path, []))
-            is_closed = False
         else:
             folders.append(path.parent if path.name == METRICS_FILE and path.is_file() else path)
     if folders and recipes:

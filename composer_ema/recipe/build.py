@@ -38,7 +38,8 @@ class Run:
         folder: The run folder, which may not exist yet.
         trainer: The Trainer, loaded where the recipe resumes, not yet fitted.
         recorder: The callback that writes the metrics.
-        remarks: Strings and rich renderables to show before training: parameter groups, the schedule.
+        remarks: Strings and rich renderables to show before training: what overrides dropped, parameter groups, the
+            schedule.
     """
 
     recipe: Recipe
@@ -122,7 +123,8 @@ def build(recipe: Recipe, *, scratch: Path | None = None, callbacks: Sequence[Ca
             raise
     length = checked.length(len(data.train))
     resolved = recipe.replace(seed=seed, run_name=run_name, **_schedule_values(recipe, stepped.scheduled))
-    return Run(resolved, checked, folder, trainer, recorder, _remarks(checked, stepped.scheduled, length, optimizer))
+    remarks = [*recipe.remarks, *_remarks(checked, stepped.scheduled, length, optimizer)]
+    return Run(resolved, checked, folder, trainer, recorder, remarks)
 
 
 def blame(checked: Plan, error: Exception) -> Place:

@@ -1,4 +1,4 @@
-"""Reads a recipe file, merges overrides, and checks every key, name and kind of value against signatures.
+"""Reads a recipe file, applies overrides, and checks every key, name and kind of value against signatures.
 
 Nothing here touches data, builds a model or starts a process. A recipe that passes has only legal keys, names that
 exist and values of the right kind; anything else raises one :class:`RecipeError` with the path of the key.
@@ -6,6 +6,7 @@ exist and values of the right kind; anything else raises one :class:`RecipeError
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import re
@@ -22,7 +23,9 @@ from yaml import YAMLError
 
 from composer_ema.recipe import groups, registry, schedules
 from composer_ema.recipe.arguments import Place, RecipeError, check_arguments, check_value, said, signature
+from composer_ema.recipe.command import is_override
 from composer_ema.recipe.named import Named, find, named
+from composer_ema.recipe.overrides import override
 from composer_ema.recipe.registry import Registry
 from composer_ema.recipe.scheduled import Length, Scheduled
 from composer_ema.spans import ArgumentError
@@ -48,8 +51,6 @@ SECTIONS = (
 _BUILT_FROM_SECTIONS = frozenset(
     ('model', 'train_dataloader', 'eval_dataloader', 'algorithms', 'optimizers', 'schedulers', 'callbacks', 'loggers')
 )
-# OmegaConf 2.3 raises IndexError for some keys in brackets, and cannot set an entry of a list by them.
-_OVERRIDE_KEY = re.compile(r'[^\s.\[\]]+(\.[^\s.\[\]]+)*')
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,13 @@ class Recipe:
         source: The file, as the user named it.
         name: The default name of its runs: the file's name without folder and ending.
         values: The content, plain values.
+        remarks: Sentences about what overrides dropped. Default: none.
     """
 
     source: str
     name: str
     values: dict[str, Any]
+    remarks: tuple[str, ...] = ()
 
     @property
     def run_name(self) -> str | None:
@@ -90,7 +93,7 @@ class Recipe:
 
     def replace(self, **values: Any) -> Recipe:
         """A copy with top-level keys replaced."""
-        return Recipe(self.source, self.name, {**self.values, **values})
+        return dataclasses.replace(self, values={**self.values, **values})
 
 
 @dataclass(frozen=True)
@@ -141,11 +144,13 @@ def averages_among(algorithms: Sequence[Named]) -> dict[str, Named]:
 
 
 def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
-    """Reads a recipe, merges ``key=value`` overrides and resolves every ``${...}``.
+    """Reads a recipe, applies overrides from left to right and resolves every ``${...}``.
 
     Args:
         path: The YAML file. Tags that construct Python objects are refused.
-        overrides: OmegaConf's dot list: ``algorithms.ema.half_life=100ba``.
+        overrides: ``key=value`` as in ``algorithms.ema.half_life=100ba``, or ``~key``, which drops a key or a section.
+            In ``model``, ``data``, ``optimizer`` and ``scheduler``, another ``name`` drops the arguments of the one
+            before.
 
     Returns:
         Recipe: Plain values; :func:`plan` checks its keys.
@@ -154,15 +159,17 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: No such file, no YAML, a key given twice, a malformed override, a dangling interpolation.
     """
     place = Place(os.fspath(path))
-    config = _merge(_read(place), overrides, place)
+    values: Any = OmegaConf.to_container(_read(place))
+    values, remarks = override(values, overrides, place)
     try:
+        config = OmegaConf.create(values)
         values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except (OmegaConfBaseException, ValueError) as error:
         key = getattr(error, 'full_key', None) or ''
         raise (place / key if key else place).error(said(error)) from error
     assert isinstance(values, dict)
     _check_is_plain(values, place)
-    return Recipe(place.source, Path(place.source).stem, {str(key): value for key, value in values.items()})
+    return Recipe(place.source, Path(place.source).stem, values, tuple(remarks))
 
 
 def plan(recipe: Recipe) -> Plan:
@@ -215,6 +222,8 @@ def _read(place: Place) -> DictConfig:
     try:
         config = OmegaConf.load(place.source)
     except FileNotFoundError:
+        if is_override(place.source):
+            raise place.error(f'is an override without a recipe before it. Write RECIPE.yaml {place.source}.') from None
         folder = Path(place.source).parent
         others = {path.stem: str(path) for path in sorted(folder.glob('*.yaml'))}
         remedy = suggestion(Path(place.source).stem, others.values(), f'Recipes in {folder}:', spellings=others)
@@ -229,22 +238,6 @@ def _read(place: Place) -> DictConfig:
         raise (place / (error.full_key or '')).error(said(error)) from error
     if not isinstance(config, DictConfig):
         raise place.error('a recipe is a mapping of keys to values, and this file holds a list.')
-    return config
-
-
-def _merge(config: DictConfig, overrides: Sequence[str], place: Place) -> DictConfig:
-    for override in overrides:
-        key, equals, _ = override.partition('=')
-        if not equals or not _OVERRIDE_KEY.fullmatch(key):
-            raise place.error(f'the override {override!r} must have the form key=value, as in max_duration=2ep.')
-        try:
-            merged = OmegaConf.merge(config, OmegaConf.from_dotlist([override]))
-        except YAMLError as error:
-            raise (place / key).error(f'the override {override!r} is not legal YAML: {said(error)}.') from error
-        except (OmegaConfBaseException, TypeError, ValueError) as error:
-            raise (place / key).error(f'the override {override!r} does not fit the recipe: {said(error)}.') from error
-        assert isinstance(merged, DictConfig)
-        config = merged
     return config
 
 
