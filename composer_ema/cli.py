@@ -170,7 +170,10 @@ def _draw_recipes(recipes: list[tuple[Path, list[str]]], axis: Any, batches_per_
     names = distinct_names(loaded, [overrides for _, overrides in recipes])
     previews = []
     for recipe, name in zip(loaded, names, strict=True):
-        bar = functools.partial(track, description=name, console=_error_console(), transient=True)
+        console = _error_console()
+        bar = functools.partial(track, description=name, console=console, transient=True)
+        # Off the terminal, rich leaves an empty line.
+        bar = bar if console.is_terminal else iter
         previews.append(preview(recipe, name=name, batches_per_epoch=batches_per_epoch, track=bar))
         show('\n  '.join([name, *recipe.remarks, *map(describe, previews[-1].profiles), *previews[-1].remarks]))
     return draw_previews(previews, axis=axis)

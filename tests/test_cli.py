@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import ast
 import configparser
+import contextlib
+import fcntl
 import json
 import os
+import pty
 import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +22,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from composer.loggers import ConsoleLogger, ProgressBarLogger
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from composer_ema import cli, load_average
+from composer_ema.recipe.progress import progress_of
 
 PACKAGE = Path(cli.__file__).parent
 TINY = {
@@ -76,9 +83,75 @@ def test_train_shows_the_table_and_the_folder(call, recipe, tmp_path):
     assert 'cost of the average:' in out
     assert 'measured over 10 batches' in out
     assert out.rstrip().endswith(f'run folder: {tmp_path}/runs/tiny')
-    assert 'Epoch   0:' in err, "Composer's progress bar shows"
-    assert 'Traceback' not in err
-    assert 'warn' not in err.lower()
+    assert [line.split(': ')[0] for line in err.splitlines()] == ['epoch 1 of 1, batch 10'], 'no bars, and no warnings'
+    assert ', eval_ema/CrossEntropy ' in err
+
+
+class TestProgress:
+    @staticmethod
+    def heads(err: str) -> list[str]:
+        return [line.split(': ')[0] for line in err.splitlines()]
+
+    @pytest.mark.parametrize(
+        ('overrides', 'heads'),
+        [
+            (['max_duration=2ep'], ['epoch 1 of 2, batch 10', 'epoch 2 of 2, batch 20']),
+            (['max_duration=1ep', 'eval_interval=5ba'], ['epoch 0.5 of 1, batch 5', 'epoch 1 of 1, batch 10']),
+            (['max_duration=15ba'], ['batch 10 of 15', 'batch 15 of 15']),
+            (['max_duration=1ep', 'evaluate=[]'], ['epoch 1 of 1, batch 10']),
+            (['max_duration=80sp', 'console_stream=stderr'], ['sample 80 of 80, batch 10']),
+            (['max_duration=1ep', 'progress_bar=false'], []),
+        ],
+    )
+    def test_off_the_terminal_it_is_a_line_per_epoch_or_evaluation(self, call, recipe, overrides, heads):
+        code, _, err = call('train', recipe, *overrides)
+        assert code == 0
+        assert self.heads(err) == heads
+
+    @pytest.mark.parametrize(
+        ('override', 'said'),
+        [
+            ('progress_bar=true', 'Epoch   0:'),
+            ('log_to_console=true', '[epoch=1][batch=10/10]'),
+        ],
+    )
+    def test_what_the_recipe_asks_for_wins(self, call, recipe, override, said):
+        code, _, err = call('train', recipe, 'max_duration=1ep', override)
+        assert code == 0
+        assert said in err
+        assert 'epoch 1 of 1' not in err
+
+    @pytest.mark.parametrize('logger', [ProgressBarLogger, ConsoleLogger])
+    def test_a_logger_that_shows_it_is_left_alone(self, logger):
+        assert progress_of({}, [logger(stream=sys.stderr)]) == ({}, [])
+
+    def test_it_goes_where_the_console_stream_goes(self, call, recipe):
+        code, out, err = call('train', recipe, 'max_duration=1ep', 'console_stream=stdout')
+        assert (code, err) == (0, '')
+        assert out.startswith('epoch 1 of 1, batch 10: loss/train/total ')
+
+    def test_on_a_terminal_bars_show_and_a_run_resumes_with_the_other_without_a_warning(self, call, recipe, tmp_path):
+        terminal, its_side = pty.openpty()
+        fcntl.ioctl(its_side, termios.TIOCSWINSZ, struct.pack('4H', 24, 120, 0, 0))
+        command = ['train', recipe, 'run_name=here', 'autoresume=true']
+        words = [sys.executable, '-m', 'composer_ema.cli', *map(str, command), 'max_duration=1ep']
+        process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=its_side)
+        os.close(its_side)
+        shown = b''
+        with contextlib.suppress(OSError):  # the other side is closed
+            while part := os.read(terminal, 4096):
+                shown += part
+        os.close(terminal)
+        assert process.wait(timeout=60) == 0, shown
+        assert b'Epoch   0:' in shown
+        assert b'epoch 1 of 1' not in shown
+        code, _, err = call(*command, 'max_duration=2ep')
+        assert (code, self.heads(err)) == (0, ['epoch 2 of 2, batch 20'])
+
+    def test_nothing_is_left_of_it_by_a_rehearsal_or_a_plot(self, call, recipe, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        assert call('train', recipe, '--dry-run')[::2] == (0, '')
+        assert call('plot', recipe)[::2] == (0, '')
 
 
 def test_dry_run_shows_the_resolved_recipe_and_what_was_built_and_leaves_nothing(call, recipe, tmp_path):

@@ -533,6 +533,7 @@ class TestLoad:
 
 ONE_CYCLE = {'name': 'one_cycle_lr', 'max_lr': 0.3, 'interval': 'batch'}
 STEP = '{name: step_lr, step_size: 3}'
+DROPS = ['~variables.sgd', '~variables.rate', '~variables.one_cycle']
 
 
 class TestOverrides:
@@ -588,7 +589,7 @@ class TestOverrides:
             (['~algorithms.ema', 'algorithms.swa={}'], 'algorithms', {'swa': {}}),
             (['algorithms={ema: {seed: 1}}'], 'algorithms', {'ema': {'half_life': '3ba', 'seed': 1}}),
             (['loggers.mine={name: a, id: b}', 'loggers.mine.name=c'], 'loggers', {'mine': {'name': 'c', 'id': 'b'}}),
-            (['variables={name: a}', '~variables.sgd', '~variables.rate', '~variables.one_cycle'], 'variables', {'name': 'a'}),
+            (['variables={name: a}', *DROPS], 'variables', {'name': 'a'}),
         ],
     )  # fmt: skip
     def test_a_name_drops_arguments_only_where_it_says_what_takes_them(self, load, overrides, key, expected):

@@ -20,6 +20,7 @@ from composer_ema.recipe.fitting import Fitted, fit
 from composer_ema.recipe.loaded import check_loaded, latest_checkpoint
 from composer_ema.recipe.named import REFUSALS, Named
 from composer_ema.recipe.outputs import CHECKPOINT_FOLDER, METRICS_FILE
+from composer_ema.recipe.progress import other_progress_may_resume, progress_of
 from composer_ema.recipe.recorder import Recorder
 from composer_ema.recipe.scheduled import Length, Scheduled
 from composer_ema.recipe.schema import Plan, Recipe, plan
@@ -95,8 +96,10 @@ def build(recipe: Recipe, *, scratch: Path | None = None, callbacks: Sequence[Ca
         )
     stepped = stepped or _fit(checked, len(data.train), model, optimizer)
     recorder = Recorder(folder / METRICS_FILE if scratch is None else None)
+    progress, lines = progress_of(checked.trainer, loggers) if scratch is None else ({'progress_bar': False}, [])
     arguments = {
         **_trainer_arguments(checked.trainer, folder, scratch),
+        **progress,
         'seed': seed,
         'run_name': run_name,
         'model': model,
@@ -106,12 +109,12 @@ def build(recipe: Recipe, *, scratch: Path | None = None, callbacks: Sequence[Ca
         'schedulers': stepped.schedulers,
         'algorithms': algorithms,
         'callbacks': [recorder, *stepped.callbacks, *callbacks],
-        'loggers': [recorder.collector, *(loggers if scratch is None else [])],
+        'loggers': [recorder.collector, *lines, *(loggers if scratch is None else [])],
     }
     if stepped.every_batch is not None:
         arguments['step_schedulers_every_batch'] = stepped.every_batch
     settings = stepped.settings()
-    with _no_empty_folders_left(folder / CHECKPOINT_FOLDER, folder, folder.parent):
+    with _no_empty_folders_left(folder / CHECKPOINT_FOLDER, folder, folder.parent), other_progress_may_resume():
         try:
             trainer = Trainer(**arguments)
         except REFUSALS as error:

@@ -155,7 +155,7 @@ class Recorder(Callback):
             return
         time = state.timestamp
         line: dict[str, Any] = {
-            'epoch': _epochs(state),
+            'epoch': epochs_done(state),
             'batch': int(time.batch),
             'sample': int(time.sample),
             **metrics,
@@ -201,7 +201,7 @@ def _seconds_in_updates(state: State) -> float:
     return sum(getattr(algorithm, 'update_seconds', 0.0) for algorithm in state.algorithms)
 
 
-def _epochs(state: State) -> float:
+def epochs_done(state: State) -> float:
     """Epochs done, with the running one as the share of its batches that are done."""
     running = int(state.timestamp.batch_in_epoch)
     length = int(state.dataloader_len) if state.dataloader_len is not None else None
