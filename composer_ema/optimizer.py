@@ -35,6 +35,7 @@ from composer_ema.model.untraced import aside, is_traced, untraced
 from composer_ema.settings import OptimizerSettings, Settings, takes_settings
 from composer_ema.shadow import state as states
 from composer_ema.shadow.shadow_model import ShadowModel
+from composer_ema.wording import counted
 from composer_ema.wrapper import OptimizerWrapper, ParameterGroups
 
 #: Version of what :meth:`EMAOptimizer.ema_state_dict` returns. Version 1 is still read.
@@ -318,7 +319,7 @@ class EMAOptimizer(OptimizerWrapper):
 
     def __repr__(self) -> str:
         arguments = ', '.join(f'{name}={value}' for name, value in self._average.arguments.items() if value is not None)
-        return f'{type(self).__name__} ({arguments}, {self.num_steps} steps) of {self._optimizer!r}'
+        return f'{type(self).__name__} ({arguments}, {counted(self.num_steps, "step")}) of {self._optimizer!r}'
 
     def _refuse_while_swapped(self, what: str) -> None:
         if self._average.shadow.is_swapped:

@@ -17,6 +17,8 @@ UNITS = {
     'tok': 'tokens',
     'dur': 'share of the run',
 }
+#: The same in the singular, for :func:`composer_ema.wording.counted`; a share of the run is not counted.
+NOUNS = {'iter': 'iteration', 'ep': 'epoch', 'ba': 'batch', 'sp': 'sample', 'tok': 'token'}
 #: Units that a part of may have passed; batches, samples and tokens come whole.
 FRACTIONAL_UNITS = frozenset({'iter', 'ep', 'dur'})
 

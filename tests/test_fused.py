@@ -220,7 +220,7 @@ def test_foreach_refuses_what_would_take_a_second_pass_and_the_description_says_
     shadow, source = torch.zeros(2), torch.ones(2)
     said = kernels.describe([[shadow]], [source], rules=Rules(skip_nonfinite=True))
     assert said == (
-        '1 tensors by reference (no fused: Triton runs on CUDA devices, not on cpu, '
+        '1 tensor by reference (no fused: Triton runs on CUDA devices, not on cpu, '
         'no foreach: skipping non-finite weights would take a second pass)'
     )
 

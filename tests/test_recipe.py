@@ -651,6 +651,12 @@ class TestOverrides:
         assert lines_of(tmp_path / 'runs/again') == lines_of(tmp_path / 'runs/whole')
 
 
+def test_a_time_longer_than_a_run_of_one_epoch_speaks_of_one_epoch(write):
+    overrides = ['max_duration=1ep', 'algorithms.ema.half_life=3ep', 'algorithms.ema.update_interval=1ba']
+    with pytest.warns(UserWarning, match=r'longer than the run of 1 epoch: '):
+        train(schema.load(write(), overrides), quiet)
+
+
 class TestBuild:
     @pytest.fixture
     def black_pictures(self, monkeypatch):

@@ -1115,7 +1115,7 @@ def test_the_repr_tells_size_dtype_device_and_updates(net):
     text = repr(shadow)
     assert '6 parameters of 34 elements' in text
     assert 'bfloat16 on cpu' in text
-    assert '1 updates' in text
+    assert '1 update)' in text
 
 
 def test_resolve_checks_a_model_before_the_first_update(net):

@@ -224,9 +224,7 @@ def test_a_learning_rate_in_a_tensor_is_set_in_place(trainer):
 
 
 def test_as_many_learning_rates_as_groups(trainer):
-    with pytest.raises(
-        ValueError, match=r'gives 2 learning rates, but the optimizer has 1 parameter groups\. Pass one'
-    ):
+    with pytest.raises(ValueError, match=r'gives 2 learning rates, but the optimizer has 1 parameter group\. Pass one'):
         trainer([SWA('1ep', swa_lr=[0.1, 0.2])], max_duration='3ep').fit()
 
 

@@ -15,6 +15,7 @@ from composer_ema.kernels import foreach, fused, reference
 from composer_ema.kernels.backend import Backend, Steps
 from composer_ema.kernels.layout import Pair, grouped
 from composer_ema.kernels.rules import Rules, is_inexact
+from composer_ema.wording import counted
 
 #: The backends by name, fastest first.
 BACKENDS: Mapping[str, Backend] = {'fused': fused, 'foreach': foreach, 'reference': reference}
@@ -125,7 +126,7 @@ def describe(
             name, refusals = _choose(_shadows_of(index, averages), source, backend, rules or Rules())
             counts[name, tuple(f'no {other}: {reason}' for other, reason in refusals.items())] += 1
     return '; '.join(
-        f'{count} tensors by {name}' + (f' ({", ".join(reasons)})' if reasons else '')
+        f'{counted(count, "tensor")} by {name}' + (f' ({", ".join(reasons)})' if reasons else '')
         for (name, reasons), count in counts.items()
     )
 

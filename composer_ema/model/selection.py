@@ -10,6 +10,7 @@ from torch import Tensor
 from composer_ema.kernels.rules import is_inexact
 from composer_ema.model.names import listed
 from composer_ema.spans import ArgumentError
+from composer_ema.wording import counted
 
 
 class Selection:
@@ -34,8 +35,9 @@ class Selection:
             for pattern in patterns:
                 if not any(pattern.search(name) for name in names):
                     raise ArgumentError(
-                        f'{argument} pattern {pattern.pattern!r} matches none of the {len(names)} names of the model, '
-                        f'which begin with {listed(names)}. Correct it or leave it out.',
+                        f'{argument} pattern {pattern.pattern!r} matches none of the '
+                        f'{counted(len(names), "name")} of the model, which begin with {listed(names)}. '
+                        'Correct it or leave it out.',
                         argument,
                     )
         if names and not any(name in self for name in names):

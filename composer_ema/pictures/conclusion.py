@@ -15,6 +15,7 @@ from composer_ema.pictures.errors import PlotError
 from composer_ema.pictures.report import Result
 from composer_ema.pictures.runs import draw_runs
 from composer_ema.pictures.writing import write
+from composer_ema.wording import counted
 
 if TYPE_CHECKING:
     from composer_ema.recipe.run import Outcome, Rehearsal
@@ -58,7 +59,7 @@ def of_seeds(recipe: Recipe, results: Sequence[Result], show: Callable[[Any], No
     path = Path(recipe.values.get('runs_folder') or 'runs') / f'{name}-seeds.md'
     if dist.get_global_rank() == 0:
         write_beside(path, markdown)
-    show(report.seeds_table(results, title=f'{name}, {len(results)} seeds'))
+    show(report.seeds_table(results, title=f'{name}, {counted(len(results), "seed")}'))
     show(markdown)
     show(f'the same table as Markdown: {path}')
 

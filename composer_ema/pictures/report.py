@@ -11,6 +11,7 @@ from rich.table import Table
 
 from composer_ema.pictures.curves import Point, evaluations, first_reaching
 from composer_ema.pictures.weights import TRAINING, averages, in_words
+from composer_ema.wording import counted
 
 if TYPE_CHECKING:  # it imports Composer, which a reader of finished runs need not wait for
     from composer_ema.recipe.run import Outcome
@@ -94,7 +95,9 @@ def summary(outcome: Result) -> str:
         for label, words in in_words(outcome.points).items()
     ]
     if outcome.update_share is not None:
-        share = f'{100 * outcome.update_share:.2f} % of step time, measured over {outcome.num_batches} batches'
+        share = (
+            f'{100 * outcome.update_share:.2f} % of step time, measured over {counted(outcome.num_batches, "batch")}'
+        )
         lines.append(f'cost of the average{"s" * (len(averages(outcome.points)) > 1)}: {share}')
     return '\n'.join(lines)
 

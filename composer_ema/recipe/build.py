@@ -24,6 +24,7 @@ from composer_ema.recipe.progress import other_progress_may_resume, progress_of
 from composer_ema.recipe.recorder import Recorder
 from composer_ema.recipe.scheduled import Length, Scheduled
 from composer_ema.recipe.schema import Plan, Recipe, plan
+from composer_ema.wording import counted
 from composer_ema.zoo.dataset import Data
 
 DEFAULT_SEED = 0
@@ -91,7 +92,8 @@ def build(recipe: Recipe, *, scratch: Path | None = None, callbacks: Sequence[Ca
     _check_fit(model, data, checked.model.place)
     if extent is not None and extent.batches != len(data.train):
         raise checked.data.place.error(
-            f'{checked.data.name} is registered with {extent.samples} samples, {extent.batches} batches an epoch, and '
+            f'{checked.data.name} is registered with {counted(extent.samples, "sample")}, '
+            f'{counted(extent.batches, "batch")} an epoch, and '
             f'its loader has {len(data.train)}. Correct what samples= of its registration returns.'
         )
     stepped = stepped or _fit(checked, len(data.train), model, optimizer)

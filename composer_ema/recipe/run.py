@@ -17,6 +17,7 @@ from composer_ema.files import write_beside
 from composer_ema.recipe.build import Run, blame, build
 from composer_ema.recipe.outputs import RECIPE_FILE
 from composer_ema.recipe.schema import Recipe
+from composer_ema.wording import counted
 
 
 @dataclass(frozen=True)
@@ -164,8 +165,8 @@ def _parts(run: Run) -> dict[str, str]:
     size = sum(parameter.numel() for parameter in state.model.parameters())
     kinds = (('algorithms', plan.algorithms), ('callbacks', plan.callbacks), ('loggers', plan.loggers))
     return {
-        'model': f'{plan.model.name}, {size:,} parameters',
-        'data': f'{plan.data.name}, {int(state.dataloader_len or 0)} batches per epoch',
+        'model': f'{plan.model.name}, {counted(size, "parameter")}',
+        'data': f'{plan.data.name}, {counted(int(state.dataloader_len or 0), "batch")} per epoch',
         'optimizer': ', '.join(type(each).__name__ for each in state.optimizers),
         'scheduler': ', '.join(each.name for each in plan.schedulers) or 'none: a constant learning rate',
         **{kind: ', '.join(each.name for each in entries) or 'none' for kind, entries in kinds},

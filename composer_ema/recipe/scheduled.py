@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import (
 from composer_ema.recipe.arguments import Place
 from composer_ema.recipe.named import Named
 from composer_ema.recipe.stepping import Interval
+from composer_ema.wording import counted
 
 #: Keys of a scheduler in a recipe that are no arguments of its class.
 INNER, INTERVAL, METRIC = 'schedulers', 'interval', 'metric'
@@ -150,8 +151,9 @@ class Scheduled:
             total = given.get('total_steps') or given['epochs'] * given['steps_per_epoch']
             if total < steps:
                 raise self.place.error(
-                    f'OneCycleLR ends after {total} steps and the run has {steps}, counted by {self.interval}. '
-                    'Leave out total_steps, epochs and steps_per_epoch: the length of the run gives them.'
+                    f'OneCycleLR ends after {counted(total, "step")} and the run has {steps}, counted by '
+                    f'{self.interval}. Leave out total_steps, epochs and steps_per_epoch: '
+                    'the length of the run gives them.'
                 )
 
     def beyond(self, length: Length) -> list[str]:
@@ -192,8 +194,8 @@ class Scheduled:
         ]
         other = 'epoch' if self.interval == 'batch' else 'batch'
         own = (
-            f'{self.name}: {", ".join(late)} goes beyond the {steps:,} steps that it has in this run, counted by '
-            f'{self.interval}. Should it count by {other}, write interval: {other}.'
+            f'{self.name}: {", ".join(late)} goes beyond the {counted(steps, "step")} that it has in this run, counted '
+            f'by {self.interval}. Should it count by {other}, write interval: {other}.'
         )
         inner = [
             part for each, share in zip(self.inner, self._shares(steps), strict=True) for part in each._beyond(share)
@@ -206,7 +208,7 @@ class Scheduled:
         if time is None or time.unit not in (TimeUnit.EPOCH, TimeUnit.BATCH):
             return []
         batches = time.value * (length.batches_per_epoch if time.unit == TimeUnit.EPOCH else 1)
-        beyond = f'{self.name}: t_warmup={warmup} goes beyond the {length.batches:,} batches of the run.'
+        beyond = f'{self.name}: t_warmup={warmup} goes beyond the {counted(length.batches, "batch")} of the run.'
         return [beyond] if batches > length.batches else []
 
     def _open_span(self) -> str | None:

@@ -25,7 +25,7 @@ from composer_ema.recipe.arguments import Place, check_arguments
 from composer_ema.recipe.named import Named, find, named
 from composer_ema.recipe.scheduled import INNER, INTERVAL, METRIC, SPAN, Scheduled
 from composer_ema.recipe.stepping import SWALR, Interval
-from composer_ema.wording import suggestion
+from composer_ema.wording import counted, suggestion
 
 _EVERY_BATCH = 'step_schedulers_every_batch'
 #: Arguments by which torch divides.
@@ -136,7 +136,9 @@ def _check_milestones(milestones: Any, num_inner: int, place: Place) -> None:
             f'must be whole numbers that rise, at each of which the next one takes over, got {milestones}.'
         )
     if len(milestones) != num_inner - 1:
-        raise place.error(f'must be one fewer than the {num_inner} schedulers, got {len(milestones)}: {milestones}.')
+        raise place.error(
+            f'must be one fewer than the {counted(num_inner, "scheduler")}, got {len(milestones)}: {milestones}.'
+        )
 
 
 def _check_counts(arguments: Mapping[str, Any], place: Place) -> None:

@@ -20,6 +20,7 @@ from composer_ema.kernels.rules import is_inexact
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import listed
 from composer_ema.model.sharding import unwrap
+from composer_ema.wording import counted
 
 
 class Average(Protocol):
@@ -156,9 +157,8 @@ class Loan:
             live = Inventory.of(module).tensors()
             gone = sorted(name for name in guest.slots if name in guest.average.parameters and name not in live)
             if gone:
-                raise RuntimeError(
-                    f'the model has lost {gone[0]} and {len(gone) - 1} more parameters since it was swapped in.'
-                )
+                more = f' and {counted(len(gone) - 1, "more parameter")}' if len(gone) > 1 else ''
+                raise RuntimeError(f'the model has lost {gone[0]}{more} since it was swapped in.')
 
     def _targets(self) -> dict[int, dict[int, Tensor]]:
         """For each slot the tensors that have its place in the modules now, each once."""

@@ -14,6 +14,7 @@ from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import listed
 from composer_ema.model.selection import Selection
 from composer_ema.settings import Settings, check_device_is_here
+from composer_ema.wording import counted
 
 
 class Storage:
@@ -222,8 +223,9 @@ class Storage:
         dtypes = sorted({str(tensor.dtype).removeprefix('torch.') for tensor in self.parameters.values()})
         devices = sorted({str(tensor.device) for tensor in self.parameters.values()})
         return (
-            f'ShadowModel({len(self.parameters)} parameters of {count:,} elements, {len(self.buffers)} buffers, '
-            f'{size / 2**20:,.1f} MiB, {"/".join(dtypes)} on {"/".join(devices)}, {self.num_updates} updates)'
+            f'ShadowModel({counted(len(self.parameters), "parameter")} of {counted(count, "element")}, '
+            f'{counted(len(self.buffers), "buffer")}, {size / 2**20:,.1f} MiB, '
+            f'{"/".join(dtypes)} on {"/".join(devices)}, {counted(self.num_updates, "update")})'
         )
 
     def _dtype_for(self, source: Tensor) -> torch.dtype:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from composer_ema.spans import ArgumentError, Span
+from composer_ema.wording import counted
 
 Strategy = Literal['linear', 'cos']
 
@@ -59,7 +60,8 @@ class Annealing:
         count = len(_groups(optimizers))
         if isinstance(self._final, list) and len(self._final) != count:
             raise ArgumentError(
-                f'swa_lr gives {len(self._final)} learning rates, but the optimizer has {count} parameter groups. '
+                f'swa_lr gives {counted(len(self._final), "learning rate")}, but the optimizer has '
+                f'{counted(count, "parameter group")}. '
                 'Pass one for each, or a single number for all.',
                 'swa_lr',
             )

@@ -207,16 +207,3 @@ def _samples_per_epoch(state: State) -> int | None:
     if isinstance(batch_size, int) and state.dataloader_len is not None:  # a subset, or a last batch that is dropped
         return min(len(dataset), state.dataloader_len.value * batch_size * dist.get_world_size())
     return len(dataset)
-
-
-def words(unit: str, count: float = 0) -> str:
-    """The unit in words, for messages: in the singular where there is one of it.
-
-    Example:
-        >>> words('ep'), words('ep', 1)
-        ('epochs', 'epoch')
-    """
-    return _ONE.get(unit, UNITS[unit]) if count == 1 else UNITS[unit]
-
-
-_ONE = {'iter': 'iteration', 'ep': 'epoch', 'ba': 'batch', 'sp': 'sample', 'tok': 'token'}

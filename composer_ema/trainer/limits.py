@@ -11,11 +11,11 @@ from typing import Any
 from composer.core import Algorithm, Event, State
 
 from composer_ema.model.sharding import is_sharded
-from composer_ema.spans import ArgumentError
+from composer_ema.spans import NOUNS, ArgumentError
 from composer_ema.trainer.clock import TimeArgument, knows_fractions, run_length, words
 from composer_ema.trainer.due import Interval, Start
 from composer_ema.trainer.evaluation import PREDICT
-from composer_ema.wording import suggestion
+from composer_ema.wording import counted, suggestion
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def _warn_if_longer(time: TimeArgument, effect: str, state: State) -> None:
     length = run_length(span.unit, state)
     if length is not None and span.value > length:
         warn(
-            f'{time} is longer than the run of {length:g} {words(span.unit, float(f"{length:g}"))}: {effect}. '
+            f'{time} is longer than the run of {counted(length, NOUNS[span.unit])}: {effect}. '
             f"Pass a shorter {time.name}, for example a share of the run such as {time.name}='0.1dur'."
         )
 

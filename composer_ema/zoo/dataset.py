@@ -17,6 +17,7 @@ from composer.utils import dist
 from torch.utils.data import DataLoader
 
 from composer_ema.spans import ArgumentError
+from composer_ema.wording import counted
 from composer_ema.zoo.checks import check_whole
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -117,7 +118,7 @@ class Batching:
         """Raises an ArgumentError where the only batch of an epoch would be dropped."""
         if self.drop_last and self.batch_size > samples:
             raise ArgumentError(
-                f'batch_size must not exceed the {samples} training samples with drop_last, '
+                f'batch_size must not exceed the {counted(samples, "training sample")} with drop_last, '
                 f'got {self.batch_size}: every batch would be dropped. Pass drop_last=False or a smaller batch_size.',
                 'batch_size',
             )
