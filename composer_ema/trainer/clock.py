@@ -13,7 +13,7 @@ from typing import Any
 from composer.core import State, Time, Timestamp
 from composer.utils import dist
 
-from composer_ema.spans import UNITS, ArgumentError, Span
+from composer_ema.spans import ArgumentError, Span
 
 #: The units that a clock counts. A share of the run, ``dur``, is measured in the unit of ``max_duration``.
 CLOCK_UNITS = ('iter', 'ep', 'ba', 'sp', 'tok')

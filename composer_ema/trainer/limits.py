@@ -11,8 +11,8 @@ from typing import Any
 from composer.core import Algorithm, Event, State
 
 from composer_ema.model.sharding import is_sharded
-from composer_ema.spans import NOUNS, ArgumentError
-from composer_ema.trainer.clock import TimeArgument, knows_fractions, run_length, words
+from composer_ema.spans import NOUNS, UNITS, ArgumentError
+from composer_ema.trainer.clock import TimeArgument, knows_fractions, run_length
 from composer_ema.trainer.due import Interval, Start
 from composer_ema.trainer.evaluation import PREDICT
 from composer_ema.wording import counted, suggestion
@@ -65,7 +65,7 @@ def _check_time(limit: Limit, state: State) -> None:
         is_whole = interval.event is not Event.BATCH_END and resolved.unit == interval.span.unit
     if not is_whole and not knows_fractions(resolved.unit, state):
         raise ArgumentError(
-            f'{time} needs parts of {words(resolved.unit)}, but the dataloader has no length. '
+            f'{time} needs parts of {UNITS[resolved.unit]}, but the dataloader has no length. '
             'Pass batches or samples, or set train_subset_num_batches.',
             time.name,
         )
@@ -95,7 +95,7 @@ def warn_of_rare_updates(half_life: TimeArgument, interval: Interval, state: Sta
         effect = f', at most {count} {"time" if count == 1 else "times"} in this run of {batches:g} batches'
         remedy = f" or half_life='{in_batches}ba'"
     warn(
-        f'{half_life} without an update_interval updates the average once an {words(unit, 1)}{effect}. Pass '
+        f'{half_life} without an update_interval updates the average once an {NOUNS[unit]}{effect}. Pass '
         f"update_interval='1ba'{remedy} to average every batch, or update_interval='{interval.span}' to keep it so."
     )
 
