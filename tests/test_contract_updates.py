@@ -61,8 +61,10 @@ def test_an_update_walks_no_module_and_allocates_nothing(trainer, monkeypatch, d
     written_in_place = {
         'aten._foreach_lerp_.Scalar', 'aten._foreach_copy_.default', 'aten.lerp_.Scalar', 'aten.cat.out'
     }  # fmt: skip
+    # On a CPU the sum of averaged buffers tells whether they are finite.
+    finite = {'aten.sum.IntList_out', 'aten._local_scalar_dense.default'} if buffers == 'average' else set()
     assert operations.names
-    assert set(operations.names) <= written_in_place, operations.names
+    assert set(operations.names) <= written_in_place | finite, operations.names
 
 
 def advance(state) -> None:

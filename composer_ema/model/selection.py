@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
-from composer_ema.kernels.rules import is_inexact
 from composer_ema.model.names import listed
 from composer_ema.spans import ArgumentError
 from composer_ema.wording import counted
@@ -55,9 +54,13 @@ def check_buffer_patterns(patterns: Iterable[tuple[re.Pattern[str], str]], buffe
                 f'buffers pattern {pattern.pattern!r} matches nothing: the model {has}. Correct it or leave it out.'
             )
             raise ArgumentError(message, 'buffers')
-        if mode == 'average' and not any(is_inexact(buffers[name]) for name in found):
+        if mode == 'average' and not any(map(_is_inexact, (buffers[name] for name in found))):
             raise ArgumentError(
                 f'buffers pattern {pattern.pattern!r} averages nothing: {listed(found)} holds whole numbers, which are '
                 'copied. Leave it out.',
                 'buffers',
             )
+
+
+def _is_inexact(buffer: Tensor) -> bool:
+    return buffer.is_floating_point() or buffer.is_complex()
