@@ -6,10 +6,11 @@ not averaged.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from numbers import Real
 from typing import Any, Literal
 
@@ -34,6 +35,7 @@ from composer_ema.model.sharding import refuse_sharded, unwrap
 from composer_ema.model.untraced import aside, is_traced, untraced
 from composer_ema.settings import OptimizerSettings, Settings, takes_settings
 from composer_ema.shadow import state as states
+from composer_ema.shadow.interrupts import Block
 from composer_ema.shadow.shadow_model import ShadowModel
 from composer_ema.wording import counted
 from composer_ema.wrapper import OptimizerWrapper, ParameterGroups
@@ -217,9 +219,10 @@ class EMAOptimizer(OptimizerWrapper):
             self._average.refresh()
         return self._average.shadow
 
-    @contextmanager
-    def swap_ema_weights(self, enabled: bool = True) -> Iterator[None]:
+    def swap_ema_weights(self, enabled: bool = True) -> AbstractContextManager[None]:
         """Puts the average into the model for the block, then restores every bit of the training weights.
+
+        After an interrupt, too; see :meth:`ShadowModel.swapped`.
 
         Args:
             enabled: whether to swap at all. Default: True.
@@ -228,15 +231,20 @@ class EMAOptimizer(OptimizerWrapper):
             RuntimeError: the model holds the average already.
         """
         if not enabled:
-            yield
-            return
-        if self._average.shadow.is_swapped:
-            raise RuntimeError(
-                'the model holds the average already. Leave the outer swap_ema_weights block first, or pass '
-                'enabled=False to the inner one.'
-            )
-        with self.shadow.swapped(self._module):
-            yield
+            return nullcontext()
+        shadow = self._average.shadow
+        lent = shadow.swapped(self._module)
+
+        def enter() -> None:
+            if shadow.is_swapped:
+                raise RuntimeError(
+                    'the model holds the average already. Leave the outer swap_ema_weights block first, or pass '
+                    'enabled=False to the inner one.'
+                )
+            self._average.refresh()
+            lent.__enter__()
+
+        return Block(enter, functools.partial(lent.__exit__, None, None, None))
 
     @untraced
     def ema_state_dict(self) -> dict[str, Any]:

@@ -4,11 +4,16 @@ import copy
 import gc
 import io
 import itertools
+import os
 import pickle
+import random
+import signal
 import sys
 import threading
+import time
+import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -523,6 +528,306 @@ def test_an_interrupt_while_the_average_leaves_finishes_the_return(monkeypatch):
         shadow.swap_out(net)
     assert bits(net) == before
     assert not shadow.is_swapped
+
+
+@pytest.mark.parametrize('when', ['in', 'out'])
+def test_a_signal_while_the_values_move_is_raised_when_all_is_as_it_was(monkeypatch, when):
+    net = Net()
+    before = bits(net)
+    shadow = average_of(net, 1.0)
+    real = torch._foreach_copy_
+
+    def copy(*tensors):
+        real(*tensors)
+        monkeypatch.setattr(torch, '_foreach_copy_', real)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def block() -> None:
+        if when == 'in':
+            monkeypatch.setattr(torch, '_foreach_copy_', copy)
+        with shadow.swapped(net):
+            monkeypatch.setattr(torch, '_foreach_copy_', copy)
+
+    with pytest.raises((KeyboardInterrupt, SystemExit)):  # Composer, once imported, makes the latter of it
+        block()
+    assert not shadow.is_swapped
+    assert not loan.borrowers(net)
+    assert bits(net) == before
+
+
+@pytest.mark.parametrize('then', ['swap out', 'update', 'recall'])
+def test_training_weights_that_could_not_be_copied_back_return_with_the_next_call(monkeypatch, then):
+    net = Net()
+    before = bits(net)
+    shadow, follower = average_of(net, 1.0), ShadowModel(net)
+    shadow.swap_in(net)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError('the device is busy')
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, '_foreach_copy_', fail)
+        with pytest.raises(RuntimeError, match='busy'):
+            shadow.swap_out(net)
+    assert shadow.is_swapped
+    assert shadow.training_weights(net)['linear.weight'].unique().tolist() == [8.0]
+    if then == 'swap out':
+        shadow.swap_out(net)
+    elif then == 'update':
+        follower.update(net, smoothing=0.0)
+        assert next(follower.parameters()).unique().tolist() == [8.0]
+    else:
+        loan.recall(net)
+    assert bits(net) == before
+    assert not shadow.is_swapped
+
+
+class Interrupt(BaseException):
+    """What a signal handler raises, as KeyboardInterrupt is."""
+
+
+class Signals:
+    """Sends signals at random moments of ``work``, one or several of them, which a handler answers.
+
+    Args:
+        work: is called again and again.
+        handler: called by the signals.
+    """
+
+    def __init__(self, work: Callable[[], None], handler: Callable[[], None], seed: int = 0) -> None:
+        self._work, self._handler, self._random = work, handler, random.Random(seed)
+        self._is_on = False
+        self.answered = self.interrupted = 0
+
+    def run(self, rounds: int, check: Callable[[], None]) -> None:
+        """Does the work so many times, with ``check`` after each."""
+        old = signal.signal(signal.SIGALRM, self._answer)
+        try:
+            for _ in range(10):
+                self._work()
+            span = min(self._timed() for _ in range(20))
+            for _ in range(rounds):
+                self._round(span, check)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, old)
+
+    def _timed(self) -> float:
+        start = time.perf_counter()
+        self._work()
+        return time.perf_counter() - start
+
+    def _round(self, span: float, check: Callable[[], None]) -> None:
+        answered, is_interrupted = self.answered, False
+        try:
+            try:
+                self._is_on = True
+                interval = self._random.choice([0.0, span]) if self._handler is interrupt else 0.0
+                signal.setitimer(signal.ITIMER_REAL, max(1e-6, self._random.uniform(0, 1.2) * span), interval)
+                self._work()
+                self._is_on = False
+            except Interrupt:
+                self._is_on = False
+                is_interrupted = True
+                check()  # while the traceback keeps every frame alive
+        except Interrupt:
+            is_interrupted = True
+        self._is_on = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        check()
+        self.interrupted += is_interrupted
+        assert is_interrupted or self._handler is not interrupt or self.answered == answered, 'an interrupt is lost'
+
+    def _answer(self, *_: object) -> None:
+        if self._is_on:
+            self.answered += 1
+            self._handler()
+
+
+def interrupt() -> None:
+    raise Interrupt
+
+
+@pytest.mark.skipif(not hasattr(signal, 'setitimer'), reason='signals at random moments need setitimer')
+class TestSignals:
+    """At random moments of thousands of swaps."""
+
+    @pytest.mark.parametrize('kind', ['one', 'nested', 'of a part', 'optimizer'])
+    def test_a_block_that_is_interrupted_leaves_the_training_weights(self, kind):
+        net = Net()
+        first, second, part = average_of(net, 1.0), average_of(net, 2.0), average_of(net.linear, 3.0)
+        optimizer = EMAOptimizer(torch.optim.SGD(net.parameters(), lr=0.0), model=net)
+        net(torch.randn(4, 2)).sum().backward()
+        optimizer.step()
+        before = bits(net)
+
+        def work() -> None:
+            if kind == 'one':
+                with first.swapped(net):
+                    pass
+            elif kind == 'optimizer':
+                with optimizer.swap_ema_weights():
+                    pass
+            else:
+                inner, module = (second, net) if kind == 'nested' else (part, net.linear)
+                with first.swapped(net), inner.swapped(module):
+                    pass
+
+        def check() -> None:
+            assert bits(net) == before
+            assert not any(shadow.is_swapped for shadow in (first, second, part, optimizer.shadow))
+            assert not loan.borrowers(net)
+            assert torch.is_grad_enabled()
+
+        signals = Signals(work, interrupt)
+        signals.run(1000, check)
+        assert signals.interrupted > 100
+
+    def test_an_average_is_either_in_or_out_after_an_interrupt(self):
+        net = Net()
+        before, shadow = bits(net), average_of(net, 1.0)
+
+        def work() -> None:
+            shadow.swap_in(net)
+            shadow.swap_out(net)
+
+        def check() -> None:
+            if shadow.is_swapped:
+                assert net.value == 1.0
+                shadow.swap_out(net)
+            assert bits(net) == before
+            assert not loan.borrowers(net)
+
+        signals = Signals(work, interrupt)
+        signals.run(1000, check)
+        assert signals.interrupted > 100
+
+    def test_a_checkpoint_that_a_signal_handler_takes_holds_the_training_weights(self):
+        net = Net()
+        before, shadow = bits(net), average_of(net, 1.0)
+        seen = set()
+
+        def save() -> None:
+            model, state = net.state_dict(), shadow.state_dict()
+            seen.add('training_weights' in state)
+            saved = {**model, **state.get('training_weights', {})}
+            assert torch.equal(saved['linear.weight'], torch.full((2, 2), 8.0))
+            assert shadow.is_swapped is ('training_weights' in state)
+
+        def check() -> None:
+            assert bits(net) == before
+
+        def work() -> None:
+            with shadow.swapped(net):
+                pass
+
+        signals = Signals(work, save)
+        signals.run(600, check)
+        assert seen == {False, True}
+
+    def test_a_signal_handler_that_takes_the_average_out_has_the_last_word(self):
+        net = Net()
+        before, shadow, other = bits(net), average_of(net, 1.0), average_of(net, 2.0)
+
+        def take_out() -> None:
+            loan.recall(net)
+            assert bits(net) == before
+
+        def check() -> None:
+            assert bits(net) == before
+            assert not loan.borrowers(net)
+
+        def work() -> None:
+            with other.swapped(net):
+                shadow.swap_in(net)
+            loan.recall(net)
+
+        signals = Signals(work, take_out)
+        signals.run(600, check)
+        assert signals.answered > 100
+
+
+@pytest.mark.parametrize('kind', ['one average', 'averages of one model'])
+def test_threads_that_swap_in_one_model_leave_the_training_weights(kind):
+    net = Net()
+    before, shared = bits(net), average_of(net, 1.0)
+    shadows = [shared if kind == 'one average' else average_of(net, float(index)) for index in range(4)]
+    errors: list[BaseException] = []
+    swaps, refusals = itertools.count(), itertools.count()
+
+    def work(shadow: ShadowModel) -> None:
+        for _ in range(300):
+            try:
+                with shadow.swapped(net):
+                    assert shadow.is_swapped
+                    assert net.linear.weight.max() < 8.0
+                    next(swaps)
+            except RuntimeError as error:
+                next(refusals) if 'swapped in already' in str(error) else errors.append(error)
+            except BaseException as error:
+                errors.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work, args=(shadow,)) for shadow in shadows]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not errors
+    assert next(swaps) > 100
+    assert (next(refusals) > 0) is (kind == 'one average')
+    assert not any(shadow.is_swapped for shadow in shadows)
+    assert bits(net) == before
+
+
+def test_the_collector_does_not_wait_for_a_thread_that_swaps():
+    net = Net()
+    before = bits(net)
+    wrappers = [nn.Sequential(net)]
+    shadow, follower = average_of(wrappers[0], 1.0), ShadowModel(net)
+    shadow.swap_in(wrappers[0])
+    thread = threading.Thread(target=lambda: (wrappers.clear(), gc.collect()), daemon=True)
+    with loan._lock:  # as in the middle of a swap
+        thread.start()
+        thread.join(10)
+        assert not thread.is_alive()
+    assert not shadow.is_swapped
+    follower.update(net, smoothing=0.0)  # puts right what nobody did
+    assert bits(net) == before
+    assert {tensor.item() for parameter in follower.parameters() for tensor in parameter.flatten()} == {8.0}
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='there is no fork here')
+def test_a_forked_child_swaps_though_another_thread_swapped_when_it_was_forked():
+    net = Net()
+    before, shadow, ready = bits(net), average_of(net, 1.0), threading.Event()
+
+    def hold() -> None:
+        with loan._lock:
+            ready.set()
+            time.sleep(0.2)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    ready.wait()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', DeprecationWarning)  # Python 3.12 warns of forks beside threads
+        child = os.fork()
+    if child == 0:
+        with shadow.swapped(net):
+            was_in = net.value == 1.0
+        os._exit(0 if was_in and bits(net) == before else 1)
+    thread.join()
+    deadline = time.monotonic() + 20
+    while (status := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if status == (0, 0):
+        os.kill(child, signal.SIGKILL)
+    assert status == (child, 0)
 
 
 def test_statistics_of_an_average_behind_another_are_refused():

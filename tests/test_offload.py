@@ -9,6 +9,7 @@ import gc
 import pickle
 import threading
 import time
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -161,6 +162,23 @@ def test_a_second_update_leaves_what_the_first_has_not_averaged_yet():
     average.update(0.0)
     average.wait()
     assert shadow.tolist() == [1, 1]
+
+
+def test_a_wait_that_is_interrupted_leaves_the_next_one_to_wait(monkeypatch):
+    shadows, _, average = _average([torch.ones(3)])
+    gate = Gate(average, '_average')
+    average.update(1.0)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Future, 'result', interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            average.wait()
+    threading.Timer(0.05, gate.open).start()
+    average.wait()
+    assert shadows[0].tolist() == [1, 1, 1]
 
 
 def test_an_error_in_the_thread_is_raised_by_the_next_wait_and_only_there(monkeypatch):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from composer_ema.model.sharding import unwrap
 from composer_ema.model.untraced import untraced
 from composer_ema.shadow import loan
 from composer_ema.shadow.follower import Follower
+from composer_ema.shadow.interrupts import Block
 from composer_ema.shadow.storage import Storage
 
 
@@ -34,7 +34,7 @@ class LendableAverage:
     @property
     def is_swapped(self) -> bool:
         """Whether this average stands in a model, shown or behind another that entered later."""
-        return self._loaded_stash is not None or loan.holding(self._storage) is not None
+        return self._loaded_stash is not None or self._module() is not None
 
     def is_swapped_into(self, model: nn.Module) -> bool:
         """Whether this average stands in ``model``; a state saved while swapped may have left it in any model."""
@@ -42,31 +42,26 @@ class LendableAverage:
 
     def is_shown_by(self, model: nn.Module) -> bool:
         """Whether ``model`` holds this average, not another that entered later."""
-        held = loan.of(model)
-        return self.is_swapped_into(model) and (held is None or held.shown is self._storage)
+        return self.is_swapped_into(model) and loan.shown(model) in (None, self._storage)
 
-    @untraced
-    @torch.no_grad()
     def swap_in(self, model: nn.Module) -> None:
         """Stashes the tracked weights of ``model`` and copies the average into it, in place.
 
         If another average is in the model already, the model now shows this one; the training weights stay stashed.
+        After an interrupt, such as a KeyboardInterrupt, the average is either in or out as a whole: ask
+        :attr:`is_swapped`. In a ``with`` block of :meth:`swapped` you need not ask.
 
         Raises:
-            RuntimeError: this average is swapped in already.
+            RuntimeError: this average is swapped in already, perhaps by another thread. Nothing is changed then.
         """
-        if self.is_swapped:
-            raise RuntimeError('the average is swapped in already. Call swap_out(model) first.')
-        plan = self._follower.plan_for(unwrap(model))
-        self._follower.wait()
-        loan.enter(self._storage, model, plan.sources)
+        self._enter(model, loan.Stay(self._storage))
 
     @untraced
-    @torch.no_grad()
     def swap_out(self, model: nn.Module) -> None:
         """Takes the average out of ``model``; the last one to leave restores every bit of the training weights.
 
-        A buffer that the model meanwhile replaced by one of another shape, as caches do, keeps its new value.
+        A buffer that the model meanwhile replaced by one of another shape, as caches do, keeps its new value. An
+        interrupt is raised either before anything has changed or when the average is out.
 
         Raises:
             RuntimeError: the average is in no model, or in another one; or ``model`` has lost a parameter.
@@ -81,19 +76,30 @@ class LendableAverage:
             raise RuntimeError('the average is swapped into another model. Pass that one to swap_out.')
         loan.leave(self._storage)
 
-    @contextmanager
-    def swapped(self, model: nn.Module) -> Iterator[nn.Module]:
-        """Lends ``model`` with the average in it, and takes the average out again whatever happens.
+    def swapped(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
+        """Lends ``model`` with the average in it for a ``with`` block, and takes the average out again.
+
+        Whatever happens: after an interrupt, at whatever moment of the block, of its beginning or its end, the
+        training weights are back when the interrupt reaches you, unless another average is in the model, too.
+
+        Threads may lend at the same time. While one has lent this average, it is refused to the others. If several
+        lend different averages to one model, the model shows the one that entered last, and its training weights
+        return when the last has left. An update in one thread does not wait for a swap in another: order the two
+        yourself.
 
         ``model.state_dict()`` refers to the model's own tensors: one that is taken here and saved after the block
         holds the training weights. To save the average, call ``averaged_state_dict(model)``, anywhere.
+
+        Raises:
+            RuntimeError: as for :meth:`swap_in`, when the block is entered.
         """
-        self.swap_in(model)
-        try:
-            yield model
-        finally:
-            if self.is_swapped:
-                self.swap_out(model)
+        stay = loan.Stay(self._storage)
+
+        def enter() -> nn.Module:
+            self._enter(model, stay)
+            return model
+
+        return Block(enter, stay.end)
 
     def refuse_on_loan(self, model: nn.Module) -> None:
         """Raises a RuntimeError while any average stands in ``model``, which this one follows.
@@ -142,10 +148,7 @@ class LendableAverage:
 
     def stashed_weights(self, model: nn.Module) -> dict[str, Tensor]:
         """The tracked training weights that are stashed while ``model`` holds any average, aliased; else nothing."""
-        held, module = loan.of(model), unwrap(model)
-        if held is None:
-            return {}
-        stash = held.training_weights(module, Inventory.of(module).tensors())
+        stash = loan.training_weights(model)
         return {name: stash[name] for name, _ in self._storage.items() if name in stash}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -153,10 +156,17 @@ class LendableAverage:
         self._follower.wait()  # the storage is copied before the follower
         return {**self.__dict__, '_loaded_stash': None}
 
+    @untraced
+    def _enter(self, model: nn.Module, stay: loan.Stay) -> None:
+        if self.is_swapped:
+            raise RuntimeError('the average is swapped in already. Call swap_out(model) first.')
+        plan = self._follower.plan_for(unwrap(model))
+        self._follower.wait()
+        loan.enter(stay, model, plan.sources)
+
     def _module(self) -> nn.Module | None:
         """The model in which this average stands."""
-        held = loan.holding(self._storage)
-        return None if held is None else held.module_of(self._storage)
+        return loan.module_of(self._storage)
 
     def _stash(self) -> dict[str, Tensor] | None:
         """The training weights of the model in which this average stands; None where it stands in none."""

@@ -120,9 +120,13 @@ class HostAverage:
         if self._is_in_thread():
             return
         self.wait_for_reads()
-        job, self._job = self._job, None
-        if job is not None:
+        if (job := self._job) is None:
+            return
+        try:
             job.result()
+        finally:
+            if job.done():  # otherwise an interrupt ends this wait, and the next one goes on with it
+                self._job = None
 
     def _is_in_thread(self) -> bool:
         # The garbage collector may run in the thread and find a dead model there, whose plan then ends in the thread.

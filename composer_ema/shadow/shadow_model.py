@@ -318,8 +318,7 @@ class ShadowModel(LendableAverage):
         self._follower.plan_for(module)
         self.wait()
         inventory = Inventory.of(module)
-        live, held, storage = inventory.tensors(), loan.of(module), self._storage
-        stashed = {} if held is None else held.training_weights(module, live)
+        live, stashed, storage = inventory.tensors(), loan.training_weights(module), self._storage
         names = {id(tensor): name for name, tensor in live.items()}
         expected = storage.parameters.keys() | (storage.buffers.keys() & inventory.persistent)
         saved = module.state_dict(keep_vars=True)  # with the metadata that load_state_dict reads

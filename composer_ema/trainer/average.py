@@ -323,9 +323,8 @@ class Averages:
 
     def stashed_weights(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """The training weights of ``model`` that lie in a stash, whoever lent it an average, by name, aliased."""
-        module, held = unwrap(model), loan.of(model)
-        stash = {} if held is None else held.training_weights(module, Inventory.of(module).tensors())
-        if self.live is module and (lent := self.lent) is not None:
+        stash = loan.training_weights(model)
+        if self.live is unwrap(model) and (lent := self.lent) is not None:
             # A state that was loaded by hand may hold the stash of a model that is not on loan here.
             stash = {**self._averages[lent].shadow.training_weights(model), **stash}
         return stash

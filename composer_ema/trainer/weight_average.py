@@ -5,11 +5,11 @@ Invariant: outside of evaluation and prediction the model holds the training wei
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 from composer.algorithms.swa import SWA as ComposerSWA
@@ -24,6 +24,7 @@ from composer_ema.model.names import listed
 from composer_ema.model.sharding import unwrap
 from composer_ema.settings import Settings, settings_of
 from composer_ema.shadow import loan
+from composer_ema.shadow.interrupts import Block
 from composer_ema.spans import Span
 from composer_ema.trainer import evaluation, limits
 from composer_ema.trainer.average import Averages
@@ -329,17 +330,12 @@ class WeightAverage(Algorithm):
         elif self._has_average and self._averages.lent is None:
             self._averages.lend(weights, model)
 
-    @contextlib.contextmanager
-    def _lending(self, state: State) -> Iterator[None]:
+    def _lending(self, state: State) -> AbstractContextManager[None]:
         """Lends what an export asks for, unless the model holds an average already."""
-        is_lent = self._has_average and self._averages.lent is None
-        if is_lent:
-            self._use(self.export_weights, state.model)
-        try:
-            yield
-        finally:
-            if is_lent:
-                self._use(TRAINING, state.model)
+        if not self._has_average or self._averages.lent is not None:
+            return nullcontext()
+        model = state.model
+        return Block(lambda: self._use(self.export_weights, model), lambda: self._use(TRAINING, model))
 
     # State
 
