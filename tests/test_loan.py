@@ -539,7 +539,6 @@ def test_a_signal_while_the_values_move_is_raised_when_all_is_as_it_was(monkeypa
 
     def copy(*tensors):
         real(*tensors)
-        monkeypatch.setattr(torch, '_foreach_copy_', real)
         os.kill(os.getpid(), signal.SIGINT)
 
     def block() -> None:
@@ -567,6 +566,7 @@ def test_training_weights_that_could_not_be_copied_back_return_with_the_next_cal
 
     with monkeypatch.context() as patched:
         patched.setattr(torch, '_foreach_copy_', fail)
+        patched.setattr(torch.Tensor, 'copy_', fail)
         with pytest.raises(RuntimeError, match='busy'):
             shadow.swap_out(net)
     assert shadow.is_swapped

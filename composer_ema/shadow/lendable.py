@@ -34,7 +34,7 @@ class LendableAverage:
     @property
     def is_swapped(self) -> bool:
         """Whether this average stands in a model, shown or behind another that entered later."""
-        return self._loaded_stash is not None or self._module() is not None
+        return self._loaded_stash is not None or loan.module_of(self._storage) is not None
 
     def is_swapped_into(self, model: nn.Module) -> bool:
         """Whether this average stands in ``model``; a state saved while swapped may have left it in any model."""

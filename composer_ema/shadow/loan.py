@@ -451,8 +451,16 @@ class _Settling:
             targets, values, settled = self._targets, self._values, self._settled
             if books is not _books:
                 continue
-            if targets:
-                torch._foreach_copy_(targets, values)
+            try:
+                if targets:
+                    torch._foreach_copy_(targets, values)
+            except BaseException:  # it may be interrupted every time
+                for target, value in zip(targets, values, strict=True):
+                    if books is _books:
+                        target.copy_(value)
+                if books is _books:
+                    _books = settled
+                raise
             if books is _books:
                 _books = settled
 
