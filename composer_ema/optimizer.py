@@ -219,6 +219,7 @@ class EMAOptimizer(OptimizerWrapper):
             self._average.refresh()
         return self._average.shadow
 
+    @untraced
     def swap_ema_weights(self, enabled: bool = True) -> AbstractContextManager[None]:
         """Puts the average into the model for the block, then restores every bit of the training weights.
 

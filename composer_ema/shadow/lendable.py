@@ -76,6 +76,7 @@ class LendableAverage:
             raise RuntimeError('the average is swapped into another model. Pass that one to swap_out.')
         loan.leave(self._storage)
 
+    @untraced
     def swapped(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
         """Lends ``model`` with the average in it for a ``with`` block, and takes the average out again.
 
