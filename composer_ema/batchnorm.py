@@ -12,7 +12,7 @@ import random
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -460,21 +460,15 @@ def _device_of(module: nn.Module) -> torch.device:
     return next(tensor.device for tensors in (module.parameters(), module.buffers()) for tensor in tensors)
 
 
-@contextmanager
-def _holding_average(module: nn.Module, shadow: ShadowModel) -> Iterator[None]:
+def _holding_average(module: nn.Module, shadow: ShadowModel) -> AbstractContextManager[object]:
     """Lends ``module`` with the average in it, unless it holds that already."""
-    was_swapped = shadow.is_swapped
-    if was_swapped and not shadow.is_swapped_into(module):
+    if not shadow.is_swapped:
+        return shadow.swapped(module)
+    if not shadow.is_swapped_into(module):
         raise ValueError('the shadow is swapped into another model. Pass that one, or call swap_out first.')
-    if not was_swapped:
-        shadow.swap_in(module)
-    elif not shadow.is_shown_by(module):
+    if not shadow.is_shown_by(module):
         raise ValueError(f'the model shows another average: {loan.borrowers(module)[-1]}. Call its swap_out first.')
-    try:
-        yield
-    finally:
-        if not was_swapped:
-            shadow.swap_out(module)
+    return nullcontext()
 
 
 @contextmanager
