@@ -109,7 +109,7 @@ def update_bn(
         NotImplementedError: the model is sharded.
 
     Warns:
-        A layer is frozen or scripted, by name.
+        UserWarning: a layer is frozen or scripted; its name is given.
 
     Example:
         >>> model = nn.BatchNorm1d(1)

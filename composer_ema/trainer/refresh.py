@@ -86,7 +86,8 @@ class Refresh:
         """Computes the statistics into ``shadow``. The model, its flags and random numbers stay as they are.
 
         Warns:
-            They could not be computed. The shadow keeps those that it has, and the run goes on: it has yet to save.
+            UserWarning: they could not be computed. The shadow keeps those that it has, and the run goes on: it has
+                yet to save.
         """
         self._tried_at = _moment(shadow, state)
         if not statistics_of(unwrap(state.model)):
