@@ -23,6 +23,7 @@ from contract import (
     save_after_odd_batches,
     saved_bits,
 )
+from torch import nn
 from toy import bits, make_data, make_evaluator, make_model, snapshot
 
 from composer_ema import EMA
@@ -85,6 +86,41 @@ def test_resuming_from_the_end_of_an_epoch_equals_the_uninterrupted_run(trainer,
     whole.fit()
     resumed = build(load_path=str(tmp_path / 'ep1.pt'))
     resumed.fit()
+    assert snapshot(resumed) == snapshot(whole)
+
+
+class Counting(nn.Module):
+    """Passes on what it gets; its buffer takes its size in the first batch, and from a checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer('seen', torch.zeros(0))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        if not self.seen.numel():
+            self.seen = torch.zeros(inputs.shape[1])
+        self.seen = self.seen + inputs.detach().sum(0)
+        return inputs
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        self.seen = torch.zeros_like(state_dict[f'{prefix}seen'])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+@pytest.mark.parametrize(
+    'algorithm', [lambda: EMA('3ba'), lambda: OurSWA('1ba', update_interval='1ba')], ids=['ema', 'swa']
+)
+def test_a_buffer_that_takes_its_size_in_the_first_batch_resumes(trainer, tmp_path, algorithm):
+    def build(**more: Any) -> Trainer:
+        model = make_model()
+        model.module.insert(5, Counting())
+        return trainer([algorithm()], model=model, save_filename='ba{batch}.pt', **more)
+
+    whole = build(save_folder=str(tmp_path), save_interval='2ba')
+    whole.fit()
+    resumed = build(load_path=str(tmp_path / 'ba2.pt'))
+    resumed.fit()
+    assert resumed.state.model.module[5].seen.shape == (8,)
     assert snapshot(resumed) == snapshot(whole)
 
 
