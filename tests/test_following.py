@@ -9,7 +9,9 @@ from torch import nn
 
 from composer_ema import EMAOptimizer, ShadowModel
 
-pytestmark = pytest.mark.filterwarnings('error', 'ignore:Sparse CSR', 'ignore::DeprecationWarning:torch')
+pytestmark = pytest.mark.filterwarnings(
+    'error', 'ignore:Sparse CSR', 'ignore::DeprecationWarning:torch', r'ignore:`torch.jit:FutureWarning'
+)
 
 
 def kept(shadow: ShadowModel) -> dict[str, torch.Tensor]:
