@@ -473,15 +473,15 @@ def test_weight_and_smoothing_make_one(smoothing):
 
 @pytest.mark.parametrize('smoothing', [1.3, -0.1, math.nan, math.inf, -math.inf])
 def test_a_smoothing_out_of_range_names_value_rule_and_remedy(smoothing):
-    with pytest.raises(ValueError, match=rf'smoothing must lie in \[0, 1\], got {smoothing}\. .*half_life='):
+    with pytest.raises(ValueError, match=rf'smoothing must lie in \[0, 1\], got {smoothing}\. .*half-life of n'):
         weight_from_smoothing(smoothing)
 
 
 @pytest.mark.parametrize('smoothing', ['0.9', None, True, [0.9]])
 def test_a_smoothing_that_is_no_number_names_its_type_and_the_remedy(smoothing):
-    with pytest.raises(TypeError, match=rf'of type {type(smoothing).__name__}\. .*half_life='):
+    with pytest.raises(TypeError, match=rf'of type {type(smoothing).__name__}\. .*half-life of n'):
         weight_from_smoothing(smoothing)
-    with pytest.raises(TypeError, match=rf'of type {type(smoothing).__name__}\. .*half_life='):
+    with pytest.raises(TypeError, match=rf'of type {type(smoothing).__name__}\. .*half-life of n'):
         Smoothing(smoothing)
 
 

@@ -557,7 +557,7 @@ def test_of_several_averages_a_key_chooses_and_without_one_all_are_listed(tmp_pa
         loaded = load_average(tmp_path / 'a.pt', key=key)
         assert_same_bits(loaded, {n: t for n, t in with_average(two, optimized_shadow(two, states[1]['ema'])).items()
                                   if 'frozen' not in n})  # fmt: skip
-    with pytest.raises(CheckpointError, match="none called 'ema': averages in it have no labels"):
+    with pytest.raises(CheckpointError, match="no average called 'ema': those in the file have no labels"):
         load_average(tmp_path / 'a.pt', average='ema')
 
 

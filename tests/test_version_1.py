@@ -218,5 +218,5 @@ def test_the_command_line_exports_the_average_that_is_asked_for(two_averages, tm
 
 
 def test_a_label_means_nothing_for_the_file_of_another_library():
-    with pytest.raises(CheckpointError, match="is of another library, whose averages have no labels, got 'ema'"):
+    with pytest.raises(CheckpointError, match="there is no average called 'ema': those in the file have no labels"):
         load_average(FIXTURES / 'foreign' / 'ema-pytorch.pt', average='ema')

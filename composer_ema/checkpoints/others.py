@@ -68,8 +68,8 @@ def choose(found: Sequence[Found], label: str | None) -> Found:
     labels = [each.average.label for each in found if each.average.label is not None]
     chosen = [each for each in found if label is None or each.average.label == label]
     if label is not None and not chosen:
-        has = f'it has those called {listed(sorted(labels))}' if labels else 'averages in it have no labels'
-        raise ValueError(f'there is none called {label!r}: {has}. Leave average={label!r} out, or pass key=.')
+        has = f'those in the file are {listed(sorted(labels))}' if labels else 'those in the file have no labels'
+        raise ValueError(f'there is no average called {label!r}: {has}. Leave average={label!r} out, or pass key=.')
     if len(chosen) > 1:
         keys = sorted({each.key for each in chosen})
         if len(keys) == 1:

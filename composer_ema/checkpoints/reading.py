@@ -193,7 +193,7 @@ def _average_of_others(
     try:
         found = others.choose(averages, label)
     except ValueError as error:
-        raise CheckpointError(f'Which average of {path} is meant? {error}') from error
+        raise CheckpointError(f'{path}: {error}') from error
     average = found.average
     if average.num_updates == 0:
         raise CheckpointError(f'{path} holds no average yet: {average.source} counts no update.')
