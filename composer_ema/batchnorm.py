@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parameter import is_lazy
 
-from composer_ema.model.inventory import Inventory
+from composer_ema.model.inventory import Inventory, is_normalisation
 from composer_ema.model.names import listed
 from composer_ema.model.rollback import Rollback
 from composer_ema.model.sharding import canonical_name, refuse_sharded, unwrap
@@ -236,7 +236,7 @@ def _scripted(module: nn.Module) -> list[str]:
     return [
         canonical_name(name) or 'the model itself'
         for name, child in scripted
-        if 'running_mean' in dict(child.named_buffers(recurse=False))
+        if is_normalisation(child) and 'running_mean' in dict(child.named_buffers(recurse=False))
     ]
 
 

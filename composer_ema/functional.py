@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Mapping, MutableMapping
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +16,13 @@ from composer_ema.kernels.rules import is_inexact, smallest_weight
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import check_same
 from composer_ema.model.selection import check_buffer_patterns
-from composer_ema.model.sharding import canonical_name, refuse_sharded, unwrap
+from composer_ema.model.sharding import canonical_name, refuse_sharded, unwrap, wrapper_prefix
 from composer_ema.model.untraced import aside, is_traced
 from composer_ema.model.watch import Watch
 from composer_ema.settings import Buffers, Settings
 from composer_ema.shadow import loan
 from composer_ema.shadow.shadow_model import ShadowModel
-from composer_ema.shadow.storage import can_be_kept
+from composer_ema.shadow.storage import can_be_kept, views_of_parameters
 
 _REMEDY = 'Nothing was changed. Pass an average of the same architecture, for example copy.deepcopy(model).'
 
@@ -84,6 +84,7 @@ def compute_ema(
         loan.refuse(unwrap(model))
         sources, shadows = _tensors(unwrap(model).state_dict(keep_vars=True)), _tensors(ema_model)
         refuse_sharded({**shadows, **sources})
+        shadows = _bare(shadows, model, sources)
         check_same('ema_model', sources, shadows, remedy=_REMEDY)
         _prepare(shadows, sources, Inventory.of(unwrap(model)), _settings_of(buffers))(weight)
     else:
@@ -96,6 +97,13 @@ def compute_ema(
 def _tensors(state_dict: Mapping[str, object]) -> dict[str, Tensor]:
     """Returns the tensors of a state dict by canonical name. A module's extra state cannot be averaged."""
     return {canonical_name(name): value for name, value in state_dict.items() if isinstance(value, Tensor)}
+
+
+def _bare(shadows: dict[str, Tensor], model: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
+    """The tensors under the names of the module that ``model`` wraps, if they have those of the wrapper."""
+    prefix = wrapper_prefix(model)
+    bare = {name.removeprefix(prefix): tensor for name, tensor in shadows.items()}
+    return bare if bare.keys() == set(names) else shadows
 
 
 _DEFAULT = Settings()
@@ -157,12 +165,23 @@ def _prepare(
         settings: say which buffers are averaged.
     """
     check_buffer_patterns(settings.buffer_patterns, inventory.buffers)
+    for name, source in sources.items():
+        if source.layout is not torch.strided or source.is_nested:
+            kind = 'nested' if source.is_nested else f'stored as {source.layout}'
+            raise ValueError(
+                f'{name} is {kind}, and compute_ema moves dense tensors only. Pass a ShadowModel, which leaves such a '
+                'buffer to the model.'
+            )
     parameters, averaged, copied, seen = [], [], [], set()
+    buffers = {n: shadow for n, shadow in shadows.items() if inventory.aliases.get(n, n) in inventory.buffers}
+    views = views_of_parameters((s for n, s in shadows.items() if n not in buffers), buffers)
     for name, shadow in shadows.items():
+        if name in views or not (can_be_kept(shadow) or can_be_kept(sources[name])):
+            continue  # it shows what the parameter shows, or never changes
         if not can_be_kept(shadow):
             raise ValueError(
-                f'{name} of ema_model is stored as {shadow.layout}, or its elements share memory, so it cannot be '
-                'written. Pass a ShadowModel, which leaves such a buffer to the model.'
+                f'{name} of ema_model cannot be written, since its elements share memory, but that of model can. '
+                f'Give ema_model a buffer of its own, as in ema_model.{name} = ema_model.{name}.clone().'
             )
         if shadow.numel() and (key := (shadow.data_ptr(), shadow.shape, shadow.stride())) not in seen:
             seen.add(key)

@@ -699,6 +699,7 @@ def _upgraded(state: Mapping[str, Any]) -> Mapping[str, Any]:
         raise ValueError(
             f'the state has format version {version!r}, this release reads 1 and {EMA_STATE_VERSION}. '
             'Nothing was loaded.'
+            + (' Pass what ema_state_dict() returned; this is something else.' if version is None else '')
         )
     if version == EMA_STATE_VERSION:
         return state

@@ -114,8 +114,18 @@ class Settings:
 
         Raises:
             TypeError: an argument that is none of the settings.
+            ValueError: an argument out of range; the meta device among them, on which an average has no values.
         """
-        return cls(**{name.removeprefix(_PREFIX): value for name, value in arguments.items()})
+        settings = cls(**{name.removeprefix(_PREFIX): value for name, value in arguments.items()})
+        settings.refuse_meta()
+        return settings
+
+    def refuse_meta(self) -> None:
+        """Raises a ValueError if the average shall live on the meta device."""
+        if self.device is not None and self.device.type == 'meta':
+            raise ValueError(
+                "the shadow's device must hold values, got 'meta'. Pass 'cpu' or 'cuda', or leave the device out."
+            )
 
     def as_arguments(self) -> dict[str, Any]:
         """The arguments by their short names, for another object that takes settings."""

@@ -146,3 +146,68 @@ def test_what_is_averaged_is_listed_once(net, caplog):
         'buffers: averaging norm.running_mean, norm.running_var; copying 3 others; leaving adjacency to the model, '
         'which cannot be kept'
     ]
+
+
+def test_statistics_of_a_scripted_layer_are_known_by_its_name():
+    model = torch.jit.script(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
+    shadow = ShadowModel(model)
+    set_(dict(model.named_buffers())['1.running_mean'], 8)
+    shadow.update(model, smoothing=0.75)
+    assert dict(shadow.named_buffers())['1.running_mean'].tolist() == [2, 2]
+
+
+def test_a_buffer_that_is_a_view_of_a_parameter_shows_what_that_shows():
+    model, other = One(0.0), One(0.0)
+    for module in (model, other):
+        module.register_buffer('view', module.weight.data.view(1, 1))
+    shadow = ShadowModel(model)
+    set_(model.weight, 8)
+    shadow.update(model, smoothing=0.75)
+    with shadow.swapped(model):
+        assert model.weight.item() == model.view.item() == 2
+    assert model.weight.item() == model.view.item() == 8
+    compute_ema(model, other, smoothing=0.75)
+    assert other.weight.item() == other.view.item() == 2
+
+
+def test_a_lazy_buffer_is_named():
+    with pytest.raises(ValueError, match=r'1\.running_mean is a lazy buffer without a shape\. Run one forward pass'):
+        ShadowModel(nn.Sequential(nn.Linear(2, 2), nn.LazyBatchNorm1d(affine=False)))
+
+
+def test_a_copied_buffer_that_has_changed_keeps_its_value_where_the_average_is_copied():
+    model = One(0.0)
+    model.register_buffer('scale', torch.zeros(2))
+    shadow = ShadowModel(model)
+    set_(model.weight, 8)
+    shadow.update(model, smoothing=0.75)
+    model.scale = torch.ones(3)
+    assert shadow.to_averaged_model(model).module.scale.tolist() == [1, 1, 1]
+    assert shadow.averaged_state_dict(model)['scale'].tolist() == [1, 1, 1]
+    model.scale = torch.tensor([True, False])
+    assert shadow.averaged_state_dict(model)['scale'].tolist() == [True, False]
+    shadow.copy_to(model)
+    assert model.weight.item() == 2
+    assert model.scale.tolist() == [True, False]
+
+
+def test_a_state_without_an_averaged_buffer_that_the_run_dropped_loads():
+    model = One(0.0)
+    model.register_buffer('seen', torch.zeros(2))
+    shadow = ShadowModel(model, buffers='average')
+    del model.seen
+    shadow.update(model, smoothing=0.5)
+    state = shadow.state_dict()
+    model.register_buffer('seen', torch.ones(2))
+    ShadowModel(model, buffers='average').load_state_dict(state)
+
+
+@pytest.mark.parametrize('wrap', [nn.DataParallel, torch.compile, torch.optim.swa_utils.AveragedModel])
+def test_the_state_dict_of_a_wrapped_model_is_an_average_of_it(wrap):
+    model = wrap(nn.Sequential(nn.Linear(1, 1, bias=False), nn.BatchNorm1d(1)))
+    inner = next(iter(model.parameters()))
+    set_(inner, 0)
+    average = {name: value.clone() for name, value in model.state_dict().items() if name != 'n_averaged'}
+    set_(inner, 8)
+    compute_ema(model, average, smoothing=0.75)
+    assert next(value for name, value in average.items() if name.endswith('0.weight')).item() == 2

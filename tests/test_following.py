@@ -1,13 +1,14 @@
 """What a shadow follows: modules and tensors of every kind, and what changes about them in the middle of a run."""
 
 import copy
+import functools
 
 import pytest
 import torch
 from plain import One, same_bits, saved, set_
 from torch import nn
 
-from composer_ema import EMAOptimizer, ShadowModel
+from composer_ema import EMAOptimizer, ShadowModel, compute_ema
 
 pytestmark = pytest.mark.filterwarnings(
     'error', 'ignore:Sparse CSR', 'ignore::DeprecationWarning:torch', r'ignore:`torch.jit:FutureWarning'
@@ -236,7 +237,8 @@ class TestNamesThatChange:
         ):
             shadow.update(model, smoothing=0.5)
         assert same_bits(before, kept(shadow))
-        shadow.resolve(model, joining=True, leaving=True)
+        with pytest.warns(UserWarning, match='none of the 2 averaged parameters is left'):
+            shadow.resolve(model, joining=True, leaving=True)
         assert sorted(kept(shadow)) == ['base.bias', 'base.weight']
         assert torch.equal(kept(shadow)['base.weight'], model.base.weight)
         set_(model.base.weight, 8)
@@ -312,6 +314,93 @@ class TestNamesThatChange:
         optimizer.step()
         model.merge()
         optimizer.param_groups[0]['params'] = list(model.parameters())
-        optimizer.shadow.resolve(model, joining=True, leaving=True)
+        with pytest.warns(UserWarning, match='none of the 2'):
+            optimizer.shadow.resolve(model, joining=True, leaving=True)
         optimizer.step()
         assert sorted(name for name, _ in optimizer.shadow.named_parameters()) == ['base.bias', 'base.weight']
+
+    def test_a_parameter_of_another_shape_leaves_and_joins(self):
+        model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        shadow = ShadowModel(model)
+        model[0] = nn.Linear(3, 2)
+        shadow.resolve(model, joining=True, leaving=True)
+        assert torch.equal(kept(shadow)['0.weight'], model[0].weight)
+
+    def test_that_no_average_is_left_is_said(self):
+        model = nn.Linear(2, 2)
+        shadow = ShadowModel(model)
+        with pytest.warns(UserWarning, match=r'none of the 2 averaged parameters is left: the model has 0\.bias'):
+            shadow.resolve(nn.Sequential(nn.Linear(2, 2)), joining=True, leaving=True)
+
+    def test_renamed_is_a_mapping(self):
+        model = nn.Linear(2, 2)
+        with pytest.raises(TypeError, match=r"renamed must map old names to new ones, got \['weight'\]"):
+            ShadowModel(model).resolve(model, renamed=['weight'])
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda m: m.mask.t_(),
+        lambda m: setattr(m.weight, 'data', m.weight.data.t()),
+        lambda m: m.mask.resize_(4),
+        lambda m: setattr(m.mask, 'data', m.mask.data.view(4, 1)),
+    ],
+    ids=['a transposed buffer', 'a transposed parameter', 'a flat buffer', 'a column'],
+)
+@pytest.mark.parametrize('options', [{}, {'avg_fn': lambda a, c, n: a + (c - a) / 4}, {'backend': 'reference'}])
+def test_a_tensor_that_changes_its_order_in_place_is_noticed(change, options):
+    model = nn.Linear(2, 2, bias=False)
+    model.register_buffer('mask', torch.arange(4.0).view(2, 2))
+    model.weight.data = torch.arange(4.0).view(2, 2)
+    shadow = ShadowModel(model, **options)
+    update = shadow.update if 'avg_fn' in options else functools.partial(shadow.update, smoothing=0.75)
+    update(model)
+    change(model)
+    before = kept(shadow)
+    update(model)
+    assert torch.equal(kept(shadow)['mask'], model.mask)
+    expected = before['weight'] + (model.weight.detach() - before['weight']) / 4
+    torch.testing.assert_close(kept(shadow)['weight'], expected)
+
+
+@pytest.mark.parametrize(
+    'use',
+    [
+        lambda s, m: s.update(m.parameters(), smoothing=0.9),
+        lambda s, m: s.copy_to(m.parameters()),
+        lambda s, m: s.swap_in(m.parameters()),
+        lambda s, m: s.swapped(m.parameters()).__enter__(),
+        lambda s, m: s.resolve(m.parameters()),
+        lambda s, m: s.averaged_state_dict(m.parameters()),
+        lambda s, m: s.to_averaged_model(m.parameters()),
+        lambda s, m: compute_ema(m.parameters(), m),
+        lambda s, m: EMAOptimizer(torch.optim.SGD(m.parameters(), lr=1), model=m.parameters()),
+    ],
+)
+def test_parameters_in_place_of_the_model_are_refused_in_every_door(use):
+    model = nn.Linear(2, 2)
+    with pytest.raises(TypeError, match=r'model must be a torch\.nn\.Module, got generator\. Pass the module itself'):
+        use(ShadowModel(model), model)
+
+
+def test_an_average_on_the_meta_device_is_refused():
+    model = nn.Linear(2, 2)
+    shadow = ShadowModel(model)
+    for make in (
+        lambda: ShadowModel(model, device='meta'),
+        lambda: EMAOptimizer(torch.optim.SGD(model.parameters(), lr=1), device='meta'),
+        lambda: shadow.to('meta'),
+    ):
+        with pytest.raises(ValueError, match="the shadow's device must hold values, got 'meta'"):
+            make()
+    shadow.update(model, smoothing=0.5)
+
+
+def test_a_state_of_another_kind_is_told_what_to_pass():
+    model = nn.Linear(2, 2)
+    optimizer = EMAOptimizer(torch.optim.SGD(model.parameters(), lr=1))
+    with pytest.raises(ValueError, match=r'Pass what state_dict\(\) of a ShadowModel returned'):
+        ShadowModel(model).load_state_dict(model.state_dict())
+    with pytest.raises(ValueError, match=r'Pass what ema_state_dict\(\) returned'):
+        optimizer.load_ema_state_dict(optimizer.state_dict())

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from composer_ema.model.sharding import canonical_name, refuse_sharded
+
+_STATISTICS = ('running_mean', 'running_var')
+
+
+def is_normalisation(module: nn.Module) -> bool:
+    """Whether a module is a BatchNorm or InstanceNorm of torch or of a subclass; of a scripted one the name tells."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return getattr(module, 'original_name', None) in {kind.__name__ for kind in _subclasses(_NormBase)}
+    return isinstance(module, _NormBase)
+
+
+def _subclasses(kind: type) -> Iterator[type]:
+    for subclass in kind.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)
 
 
 @dataclass
@@ -35,7 +52,7 @@ class Inventory:
 
         Raises:
             NotImplementedError: a tensor is sharded.
-            ValueError: a lazy parameter has no shape yet.
+            ValueError: a lazy parameter or buffer has no shape yet.
         """
         inventory, first_names = cls(), {}
         for prefix, child in module.named_modules(remove_duplicate=False):
@@ -49,10 +66,12 @@ class Inventory:
             for key, buffer in child._buffers.items():
                 if buffer is not None:
                     name = canonical_name(path + key)
+                    if is_lazy(buffer):
+                        raise ValueError(f'{name} is a lazy buffer without a shape. Run one forward pass first.')
                     inventory._add(inventory.buffers, first_names, name, buffer)
                     if key not in child._non_persistent_buffers_set:
                         inventory.persistent.add(name)
-                    if isinstance(child, _NormBase) and key in ('running_mean', 'running_var'):
+                    if key in _STATISTICS and is_normalisation(child):
                         inventory.statistics.add(first_names[id(buffer)])
         refuse_sharded(inventory.tensors())
         return inventory

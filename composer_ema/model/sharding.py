@@ -21,7 +21,16 @@ _INNER_SEGMENTS = re.compile(r'(?:^|(?<=\.))(?:_fsdp_wrapped_module|_orig_mod|_c
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module that the user built: DDP, DataParallel, AveragedModel and torch.compile taken off."""
+    """The module that the user built: DDP, DataParallel, AveragedModel and torch.compile taken off.
+
+    Raises:
+        TypeError: ``model`` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f'model must be a torch.nn.Module, got {type(model).__name__}. Pass the module itself, as in '
+            'ShadowModel(model), not its parameters: an average goes by their names, and covers buffers too.'
+        )
     while True:
         if isinstance(model, _WHOLE_MODEL_WRAPPERS):
             model = model.module
@@ -29,6 +38,18 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = cast(nn.Module, model._modules['_orig_mod'])
         else:
             return model
+
+
+def wrapper_prefix(model: nn.Module) -> str:
+    """What stands before the names of :func:`unwrap`'s module in the state dict of ``model``, canonically."""
+    prefix = ''
+    while True:
+        if isinstance(model, _WHOLE_MODEL_WRAPPERS):
+            model, prefix = model.module, f'{prefix}module.'
+        elif '_orig_mod' in model._modules:
+            model = cast(nn.Module, model._modules['_orig_mod'])
+        else:
+            return prefix
 
 
 def canonical_name(name: str) -> str:

@@ -18,9 +18,9 @@ class Watch:
     """Tells at the cost of a few list comparisons whether a module still is what it was.
 
     Compared are every parameter, buffer and sub-module by identity, in their order but not by name, the number of
-    elements of each tensor, the storage of ``addressed``, and ``requires_grad`` where it was False: unfrozen
-    parameters join an average, while frozen ones stay. Keeps the module's tensors alive, not the module: drop the
-    watch when ``on_gone`` is called.
+    elements and the strides of each tensor, the storage of ``addressed``, and ``requires_grad`` where it was False:
+    unfrozen parameters join an average, while frozen ones stay. Keeps the module's tensors alive, not the module: drop
+    the watch when ``on_gone`` is called.
 
     Args:
         module: what to watch.
@@ -45,7 +45,7 @@ class Watch:
         self._frozen = [parameter for parameter in inventory.parameters.values() if not parameter.requires_grad]
         sized = list(inventory.tensors().values())
         self._sized = list(filter(_has_memory, sized))
-        self._sizes = list(map(_size, self._sized))
+        self._sizes, self._strides = list(map(_size, self._sized)), list(map(_stride, self._sized))
         self._addressed = list(filter(_has_memory, sized if addressed is None else addressed))
         self._pointers = list(map(_pointer, self._addressed))
 
@@ -60,6 +60,7 @@ class Watch:
             and not any(map(_requires_grad, self._frozen))
             and list(map(_pointer, self._addressed)) == self._pointers
             and list(map(_size, self._sized)) == self._sizes
+            and list(map(_stride, self._sized)) == self._strides
         )
 
 
@@ -78,8 +79,8 @@ def _values(registry: Any) -> Iterable[Any]:
 
 
 def _has_memory(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided
+    return tensor.layout is torch.strided and not tensor.is_nested
 
 
 _requires_grad = attrgetter('requires_grad')
-_pointer, _size = Tensor.data_ptr, Tensor.numel
+_pointer, _size, _stride = Tensor.data_ptr, Tensor.numel, Tensor.stride

@@ -25,7 +25,7 @@ from composer_ema.shadow.counter import DeviceCounter
 from composer_ema.shadow.function import ByFunction
 from composer_ema.shadow.offload import HostAverage
 from composer_ema.shadow.plan import ByWeight, Mover, Plan, Row, Rows
-from composer_ema.shadow.storage import Storage, can_be_kept
+from composer_ema.shadow.storage import Storage
 from composer_ema.shadow.stream import SideStream
 
 log = logging.getLogger(__name__)
@@ -166,7 +166,7 @@ class Follower:
             return
         self._has_listed = True
         averaged = [name for name in storage.buffers if storage.is_averaged(name)]
-        kept = [name for name, b in inventory.buffers.items() if name in storage.selection and not can_be_kept(b)]
+        kept = [name for name in inventory.buffers if name in storage.selection and name not in storage.buffers]
         log.info(
             'buffers: averaging %s; copying %d others; leaving %s to the model, which cannot be kept',
             listed(averaged) or 'none',

@@ -15,7 +15,7 @@ from composer_ema.model.untraced import untraced
 from composer_ema.shadow import loan
 from composer_ema.shadow.follower import Follower
 from composer_ema.shadow.interrupts import Block
-from composer_ema.shadow.storage import Storage
+from composer_ema.shadow.storage import Storage, are_alike
 
 
 class LendableAverage:
@@ -115,6 +115,8 @@ class LendableAverage:
     def copy_to(self, model: nn.Module) -> None:
         """Overwrites the tracked tensors of ``model`` with the average, for good. Other tensors stay.
 
+        A buffer that is copied, not averaged, stays as well if ``model`` has it in another shape.
+
         Raises:
             RuntimeError: ``model`` holds an average, this one or another.
             ValueError: ``model`` lacks a tracked name or has it in another shape; nothing is written then.
@@ -126,6 +128,10 @@ class LendableAverage:
                 'Call swap_out(model) first.'
             )
         live, shadows = Inventory.of(module).tensors(), self.lent_tensors()
+        copied = [name for name in self._storage.buffers if not self._storage.is_averaged(name)]
+        for name in copied:
+            if name not in live or not are_alike(shadows[name], live[name]):
+                del shadows[name]
         check_same(
             'the model given to copy_to',
             shadows,

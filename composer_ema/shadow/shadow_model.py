@@ -24,7 +24,8 @@ from composer_ema.shadow import state as states
 from composer_ema.shadow.distance import relative_distance
 from composer_ema.shadow.follower import Follower
 from composer_ema.shadow.lendable import LendableAverage
-from composer_ema.shadow.storage import Storage
+from composer_ema.shadow.storage import Storage, are_alike
+from composer_ema.wording import counted
 
 
 @takes_settings
@@ -170,13 +171,17 @@ class ShadowModel(LendableAverage):
             model: the model to follow.
             joining: whether tensors that are new, or trainable now, join at their value, as at an update. Default:
                 False.
-            leaving: whether to forget the averages of parameters that ``model`` no longer has. Default: False.
+            leaving: whether to forget the averages of parameters that ``model`` no longer has, or has in another
+                shape. Default: False.
             renamed: old canonical name of a parameter or buffer to its new one. Its average goes on under the new name.
 
         Raises:
             RuntimeError: something is to join, to leave or to be renamed while ``model`` holds an average.
             ValueError: ``model`` lacks a tracked parameter or has it in another shape, or ``renamed`` does not fit.
                 Nothing is changed.
+
+        Warns:
+            UserWarning: no average is left of those that there were.
 
         Example:
             >>> model = nn.Linear(2, 1)
@@ -196,6 +201,12 @@ class ShadowModel(LendableAverage):
             except ValueError:
                 self._storage.parameters, self._storage.buffers = before
                 raise
+            if before[0] and not any(map(before[0].__contains__, self._storage.parameters)) and not renamed:
+                warnings.warn(
+                    f'none of the {counted(len(before[0]), "averaged parameter")} is left: the model has '
+                    f'{listed(sorted(self._storage.parameters))}, whose averages start at its values.',
+                    stacklevel=3,
+                )
         else:
             self._resolve(module, joining)
 
@@ -216,9 +227,12 @@ class ShadowModel(LendableAverage):
 
         Use it to try out whether a state will load.
         """
-        outline = ShadowModel(model, **self._storage.settings.replace(device='meta').as_arguments())
+        storage = Storage(self._storage.settings.replace(device='meta'))
+        storage.join(Inventory.of(unwrap(model)))
         for name, tensor in self._storage.parameters.items():
-            outline._storage.parameters.setdefault(name, tensor.to('meta'))
+            storage.parameters.setdefault(name, tensor.to('meta'))
+        outline = ShadowModel.__new__(ShadowModel)
+        LendableAverage.__init__(outline, storage, Follower([storage]))
         return outline
 
     def update(self, model: nn.Module, smoothing: float | None = None, *, weight: float | None = None) -> None:
@@ -329,7 +343,8 @@ class ShadowModel(LendableAverage):
             name = names.get(id(value), '')
             expected.discard(name)
             average = storage.tensor(name)
-            kept = average if average is not None and average.shape == value.shape else stashed.get(name, value)
+            kept = average if are_alike(average, value) else None
+            kept = stashed.get(name, value) if kept is None else kept
             saved[key] = kept.detach().to(value.device, value.dtype, copy=True)
         if expected:
             raise ValueError(
@@ -409,6 +424,7 @@ class ShadowModel(LendableAverage):
         changed = settings.replace(
             device=parse_device(device) or settings.device, dtype=parse_dtype(dtype) or settings.dtype
         )
+        changed.refuse_meta()
         self._follower.forget_plan()
         self._storage.convert(changed)
         return self

@@ -75,7 +75,10 @@ def check(state: Mapping[str, Any], storage: Storage) -> Loaded:
     """
     version = state.get(_VERSION) if isinstance(state, Mapping) else None
     if type(version) is not int or version != VERSION:
-        raise ValueError(f'the state has format version {version!r}, this release reads {VERSION}. Nothing was loaded.')
+        raise ValueError(
+            f'the state has format version {version!r}, this release reads {VERSION}. Nothing was loaded.'
+            + (' Pass what state_dict() of a ShadowModel returned; this is something else.' if version is None else '')
+        )
     for key, kind in ((_NUM_UPDATES, int), (_PARAMETERS, Mapping), (_BUFFERS, Mapping)):
         if not isinstance(value := state.get(key), kind) or isinstance(value, bool):
             raise ValueError(
@@ -105,9 +108,9 @@ def _check_names(storage: Storage, parameters: Mapping[str, Tensor], buffers: Ma
     selection = storage.selection
     frozen = {n: shape for n, shape in storage.shapes.items() if n not in storage.parameters and n in selection}
     check_same('the saved average', {**frozen, **storage.parameters}, parameters, optional=frozen, remedy=_REMEDY)
-    # A model may register, replace and resize the buffers that are copied from it, so these may differ.
+    # A model may register, replace, resize and drop its buffers, apart from statistics, so these may differ.
     free = {n: b for n, b in buffers.items() if n in selection and n not in storage.statistics}
-    loose = {name for name in storage.buffers if name in storage.volatile or not storage.is_averaged(name)}
+    loose = storage.volatile | {name for name in storage.buffers if name not in storage.statistics}
     expected = {**storage.buffers, **{n: b for n, b in free.items() if isinstance(b, Tensor)}}
     check_same("the saved average's buffers", expected, buffers, optional=loose, remedy=_REMEDY)
 

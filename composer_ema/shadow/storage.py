@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -87,11 +87,17 @@ class Storage:
                 )
         self.parameters |= self.copies_of(new)
         self._drop_all_but(inventory.buffers)
+        views = views_of_parameters(inventory.parameters.values(), inventory.buffers)
         self.buffers |= self.copies_of({
             name: buffer
             for name, buffer in inventory.buffers.items()
-            if name in selection and can_be_kept(buffer) and not _are_alike(self.buffers.get(name), buffer)
+            if name in selection
+            and can_be_kept(buffer)
+            and name not in views
+            and not are_alike(self.buffers.get(name), buffer)
         })  # fmt: skip
+        for name in views & self.buffers.keys():
+            del self.buffers[name]
         self.shapes = {name: torch.empty_like(t, device='meta') for name, t in inventory.parameters.items()}
         self.persistent, self.aliases = inventory.persistent, inventory.aliases
         self.statistics = inventory.statistics
@@ -113,12 +119,14 @@ class Storage:
             ValueError: an old name that is not tracked, a new one that the model does not have, has in another shape
                 or that is tracked already. Nothing is changed.
         """
+        if not isinstance(renamed, Mapping):
+            raise TypeError(f'renamed must map old names to new ones, got {renamed!r}. Pass for example {{old: new}}.')
         tensors, tracked = inventory.tensors(), {*self.parameters, *self.buffers}
         for old, new in renamed.items():
             shadow, source = self.tensor(old), tensors.get(new)
             if shadow is None:
                 raise ValueError(f'renamed: there is no average of {old}. Tracked are {listed(sorted(tracked))}.')
-            if source is None or not _are_alike(shadow, source):
+            if source is None or not are_alike(shadow, source):
                 has = 'does not have it' if source is None else f'has it in shape {tuple(source.shape)}'
                 raise ValueError(
                     f'renamed: {old} of shape {tuple(shadow.shape)} cannot become {new}: the model {has}. '
@@ -129,9 +137,14 @@ class Storage:
         if len(set(renamed.values())) < len(renamed):
             raise ValueError('renamed gives two averages one name. Name each tensor once.')
         before = self.parameters, self.buffers
+        sources = inventory.parameters
         parameters = {renamed.get(name, name): shadow for name, shadow in self.parameters.items()}
         self.buffers = {renamed.get(name, name): shadow for name, shadow in self.buffers.items()}
-        self.parameters = {n: s for n, s in parameters.items() if not leaving or n in inventory.parameters}
+        self.parameters = {
+            name: shadow
+            for name, shadow in parameters.items()
+            if not leaving or (name in sources and are_alike(shadow, sources[name]))
+        }
         return before
 
     def _drop_all_but(self, names: Collection[str]) -> None:
@@ -152,7 +165,7 @@ class Storage:
             written = {
                 name: value
                 for name, value in values.items()
-                if _are_alike(kind.get(name), value) and not (kind[name].is_meta and not self._is_outline)
+                if are_alike(kind.get(name), value) and not (kind[name].is_meta and not self._is_outline)
             }
             for name, value in written.items():
                 kind[name].copy_(value)
@@ -179,7 +192,7 @@ class Storage:
         pairs = {}
         for name, shadow in kind.items():
             source = sources.get(name)
-            if source is not None and _are_alike(shadow, source):
+            if source is not None and are_alike(shadow, source):
                 if source.is_meta or shadow.is_meta:
                     self._check_has_values(name, shadow, source)
                 kind[name] = shadow.to(self.settings.device or source.device)
@@ -240,15 +253,39 @@ def can_be_kept(buffer: Tensor) -> bool:
     It cannot where the buffer is sparse. Where elements share memory, as after ``expand``, the buffer cannot be
     written, so it never changes.
     """
-    return buffer.layout is torch.strided and not _overlaps_itself(buffer)
+    return buffer.layout is torch.strided and not buffer.is_nested and not _overlaps_itself(buffer)
 
 
-def _are_alike(shadow: Tensor | None, source: Tensor) -> bool:
+def are_alike(shadow: Tensor | None, source: Tensor) -> bool:
     """Whether ``shadow`` can become ``source``: they share shape and layout, and both hold the same kind of numbers."""
     if shadow is None or shadow.shape != source.shape or shadow.layout != source.layout:
         return False
     are_floating = shadow.is_floating_point() and source.is_floating_point()
     return shadow.dtype == source.dtype or are_floating or (shadow.is_complex() and source.is_complex())
+
+
+def views_of_parameters(parameters: Iterable[Tensor], buffers: Mapping[str, Tensor]) -> set[str]:
+    """Names of the buffers that lie in the memory of a parameter, and so show what that shows."""
+    extents: dict[int, list[tuple[int, int]]] = {}
+    for parameter in filter(_has_memory, parameters):
+        extents.setdefault(parameter.untyped_storage().data_ptr(), []).append(_extent(parameter))
+    views = set()
+    for name, buffer in buffers.items():
+        if _has_memory(buffer) and buffer.untyped_storage().data_ptr() in extents:
+            start, end = _extent(buffer)
+            if any(start < last and first < end for first, last in extents[buffer.untyped_storage().data_ptr()]):
+                views.add(name)
+    return views
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_meta and tensor.numel() > 0
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """The addresses from the first byte of a tensor up to the one behind its last."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:
