@@ -94,7 +94,7 @@ def counted(number: float, noun: str) -> str:
         >>> counted(1, 'batch'), counted(1200, 'batch'), counted(0.5, 'epoch'), counted(2, 'more parameter')
         ('1 batch', '1,200 batches', '0.5 epochs', '2 more parameters')
     """
-    amount = f'{int(number):,}' if number == int(number) else f'{number:,.6g}'
+    amount = f'{int(number):,}' if float(number).is_integer() else f'{number:,.6g}'
     return f'{amount} {noun if number == 1 else _plural(noun)}'
 
 
