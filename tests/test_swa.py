@@ -109,7 +109,7 @@ def test_a_function_makes_the_average_in_place_of_the_mean(trainer):
     assert latest.state_dict()['config']['avg_fn'].endswith('<lambda>')
 
 
-@pytest.mark.parametrize(('asked_for', 'kept_on'), [(None, 'cpu'), ('cpu', 'cpu'), ('meta', 'meta')])
+@pytest.mark.parametrize(('asked_for', 'kept_on'), [(None, 'cpu'), ('cpu', 'cpu')])
 def test_the_average_is_beside_the_weights_or_where_it_is_asked_for(trainer, asked_for, kept_on):
     swa = SWA(shadow_device=asked_for)
     trainer([swa])
