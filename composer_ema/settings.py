@@ -46,8 +46,9 @@ class Settings:
             type tells (BatchNorm, SyncBatchNorm, InstanceNorm, subclasses), and takes the latest value of every other
             buffer, such as a mask or a scale. ``'average'`` averages all floating buffers, ``'copy'`` none. A mapping
             of regular expressions to ``'average'`` or ``'copy'`` decides by canonical name, the first that is found
-            wins, and what none finds follows ``'statistics'``. Integer and boolean buffers are always copied, and so
-            is an element of a buffer where the average or the model is not finite.
+            wins, and what none finds follows ``'statistics'``. Each pattern must decide for some buffer. Integer and
+            boolean buffers are always copied, and so is an element of a buffer where the average or the model is not
+            finite.
         include: regular expressions searched for in canonical names; only matching names are kept. Default: all.
         exclude: regular expressions that take names out again.
         dtype: floating dtype of the average, or its name. Default: float32 for 16-bit tensors, else each tensor's own.

@@ -114,6 +114,12 @@ def test_buffers_decides_by_one_mode_or_by_pattern(buffers, expected):
         ({'nowhere': 'copy'}, "pattern 'nowhere' matches nothing: the model has the buffers mask, cache, norm"),
         ({'mask': 'average'}, "pattern 'mask' averages nothing: mask holds whole numbers"),
         ({'(': 'copy'}, 'buffers'),
+        (
+            {'.*': 'copy', 'running_mean': 'average'},
+            r"'running_mean' decides nothing: .* '\.\*' before it is found in norm\.running_mean\. Put it first",
+        ),
+        ({'mean': 'copy', 'var': 'copy', 'norm.running': 'copy'}, "'norm.running' decides nothing: .* 'mean', 'var'"),
+        ({'cache|norm': 'average', '.*': 'average'}, r"'\.\*' averages nothing: mask holds whole numbers"),
     ],
     ids=str,
 )

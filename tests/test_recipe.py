@@ -108,6 +108,11 @@ REFUSED = [
     ('algorithms.ema.half_life=3', 'algorithms.ema.half_life', 'must be a string or null, got 3 (an integer)'),
     ('algorithms.ema.half_life=3bananas', 'algorithms.ema.half_life', 'bananas'),
     ('algorithms.ema=3ba', 'algorithms.ema', "must be a mapping, got '3ba'"),
+    (
+        'algorithms.ema.buffers={running: averag}',
+        'algorithms.ema.buffers',
+        "must be one of average, copy for each key, got 'averag' (a string) for 'running'. Did you mean 'average'?",
+    ),
     ('algorithms.EMA.half_life=3ba', 'algorithms.EMA', 'algorithms.ema'),
     ('algorithms.ema.evaluate_with={eval: ema}', 'algorithms.ema.evaluate_with', 'evaluate: [training, ema]'),
     ('algorithms.mixup.alpha=much', 'algorithms.mixup.alpha', "must be a number, got 'much'"),
@@ -291,6 +296,15 @@ class TestRefused:
         with pytest.raises(RecipeError, match="'nothing' matches none") as refused:
             build(schema.load(write(), ['algorithms.ema.include=nothing']))
         assert refused.value.key == 'algorithms.ema.include'
+
+    def test_pattern_hidden_by_one_of_the_file_can_replace_it(self, write):
+        merged = ['algorithms.ema.buffers={.*: copy}', 'algorithms.ema.buffers={running_mean: average}']
+        with pytest.raises(RecipeError, match=r'decides nothing.* ~algorithms\.ema\.buffers before it') as refused:
+            build(schema.load(write(), merged))
+        assert refused.value.key == 'algorithms.ema.buffers'
+        recipe = schema.load(write(), [merged[0], '~algorithms.ema.buffers', merged[1]])
+        build(recipe).trainer.close()
+        assert recipe.values['algorithms']['ema']['buffers'] == {'running_mean': 'average'}
 
     def test_checkpoint_with_types_of_the_users_own_loads(self, write, tmp_path):
         train(schema.load(write(), ['run_name=first', 'max_duration=1ep']), quiet)

@@ -45,7 +45,8 @@ class Selection:
 
 
 def check_buffer_patterns(patterns: Iterable[tuple[re.Pattern[str], str]], buffers: Mapping[str, Tensor]) -> None:
-    """Raises unless each pattern of the setting ``buffers`` finds a buffer, and one to average a floating one."""
+    """Raises unless each pattern of the setting ``buffers`` decides for a buffer, and one to average a floating one."""
+    taken: dict[str, str] = {}  # the name of a buffer and the first pattern that is found in it
     for pattern, mode in patterns:
         found = [name for name in buffers if pattern.search(name)]
         if not found:
@@ -54,10 +55,19 @@ def check_buffer_patterns(patterns: Iterable[tuple[re.Pattern[str], str]], buffe
                 f'buffers pattern {pattern.pattern!r} matches nothing: the model {has}. Correct it or leave it out.'
             )
             raise ArgumentError(message, 'buffers')
-        if mode == 'average' and not any(map(_is_inexact, (buffers[name] for name in found))):
+        decided = [name for name in found if name not in taken]
+        if not decided:
+            earlier = listed([repr(each) for each in dict.fromkeys(taken[name] for name in found)])
             raise ArgumentError(
-                f'buffers pattern {pattern.pattern!r} averages nothing: {listed(found)} holds whole numbers, which are '
-                'copied. Leave it out.',
+                f'buffers pattern {pattern.pattern!r} decides nothing: the first pattern found wins, and {earlier} '
+                f'before it is found in {listed(found)}. Put it first, or leave it out.',
+                'buffers',
+            )
+        taken |= dict.fromkeys(decided, pattern.pattern)
+        if mode == 'average' and not any(map(_is_inexact, (buffers[name] for name in decided))):
+            raise ArgumentError(
+                f'buffers pattern {pattern.pattern!r} averages nothing: {listed(decided)} holds whole numbers, which '
+                'are copied. Leave it out.',
                 'buffers',
             )
 

@@ -18,7 +18,7 @@ from composer.core import Callback
 from composer.loggers import LoggerDestination
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from composer_ema.recipe.kinds import CONFIG, Kind, kind_of, list_adapter
+from composer_ema.recipe.kinds import CONFIG, Kind, kind_of
 from composer_ema.wording import near, suggestion
 
 
@@ -83,10 +83,8 @@ def check_arguments(
 def check_value(annotation: Any, value: Any, place: Place) -> Any:
     """Returns ``value`` unchanged, or raises a :class:`RecipeError` where it is not of the annotated kind."""
     kind = Kind.of(annotation)
-    try:
-        list_adapter(kind.annotation).validate_json(json.dumps([value]))
-    except ValidationError:
-        raise _wrong_kind(kind, value, place) from None
+    if not kind.takes(value):
+        raise _wrong_kind(kind, value, place)
     return value
 
 
@@ -156,10 +154,18 @@ def _kinds(owner: Callable[..., Any]) -> dict[str, Kind]:
 
 
 def _wrong_kind(kind: Kind, value: Any, place: Place) -> RecipeError:
+    if isinstance(value, dict) and (of_values := kind.of_values) is not None:
+        for key, each in value.items():
+            if not of_values.takes(each):
+                got = f'{each!r} ({kind_of(each)}) for {key!r}'
+                return place.error(f'must be {of_values} for each key, got {got}.{_suggested(of_values, each)}')
+    return place.error(f'must be {kind}, got {value!r} ({kind_of(value)}).{_suggested(kind, value)}')
+
+
+def _suggested(kind: Kind, value: Any) -> str:
     choices = [each for each in kind.choices if isinstance(each, str)]
     # The kind lists its choices.
-    remedy = f' {suggestion(value, choices)}' if isinstance(value, str) and near(value, choices) else ''
-    return place.error(f'must be {kind}, got {value!r} ({kind_of(value)}).{remedy}')
+    return f' {suggestion(value, choices)}' if isinstance(value, str) and near(value, choices) else ''
 
 
 def _annotation(parameter: inspect.Parameter, hints: Mapping[str, Any]) -> Any:

@@ -120,7 +120,7 @@ def build(recipe: Recipe, *, scratch: Path | None = None, callbacks: Sequence[Ca
         try:
             trainer = Trainer(**arguments)
         except REFUSALS as error:
-            raise blame(checked, error).error(said(error)) from error
+            raise refused(checked, error) from error
         try:
             stepped.check_unchanged(settings)
         except RecipeError:
@@ -132,14 +132,20 @@ def build(recipe: Recipe, *, scratch: Path | None = None, callbacks: Sequence[Ca
     return Run(resolved, checked, folder, trainer, recorder, remarks)
 
 
-def blame(checked: Plan, error: Exception) -> Place:
-    """The key of what an error in a run is about: an argument of an algorithm, an algorithm, or the whole recipe.
+def refused(checked: Plan, error: Exception) -> RecipeError:
+    """An error in a run, at the key that it is about: an argument of an algorithm, an algorithm, or the whole recipe.
 
     Only errors that carry the name of the argument tell it; see :class:`composer_ema.spans.ArgumentError`.
     """
-    argument = getattr(error, 'argument', None)
+    argument: str = getattr(error, 'argument', '')
     owners = [each for each in checked.algorithms if argument in signature(each.factory)]
-    return owners[0].blame(error) if len(owners) == 1 else checked.place
+    if len(owners) != 1:
+        return checked.place.error(said(error))
+    place, message = owners[0].blame(error), said(error)
+    value = owners[0].arguments.get(argument)
+    if isinstance(value, dict) and len(value) > 1:  # in their order, which an override cannot choose
+        message += f' An override adds to the end of the mapping in the file; ~{place.key} before it drops that.'
+    return place.error(message)
 
 
 def _start_processes(checked: Plan) -> None:

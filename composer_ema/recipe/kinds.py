@@ -5,17 +5,19 @@ from __future__ import annotations
 import collections.abc
 import enum
 import inspect
+import json
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin
 
-from pydantic import ConfigDict, TypeAdapter
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUndefinedAnnotation, PydanticUserError
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaWarningKind
 
 #: In JSON mode a list may stand for a tuple, and strict means that a string is never taken for a number.
 CONFIG = ConfigDict(strict=True, arbitrary_types_allowed=True, extra='forbid')
+_MAPPINGS = (dict, collections.abc.Mapping)
 _NOTHING: dict[str, Any] = {'not': {}}  # JSON Schema for a kind that no value has
 
 
@@ -42,6 +44,23 @@ class Kind:
         schema = _pruned(described['items'], described.get('$defs', {}))
         # Where no YAML value fits, as for an optimizer, the constructor must judge the values, too.
         return cls(Any, {}) if schema is None else cls(annotation, schema)
+
+    def takes(self, value: Any) -> bool:
+        """Whether a YAML value is of this kind."""
+        try:
+            list_adapter(self.annotation).validate_json(json.dumps([value]))
+        except ValidationError:
+            return False
+        return True
+
+    @property
+    def of_values(self) -> Kind | None:
+        """The kind of what a mapping holds, where this kind is a mapping, or may be; None where any value will do."""
+        origin, inner = get_origin(self.annotation), get_args(self.annotation)
+        if origin in (Union, types.UnionType):
+            mappings = [each for each in inner if get_origin(each) in _MAPPINGS]
+            return Kind.of(mappings[0]).of_values if len(mappings) == 1 else None
+        return Kind.of(inner[1]) if origin in _MAPPINGS and len(inner) == 2 else None
 
     @property
     def choices(self) -> list[Any]:

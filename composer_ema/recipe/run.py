@@ -14,7 +14,7 @@ from composer.utils import dist
 from omegaconf import OmegaConf
 
 from composer_ema.files import write_beside
-from composer_ema.recipe.build import Run, blame, build
+from composer_ema.recipe.build import Run, build, refused
 from composer_ema.recipe.outputs import RECIPE_FILE
 from composer_ema.recipe.schema import Recipe
 from composer_ema.wording import counted
@@ -151,7 +151,7 @@ def _fit(run: Run, show: Callable[[Any], None]) -> None:
         if state.timestamp.batch > start:
             raise
         # A setting that cannot work in this run is refused before the first batch: a half-life of 2ep in 10ba.
-        raise blame(run.plan, error).error(str(error)) from error
+        raise refused(run.plan, error) from error
 
 
 def _for_seed(recipe: Recipe, seed: int) -> Recipe:
