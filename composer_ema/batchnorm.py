@@ -1,17 +1,18 @@
 """BatchNorm's running statistics for the weights that a model holds now, or for an average of them.
 
-Invariant: nothing else changes. Training flags, momenta, random numbers, all other buffers and what the code of the
-modules keeps in Python are as they were, also after an error; then the statistics are, too.
+Invariant: nothing else changes. Weights, training flags, momenta, random numbers, all other buffers and what the code
+of the modules keeps in Python are as they were, also after an error; then the statistics are, too.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import random
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -22,10 +23,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parameter import is_lazy
+from torch.utils.data import DataLoader
 
 from composer_ema.model.inventory import Inventory, is_normalisation
 from composer_ema.model.names import listed
-from composer_ema.model.rollback import Rollback
+from composer_ema.model.rollback import Rollback, rewinding
 from composer_ema.model.sharding import canonical_name, refuse_sharded, unwrap
 from composer_ema.model.untraced import untraced
 from composer_ema.shadow import loan
@@ -74,16 +76,19 @@ def update_bn(
     batch there. Scripted layers keep their statistics.
 
     No gradient graph is built, and compiled parts run uncompiled. For mixed precision call it inside
-    ``torch.autocast``. Afterwards the model is as before, but for the statistics: see
-    :class:`composer_ema.model.rollback.Rollback` for what that covers. What hooks and other code write outside of the
-    model, in closures, classes, globals or a Trainer, stays written.
+    ``torch.autocast``. Afterwards the model is as before, but for the statistics, whatever its forward writes: into a
+    momentum encoder or a codebook, for example. That takes memory until then: for a copy of all parameters and buffers,
+    on their devices; with ``shadow``, as for any swap, of the parameters that it tracks, and of those that it does not,
+    such as frozen ones. See :class:`composer_ema.model.rollback.Rollback` for what else is put back. What hooks and
+    other code write outside of the model, in closures, classes, globals or a Trainer, stays written. The random
+    generators of the data set, its transforms and samplers return, too, but what else these remember is theirs.
 
     Args:
         model: holds the weights; DDP and ``torch.compile`` are looked through. Its BatchNorm buffers are written,
             unless ``shadow`` is given.
         dataloader: batches for ``model``, or a Composer ``DataSpec``, whose transforms are applied as its Trainer
-            does: ``batch_transforms`` before the batch is moved, ``microbatch_transforms`` after it. It must not be in
-            the middle of another iteration with persistent workers.
+            does: ``batch_transforms`` before the batch is moved, ``microbatch_transforms`` after it. Persistent workers
+            of a ``DataLoader`` are left alone: the pass starts as many of its own.
         device: where batches go, however nested. Default: to the first parameter of ``model``.
         shadow: an average that follows ``model``. The statistics are computed for the average and kept in the
             shadow's own buffers; the model has its training weights and buffers, to the bit, before and after. Inside
@@ -104,7 +109,7 @@ def update_bn(
         TypeError: an argument of another kind, as when they are in the order of torch's function.
         ValueError: no batch; ``microbatch_size`` without a ``DataSpec``; the processes of a SyncBatchNorm model have
             different numbers of batches; ``shadow`` does not track the statistics, or is swapped into another model; a
-            lazy layer has no shape yet.
+            lazy layer or parameter has no shape yet.
         RuntimeError: another process could not run its batches.
         NotImplementedError: the model is sharded.
 
@@ -147,7 +152,11 @@ def update_bn(
         # Where a forward waits for all processes, nobody could be told of an error in it.
         telling = combining and not any(isinstance(layer, nn.SyncBatchNorm) for layer in layers.values())
         with _failing_together(module) if telling else nullcontext():
-            written = stack.enter_context(_restoring(module, batches.sources))
+            was_swapped = shadow is not None and shadow.is_swapped
+            if shadow is not None:  # first, so that the training weights return when all else is back
+                stack.enter_context(_holding_average(module, shadow))
+            returning = {} if shadow is None or was_swapped else shadow.stashed_weights(module)
+            written = stack.enter_context(_restoring(module, batches.sources, returning))
             unfrozen = _unfrozen(module, layers)
             if not unfrozen:
                 _warn_of_frozen(layers)
@@ -157,10 +166,8 @@ def update_bn(
                 raise ValueError(
                     'synchronize=False cannot take effect: SyncBatchNorm synchronizes all processes in its forward.'
                 )
-            was_swapped = shadow is not None and shadow.is_swapped
             if shadow is not None:
                 _check_tracked(shadow, _statistics(module, unfrozen))
-                stack.enter_context(_holding_average(module, shadow))
             stack.enter_context(batches.bar(shown=progress_bar))
             gathered = {name: _Gathered(layer) for name, layer in layers.items()}
             run = forward or default_forward
@@ -191,7 +198,7 @@ def statistics_of(module: nn.Module) -> dict[str, Tensor]:
 
 def unfrozen_statistics_of(module: nn.Module) -> dict[str, Tensor]:
     """Those of :func:`statistics_of` that :func:`update_bn` would compute. The module is as before, afterwards."""
-    with _restoring(module, ()):
+    with _restoring(module):
         return _statistics(module, _unfrozen(module, _layers(module)))
 
 
@@ -379,16 +386,15 @@ class _Batches:
             self._spec, dataloader = dataloader, dataloader.dataloader
         if microbatch_size is not None:
             _check_microbatch_size(microbatch_size, self._spec)
-        self._loader, self._device, self._limit = dataloader, device, limit
+        self._loader, self._device, self._limit = _with_workers_of_its_own(dataloader), device, limit
         self._microbatch_size = microbatch_size
         self._on_batch: Callable[[], object] = lambda: None
         self.count = 0
 
     @property
     def sources(self) -> list[Any]:
-        """What may draw random numbers with a generator of its own."""
-        batch_sampler = getattr(self._loader, 'batch_sampler', None)
-        return [self._loader, getattr(self._loader, 'sampler', None), getattr(batch_sampler, 'sampler', None)]
+        """What may draw random numbers with generators of its own."""
+        return [self._loader, self._spec]
 
     def __iter__(self) -> Iterator[Any]:
         for batch in islice(self._loader, self._limit):
@@ -433,6 +439,19 @@ class _Batches:
         return min((n for n in (length, self._limit) if n is not None), default=None)
 
 
+def _with_workers_of_its_own(dataloader: Any) -> Any:
+    """The same loader, but where its workers persist, one whose workers live for one pass.
+
+    Persistent workers go on with the random numbers and the data set that their last pass left, and serve one pass at a
+    time, perhaps one in which training is.
+    """
+    if not (isinstance(dataloader, DataLoader) and dataloader.persistent_workers):
+        return dataloader
+    fresh = copy.copy(dataloader)
+    vars(fresh).update(_iterator=None, persistent_workers=False)  # a DataLoader refuses to have them set
+    return fresh
+
+
 def _check_microbatch_size(microbatch_size: float, spec: Any) -> None:
     is_number = isinstance(microbatch_size, (int, float)) and not isinstance(microbatch_size, bool)
     if not is_number or not microbatch_size > 0:
@@ -472,9 +491,18 @@ def _holding_average(module: nn.Module, shadow: ShadowModel) -> AbstractContextM
 
 
 @contextmanager
-def _restoring(module: nn.Module, sources: Iterable[Any]) -> Iterator[list[Tensor]]:
-    """Puts all back but the values of the buffers that are in the list by then."""
-    rollback, written = Rollback(module), []
+def _restoring(
+    module: nn.Module, sources: Iterable[Any] = (), returning: Collection[str] = ()
+) -> Iterator[list[Tensor]]:
+    """Puts all back but the values of the buffers that are in the list by then.
+
+    Args:
+        module: the module.
+        sources: what may draw random numbers with generators of its own.
+        returning: names of the parameters whose values come back without us.
+    """
+    stashed = [parameter for name, parameter in Inventory.of(module).parameters.items() if name in returning]
+    rollback, written = Rollback(module, stashed=stashed), []
     if rollback.left_alone:
         log.info('not restored if the forward of the model changes them: %s', listed(rollback.left_alone))
     with _random_state_kept(module, sources), _uncompiled(), torch.no_grad():
@@ -499,10 +527,7 @@ def _uncompiled() -> Iterator[None]:
 
 @contextmanager
 def _random_state_kept(module: nn.Module, sources: Iterable[Any]) -> Iterator[None]:
-    generators = {
-        id(g): g for source in sources if isinstance(g := getattr(source, 'generator', None), torch.Generator)
-    }
-    states = [(generator, generator.get_state()) for generator in generators.values()]
+    rewind = rewinding(sources)
     python, numpy = random.getstate(), np.random.get_state()
     devices = {tensor.device for tensor in module.parameters() if tensor.is_cuda}
     with torch.random.fork_rng(devices=[device.index for device in devices]):
@@ -511,8 +536,8 @@ def _random_state_kept(module: nn.Module, sources: Iterable[Any]) -> Iterator[No
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
-            for generator, state in states:
-                generator.set_state(state)
+            for each in rewind:
+                each()
 
 
 def _is_distributed() -> bool:

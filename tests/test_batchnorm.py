@@ -3,8 +3,10 @@
 import collections
 import copy
 import faulthandler
+import functools
 import importlib.util
 import io
+import itertools
 import logging
 import os
 import random
@@ -26,6 +28,7 @@ from torch.optim import swa_utils
 from torch.utils.data import DataLoader, TensorDataset
 
 from composer_ema import ShadowModel, update_bn
+from composer_ema.model import rollback
 
 needs_composer = pytest.mark.skipif(importlib.util.find_spec('composer') is None, reason='needs Composer')
 
@@ -496,6 +499,11 @@ def test_a_scripted_layer_keeps_its_statistics_and_is_named():
     assert model[1].num_batches_tracked == 1
 
 
+def test_a_lazy_parameter_is_refused():
+    with pytest.raises(ValueError, match=r'0\.weight is a lazy parameter without a shape\. Run one forward pass first'):
+        update_bn(nn.Sequential(nn.LazyLinear(1), nn.BatchNorm1d(1)), [X])
+
+
 def test_a_lazy_layer_is_refused():
     with pytest.raises(ValueError, match=r'0 is a lazy layer without a shape\. Run one forward pass first'):
         update_bn(nn.Sequential(nn.LazyBatchNorm1d(affine=False)), [X])
@@ -533,6 +541,24 @@ def test_compiled_parts_are_computed_without_being_compiled_anew():
 # What the code of a model keeps in Python
 
 
+class Slotted:
+    __slots__ = ('best', 'calls', 'values')
+
+    def __init__(self):
+        self.calls, self.values = 0, []
+
+    def add(self, value):
+        self.calls += 1
+        self.values.append(value)
+        self.best = value
+
+
+class Named(Slotted):  # has a dictionary beside the slots
+    def add(self, value):
+        super().add(value)
+        self.name = value
+
+
 class Meter:
     def __init__(self):
         self.values, self.best = [], None
@@ -553,7 +579,7 @@ class Remembers(nn.Module):
         self.torch_generator = torch.Generator().manual_seed(1)
         self.numpy_generator, self.python_generator = np.random.default_rng(1), random.Random(1)
         self.meter, self.nested, self.raw = Meter(), {'deep': [{'count': 0}]}, bytearray(1)
-        self.hidden = [nn.BatchNorm1d(1)]
+        self.hidden, self.slotted = [nn.BatchNorm1d(1)], [Slotted(), Named()]
         self.scale = nn.Parameter(torch.ones(1))
         self.view = self.scale.data.view(-1)
 
@@ -570,6 +596,8 @@ class Remembers(nn.Module):
         self.raw[0] += 1
         self.meter.add(self.calls)
         self.nested['deep'][0]['count'] += 1
+        for each in self.slotted:
+            each.add(self.calls)
         self.hidden[0](x)
         self.later = self.calls
         draws = torch.rand(1, generator=self.torch_generator), self.numpy_generator.random(), self.python_generator
@@ -581,8 +609,12 @@ def remembered(model):
     state.pop('cache', None)
     generators = [state.pop(f'{name}_generator') for name in ('torch', 'numpy', 'python')]
     hidden, meter = state.pop('hidden')[0], state.pop('meter')
+    slots = [
+        (each.calls, each.values, getattr(each, 'best', None), vars(each) if isinstance(each, Named) else ())
+        for each in state.pop('slotted')
+    ]
     states = generators[0].get_state(), generators[1].bit_generator.state, generators[2].getstate()
-    return copy.deepcopy([sorted(state), state, vars(meter), bits(hidden), states, list(state['named'])])
+    return copy.deepcopy([sorted(state), state, vars(meter), slots, bits(hidden), states, list(state['named'])])
 
 
 @pytest.mark.parametrize('averaging', [False, True])
@@ -591,6 +623,7 @@ def test_what_modules_keep_in_python_is_as_if_they_had_not_been_run(averaging, f
     model = nn.Sequential(Remembers(), nn.BatchNorm1d(1))
     for batch in (X, X + 1):
         model(batch)
+    del model[0].slotted[0].best
     cache, items = model[0].cache, model[0].items
     before, expected = remembered(model[0]), copy.deepcopy(model[0].meter)
     twin_of_hidden = model[0].hidden[0]
@@ -601,6 +634,7 @@ def test_what_modules_keep_in_python_is_as_if_they_had_not_been_run(averaging, f
     after = remembered(model[0])
     assert str(after) == str(before)  # tensors are shown in full
     assert vars(model[0].meter) == vars(expected)
+    assert not hasattr(model[0].slotted[0], 'best')
     assert model[0].cache is cache
     assert model[0].items is items
     assert model[0].hidden[0] is twin_of_hidden
@@ -635,12 +669,155 @@ def test_what_stands_around_a_model_is_left_alone_and_named(caplog):
     assert dict(model.shadow.named_buffers())['0.running_mean'].item() == 2
 
 
+# Parameters that the forward writes
+
+
+class Writes(nn.Module):
+    """Moves its parameters in its forward, as a momentum encoder, a codebook or a clamp do."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(1)
+        self.trained, self.excluded = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+        self.frozen = nn.Parameter(torch.ones(1), requires_grad=False)
+        self.replaced, self.hidden = nn.Parameter(torch.ones(1)), [nn.Parameter(torch.ones(1))]
+        self.register_buffer('graph', torch.eye(1).to_sparse())
+
+    def forward(self, x):
+        with torch.no_grad():
+            for parameter in (self.trained, self.excluded, self.frozen, self.hidden[0]):
+                parameter.mul_(0.5)
+            self.frozen.data.add_(self.trained)
+            self.excluded.data = self.excluded * 3
+            self.replaced = nn.Parameter(self.replaced * 0.5)
+            self.graph.mul_(2)
+        return self.norm(x * self.trained)
+
+
+def parameters_of(model):
+    return {**dict(model.named_parameters()), 'hidden': model.hidden[0]}
+
+
+@pytest.mark.parametrize('failing', [False, True])
+@pytest.mark.parametrize('lent', ['not', 'by the pass', 'before'])
+def test_parameters_that_a_forward_writes_keep_every_bit_and_their_memory(lent, failing):
+    model = Writes()
+    shadow = ShadowModel(model, exclude='^excluded$')
+    with torch.no_grad():
+        for parameter in parameters_of(model).values():
+            parameter.fill_(3)
+    averages = bits_of(dict(shadow.named_parameters()))
+    with shadow.swapped(model) if lent == 'before' else nullcontext():
+        held = parameters_of(model)
+        before = bits_of(held), {name: parameter.data_ptr() for name, parameter in held.items()}
+        with pytest.raises(Broken) if failing else nullcontext():
+            update_bn(model, breaking([X, X]) if failing else [X, X], shadow=None if lent == 'not' else shadow)
+        assert all(parameter is held[name] for name, parameter in parameters_of(model).items())
+        assert (bits_of(held), {name: parameter.data_ptr() for name, parameter in held.items()}) == before
+        assert model.graph.to_dense().item() == 1
+    assert bits_of(parameters_of(model)) == {name: [3.0] for name in held}
+    assert bits_of(dict(shadow.named_parameters())) == averages
+
+
+def bits_of(tensors):
+    return {name: tensor.tolist() for name, tensor in tensors.items()}
+
+
+def test_only_parameters_that_no_loan_returns_are_copied(monkeypatch):
+    model, copied = Writes(), []
+    shadow = ShadowModel(model, exclude='^excluded$')
+    noted = rollback._Noted.of
+
+    def note(tensor, *, copied_too=copied, copied):
+        copied_too += [tensor] if copied and isinstance(tensor, nn.Parameter) else []
+        return noted(tensor, copied=copied)
+
+    monkeypatch.setattr(rollback._Noted, 'of', note)
+    update_bn(model, [X], shadow=shadow)
+    names = {id(parameter): name for name, parameter in parameters_of(model).items()}
+    assert {names[id(tensor)] for tensor in copied} == {'excluded', 'frozen', 'hidden'}
+
+
+def test_inference_tensors_are_put_back():
+    with torch.inference_mode():
+        model = Writes()
+        before = bits_of(parameters_of(model))
+        update_bn(model, [X, X])
+        assert bits_of(parameters_of(model)) == before
+
+
+def test_parameters_that_wrap_other_tensors_are_put_back():
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    model = nn.Sequential(nn.BatchNorm1d(1))
+    model.pair = nn.Parameter(TwoTensor(torch.ones(1), torch.ones(1)))
+    update_bn(model, [X], forward=lambda model, x: (model.pair.mul_(2), model(x)))
+    assert (model.pair.a.item(), model.pair.b.item()) == (1, 1)
+
+
+# What draws random numbers, or goes on, in the data
+
+
+class Noisy(torch.utils.data.Dataset):
+    def __init__(self):
+        self.draw, self.scale = torch.Generator().manual_seed(1), np.random.default_rng(1)
+        self.transforms = [functools.partial(self.shift, random.Random(1))]
+
+    def shift(self, generator, x):
+        return x + generator.random()
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        x = torch.rand(1, generator=self.draw) * self.scale.random()
+        return self.transforms[0](x)
+
+
+def test_generators_of_a_data_set_and_its_transforms_are_as_before():
+    data = Noisy()
+    loader = DataLoader(data, 2)
+    expected = torch.cat(list(DataLoader(copy.deepcopy(data), 2)))
+    update_bn(nn.BatchNorm1d(1), loader)
+    assert torch.equal(torch.cat(list(loader)), expected)
+
+
+class Drawing(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return torch.rand(1)
+
+
+def test_persistent_workers_go_on_as_if_there_had_been_no_pass_and_may_be_in_one():
+    drawn = []
+    for refreshing in (False, True):
+        torch.manual_seed(0)
+        loader = DataLoader(Drawing(), 2, num_workers=1, persistent_workers=True)
+        model, batches = nn.BatchNorm1d(1), iter(loader)
+        drawn.append([next(batches)])
+        if refreshing:
+            update_bn(model, loader)
+            assert model.num_batches_tracked == 2
+        drawn[-1] += [*batches, *loader]
+    assert torch.equal(torch.cat(drawn[0]), torch.cat(drawn[1]))
+
+
 def test_an_embedding_that_is_renormalized_when_it_is_read_keeps_its_weights():
     model = nn.Sequential(nn.Embedding(2, 3, max_norm=1.0), nn.BatchNorm1d(3))
     with torch.no_grad():
         model[0].weight.fill_(5.0)
     update_bn(model, [torch.tensor([0, 1])])
     assert model[0].weight.eq(5).all()
+
+
+def test_an_iterator_of_a_module_is_left_alone_and_named(caplog):
+    model = nn.Sequential(nn.BatchNorm1d(1))
+    model.count = itertools.count()
+    with caplog.at_level(logging.INFO, 'composer_ema'):
+        update_bn(model, [X, X], forward=lambda model, x: (next(model.count), model(x)))
+    assert 'count (count)' in caplog.text
 
 
 # What is refused

@@ -287,6 +287,26 @@ def with_a_counter() -> tuple[nn.Module, list]:
     return model, []
 
 
+class Follows(nn.Module):
+    """A momentum encoder: a frozen parameter follows a trained one in the forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trained, self.follower = nn.Parameter(torch.ones(8)), nn.Parameter(torch.ones(8), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.follower.mul_(0.9).add_(self.trained, alpha=0.1)
+        return x * self.trained + self.follower
+
+
+def with_a_momentum_encoder() -> tuple[nn.Module, list]:
+    model = make_model()
+    model.module.insert(4, Follows())
+    return model, []
+
+
 def with_gyro_dropout() -> tuple[nn.Module, list]:
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # it cannot be resumed
@@ -294,7 +314,7 @@ def with_gyro_dropout() -> tuple[nn.Module, list]:
 
 
 @pytest.mark.filterwarnings('ignore:No instances of .torch.nn.Dropout. were found')
-@pytest.mark.parametrize('build', [with_a_counter, with_gyro_dropout])
+@pytest.mark.parametrize('build', [with_a_counter, with_a_momentum_encoder, with_gyro_dropout])
 def test_training_goes_on_after_a_refresh_as_if_the_model_had_not_been_run(trainer, build):
     finals = []
     for refresh in (False, True):
@@ -304,8 +324,9 @@ def test_training_goes_on_after_a_refresh_as_if_the_model_had_not_been_run(train
         run.fit()
         refreshed = held(swa)['module.1.num_batches_tracked'] == toy.EPOCH
         assert refreshed == refresh
+        finals.append([bits(run.state.model)])
         run.fit(duration='3ep')
-        finals.append(bits(run.state.model))
+        finals[-1].append(bits(run.state.model))
     assert finals[0] == finals[1]
 
 

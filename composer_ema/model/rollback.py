@@ -6,6 +6,7 @@ hook or an optimizer, still refers to it while the module runs and afterwards.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import enum
 import functools
@@ -18,12 +19,13 @@ import re
 import types
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Iterable
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -40,29 +42,32 @@ _GENERATORS = (random.Random, np.random.Generator, np.random.BitGenerator, np.ra
 # What a run owns: a pass over the data moves these forward itself, and may be there to write an average.
 _OF_THE_RUN = (Optimizer, Dataset, DataLoader, Sampler)
 _ELSEWHERE = ('composer_ema.', 'threading', 'torch._', 'torch.distributed')
+_MOST_TRANSFORMS = 1000  # a container of more entries holds samples, not what transforms them
 
 
 class Rollback:
     """Notes a module and puts it back.
 
     Covered are, in the module and every module that it leads to: attributes and training flags, registered names and
-    hooks; buffers and other tensors but no parameters, except embeddings that are renormalized when they are read;
-    arrays; lists, dictionaries, sets and deques; random generators; and objects of plain classes that consist of all
-    these. An object that leads to anything else, such as a lock, a file, a data loader or a Trainer, stands around the
-    module: it is left alone, and so is what code keeps elsewhere, in closures, classes or globals.
+    hooks; parameters, buffers and other tensors; arrays; lists, dictionaries, sets and deques; random generators; and
+    objects of plain classes, with ``__slots__`` or without, that consist of all these. An object that leads to anything
+    else, such as an iterator, a lock, a file, a data loader or a Trainer, stands around the module: it is left alone,
+    and so is what code keeps elsewhere, in closures, classes or globals.
 
     Args:
-        module: only read. Takes memory for a copy of its tensors that are no parameters, of them only.
+        module: only read. Takes memory for a copy of its tensors, on their devices, until :meth:`restore` returns.
+        stashed: parameters whose values somebody else keeps and puts back afterwards. They are not copied.
 
     Attributes:
         left_alone: attributes that hold an object that is not covered, each with its class.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, stashed: Iterable[Tensor] = ()) -> None:
         self.left_alone: list[str] = []
         self._dictionaries: list[tuple[dict, dict]] = []
         self._undo: list[Callable[[], object]] = []
-        self._tensors: list[tuple[Tensor, Tensor, int]] = []
+        self._tensors: list[_Noted] = []
+        self._stashed = {id(tensor) for tensor in stashed}
         self._seen: dict[int, Any] = {}  # holds what it names, so that no name is given twice
         self._covered: set[int] = set()
         registered = [*module.parameters(), *module.buffers()]
@@ -77,9 +82,10 @@ class Rollback:
             _restore_dictionary(dictionary, held)
         for undo in self._undo:
             undo()
-        for tensor, value, version in self._tensors:
-            if id(tensor) not in exempt:
-                _restore_tensor(tensor, value, version)
+        for noted in self._tensors:
+            if id(noted.tensor) not in exempt:
+                noted.restore()
+        self._tensors.clear()  # frees the copies
 
     def _note(self, value: Any, path: str) -> None:
         waiting = [(value, path)]
@@ -91,7 +97,7 @@ class Rollback:
             if isinstance(value, nn.Module):
                 for name, child in value.named_modules(prefix=path):
                     self._seen[id(child)] = child
-                    self._note_module(child)
+                    self._dictionaries.append((vars(child), dict(vars(child))))
                     # Scripted modules do not keep their buffers among their attributes.
                     held = {**vars(child), **dict(child.named_buffers(recurse=False))}
                     waiting += [(each, f'{name}.{key}' if name else key) for key, each in held.items()]
@@ -103,23 +109,15 @@ class Rollback:
             elif not type(value).__module__.startswith('torch'):  # what torch keeps there is not the model's
                 self.left_alone.append(f'{path} ({type(value).__name__})')
 
-    def _note_module(self, module: nn.Module) -> None:
-        self._dictionaries.append((vars(module), dict(vars(module))))
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
-            self._keep_value(module.weight)
-
     def _note_tensor(self, tensor: Tensor) -> None:
-        is_view = id(tensor) not in self._registered and _is_plain(tensor) and _storage(tensor) in self._storages
-        if not isinstance(tensor, nn.Parameter) and not is_view:
-            self._keep_value(tensor)
-
-    def _keep_value(self, tensor: Tensor) -> None:
-        if tensor.device.type == 'meta' or tensor.is_inference():
+        if tensor.device.type == 'meta' or is_lazy(tensor):
             return
+        if id(tensor) not in self._registered and _is_plain(tensor) and _storage(tensor) in self._storages:
+            return  # a view of one that is noted
         strides = zip(tensor.shape, tensor.stride(), strict=True) if _is_plain(tensor) else ()
         if any(size > 1 and stride == 0 for size, stride in strides):
             return  # expanded: torch refuses to write it
-        self._tensors.append((tensor, tensor.detach().clone(), tensor._version))
+        self._tensors.append(_Noted.of(tensor, copied=id(tensor) not in self._stashed))
 
     def _note_object(self, value: Any) -> None:
         if isinstance(value, dict):
@@ -138,6 +136,8 @@ class Rollback:
             self._undo.append(_rewinding(value))
         if hasattr(value, '__dict__'):
             self._dictionaries.append((vars(value), dict(vars(value))))
+        if slots := _slots(type(value)):
+            self._undo.append(functools.partial(_restore_slots, value, slots, _filled(value, slots)))
 
     def _is_covered(self, value: Any) -> bool:
         """Whether an object of a class of its own leads to nothing but what is covered. Containers always are."""
@@ -156,9 +156,76 @@ class Rollback:
         return True
 
 
+class _Noted(NamedTuple):
+    """A tensor as it was.
+
+    Args:
+        tensor: what code refers to.
+        place: shares its memory, whatever memory the tensor is given.
+        value: a copy; None where somebody else puts the value back.
+        version: counts what autograd has seen of writes; None for an inference tensor.
+    """
+
+    tensor: Tensor
+    place: Tensor
+    value: Tensor | None
+    version: int | None
+
+    @classmethod
+    def of(cls, tensor: Tensor, *, copied: bool) -> _Noted:
+        value = tensor.detach().clone() if copied else None
+        return cls(tensor, tensor.data, value, None if tensor.is_inference() else tensor._version)
+
+    def restore(self) -> None:
+        data = self.tensor.data  # unseen by autograd: a graph that waits for its backward stays valid
+        if _layout(data) != _layout(self.place):
+            self.tensor.data = data = self.place
+        if self.value is None:
+            return
+        if data.layout is not torch.strided:
+            if self._was_written():  # a copy into a sparse tensor's data would not reach the tensor
+                self.tensor.data = self.value
+        elif self._was_written() or not _is_equal(data, self.value):
+            data.copy_(self.value)
+
+    def _was_written(self) -> bool:
+        """Whether autograd saw it; it does not see what is written through ``data``."""
+        return self.version is not None and self.tensor._version != self.version
+
+
+def rewinding(owners: Iterable[Any]) -> list[Callable[[], object]]:
+    """Notes the random generators that objects lead to. Each of the functions returned puts one back.
+
+    Args:
+        owners: data loaders, data sets, samplers, transforms; only read. Looked through are attributes, containers of
+            no more than a thousand entries, bound methods and partial functions.
+    """
+    return [_rewinding(generator) for generator in _generators(owners)]
+
+
+def _generators(owners: Iterable[Any]) -> Iterator[Any]:
+    waiting, seen = list(owners), {}
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen[id(value)] = value
+        if isinstance(value, _GENERATORS):
+            if not isinstance(value, random.SystemRandom):
+                yield value
+        elif isinstance(value, types.MethodType):
+            waiting.append(value.__self__)
+        elif isinstance(value, functools.partial):
+            waiting += [value.func, *value.args, *value.keywords.values()]
+        elif not isinstance(value, (*_ATOMS, Tensor, np.ndarray)):
+            waiting += _held(value)
+            if isinstance(value, (dict, *_SEQUENCES)) and len(value) <= _MOST_TRANSFORMS:
+                waiting += dict.values(value) if isinstance(value, dict) else value
+
+
 def _parts(value: Any) -> Collection[Any] | None:
     """What an object holds; None where we do not know all of it."""
-    held = list(vars(value).values()) if hasattr(value, '__dict__') else []
+    held = _held(value)
     if isinstance(value, dict):
         return [*held, *value.values()]
     if isinstance(value, _SEQUENCES):
@@ -171,20 +238,64 @@ def _parts(value: Any) -> Collection[Any] | None:
 
 
 def _is_instance(value: Any) -> bool:
-    """Whether it is an object of a class written in Python, whose state is its dictionary."""
+    """Whether it is an object of a class written in Python, whose state is its dictionary and its slots."""
     if isinstance(value, (dict, *_SEQUENCES, *_GENERATORS, np.ndarray, bytearray)):
         return False
     kind = type(value)
     owns_more = hasattr(kind, '__del__') or kind.__module__.startswith(_ELSEWHERE)
-    return hasattr(value, '__dict__') and not owns_more
+    is_known = hasattr(value, '__dict__') or all('__slots__' in vars(each) for each in kind.__mro__[:-1])
+    return is_known and not owns_more
+
+
+def _held(value: Any) -> list[Any]:
+    """What the attributes of an object refer to."""
+    held = list(vars(value).values()) if hasattr(value, '__dict__') else []
+    return [*held, *_filled(value, _slots(type(value))).values()]
+
+
+def _slots(kind: type) -> tuple[types.MemberDescriptorType, ...]:
+    """The ``__slots__`` of a class and of its bases; those of the same name, too, which hide one another."""
+    slotted = [vars(each) for each in kind.__mro__ if '__slots__' in vars(each)]
+    return tuple(each for names in slotted for each in names.values() if isinstance(each, types.MemberDescriptorType))
+
+
+def _filled(value: Any, slots: Iterable[types.MemberDescriptorType]) -> dict[types.MemberDescriptorType, Any]:
+    """The slots that hold something, with that."""
+    filled = {}
+    for slot in slots:
+        with contextlib.suppress(AttributeError):
+            filled[slot] = slot.__get__(value)
+    return filled
+
+
+def _restore_slots(value: Any, slots: Iterable[types.MemberDescriptorType], held: dict) -> None:
+    for slot in slots:
+        if slot in held:
+            slot.__set__(value, held[slot])  # the object may be frozen
+        else:
+            with contextlib.suppress(AttributeError):
+                slot.__delete__(value)
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided and tensor.device.type != 'meta'
+    """Whether it has memory of its own at one place. A sparse tensor and one that wraps others have not."""
+    if is_lazy(tensor) or tensor.layout is not torch.strided or tensor.device.type == 'meta':
+        return False
+    try:
+        _storage(tensor)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
+
+
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    """Where a tensor lies and how; sparse ones have no one place."""
+    place = (_storage(tensor), tensor.storage_offset(), tensor.stride()) if _is_plain(tensor) else ()
+    return (tensor.shape, tensor.dtype, tensor.device, *place)
 
 
 def _restore_dictionary(dictionary: dict, held: dict) -> None:
@@ -227,16 +338,8 @@ def _rewinding(generator: Any) -> Callable[[], object]:
     return functools.partial(generator.set_state, generator.get_state())
 
 
-def _restore_tensor(tensor: Tensor, value: Tensor, version: int) -> None:
-    data = tensor.data  # unseen by autograd: a graph that waits for its backward stays valid
-    if (data.shape, data.dtype, data.device) != (value.shape, value.dtype, value.device):
-        tensor.data = value
-    elif tensor._version != version or (_is_plain(tensor) and not _is_equal(data, value)):
-        data.copy_(value)
-
-
 def _is_equal(data: Tensor, value: Tensor) -> bool:
     try:
         return torch.equal(data, value)
-    except RuntimeError:  # not for every dtype
+    except (RuntimeError, TypeError):  # not for every dtype and class
         return False
