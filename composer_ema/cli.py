@@ -18,6 +18,9 @@ try:
     import typer
     from rich.console import Console
     from rich.markup import escape
+    from rich.table import Table
+
+    from composer_ema.pictures.tables import Whole
 except ModuleNotFoundError as error:
     # The console script imports this module before it calls main, so main cannot catch this.
     sys.stderr.write(f'{error}. {_REMEDY}\n')
@@ -93,8 +96,6 @@ def export(
 ) -> None:
     """Write the average of a checkpoint to a file of its own."""
     with _usage_errors():
-        from rich.table import Table
-
         from composer_ema.checkpoints.export import export
 
         written = export(checkpoint, out, average=average, key=key, strip_prefix=strip_prefix)
@@ -223,9 +224,13 @@ def set_up_warnings() -> None:
 
 
 def show(renderable: Any) -> None:
-    """Prints on rank 0. A string is never wrapped, so that it can be copied."""
-    if os.environ.get('RANK', '0') == '0':
-        Console().print(renderable, markup=False, highlight=False, soft_wrap=isinstance(renderable, str))
+    """Prints on rank 0. A string is never wrapped, so that it can be copied, and a table never cut."""
+    if os.environ.get('RANK', '0') != '0':
+        return
+    if isinstance(renderable, Table):
+        Console().print(Whole(renderable), highlight=False, crop=False)
+    else:
+        Console().print(renderable, markup=False, highlight=False, soft_wrap=True)
 
 
 def show_error(message: str) -> None:

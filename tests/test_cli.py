@@ -7,6 +7,7 @@ import configparser
 import contextlib
 import fcntl
 import json
+import math
 import os
 import pty
 import re
@@ -27,6 +28,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from composer_ema import cli, load_average
+from composer_ema.pictures import report
+from composer_ema.pictures.curves import Point
 from composer_ema.recipe.progress import progress_of
 
 PACKAGE = Path(cli.__file__).parent
@@ -152,6 +155,16 @@ class TestProgress:
         monkeypatch.chdir(tmp_path)
         assert call('train', recipe, '--dry-run')[::2] == (0, '')
         assert call('plot', recipe)[::2] == (0, '')
+
+
+def test_a_run_that_diverges_has_its_numbers_whole_in_the_table(capfd, monkeypatch):
+    monkeypatch.setenv('COLUMNS', '40')
+    points = [Point(1, 0.1, 2165743237602476032.0), Point(2, 0.1, math.inf)]
+    cli.show(report.epochs_table(report.Result('div', 1, 0.9, {'training': points, 'ema': [Point(1, 0.1, 2e-7)]})))
+    assert [re.split(r'\s*│\s*', line)[1:-1] for line in capfd.readouterr().out.splitlines() if line[0] == '│'] == [
+        ['1', '10.00', '10.00', '2.166e+18', '2.000e-07'],
+        ['2', '10.00', '–', 'inf', '–'],
+    ]
 
 
 def test_dry_run_shows_the_resolved_recipe_and_what_was_built_and_leaves_nothing(call, recipe, tmp_path):

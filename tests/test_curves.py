@@ -207,6 +207,13 @@ class TestSmoothing:
         assert smoothed(values)[0][10] == pytest.approx(6 / 4)
         assert smoothed(np.full(20, math.nan))[1] == 1
 
+    def test_a_huge_value_leaves_no_trace_behind_the_means_that_hold_it(self):
+        values = np.r_[1.0, 1e17, np.tile([1.0, 2.0], 300)]
+        means, width = smoothed(values)
+        assert width == 15
+        assert means[8] == pytest.approx(1e17 / 15)
+        assert means[9:] == pytest.approx(np.full(593, 1.5), abs=0.06)
+
     @given(hnp.arrays(np.float64, st.integers(0, 400), elements=st.floats(-10, 10)))
     def test_means_stay_within_the_values(self, values):
         means, _ = smoothed(values)

@@ -164,6 +164,27 @@ class TestDivergence:
         figure.draw_without_rendering()
         assert panels(figure)['evaluation loss (nats)'].get_yscale() == scale
 
+    def test_a_training_loss_that_comes_down_again_gets_a_logarithmic_axis_that_reaches_its_peak(self):
+        loss = np.r_[2.3, 1e4, 5e17, 5e19, 1e19, np.tile([40.0, 50.0], 30)]
+        run = dataclasses.replace(make_run(), loss=curve(loss, per_epoch=20))
+        panel = panels(draw_runs([run]))['training loss']
+        assert panel.get_yscale() == 'log'
+        low, high = panel.get_ylim()
+        assert low < 2.3
+        assert high > 5e19
+
+    @pytest.mark.parametrize('first', [2.4, 2.5])
+    def test_a_training_loss_is_drawn_from_its_start_unless_that_would_squeeze_it(self, first):
+        runs = [dataclasses.replace(make_run(name), loss=curve(np.linspace(first, 1, 60))) for name in 'ab']
+        assert panels(draw_runs(runs))['training loss'].get_ylim()[1] > first
+        steep = [dataclasses.replace(run, loss=curve([9.0, *np.linspace(first, 1, 60)])) for run in runs]
+        assert panels(draw_runs(steep))['training loss'].get_ylim()[1] < 3
+
+    def test_the_highest_distance_stands_below_the_edge(self):
+        runs = [dataclasses.replace(make_run(), distances={'ema': curve([0.24, 0.28, 0.3], per_epoch=1)})] * 2
+        panel = panels(draw_runs(runs))['distance of the average from']
+        assert panel.get_ylim() == (0, pytest.approx(0.324))
+
     def test_a_run_among_others_that_diverged_before_its_first_evaluation_gets_one_too(self):
         runs = [with_losses(make_run(), training=[1.0, 0.5]), with_losses(make_run('b'), training=[1e6, 1e6])]
         assert panels(draw_runs(runs))['evaluation loss (nats)'].get_yscale() == 'log'

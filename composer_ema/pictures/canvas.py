@@ -94,24 +94,34 @@ def plot(axes: Axes, x: Array, y: Array, **style: Any) -> None:
     axes.plot(x, y, **style)
 
 
-def limit_to(axes: Axes, curves: Sequence[XY], also: Array | None = None) -> None:
-    """Sets the limits of a loss by all but its first 2 %, which may be high. A loss that jumps gets a log axis.
+def limit_to(axes: Axes, curves: Sequence[XY], batches: Array | None = None) -> None:
+    """Sets the limits of a loss. A loss that jumps gets a log axis, which reaches the highest.
+
+    A linear axis leaves out the first 2 % if they are so high that they would take more than a third of it, and the
+    lowest and highest 0.5 % of single batches.
 
     Args:
         axes: The panel.
         curves: Positions and values of each curve.
-        also: Further values that a linear axis shall reach. Default: None.
+        batches: The values of single batches, if they are drawn too. Default: None.
     """
     settled = [(x[len(x) // 50 :], y[len(x) // 50 :]) for x, y in curves]
     known = _finite(y for _, y in settled)
     if not len(known):
         return
+    batches = np.empty(0) if batches is None else batches
     if stretch(axes, settled):
         if axes.get_yscale() == 'log':
-            axes.set_ylim(known.min() / 1.2, min(known.max(), _LARGEST) * 1.2)
+            lines = _finite(y for _, y in curves)
+            highest = min(_finite([lines, batches]).max(), _LARGEST)
+            axes.set_ylim(lines[lines > 0].min() / 1.5, highest * 1.5)
         return
-    known = known if also is None else np.append(known, _finite([also]))
+    if len(usual := _finite([batches[len(batches) // 50 :]])):
+        known = np.append(known, np.percentile(usual, [0.5, 99.5]))
     low, high = known.min(), known.max()
+    first = max((y[np.isfinite(y)].max(initial=low) for _, y in curves), default=high)
+    if low < high < first <= high + (high - low) / 2:
+        high = first
     if high > low:
         axes.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
 

@@ -113,11 +113,10 @@ def _every_tensor(title: str, tensors: Sequence[TensorInfo]) -> Table:
 
 def _new_table(title: str, *headers: str, numbers: Sequence[str]) -> Table:
     table = Table(title=escape(title), title_justify='left')
-    # Rich takes width from the widest columns first. On a narrow terminal words move to the next line; nothing is cut.
     for header in headers:
-        table.add_column(header, overflow='fold')
+        table.add_column(header)
     for header in numbers:
-        table.add_column(header, justify='right', overflow='fold')
+        table.add_column(header, justify='right', no_wrap=True)
     return table
 
 

@@ -160,7 +160,10 @@ def _percent(share: float | None) -> str:
 
 
 def _loss(loss: float | None) -> str:
-    return '–' if loss is None else f'{loss:.4f}'
+    if loss is None:
+        return '–'
+    # Four decimals of the loss of a run that diverges would be a row of digits, and those of a tiny one 0.
+    return f'{loss:.4f}' if loss == 0 or 1e-3 <= abs(loss) < 1e5 else f'{loss:.3e}'
 
 
 def _epoch(epoch: float | None) -> str:

@@ -65,9 +65,7 @@ def _draw_training_loss(axes: Axes, runs: Sequence[RunCurves], axis: Axis) -> No
         if width > 1:
             # As a picture inside an SVG: every batch of a long run would be a megabyte of path.
             axes.plot(x, run.loss.value, color='0.8', linewidth=0.6, rasterized=len(x) > 2000, zorder=1)
-            settled = run.loss.value[len(x) // 50 :]
-            if np.isfinite(settled).any():
-                each_batch = np.asarray(np.percentile(settled[np.isfinite(settled)], [0.5, 99.5]), dtype=np.float64)
+            each_batch = run.loss.value
         axes.plot(x, values, color=VERMILION, marker=few(run.loss, 's'), markersize=4)
     axes.set_ylabel('training loss')
     limit_to(axes, drawn, each_batch)
@@ -161,7 +159,8 @@ def _draw_distances(axes: Axes, runs: Sequence[RunCurves], axis: Axis) -> None:
     _draw_lines(axes, lines, drawn)
     axes.set_ylabel('distance of the average from\nthe weights, share of their norm')
     if not stretch(axes, drawn, only_rise=True):
-        axes.set_ylim(bottom=0)
+        highest = max((y[np.isfinite(y)].max(initial=0.0) for _, y in drawn), default=0.0)
+        axes.set_ylim(0, 1.08 * highest or 1)
 
 
 def _is_evaluated(run: RunCurves, quantity: str) -> bool:

@@ -43,10 +43,23 @@ def smoothed(values: Array) -> tuple[Array, int]:
 
 def _centred_means(values: Array, half: int) -> Array:
     is_known = np.isfinite(values)
-    sums = np.concatenate([[0.0], np.cumsum(np.where(is_known, values, 0.0))])
-    counts = np.concatenate([[0], np.cumsum(is_known)])
-    index = np.arange(len(values))
-    reach = np.minimum(half, index)
-    low, high = index - reach, np.minimum(index + reach + 1, len(values))
+    sums = _centred_sums(np.where(is_known, values, 0.0), half)
     with np.errstate(invalid='ignore'):  # a window without any number has no mean
-        return (sums[high] - sums[low]) / (counts[high] - counts[low])
+        return sums / _centred_sums(is_known.astype(np.float64), half)
+
+
+def _centred_sums(values: Array, half: int) -> Array:
+    """The sum of the values around each, without a subtraction: one large value must not erase all that follow it.
+
+    A window of ``width`` values is the end of one block of that length and the beginning of the next. At the start,
+    the window is the beginning of all values.
+    """
+    count, width = len(values), 2 * half + 1
+    blocks = -(-(count + width) // width)
+    padded = np.zeros((blocks, width))
+    padded.flat[:count] = values
+    to_end = np.cumsum(padded[:, ::-1], axis=1)[:, ::-1].ravel()
+    from_start = np.cumsum(padded, axis=1).ravel()
+    low = np.arange(count - half)
+    later = to_end[low] + np.where(low % width == 0, 0.0, from_start[low + width - 1])
+    return np.concatenate([np.cumsum(values[: 2 * half])[: 2 * half : 2], later])
