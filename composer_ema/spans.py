@@ -10,11 +10,11 @@ from typing import Any
 
 #: Composer's units of training time, each with the words an error message uses.
 UNITS = {
-    'iter': 'iterations',
-    'ep': 'epochs',
     'ba': 'batches',
+    'ep': 'epochs',
     'sp': 'samples',
     'tok': 'tokens',
+    'iter': 'iterations',
     'dur': 'share of the run',
 }
 #: The same in the singular, for :func:`composer_ema.wording.counted`; a share of the run is not counted.
@@ -74,7 +74,7 @@ class Span:
             ArgumentError: it does not parse, its unit is not in ``units``, or its value is out of range.
         """
         value, unit = _split(time, name)
-        example = f"Pass for example {name}='{_EXAMPLES[next(iter(units))]}'."
+        example = f"Pass for example {name}='{_example(value, unit, units, positive=positive)}'."
         if unit not in units:
             legal = ', '.join(f'{unit} ({UNITS[unit]})' for unit in units)
             raise ArgumentError(f'{name} takes the units {legal}, got {str(time)!r}. {example}', name)
@@ -91,7 +91,16 @@ class Span:
         return cls(int(value) if value == int(value) and unit != 'dur' else float(value), unit)
 
 
-_EXAMPLES = {'iter': '2iter', 'ep': '2ep', 'ba': '1000ba', 'sp': '50000sp', 'tok': '1000000tok', 'dur': '0.1dur'}
+_EXAMPLES = {'ba': '1000ba', 'ep': '2ep', 'sp': '50000sp', 'tok': '1000000tok', 'iter': '2iter', 'dur': '0.1dur'}
+
+
+def _example(value: float, unit: str, units: Collection[str], *, positive: bool) -> str:
+    """A legal time: the number that was given without a unit, in the first of :data:`UNITS` that is legal."""
+    legal = next(each for each in UNITS if each in units)
+    if not unit and math.isfinite(value) and value == int(value) and (value > 0 or (value == 0 and not positive)):
+        return f'{int(value)}{legal}'
+    # Intervals are short.
+    return '2ba' if positive and legal == 'ba' else _EXAMPLES[legal]
 
 
 def _split(time: Any, name: str) -> tuple[float, str]:

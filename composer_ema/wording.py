@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-#: How many legal names a message lists before it gives their number only.
-LISTED = 20
+#: How many legal names a message lists before it gives their number only: all keys of a recipe, all models.
+LISTED = 100
 #: Up to this length, a slip makes another name of any.
 _NO_SLIP = 2
 #: From this length on, two slips still leave a name that can be told from others.

@@ -123,6 +123,9 @@ class TestReading:
     def test_runs_of_one_name_are_told_apart_by_the_folders_above(self, tmp_path):
         folders = [write_lines(tmp_path / name, batches(1.0)) for name in ('a/x', 'b/x', 'b/y')]
         assert [run.name for run in read_runs(folders)] == ['a/x', 'b/x', 'b/y']
+        assert [run.name for run in read_runs(map(str, folders))] == ['a/x', 'b/x', 'b/y']
+        with pytest.raises(PlotError, match=r'takes a list of run folders, got .* Put it in brackets'):
+            read_runs(str(folders[0]))
         assert [run.name for run in read_runs(folders[1:])] == ['x', 'y']
         with pytest.raises(PlotError, match='was given twice'):
             read_runs([folders[0], tmp_path / 'b/../a/x'])

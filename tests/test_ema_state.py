@@ -31,7 +31,11 @@ from composer_ema.spans import ArgumentError
         ({'half_life': '9ep'}, 'longer than the run of 2 epochs'),
         ({'half_life': '900sp'}, 'longer than the run of 20 samples'),
         ({'half_life': '2ba', 'ema_start': '7ba'}, r"ema_start='7ba' is longer than .*no average will be kept"),
-        ({'half_life': '2ba', 'update_interval': '7ba'}, r'update_interval=.* no update will be made'),
+        ({'half_life': '2ba', 'update_interval': '7ba'}, r'7ba.* no update will be made after the first, which copies'),
+        (
+            {'half_life': '2ba', 'update_interval': '9ep'},
+            r'9ep.* no update will be made after the first, which',
+        ),
     ],
 )
 def test_what_is_longer_than_the_run_is_warned_of(trainer, arguments, message):

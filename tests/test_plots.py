@@ -418,6 +418,9 @@ class TestWriting:
             write(draw_runs([make_run()]), tmp_path / name)
         assert (tmp_path / 'a.svg').read_bytes() == (tmp_path / 'b.svg').read_bytes()
 
+    def test_a_place_may_be_a_string(self, tmp_path):
+        assert write(draw_runs([make_run()]), str(tmp_path / 'a.svg')) == [tmp_path / 'a.svg']
+
     def test_names_with_dots_are_names(self):
         assert check_out(Path('lr0.05')) == [Path('lr0.05.png'), Path('lr0.05.svg')]
 

@@ -283,5 +283,7 @@ def test_every_data_set_tells_its_extent():
 
 def test_names_differ_by_what_was_asked():
     a, b = recipe(), schema.Recipe('b.yaml', 'b', {})
-    assert distinct_names([a, b], [['x=1'], ['x=1']]) == ['tiny', 'b']
+    assert distinct_names([a, b], [['~x'], ['x={y: 1}', 'z=2']]) == ['tiny ~x', 'b x={y: 1} z=2']
+    assert distinct_names([a, b], [[], []]) == ['tiny', 'b']
+    assert distinct_names([a, b], [['x=1', 'run_name=tiny'], []]) == ['tiny', 'b'], 'as the user calls it'
     assert distinct_names([a, a, a], [['x=1'], ['x=2'], ['x=2']]) == ['tiny x=1', 'tiny x=2 (1)', 'tiny x=2 (2)']

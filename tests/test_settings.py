@@ -293,10 +293,10 @@ class TestSuggestions:
         assert near('save', legal) == []
         assert near('save', legal[:3]) == legal[:3]
 
-    def test_the_legal_names_are_all_listed_up_to_twenty_and_counted_beyond(self):
-        names = [f'{letter}{letter}' for letter in 'abcdefghijklmnopqrstuvw']
-        assert suggestion('none', names[:20]) == f'Legal names are {", ".join(names[:20])}.'
-        assert suggestion('none', names, 'It takes') == f'It takes {", ".join(names[:20])} and 3 more.'
+    def test_the_legal_names_are_all_listed_up_to_a_hundred_and_counted_beyond(self):
+        names = [f'x{number:04d}' for number in range(103)]
+        assert suggestion('none', names[:100]) == f'Legal names are {", ".join(names[:100])}.'
+        assert suggestion('none', names, 'It takes') == f'It takes {", ".join(names[:100])} and 3 more.'
         assert suggestion('none', [], 'It takes') == 'It takes none.'
 
     def test_two_that_are_near_are_both_offered(self):

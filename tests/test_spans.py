@@ -94,12 +94,30 @@ def test_an_unknown_unit_is_refused_with_the_legal_ones_and_an_example(time):
     with pytest.raises(ValueError, match=re.escape(repr(time))) as error:
         parse(time, units=('ba', 'ep'))
     assert 'ba (batches), ep (epochs)' in str(error.value)
-    assert "half_life='1000ba'" in str(error.value)
+    assert f"half_life='{'10ba' if time == '10' else '1000ba'}'" in str(error.value)
 
 
 def test_a_unit_that_makes_no_sense_here_is_refused_with_the_legal_ones():
     with pytest.raises(ValueError, match=r"takes the units ba \(batches\), got '3ep'.*half_life='1000ba'"):
         parse('3ep', units=('ba',))
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'said'),
+    [
+        ({'update_interval': '2'}, "takes the units ba (batches), .*got '2'.* update_interval='2ba'"),
+        ({'update_interval': '0ba'}, "update_interval='2ba'"),
+        ({'log_interval': '1'}, "log_interval='1ba'"),
+        ({'half_life': '60'}, "half_life='60ba'"),
+        ({'half_life': '-3ba'}, "half_life='1000ba'"),
+        ({'ema_start': '0'}, "ema_start='0ba'"),
+    ],
+)
+def test_the_advice_is_legal_in_any_run(arguments, said):
+    from composer_ema import EMA
+
+    with pytest.raises(ValueError, match=said.replace('(', r'\(').replace(')', r'\)')):
+        EMA(**arguments)
 
 
 @pytest.mark.parametrize('time', ['-1ba', '-0.5ep', '-1dur'])

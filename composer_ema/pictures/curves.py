@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -67,7 +68,7 @@ class RunCurves:
         return in_order([*self.evaluations, *self.distances])
 
 
-def read_run(folder: Path, name: str | None = None) -> RunCurves:
+def read_run(folder: str | os.PathLike[str], name: str | None = None) -> RunCurves:
     """Reads the curves of a run, finished or still going on.
 
     Args:
@@ -78,6 +79,7 @@ def read_run(folder: Path, name: str | None = None) -> RunCurves:
     Raises:
         PlotError: There is no such folder, it has no metrics, or a line cannot be read.
     """
+    folder = Path(folder)
     lines = read_lines(folder)
     training = [line for line in lines if 'loss/train/total' in line or 'lr/group0' in line]
     momentum, momentum_names = momenta(training)
@@ -96,17 +98,28 @@ def read_run(folder: Path, name: str | None = None) -> RunCurves:
     return run
 
 
-def read_runs(folders: Sequence[Path]) -> list[RunCurves]:
-    """Reads several runs. Runs whose folders share a name are named by the folders above as well."""
-    return [read_run(folder, name) for folder, name in zip(folders, _distinct_names(folders), strict=True)]
+def read_runs(folders: Iterable[str | os.PathLike[str]]) -> list[RunCurves]:
+    """Reads several runs. Runs whose folders share a name are named by the folders above as well.
+
+    Args:
+        folders: The run folders; see :func:`read_run`.
+
+    Raises:
+        PlotError: As for :func:`read_run`, or a run is given twice.
+    """
+    if isinstance(folders, str | os.PathLike):
+        raise PlotError(f'read_runs takes a list of run folders, got {os.fspath(folders)!r}. Put it in brackets.')
+    paths = [Path(folder) for folder in folders]
+    return [read_run(path, name) for path, name in zip(paths, _distinct_names(paths), strict=True)]
 
 
-def read_lines(folder: Path) -> list[dict[str, Any]]:
+def read_lines(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The lines of a run's metrics file, without a last one that is half written.
 
     Raises:
         PlotError: As for :func:`read_run`.
     """
+    folder = Path(folder)
     path = folder / METRICS_FILE
     if folder.is_file():
         raise PlotError(f'{folder} is a file, neither the folder of a run nor a recipe, whose name ends in .yaml.')

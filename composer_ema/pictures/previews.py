@@ -84,8 +84,10 @@ def _shade_newest_half(axes: Axes, preview: Preview, axis: Axis) -> None:
 
 
 def _draw_cumulated_profiles(axes: Axes, previews: Sequence[Preview], axis: Axis) -> None:
-    for profile, x, style in _profiles(previews, axis):
-        axes.plot(np.append(x, x[-1]), 100 * np.append(0, np.cumsum(profile.share)), drawstyle='steps-pre', **style)
+    profiles = list(_profiles(previews, axis))
+    lines = [(np.append(x, x[-1]), 100 * np.append(0, np.cumsum(profile.share))) for profile, x, _ in profiles]
+    for (x, y), (*_, style), size in zip(lines, profiles, covered_if_few(lines), strict=True):
+        axes.plot(x, y, drawstyle='steps-pre', **style | size)
     axes.axhline(50, color='0.45', linewidth=0.9, linestyle=':', zorder=0)
     axes.set_ylim(0, 104)
     axes.set_ylabel('part of the average that is\nmade up to here (%)')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 FORMATS = ('png', 'svg', 'pdf')
 
 
-def write(figure: Figure, out: Path) -> list[Path]:
+def write(figure: Figure, out: str | os.PathLike[str]) -> list[Path]:
     """Writes a picture. A file that exists is replaced only once the new one is whole.
 
     Args:
@@ -46,7 +47,7 @@ def write(figure: Figure, out: Path) -> list[Path]:
     return paths
 
 
-def check_out(out: Path) -> list[Path]:
+def check_out(out: str | os.PathLike[str]) -> list[Path]:
     """The files that :func:`write` writes for ``out``.
 
     Raises:
@@ -56,6 +57,7 @@ def check_out(out: Path) -> list[Path]:
         >>> [path.name for path in check_out(Path('a/curves'))], [path.name for path in check_out(Path('a/b.svg'))]
         (['curves.png', 'curves.svg'], ['b.svg'])
     """
+    out = Path(out)
     ending = out.suffix[1:].lower()
     if ending in FORMATS:
         return [out]

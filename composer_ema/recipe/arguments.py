@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from composer.core import Callback
+from composer.core import Callback, Time
 from composer.loggers import LoggerDestination
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
@@ -159,6 +159,13 @@ def _wrong_kind(kind: Kind, value: Any, place: Place) -> RecipeError:
             if not of_values.takes(each):
                 got = f'{each!r} ({kind_of(each)}) for {key!r}'
                 return place.error(f'must be {of_values} for each key, got {got}.{_suggested(of_values, each)}')
+    if Time in typing.get_args(kind.annotation) and isinstance(value, int | float) and not isinstance(value, bool):
+        unit = 'dur' if 0 < value < 1 else 'ba' if value == int(value) else 'ep'
+        words = str(kind).replace('a string', 'a time string')
+        return place.error(
+            f'must be {words}, got {value!r} ({kind_of(value)}). A bare number has no unit: write the unit behind it, '
+            f'as in {value:g}{unit}.'
+        )
     return place.error(f'must be {kind}, got {value!r} ({kind_of(value)}).{_suggested(kind, value)}')
 
 

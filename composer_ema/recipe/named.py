@@ -115,7 +115,7 @@ def find(name: str, place: Place, known: Registry) -> Any:
     if known.canonical(name) is None:
         if not known.classes:
             raise place.error(f'no installed package registers a {known.kind}. Install this one: pip install .')
-        remedy = suggestion(name, known.classes, spellings=known.aliases)
+        remedy = suggestion(name, known.offered, spellings=known.spellings)
         raise place.error(' '.join([*known.broken, f'there is no {known.kind} {name!r}.', remedy]))
     try:
         return known.find(name)

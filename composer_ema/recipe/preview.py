@@ -166,7 +166,9 @@ def shares(weights: Sequence[float] | Array) -> Array:
 
 
 def distinct_names(recipes: Sequence[Recipe], overrides: Sequence[Sequence[str]]) -> list[str]:
-    """A different name for each recipe: equal names get their overrides appended, then a number.
+    """A different name for each recipe: its run name, or that of its file with its overrides; equal ones get a number.
+
+    A run name that stands among the overrides is how the user wants it called, unless another one is called the same.
 
     Args:
         recipes: The results of ``schema.load``.
@@ -174,7 +176,11 @@ def distinct_names(recipes: Sequence[Recipe], overrides: Sequence[Sequence[str]]
     """
     names = [recipe.run_name or recipe.name for recipe in recipes]
     said = [' '.join([name, *own]) for name, own in zip(names, overrides, strict=True)]
-    names = [longer if names.count(name) > 1 else name for name, longer in zip(names, said, strict=True)]
+    is_called = [any(each.startswith('run_name=') for each in own) for own in overrides]
+    names = [
+        name if called and names.count(name) == 1 else longer
+        for name, called, longer in zip(names, is_called, said, strict=True)
+    ]
     return [f'{name} ({names[: i + 1].count(name)})' if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 

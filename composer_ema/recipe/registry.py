@@ -5,6 +5,7 @@ This package registers its own data sets, models, callbacks and algorithms by en
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import re
@@ -39,6 +40,7 @@ class Registry:
         kind: What they are, for messages: ``'algorithm'``.
         classes: Canonical name to class or function. Looking one up may import a package.
         aliases: Squashed spellings to canonical name.
+        short: Canonical name to the one in the documentation, where that is shorter. Default: none.
 
     Example:
         >>> callbacks().find('SpeedMonitor') is callbacks().find('speed_monitor')
@@ -48,6 +50,17 @@ class Registry:
     kind: str
     classes: Mapping[str, Any]
     aliases: Mapping[str, str]
+    short: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def offered(self) -> list[str]:
+        """Every name, as the documentation has it: ``'tensorboard'``, not ``'tensorboard_logger'``."""
+        return [self.short.get(name, name) for name in self.classes]
+
+    @property
+    def spellings(self) -> dict[str, str]:
+        """Every other spelling to the name in :attr:`offered`."""
+        return {spelling: self.short.get(name, name) for spelling, name in self.aliases.items()}
 
     def canonical(self, name: str) -> str | None:
         """The canonical spelling of ``name``; None when nothing has that name."""
@@ -126,7 +139,10 @@ def _registry(kind: str, group: str, is_legal: Callable[[Any], bool], classes: I
     for name, each in by_name.items():
         for alias in _aliases(each):
             aliases.setdefault(alias, name)
-    return Registry(kind, _Offered(offered, kind, is_legal, by_name), aliases)
+    short = {
+        name: own for name, each in by_name.items() if (own := _short(name, each)) and aliases.get(squash(own)) == name
+    }
+    return Registry(kind, _Offered(offered, kind, is_legal, by_name), aliases, short)
 
 
 class _Offered(Mapping[str, Any]):
@@ -184,6 +200,14 @@ def _canonical_name(cls: type) -> str:
     if squash(module) in _aliases(cls):
         return module
     return re.sub(r'(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])', '_', cls.__name__).lower()
+
+
+def _short(name: str, cls: type) -> str:
+    """The name of a class of Composer without what all of its kind end in; empty for others."""
+    suffix = next((f'_{each}' for each in _SUFFIXES if name.endswith(f'_{each}')), None)
+    if suffix is None or not cls.__module__.startswith('composer.'):
+        return ''
+    return name.removesuffix(suffix).replace('cosine_annealing_with', 'cosine_with')
 
 
 def _aliases(cls: type) -> list[str]:

@@ -52,6 +52,14 @@ _BUILT_FROM_SECTIONS = frozenset(
     ('model', 'train_dataloader', 'eval_dataloader', 'algorithms', 'optimizers', 'schedulers', 'callbacks', 'loggers')
 )
 
+# What other trainers call the keys, and keys that stand in a section.
+_OF_OTHERS = {
+    **dict.fromkeys(('epochs', 'max_epochs', 'num_epochs', 'train_epochs', 'max_steps', 'num_steps'), 'max_duration'),
+    **dict.fromkeys(('lr', 'learning_rate'), 'optimizer.lr'),
+    'weight_decay': 'optimizer.weight_decay',
+    'batch_size': 'data.batch_size',
+}
+
 
 @dataclass(frozen=True)
 class Report:
@@ -185,7 +193,7 @@ def plan(recipe: Recipe) -> Plan:
     trainer_names = signature(Trainer).keys() - _BUILT_FROM_SECTIONS
     for key in values:
         if key not in trainer_names and key not in SECTIONS:
-            remedy = suggestion(key, [*SECTIONS, *sorted(trainer_names)], 'Its keys are')
+            remedy = suggestion(key, [*SECTIONS, *sorted(trainer_names)], 'Its keys are', spellings=_OF_OTHERS)
             raise (place / key).error(f'a recipe has no such key. {remedy}')
     model, data = _model(values.get('model'), place / 'model'), _data(values.get('data'), place / 'data')
     algorithms = _section(values, 'algorithms', registry.algorithms(), place, is_cheap=True)

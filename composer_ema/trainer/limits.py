@@ -54,6 +54,15 @@ def check_times(limits: Iterable[Limit], state: State) -> None:
             _warn_if_longer(limit.time, limit.effect, state)
 
 
+def effect_of_rare_updates(interval: Interval, state: State) -> str:
+    """What happens if the interval between updates is longer than the run: only the first one is made, if any."""
+    unit = {Event.EPOCH_END: 'ep', Event.ITERATION_END: 'iter'}.get(interval.event, 'ba')
+    moments = run_length(unit, state)
+    if moments is not None and moments < 1:  # the first update waits for the end of an epoch or iteration
+        return 'no update will be made'
+    return 'no update will be made after the first, which copies the weights'
+
+
 def _check_time(limit: Limit, state: State) -> None:
     time, interval = limit.time, limit.measured_at
     resolved = time.resolve(state)

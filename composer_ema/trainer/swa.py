@@ -180,8 +180,8 @@ class SWA(WeightAverage):
             self._annealing.load_state_dict(None)
         super()._create(state)
 
-    def _limits(self) -> list[Limit]:
-        found = super()._limits()
+    def _limits(self, state: State) -> list[Limit]:
+        found = super()._limits(state)
         return found if self._annealing is None else [*found, Limit(self._anneal_length)]
 
     def _check_run(self, state: State) -> None:

@@ -226,13 +226,13 @@ class WeightAverage(Algorithm):
 
     def _check_run(self, state: State) -> None:
         """Refuses settings that cannot work in this run, and warns of those that have no effect."""
-        limits.check_times(self._limits(), state)
+        limits.check_times(self._limits(state), state)
         limits.warn_of_unknown_labels(self.evaluate_with, state)
 
-    def _limits(self) -> list[Limit]:
+    def _limits(self, state: State) -> list[Limit]:
         """The times that the run must be able to count."""
         found = [
-            Limit(self._interval, 'no update will be made'),
+            Limit(self._interval, limits.effect_of_rare_updates(self._interval, state)),
             Limit(self._start, 'no average will be kept'),
         ]
         if self._horizon is not None:
