@@ -160,7 +160,7 @@ def _wrong_kind(kind: Kind, value: Any, place: Place) -> RecipeError:
                 got = f'{each!r} ({kind_of(each)}) for {key!r}'
                 return place.error(f'must be {of_values} for each key, got {got}.{_suggested(of_values, each)}')
     if Time in typing.get_args(kind.annotation) and isinstance(value, int | float) and not isinstance(value, bool):
-        unit = 'dur' if 0 < value < 1 else 'ba' if value == int(value) else 'ep'
+        unit = 'dur' if 0 < value < 1 else 'ba' if float(value).is_integer() else 'ep'
         words = str(kind).replace('a string', 'a time string')
         return place.error(
             f'must be {words}, got {value!r} ({kind_of(value)}). A bare number has no unit: write the unit behind it, '
