@@ -7,6 +7,7 @@ not averaged.
 from __future__ import annotations
 
 import functools
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +31,8 @@ from composer_ema.averages import (
     Smoothing,
     check_numbers,
 )
+from composer_ema.kernels.rules import is_inexact
+from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import listed
 from composer_ema.model.sharding import refuse_sharded, unwrap
 from composer_ema.model.untraced import aside, is_traced, untraced
@@ -49,6 +52,7 @@ _EMA = 'ema'
 _VERSION, _NUM_STEPS, _LAST_UPDATE, _STARTED_AT, _SETTINGS, _PROFILE, _AVERAGE = (
     'version', 'num_steps', 'last_update', 'started_at', 'settings', 'profile', 'average'
 )  # fmt: skip
+_POSITION = re.compile(r'\d+\.\d+', re.ASCII)
 # Settings that a state of version 1 may lack, and the values that were in force then.
 _DEFAULT_SETTINGS = {'average': 'exponential', 'start': 0}
 
@@ -309,6 +313,9 @@ class EMAOptimizer(OptimizerWrapper):
         model. Load the model first: its part of such a checkpoint holds the average. After an error neither the
         optimizer nor the average has changed.
 
+        The state of an optimizer without ``model`` has no buffers. With ``model``, their average then starts at the
+        model's values, with a warning.
+
         Args:
             state_dict: not changed.
 
@@ -453,8 +460,12 @@ class _StepAverage:
             _AVERAGE: self.shadow.state_dict(),
         }
 
-    def checked(self, state: Mapping[str, Any]) -> tuple[Mapping[str, Any], _ByProfile | _ByFunction]:
-        """Returns ``state`` in the current version and the rule that continues from it, or raises a ValueError."""
+    def checked(self, state: Mapping[str, Any]) -> tuple[Mapping[str, Any], _ByProfile | _ByFunction, list[str]]:
+        """Returns ``state`` in the current version, the rule that continues from it, and the buffers it lacked.
+
+        Raises:
+            ValueError: it does not fit.
+        """
         state = _upgraded(state)
         _check_state(state)
         self._refresh_groups()
@@ -468,16 +479,51 @@ class _StepAverage:
         # A shadow without memory finds out whether the average fits, before the real one takes any value.
         outline = self.shadow.outline(self._module)
         outline.leave_out(self._still_to_join(outline, state[_AVERAGE]))
-        outline.load_state_dict(state[_AVERAGE])
-        return state, rule
+        _check_naming(state[_AVERAGE], [name for name, _ in outline.named_parameters()], self._module)
+        average, lacking = self._with_buffers(state[_AVERAGE], outline)
+        outline.load_state_dict(average)
+        return {**state, _AVERAGE: average}, rule, lacking
 
-    def assign(self, state: Mapping[str, Any], rule: _ByProfile | _ByFunction, stacklevel: int) -> None:
-        """Takes over what :meth:`checked` returned. A warning, at ``stacklevel``, names settings that differ."""
+    def _with_buffers(self, average: Mapping[str, Any], outline: ShadowModel) -> tuple[Mapping[str, Any], list[str]]:
+        """A saved average with the model's buffers if it has none, and those of them that are averaged.
+
+        An optimizer without ``model`` knows no buffers, so its state has none.
+        """
+        inventory = Inventory() if isinstance(self._module, ParameterGroups) else Inventory.of(self._module)
+        tracked = {name for name, _ in outline.named_buffers()} & inventory.persistent
+        averaged = [
+            name
+            for name, buffer in inventory.buffers.items()
+            if name in tracked
+            and is_inexact(buffer)
+            and self._kept.averages_buffer(name, is_statistic=name in inventory.statistics)
+        ]
+        if not averaged or average.get('buffers') != {}:
+            return average, []
+        buffers = {name: buffer.detach() for name, buffer in inventory.buffers.items() if name in tracked}
+        filled = {**average, 'buffers': buffers}
+        stash = average.get(states.TRAINING_WEIGHTS)
+        if isinstance(stash, Mapping):
+            filled[states.TRAINING_WEIGHTS] = {**buffers, **stash}
+        return filled, averaged
+
+    def assign(
+        self, state: Mapping[str, Any], rule: _ByProfile | _ByFunction, lacking: Sequence[str], stacklevel: int
+    ) -> None:
+        """Takes over what :meth:`checked` returned. Warnings, at ``stacklevel``, name what differs and what lacked."""
         saved = {name: state[_SETTINGS].get(name) for name in self.arguments}
         if saved != self.arguments:
             warnings.warn(
                 f'the saved average used {saved}, this one uses {self.arguments}, and will from here on. '
                 'Pass the saved settings to continue as before.',
+                stacklevel=stacklevel,
+            )
+        if lacking:
+            warnings.warn(
+                f'the saved average has no buffers, since it was saved by an optimizer without model=: the average of '
+                f'{listed(lacking)} starts at the values that the model has now. '
+                'update_bn(model, loader, shadow=optimizer.shadow) recomputes the statistics of BatchNorm for the '
+                'average.',
                 stacklevel=stacklevel,
             )
         outline = self.shadow.outline(self._module)
@@ -735,6 +781,27 @@ def _check_state(state: Mapping[str, Any]) -> None:
         raise ValueError(
             f'the state has its start at step {state[_STARTED_AT]} and its last update at step {state[_LAST_UPDATE]}; '
             'the start must lie in [0, last update]. Nothing was loaded.'
+        )
+
+
+def _check_naming(average: Mapping[str, Any], names: Sequence[str], module: nn.Module) -> None:
+    """Raises a ValueError if names are loaded where there is only position, or positions where there are names."""
+    saved = average.get('parameters')
+    if not isinstance(saved, Mapping) or not saved or not names or not saved.keys().isdisjoint(names):
+        return
+    is_numbered = all(isinstance(name, str) and _POSITION.fullmatch(name) for name in saved)
+    shown = listed(sorted(map(str, saved)), limit=3)
+    if isinstance(module, ParameterGroups) and not module.has_names and not is_numbered:
+        raise ValueError(
+            f'the saved average has the names of its parameters, {shown}, and this optimizer knows only their order. '
+            'Build EMAOptimizer with model=, or the wrapped optimizer from model.named_parameters() (torch 2.6). '
+            'Nothing was loaded.'
+        )
+    if not isinstance(module, ParameterGroups) and is_numbered:
+        raise ValueError(
+            f'the saved average has no names, only group and position, {shown}: it was saved by an optimizer without '
+            'model=, and this one goes by name. Build the wrapped optimizer from model.named_parameters() (torch 2.6) '
+            'and leave model= out, which takes it over by position; what that saves has names. Nothing was loaded.'
         )
 
 

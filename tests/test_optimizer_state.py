@@ -627,3 +627,83 @@ class TestAnotherOrder:
         with pytest.warns(UserWarning, match='by position') as caught:
             alike('ab', 'plain', model)[1].load_ema_state_dict(state['ema'])
         assert [each.filename for each in caught] == [__file__]
+
+
+class TestNamesAndModels:
+    """A state goes from an optimizer that knows names, or only an order, to one that knows more, or less."""
+
+    @staticmethod
+    def build(by: str, steps: int = 3) -> tuple[nn.Module, EMAOptimizer]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+        inner = torch.optim.SGD(model.named_parameters() if by == 'names' else model.parameters(), lr=0.1)
+        optimizer = EMAOptimizer(inner, decay=0.5, model=model if by == 'model' else None)
+        for step in range(steps):
+            model(torch.randn(4, 2) + step).square().sum().backward()
+            optimizer.step()
+        return model, optimizer
+
+    def test_a_state_without_buffers_loads_where_there_is_a_model_and_says_so(self):
+        model, optimizer = self.build('names')
+        twin, resumed = self.build('model', steps=1)
+        twin.load_state_dict(model.state_dict())
+        named = r'has no buffers.* the average of 1\.running_mean, 1\.running_var starts at the values .* update_bn'
+        for load, state in (
+            ('load_state_dict', optimizer.state_dict()),
+            ('load_ema_state_dict', optimizer.ema_state_dict()),
+        ):
+            given = saved(state)
+            with pytest.warns(UserWarning, match=named) as caught:
+                getattr(resumed, load)(given)
+            assert [warning.filename for warning in caught] == [__file__]
+            assert_same(given, saved(state))
+            shadow = resumed.shadow
+            assert same_bits(dict(shadow.named_parameters()), dict(optimizer.shadow.named_parameters()))
+            assert same_bits(dict(shadow.named_buffers()), dict(model.named_buffers()))
+        twin[1].running_mean.add_(1.0)
+        assert torch.equal(dict(resumed.shadow.named_buffers())['1.running_mean'], model[1].running_mean)
+        resumed.load_state_dict(saved(resumed.state_dict()))  # which has buffers now; a warning would be an error
+
+    def test_so_does_one_that_was_taken_while_the_model_held_the_average(self):
+        model, optimizer = self.build('names')
+        training = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        with optimizer.swap_ema_weights():
+            held, state = saved(model.state_dict()), saved(optimizer.state_dict())
+        twin, resumed = self.build('model', steps=0)
+        twin.load_state_dict(held)
+        with pytest.warns(UserWarning, match='has no buffers'):
+            resumed.load_state_dict(state)
+        assert same_bits(dict(twin.state_dict()), training)
+
+    def test_one_that_has_some_of_the_buffers_is_refused(self):
+        _, optimizer = self.build('model')
+        state = saved(optimizer.ema_state_dict())
+        del state['average']['buffers']['1.running_mean']
+        with pytest.raises(ValueError, match=r'1 missing: 1\.running_mean\. Nothing was loaded'):
+            self.build('model')[1].load_ema_state_dict(state)
+
+    @pytest.mark.parametrize('by', ['names', 'model'])
+    def test_names_where_there_is_an_order_only_tell_what_to_build(self, by):
+        _, optimizer = self.build(by)
+        _, fresh = self.build('position')
+        before = copy.deepcopy(fresh.state_dict())
+        with pytest.raises(
+            ValueError, match=r'0\.bias, 0\.weight, 1\.bias and 3 more.* from model\.named_parameters\('
+        ):
+            fresh.load_state_dict(optimizer.state_dict())
+        assert_same(fresh.state_dict(), before)
+
+    def test_an_order_where_there_are_names_tells_the_way(self):
+        model, optimizer = self.build('position')
+        with pytest.raises(ValueError, match=r'only group and position.*and leave model= out.*Nothing was loaded'):
+            self.build('model')[1].load_ema_state_dict(optimizer.ema_state_dict())
+        _, between = self.build('names')
+        between.load_state_dict(optimizer.state_dict())
+        twin, resumed = self.build('model')
+        twin.load_state_dict(model.state_dict())
+        with pytest.warns(UserWarning, match='has no buffers'):
+            resumed.load_state_dict(between.state_dict())
+        assert_same(
+            list(dict(resumed.shadow.named_parameters()).values()),
+            list(dict(optimizer.shadow.named_parameters()).values()),
+        )
