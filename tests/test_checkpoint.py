@@ -240,12 +240,25 @@ class TestRefusing:
             (lambda s: s.update(algorithms=3), 'int'),
             (lambda s: s.update(algorithms=[('EMA', None)]), 'NoneType'),
             (lambda s: dict(s['algorithms'])['EMA']['averages']['ema'].update(aliases=None), 'NoneType'),
-            (lambda s: s.update(timestamp=[3]), None),
+            (lambda s: s.update(timestamp=[3]), "its 'timestamp' is a list"),
+            (lambda s: s.update(timestamp=torch.zeros(2)), "its 'timestamp' is a Tensor"),
+            (lambda s: s['timestamp'].update(Timestamp=torch.zeros(2)), "its 'Timestamp' is a Tensor"),
+            (lambda s: s['timestamp']['Timestamp'].update(batch=torch.zeros(2)), "'batch' of its 'timestamp' is a Ten"),
+            (lambda s: s.update(run_name=torch.zeros(2)), "its 'run_name' is a Tensor"),
+            (lambda s: s.update(algorithms=torch.zeros(2)), "its 'algorithms' is a Tensor"),
+            (lambda s: s['model'].update({'module.0.extra': torch.zeros(2, device='meta')}), 'extra in the file are o'),
             (lambda s: dict(s['algorithms'])['EMA'].update(config=3), None),
+            (lambda s: dict(s['algorithms'])['EMA']['config'].update(half_life=torch.zeros(2)), "'half_life' to a T"),
+            (
+                lambda s: dict(s['algorithms'])['EMA']['averages']['ema'].update(last_update={'ba': torch.zeros(2)}),
+                "'last_update' of .* is a dict, not numbers by unit",
+            ),
         ],
         ids=[
             'no model', 'model a list', 'newer', 'averages a number', 'average empty', 'average none',
-            'algorithms a number', 'state none', 'aliases none', 'timestamp a list', 'config a number',
+            'algorithms a number', 'state none', 'aliases none', 'timestamp a list', 'timestamp a tensor',
+            'times a tensor', 'count a tensor', 'name a tensor', 'algorithms a tensor', 'model on meta',
+            'config a number', 'config with a tensor', 'clock with a tensor',
         ],
     )  # fmt: skip
     def test_a_damaged_inside(self, saved, damage, message):

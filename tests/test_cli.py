@@ -317,6 +317,18 @@ def test_a_folder_is_told_the_checkpoint_in_it(call, recipe, tmp_path):
         assert f'Pass the checkpoint in it: {run}/checkpoints/latest-rank0.pt' in err
 
 
+def test_export_onto_its_own_checkpoint_is_refused(call, tmp_path):
+    path, link = tmp_path / 'a.pt', tmp_path / 'latest-rank0.pt'
+    torch.save({'ema': {'weight': torch.ones(2)}}, path)
+    link.symlink_to(path.name)
+    before = path.read_bytes()
+    for given, out in ((path, path), (link, path), (path, link)):
+        code, shown, err = call('export', given, out, '--key', 'ema')
+        assert (code, shown) == (2, '')
+        assert err.startswith(f'{out} is the checkpoint itself')
+    assert path.read_bytes() == before
+
+
 def test_export_of_what_is_no_checkpoint(call, tmp_path):
     (tmp_path / 'broken.pt').write_bytes(b'no checkpoint')
     for name in ('missing.pt', 'broken.pt'):

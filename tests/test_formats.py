@@ -19,7 +19,7 @@ pytest.importorskip('composer', reason='needs Composer')
 from composer import Callback
 from fixtures.make_checkpoints import LAST_BATCH, SAVED_BATCH, SMOOTHING, build_model, build_trainer
 
-from composer_ema import EMA, load_average
+from composer_ema import EMA, SWA, load_average
 
 FIXTURES = Path(__file__).parent / 'fixtures'
 TRUTHS = json.loads((FIXTURES / 'truths.json').read_text())
@@ -198,6 +198,24 @@ def test_the_builtins_average_of_another_model_is_refused_by_name_and_nothing_is
         ema.load_state_dict(ema_state(name))
     assert not ema.ema_started
     assert all(torch.equal(tensor, before[key]) for key, tensor in ema.ema_model.named_parameters())
+    trainer.close()
+
+
+@pytest.mark.parametrize('build', [lambda: EMA('2ba'), lambda: SWA('1ba', update_interval='1ba')], ids=['ema', 'swa'])
+@pytest.mark.parametrize('value', [torch.zeros(2), [torch.zeros(2)], {'a': {'b': {'c': 1}}}, 2**63], ids=str)
+def test_settings_that_are_not_plain_are_refused_and_nothing_is_loaded(build, value):
+    trained = build()
+    trainer = build_trainer(build_model(), algorithms=[trained])
+    trainer.fit()
+    state = trained.state_dict()
+    trainer.close()
+    state['config'] = {**state['config'], 'update_interval': value}
+    fresh = build()
+    trainer = build_trainer(build_model(), algorithms=[fresh])
+    kind = type(value).__name__
+    with pytest.raises(ValueError, match=f"'config' of the saved .* state maps 'update_interval' to a {kind}, not a"):
+        fresh.load_state_dict(state)
+    trainer.fit()
     trainer.close()
 
 

@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_a
 from composer_ema import CheckpointError, EMAOptimizer, ShadowModel, export, load_average
 from composer_ema.averages import Equal
 from composer_ema.checkpoints import states
+from composer_ema.checkpoints.inspection import ALIAS, describe
 from composer_ema.optimizer import EMA_STATE_VERSION
 from composer_ema.shadow import foreign
 
@@ -586,6 +587,153 @@ def test_without_names_position_decides_and_a_warning_says_so(tmp_path):
         load_average(tmp_path / 'alone.pt', nn.Sequential(*(nn.Linear(3, 4) for _ in range(3))))
 
 
+class LanguageModel(nn.Module):
+    """A language model whose output layer is its embedding, as a state dict has it under two names."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.emb, self.head = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
+        self.head.weight = self.emb.weight
+
+    def forward(self, x):
+        return self.head(self.emb(x))
+
+
+def of_composers_ema(model, parameters):
+    state = {
+        'ema_model': {'named_parameters_dict': parameters, 'named_buffers_dict': {}},
+        'ema_weights_active': False,
+        'ema_started': True,
+    }
+    return {'state': {'model': model.state_dict(), 'algorithms': [('EMA', state)]}}
+
+
+#: A file of a tied model, from its average by the names of its parameters, of which there is one; and the key in it.
+TIED = {
+    'a plain dictionary': (lambda model, average: {'model': model.state_dict(), 'ema': average}, 'ema'),
+    'a plain list': (lambda model, average: {'model': model.state_dict(), 'ema': list(average.values())}, 'ema'),
+    'of diffusers': (
+        lambda model, average: {'model': model.state_dict(), 'shadow_params': [*average.values()],
+                                'optimization_step': 1},
+        None,
+    ),
+    'of torch-ema': (lambda model, average: {'model': model.state_dict(), 'ema': {
+        'shadow_params': [*average.values()], 'num_updates': 1}}, None),
+    "of Composer's EMA": (of_composers_ema, None),
+    'of an older ShadowModel': (lambda model, average: {'model': model.state_dict(), 'ema': {
+        'version': 1, 'num_updates': 1, 'parameters': average, 'buffers': {}}}, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('kind', TIED)
+def test_the_average_stands_under_every_name_of_a_tied_weight(kind, tmp_path):
+    make, key = TIED[kind]
+    model, average = LanguageModel(), torch.randn(5, 4)
+    torch.save(make(model, {'emb.weight': average}), tmp_path / 'a.pt')
+    loaded = load_average(tmp_path / 'a.pt', LanguageModel(seed=1), key=key)
+    assert_same_bits(loaded, {'emb.weight': average, 'head.weight': average})
+    if kind in ('a plain list', 'of diffusers', 'of torch-ema'):
+        return
+    assert_same_bits(load_average(tmp_path / 'a.pt', key=key), loaded)
+    export(tmp_path / 'a.pt', tmp_path / 'out.safetensors', key=key)
+    assert_same_bits(safetensors.torch.load_file(tmp_path / 'out.safetensors'), loaded)
+    [described] = describe(tmp_path / 'a.pt', key=key).averages
+    tied = {tensor.name: tensor for tensor in described.tensors}['head.weight']
+    assert (tied.role, tied.average_bytes) == (ALIAS, 0)
+    assert tied.relative_distance > 0
+
+
+@pytest.mark.parametrize('by', ['position', 'names', 'model'])
+def test_ema_optimizer_stands_under_every_name_of_a_tied_weight(by, tmp_path):
+    model = LanguageModel()
+    inner = torch.optim.SGD(model.named_parameters() if by == 'names' else model.parameters(), lr=1.0)
+    optimizer = EMAOptimizer(inner, decay=0.9, model=model if by == 'model' else None)
+    for _ in range(3):
+        model(torch.arange(5)).square().mean().backward()
+        optimizer.step()
+    torch.save({'model': model.state_dict(), 'optimizer': optimizer.state_dict()}, tmp_path / 'a.pt')
+    average = next(optimizer.shadow.parameters())
+    expected = {'emb.weight': average, 'head.weight': average}
+    with pytest.warns(UserWarning, match='by position') if by == 'position' else contextlib.nullcontext():
+        assert_same_bits(load_average(tmp_path / 'a.pt', model), expected)
+    if by != 'position':
+        assert_same_bits(load_average(tmp_path / 'a.pt'), expected)
+
+
+def test_a_model_without_values_in_the_file_is_refused(tmp_path):
+    model = net()
+    optimizer = optimized(model, named=False, parameters=[p for p in model.parameters() if p.requires_grad])
+    weights = {**model.state_dict(), 'norm.running_mean': torch.empty(3, device='meta')}
+    torch.save({'model': weights, 'optimizer': optimizer.state_dict()}, tmp_path / 'a.pt')
+    with pytest.warns(UserWarning, match='by position'), pytest.raises(CheckpointError, match='running_mean in the f'):
+        load_average(tmp_path / 'a.pt', model)
+    torch.save(optimized(model).ema_state_dict(), tmp_path / 'b.pt')
+    with pytest.raises(CheckpointError, match=r'frozen.weight is not in the file, and the model .* has it on the meta'):
+        load_average(tmp_path / 'b.pt', net().to('meta'))
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        ({'model': 'x'}, r"model must be the torch.nn.Module .*, got 'x'\. Pass the module itself"),
+        ({'model': {'weight': torch.zeros(2)}}, 'got a dict. Pass the module itself, not its .* state dict'),
+        ({'key': 3}, 'key must be a string, got 3. Pass the keys in the file, joined with dots'),
+        ({'average': ['ema']}, "average must be a string, got a list. .* as in average='ema'"),
+        ({'checkpoint': b'a.pt'}, "checkpoint must be the path of a file, a string or a pathlib.Path, got b'a.pt'"),
+        ({'checkpoint': {'a': 1}}, 'checkpoint must be the path of a file, .* got a dict'),
+        ({'checkpoint': None}, 'checkpoint must be the path of a file, .* got None'),
+    ],
+)
+def test_an_argument_of_the_wrong_type_is_named(arguments, message, tmp_path):
+    torch.save(ShadowModel(net()).state_dict(), tmp_path / 'a.pt')
+    given = {'checkpoint': tmp_path / 'a.pt', **arguments}
+    with pytest.raises(TypeError, match=message):
+        load_average(**given)
+    if 'model' in arguments:
+        return
+    with pytest.raises(TypeError, match=message):
+        export(**given, out=tmp_path / 'out.pt')
+    if 'average' not in arguments:
+        with pytest.raises(TypeError, match=message):
+            describe(**given)
+
+
+def test_a_wrong_out_or_prefix_is_named(tmp_path):
+    torch.save(ShadowModel(net()).state_dict(), tmp_path / 'a.pt')
+    with pytest.raises(TypeError, match=r'out must be the path of a file, .* got 3'):
+        export(tmp_path / 'a.pt', 3)
+    with pytest.raises(TypeError, match=r"strip_prefix must be a string, got True. .* or 'auto'"):
+        export(tmp_path / 'a.pt', tmp_path / 'out.pt', strip_prefix=True)
+
+
+def test_a_lazy_model_is_named_and_not_the_file(tmp_path):
+    torch.save({'model': nn.Linear(2, 2).state_dict(), 'ema': {'weight': torch.zeros(2)}}, tmp_path / 'a.pt')
+    with pytest.raises(ValueError, match=r'^weight, bias in model are lazy .* Run one forward pass first') as caught:
+        load_average(tmp_path / 'a.pt', nn.LazyLinear(2), key='ema')
+    assert not isinstance(caught.value, CheckpointError)
+
+
+@pytest.mark.parametrize('same', ['path', 'symlink', 'target', 'hard link'])
+def test_an_export_does_not_overwrite_its_checkpoint(same, tmp_path):
+    shadow = ShadowModel(net())
+    shadow.update(net(1), smoothing=0.5)
+    path, link = tmp_path / 'ba3.pt', tmp_path / 'latest-rank0.pt'
+    torch.save(shadow.state_dict(), path)
+    if same == 'hard link':
+        link.hardlink_to(path)
+    elif same != 'path':
+        link.symlink_to(path.name)
+    before = path.read_bytes()
+    given, out = {'path': (path, path), 'target': (link, path)}.get(same, (path, link))
+    with pytest.raises(CheckpointError, match=f'^{out} is the checkpoint itself.*Write to another file'):
+        export(given, out)
+    assert path.read_bytes() == before
+    assert sorted(tmp_path.iterdir()) == sorted({path, *([] if same == 'path' else [link])})
+    export(path, tmp_path / 'out.pt')
+    export(path, tmp_path / 'out.pt')  # an export is overwritten
+
+
 def test_frozen_parameters_count_as_places_in_a_group(tmp_path):
     model = net()
     model.first.bias.requires_grad_(False)
@@ -635,11 +783,24 @@ ROUND.update({f'again {i}': ROUND for i in range(30)})
         ({**GOOD, 'buffers': {1: torch.zeros(1)}}, "'buffers' of the state of ShadowModel is a dict, not a dict"),
         ({**GOOD, 'aliases': {'a': 1}}, "'aliases' of the state of ShadowModel maps a to what is no name"),
         ({**GOOD, 'training_weights': 3}, "'training_weights' of the state of ShadowModel is a int"),
-        ({**GOOD, 'parameters': {'weight': torch.zeros(2, 2, device='meta')}}, 'weight in the average are on the meta'),
+        ({**GOOD, 'parameters': {'weight': torch.zeros(2, 2, device='meta')}}, 'weight in the file are on the meta'),
         ({**GOOD, 'parameters': {'weight': torch.zeros(3, 2)}}, r'weight \(expected \(2, 2\), got \(3, 2\)\)'),
         ({**GOOD, 'parameters': {'other': torch.zeros(2, 2)}}, '1 unexpected: other'),
         ({'version': 2, 'num_steps': 'a', 'settings': {}, 'average': GOOD}, "'num_steps' .*EMAOptimizer is a str"),
         ({'version': 2, 'num_steps': 1, 'settings': 3, 'average': GOOD}, "'settings' .*EMAOptimizer is a int"),
+        *(
+            ({'version': 2, 'num_steps': 1, 'settings': {name: value}, 'average': GOOD}, message)
+            for name in ('decay', 'average')
+            for value, message in (
+                (torch.zeros(2), f"'settings' of the state of EMAOptimizer maps '{name}' to a Tensor, not a name to a"),
+                ([[[1]]], 'to a list, not a name to a number'),
+                (2**63, 'to a int, not a name to a number'),
+            )
+        ),
+        ({'version': 2, 'num_steps': 2**63, 'settings': {}, 'average': GOOD}, "'num_steps' .* is a int, not a count"),
+        ({**GOOD, 'num_updates': torch.ones(2)}, "'num_updates' of the state of ShadowModel is a Tensor, not a count"),
+        ({'shadow_params': [], 'num_updates': torch.ones((), device='meta')}, "'num_updates' is .*, not a count"),
+        ({'shadow_params': [torch.zeros(2)], 'num_updates': 1, 'decay': 10**400}, '1 tensors without names'),
         ({'version': 2, 'num_steps': 1, 'settings': {}, 'average': None}, "'average' .*EMAOptimizer is a NoneType"),
         ({'version': 2, 'averages': {'ema': 3}}, "'config'|average 'ema' is a int|'started'"),
         (ROUND, 'no average of a known kind under the keys epoch, again'),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from composer_ema.checkpoints import states
-from composer_ema.checkpoints.reading import CheckpointError, read_average
+from composer_ema.checkpoints.reading import CheckpointError, check_texts, path_of, read_average
 from composer_ema.files import beside
 from composer_ema.model.names import listed
 from composer_ema.shadow.foreign import outermost
@@ -51,24 +51,38 @@ def export(
 
     Raises:
         CheckpointError: as for :func:`load_average`; the prefix does not apply or makes two names one; safetensors
-            cannot hold a tensor. ``out`` is not touched.
+            cannot hold a tensor; ``out`` is ``checkpoint`` itself, also under another name. ``out`` is not touched.
+        TypeError: an argument has the wrong type.
     """
-    weights, facts = read_average(Path(checkpoint), label=average, key=key)
+    path, out = path_of(checkpoint, 'checkpoint'), path_of(out, 'out')
+    check_texts(average=average, key=key, strip_prefix=strip_prefix)
+    _refuse_overwriting(path, out)
+    weights, facts = read_average(path, label=average, key=key)
     if strip_prefix is not None:
         weights = _stripped(weights, strip_prefix, checkpoint)
     metadata = {
         'format': 'pt',
         'weights': facts.pop('weights'),
         'written_by': f'composer_ema {__version__}',
-        'checkpoint': Path(checkpoint).name,
+        'checkpoint': path.name,
         **{name: str(fact) for name, fact in facts.items() if fact is not None},
     }
-    write = _write_torch if Path(out).suffix in TORCH_SUFFIXES else _write_safetensors
+    write = _write_torch if out.suffix in TORCH_SUFFIXES else _write_safetensors
     try:
-        write(weights, metadata, checkpoint, Path(out))
+        write(weights, metadata, checkpoint, out)
     except OSError as error:
         raise CheckpointError(f'{out} cannot be written: {error.strerror or error}.') from error
     return metadata
+
+
+def _refuse_overwriting(checkpoint: Path, out: Path) -> None:
+    """Raises if ``out`` is the checkpoint, be it through a link such as ``latest-rank0.pt``."""
+    if checkpoint.exists() and out.exists() and checkpoint.samefile(out):
+        same = '' if checkpoint == out else f', which is the same file as {checkpoint}'
+        raise CheckpointError(
+            f'{out} is the checkpoint itself{same}: the export would replace what training resumes from. Write to '
+            'another file.'
+        )
 
 
 def _write_safetensors(

@@ -18,10 +18,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
 
+from composer_ema.kernels.rules import is_inexact
 from composer_ema.model.names import listed
 from composer_ema.model.sharding import canonical_name
 
@@ -30,6 +32,8 @@ VERSION = 2
 VERSION_KEY, STASH = 'version', 'training_weights'
 
 State = Mapping[str, Any]
+# From here on no count is real, torch holds no such integer, and Python may refuse to print it.
+_NO_COUNT = 2**63
 
 
 @dataclass(frozen=True)
@@ -143,6 +147,55 @@ def kind(config: State, profile: str) -> str:
     return kinds.get(profile.partition('=')[0], 'exponential moving average')
 
 
+def check_plain(settings: State, what: str) -> None:
+    """Raises a ValueError unless ``settings`` maps names to numbers, strings, None, or lists and mappings of these.
+
+    They are compared, printed and written as JSON, which a tensor among them would break.
+    """
+    for name, value in settings.items():
+        if not isinstance(name, str) or not _is_plain(value):
+            raise ValueError(
+                f'{what} maps {name!r} to a {type(value).__name__}, not a name to a number, a string, None, or a list '
+                'or mapping of these.'
+            )
+
+
+def check_count(value: Any, key: str, what: str) -> None:
+    """Raises a ValueError unless ``value`` is a whole number of at least 0 that a 64-bit integer holds."""
+    if type(value) is not int or not 0 <= value < _NO_COUNT:
+        raise ValueError(f'{key!r} of {what} is {_shown(value)}, not a count.')
+
+
+def _is_plain(value: Any, depth: int = 2) -> bool:
+    if isinstance(value, int):
+        return abs(value) < _NO_COUNT
+    if value is None or isinstance(value, (str, Real)):
+        return True
+    if depth == 0:  # a list may hold itself
+        return False
+    if isinstance(value, Mapping):
+        return all(_is_plain(key, 0) and _is_plain(each, depth - 1) for key, each in value.items())
+    return isinstance(value, (list, tuple)) and all(_is_plain(each, depth - 1) for each in value)
+
+
+def _shown(value: Any) -> str:
+    return repr(value) if isinstance(value, Real) and _is_plain(value) else f'a {type(value).__name__}'
+
+
+def _check_clock(average: State, key: str, what: str) -> None:
+    """Raises a ValueError unless an average has time by unit, or None, under ``key``."""
+    if key not in average:
+        raise ValueError(f'{what} lacks {key!r}.')
+    clock = average[key]
+    if clock is None:
+        return
+    is_clock = isinstance(clock, Mapping) and all(
+        isinstance(unit, str) and isinstance(time, Real) and _is_plain(time, 0) for unit, time in clock.items()
+    )
+    if not is_clock:
+        raise ValueError(f'{key!r} of {what} is {_shown(clock)}, not numbers by unit.')
+
+
 def _refuse_version(state: State, what: str) -> None:
     version = state[VERSION_KEY]
     if not (_has_version(state, version) and 1 <= version <= VERSION):
@@ -153,18 +206,17 @@ def _refuse_version(state: State, what: str) -> None:
 
 def _check(state: State, what: str) -> None:
     """Raises a ValueError unless every part of a current state is of its type."""
-    _expect(state, 'config', Mapping, what)
+    check_plain(_expect(state, 'config', Mapping, what), f"'config' of {what}")
     _expect(state, 'started', bool, what)
     for label, average in _expect(state, 'averages', Mapping, what).items():
         if not isinstance(average, Mapping):
             raise ValueError(f'the saved average {label!r} is a {type(average).__name__}, not a dictionary.')
-        _expect(average, 'num_updates', int, what)
+        check_count(average.get('num_updates'), 'num_updates', what)
         for key, kind in (('parameters', Tensor), ('buffers', Tensor), ('aliases', str)):
             _expect_named(average, key, kind, what)
         _expect(_expect(average, 'profile', Mapping, what), 'description', str, f"'profile' of {what}")
         for key in ('last_update', 'started_at'):
-            if key not in average:
-                raise ValueError(f'{what} lacks {key!r}.')
+            _check_clock(average, key, what)
     if STASH in state:
         _expect_named(state, STASH, Tensor, what)
 
@@ -232,7 +284,7 @@ def _description(config: State) -> str:
 
 
 def _upgrade_builtin_ema(state: State, slot: ModelSlot, label: str | None, what: str) -> dict[str, Any]:
-    is_swapped = bool(state['ema_weights_active'])
+    is_swapped, has_started = (_expect(state, key, bool, what) for key in ('ema_weights_active', 'ema_started'))
     buffers = set(slot.buffers)
     if _keeps_two_models(state):
         average = _expect_named(state, 'ema_model', Tensor, what)
@@ -251,9 +303,9 @@ def _upgrade_builtin_ema(state: State, slot: ModelSlot, label: str | None, what:
     parameters = {name for name in wanted if known.takes(name)}
     upgraded = _as_ours(
         label,
-        bool(state['ema_started']),
+        has_started,
         # The built-in does not count; one is enough for the average to be used.
-        int(bool(state['ema_started'])),
+        int(has_started),
         {name: average[name] for name in sorted(parameters) if name in average},
         {name: average[name] for name in sorted(wanted & buffers) if name in average},
         'exponential',
@@ -280,6 +332,8 @@ def _upgrade_builtin_swa(state: State, slot: ModelSlot, label: str | None, what:
     count = averaged.get('n_averaged')
     if count is None:
         raise ValueError(f"'swa_model' of {what} lacks 'n_averaged'.")
+    if count.numel() != 1 or count.is_meta or is_inexact(count):
+        raise ValueError(f"'n_averaged' of {what} is no single number.")
     # An AveragedModel keeps the model that it was given as `module`.
     held = {name.removeprefix('module.'): tensor for name, tensor in averaged.items() if name != 'n_averaged'}
     average = _user_names(held, slot.tensors)

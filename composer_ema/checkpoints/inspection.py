@@ -16,7 +16,18 @@ from torch import Tensor
 from composer_ema.checkpoints import formats, others, search, states
 from composer_ema.checkpoints.formats import Format
 from composer_ema.checkpoints.others import Found
-from composer_ema.checkpoints.reading import CheckpointError, is_of_composer, is_safetensors, read_file
+from composer_ema.checkpoints.reading import (
+    CheckpointError,
+    algorithms_of,
+    check_texts,
+    is_of_composer,
+    is_safetensors,
+    mapping_in,
+    path_of,
+    read_file,
+    run_name_of,
+    trained,
+)
 from composer_ema.model.sharding import canonical_name
 
 TRAINING_WEIGHTS, AVERAGE, UNKNOWN, NOT_READ = 'training weights', 'average', 'weights', 'not read'
@@ -139,6 +150,7 @@ def describe(checkpoint: str | os.PathLike[str], *, key: str | None = None) -> D
 
     Raises:
         CheckpointError: the file is missing, damaged, of another kind, or would run code.
+        TypeError: an argument has the wrong type.
 
     Example:
         .. code:: python
@@ -146,7 +158,8 @@ def describe(checkpoint: str | os.PathLike[str], *, key: str | None = None) -> D
             found = describe('runs/fashion_mnist/checkpoints/latest-rank0.pt')
             print(found.model_slot, found.averages[0].relative_distance)
     """
-    path = Path(checkpoint)
+    path = path_of(checkpoint, 'checkpoint')
+    check_texts(key=key)
     held = read_file(path)
     try:
         if key is not None or not is_of_composer(held):
@@ -218,10 +231,8 @@ _ROLES = (PARAMETER, BUFFER, COPY, OF_AVERAGE, ALIAS, UNTRACKED)
 
 
 def _describe(path: Path, state: Mapping[str, Any]) -> Description:
-    model = {
-        canonical_name(name): tensor for name, tensor in _mapping(state, 'model').items() if isinstance(tensor, Tensor)
-    }
-    algorithms = dict(state.get('algorithms') or {})
+    model = {canonical_name(name): tensor for name, tensor in _tensors(mapping_in(state, 'model')).items()}
+    algorithms = algorithms_of(state)
     rows = formats.find(algorithms)
     buffers = {name for name in model if name.rpartition('.')[2] in _NAMES_OF_BUFFERS}
     averages, stashes = [], {}
@@ -234,17 +245,17 @@ def _describe(path: Path, state: Mapping[str, Any]) -> Description:
     return Description(
         path=str(path),
         num_bytes=path.stat().st_size,
-        run_name=state.get('run_name'),
-        trained=_trained(state),
+        run_name=run_name_of(state),
+        trained=trained(state),
         versions=_versions(state),
         model_slot=_model_slot(state, rows, stashes, model),
         has_stash=bool(stashes),
         averages=averages,
         tensors=[] if averages else [_info(name, tensor, UNTRACKED) for name, tensor in model.items()],
-        optimizers=list(_mapping(state, 'optimizers', optional=True)),
-        schedulers=list(_mapping(state, 'schedulers', optional=True)),
+        optimizers=list(map(str, mapping_in(state, 'optimizers', optional=True))),
+        schedulers=list(map(str, mapping_in(state, 'schedulers', optional=True))),
         algorithms=list(algorithms),
-        callbacks=list(_mapping(state, 'callbacks', optional=True)),
+        callbacks=list(map(str, mapping_in(state, 'callbacks', optional=True))),
     )
 
 
@@ -287,7 +298,7 @@ def _average_of_others(found: Found) -> AverageInfo:
     if average.source in _TELLS_ROLES or average.label is not None:
         roles = dict.fromkeys(average.parameters, PARAMETER)
         roles |= {n: COPY if _is_copied(n, b, average.config) else BUFFER for n, b in average.buffers.items()}
-        roles |= dict.fromkeys(average.aliases, ALIAS)
+    roles |= dict.fromkeys(average.aliases, ALIAS)
     tensors, distances = [], []
     for name in dict.fromkeys([*model, *averaged]):
         tensor, role = averaged.get(name), roles.get(name, UNTRACKED)
@@ -327,7 +338,7 @@ def _is_in(tensors: Tensors, model: Tensors) -> bool:
     """Whether ``model`` has these tensors, bit for bit in its own dtypes, as far as it has their names."""
     shared = [(tensor, model[name]) for name, tensor in tensors.items() if name in model]
     dense = [(one, other) for one, other in shared if _is_dense(one) and _is_dense(other)]
-    return bool(dense) and all(_is_same(one.to(other.dtype), other) for one, other in dense)
+    return bool(dense) and all(_is_same(_computable(one.to(other.dtype)), _computable(other)) for one, other in dense)
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:
@@ -339,6 +350,7 @@ def _average(algorithm: str, row: Format, saved: Mapping[str, Any], label: str, 
     average = saved['averages'][label]
     training = {**model, **saved.get(formats.STASH, {})}
     parameters, buffers, aliases = average['parameters'], average['buffers'], average['aliases']
+    aliases = {**states.tied(model, {*parameters, *buffers, *aliases}), **aliases}
     tensors, distances = [], []
     for name in dict.fromkeys([*model, *parameters, *buffers]):
         averaged = {**parameters, **buffers}.get(aliases.get(name, name))
@@ -405,36 +417,25 @@ def _norms(average: Tensor | None, training: Tensor | None) -> tuple[float, floa
         return None
     if not _is_dense(average) or not _is_dense(training):
         return None
-    wide = training.to(average.dtype)
+    average, wide = _computable(average), _computable(training.to(average.dtype))
     difference, size = (torch.linalg.vector_norm(each, dtype=torch.float64) for each in (average - wide, wide))
     return difference.item(), size.item()
+
+
+def _computable(tensor: Tensor) -> Tensor:
+    """The tensor in a dtype that torch computes in, which those of 8 bits are not."""
+    return tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize == 1 else tensor
 
 
 def _ratio(distance: float, size: float) -> float:
     return 0.0 if distance == 0 else distance / size if size > 0 else math.inf
 
 
-def _trained(state: Mapping[str, Any]) -> dict[str, int]:
-    timestamp = _mapping(_mapping(state, 'timestamp', optional=True), 'Timestamp', optional=True)
-    return {
-        unit: timestamp[unit] for unit in ('epoch', 'batch', 'sample', 'token') if isinstance(timestamp.get(unit), int)
-    }
-
-
 def _versions(state: Mapping[str, Any]) -> dict[str, str]:
-    metadata = _mapping(state, 'metadata', optional=True)
-    composer = _mapping(metadata, 'composer_env_info', optional=True).get('composer_version')
+    metadata = mapping_in(state, 'metadata', optional=True)
+    composer = mapping_in(metadata, 'composer_env_info', optional=True).get('composer_version')
     found = {'composer': composer, 'torch': metadata.get('torch_version')}
     return {name: str(version) for name, version in found.items() if version is not None}
-
-
-def _mapping(of: Mapping[str, Any], key: str, *, optional: bool = False) -> Mapping[str, Any]:
-    value = of.get(key, {} if optional else None)
-    if value is None and optional:
-        return {}
-    if not isinstance(value, Mapping):
-        raise TypeError(f'its {key!r} is a {type(value).__name__}.')
-    return value
 
 
 def _tensors(of: Mapping[str, Any]) -> dict[str, Tensor]:

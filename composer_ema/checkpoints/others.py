@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import warnings
 from collections.abc import Collection, Mapping, Sequence
@@ -91,11 +92,10 @@ def named(found: Found) -> dict[str, Any]:
     """
     average = found.average
     assert average.has_names
-    check_readable(average.tensors)
-    if not found.model_slot:
-        return average.tensors
     averaged = average.tensors
-    return {name: averaged.get(name, tensor) for name, tensor in found.model_slot.items()}
+    weights = {name: averaged.get(name, tensor) for name, tensor in found.model_slot.items()} or averaged
+    check_readable(weights)
+    return weights
 
 
 def fit(found: Found, model: nn.Module) -> dict[str, Any]:
@@ -121,9 +121,7 @@ def fit(found: Found, model: nn.Module) -> dict[str, Any]:
         optional=expected,
         remedy='Pass the model, or one of the same architecture, that was averaged.',
     )
-    for alias, name in inventory.aliases.items():
-        if alias in tensors:
-            tensors.setdefault(name, tensors[alias])
+    _name_tied(tensors, inventory.aliases)
     slot = {n: t for n, t in foreign.under_names_of(found.model_slot, expected).items() if isinstance(t, Tensor)}
     if not found.average.has_names and not _covers(slot, expected):
         slot = {}  # without names nothing tells that it is of this model
@@ -131,9 +129,21 @@ def fit(found: Found, model: nn.Module) -> dict[str, Any]:
         check_same(
             'the model in the file', expected, slot, optional=expected, remedy='Pass the model that was trained.'
         )
+        _name_tied(tensors, states.tied(slot, tensors))
     tensors = {**slot, **tensors}
+    check_readable(tensors)
     _warn_of_unaveraged(tensors, found.average.source, inventory)
     return for_model(tensors, model)
+
+
+def _name_tied(tensors: dict[str, Tensor], aliases: Mapping[str, str]) -> None:
+    """Puts each tied tensor under all of its names. A name that has a tensor of its own keeps it."""
+    for alias, name in aliases.items():
+        if alias in tensors:
+            tensors.setdefault(name, tensors[alias])
+    for alias, name in aliases.items():
+        if name in tensors:
+            tensors.setdefault(alias, tensors[name])
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
@@ -149,8 +159,15 @@ def for_model(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Any]
     for key, value in unwrap(model).state_dict().items():
         name = canonical_name(key)
         found = tensors.get(name, tensors.get(inventory.aliases.get(name, name)))
-        if found is None:
-            found = value.detach().cpu().clone() if isinstance(value, Tensor) else value
+        if found is None and isinstance(value, Tensor):
+            if value.is_meta:
+                raise ValueError(
+                    f'{name} is not in the file, and the model that was passed has it on the meta device. Pass a model '
+                    'that has its weights.'
+                )
+            found = value.detach().cpu().clone()
+        elif found is None:
+            found = value
         weights[name] = found
     return weights
 
@@ -211,6 +228,9 @@ def _plain(value: Any, key: str) -> tuple[Average, Foreign | None]:
 
 def _placed(held: Any, key: str, average: Average, theirs: Foreign | None) -> Found:
     slot = {} if theirs is not None else _model_slot(held, key, average)
+    if average.has_names:
+        aliases = states.tied(slot, average.tensors)
+        average = dataclasses.replace(average, aliases={**aliases, **average.aliases})
     return Found(key, average, theirs, slot)
 
 
@@ -281,6 +301,6 @@ def check_readable(tensors: Mapping[str, Any]) -> None:
     meta = [name for name, tensor in tensors.items() if isinstance(tensor, Tensor) and tensor.is_meta]
     if meta:
         raise ValueError(
-            f'{listed(sorted(meta))} in the average are on the meta device: the file holds their shapes and no values. '
+            f'{listed(sorted(meta))} in the file are on the meta device: it holds their shapes and no values. '
             'Save the average of a model that has its weights.'
         )

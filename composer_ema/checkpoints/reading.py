@@ -13,12 +13,14 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any, NoReturn
 
 import numpy as np
 import safetensors
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.torch_version import TorchVersion
 
 from composer_ema.checkpoints import formats, others, search, states
@@ -91,13 +93,62 @@ def load_average(
     Raises:
         CheckpointError: the file is missing, damaged, or of another kind; it would run code; it holds no average,
             several, or one that does not fit ``model`` or needs one.
+        TypeError: an argument has the wrong type.
+        ValueError: ``model`` has a lazy parameter, which has no shape yet.
 
     Example:
         .. code:: python
 
             model.load_state_dict(load_average('runs/fashion_mnist/checkpoints/latest-rank0.pt'))
     """
-    return read_average(Path(checkpoint), model, label=average, key=key)[0]
+    path = path_of(checkpoint, 'checkpoint')
+    _check_model(model)
+    check_texts(average=average, key=key)
+    return read_average(path, model, label=average, key=key)[0]
+
+
+def path_of(file: Any, name: str) -> Path:
+    """The argument ``name`` as a path.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(file, (str, os.PathLike)):
+        raise TypeError(f'{name} must be the path of a file, a string or a pathlib.Path, got {described(file)}.')
+    return Path(file)
+
+
+def check_texts(**arguments: Any) -> None:
+    """Raises a TypeError for an argument that is neither a string nor None."""
+    for name, value in arguments.items():
+        if not isinstance(value, (str, NoneType)):
+            raise TypeError(f'{name} must be a string, got {described(value)}. {_TEXTS[name]}')
+
+
+_TEXTS = {
+    'average': "Pass what the algorithm calls the average, as in average='ema'.",
+    'key': "Pass the keys in the file, joined with dots, as in key='optimizer_states.1'.",
+    'strip_prefix': "Pass the module to take off the names, as in strip_prefix='module', or 'auto'.",
+}
+
+
+def described(value: Any) -> str:
+    """A value of the wrong type, in an error."""
+    return f'{value!r}' if isinstance(value, (str, bytes, int, float, NoneType)) else f'a {type(value).__name__}'
+
+
+def _check_model(model: Any) -> None:
+    if model is None:
+        return
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f'model must be the torch.nn.Module that the weights are for, got {described(model)}. Pass the module '
+            'itself, not its parameters or state dict. To choose among several averages in the file pass average= or '
+            'key=.'
+        )
+    lazy = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if is_lazy(tensor)]
+    if lazy:
+        raise ValueError(f'{listed(lazy)} in model are lazy and have no shape yet. Run one forward pass first.')
 
 
 def read_average(
@@ -178,7 +229,7 @@ def is_of_composer(checkpoint: Any) -> bool:
 def has_averages(state: Mapping[str, Any]) -> bool:
     """Whether an algorithm of a Composer checkpoint's ``state`` keeps an average."""
     algorithms = state.get('algorithms')
-    return isinstance(algorithms, (list, Mapping)) and bool(formats.find(_algorithms(state)))
+    return isinstance(algorithms, (list, Mapping)) and bool(formats.find(algorithms_of(state)))
 
 
 def _is_elsewhere(checkpoint: Mapping[str, Any]) -> bool:
@@ -236,20 +287,23 @@ class _Saved:
 
 
 def _average_in(state: Mapping[str, Any], path: Path, label: str | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    model = {canonical_name(name): tensor for name, tensor in _mapping(state, 'model').items()}
+    model = {canonical_name(name): tensor for name, tensor in mapping_in(state, 'model').items()}
     saved = _choose(_saved_in(state, model, path), label, path)
     parameters, aliases = saved.average['parameters'], saved.average['aliases']
     buffers = {name: buffer for name, buffer in saved.average['buffers'].items() if name in model}
     averaged = {**parameters, **buffers}
     check_same('the average', model, averaged, optional=model, remedy='The checkpoint is damaged.')
-    others.check_readable(averaged)
+    # Composer's own have one name for a tied weight.
+    aliases = {**states.tied(model, {*averaged, *aliases}), **aliases}
     averaged |= {alias: averaged[name] for alias, name in aliases.items() if name in averaged}
-    return {name: averaged.get(name, tensor) for name, tensor in model.items()}, _facts(state, saved)
+    weights = {name: averaged.get(name, tensor) for name, tensor in model.items()}
+    others.check_readable(weights)
+    return weights, _facts(state, saved)
 
 
 def _refuse_without_average(checkpoint: Mapping[str, Any], path: Path) -> NoReturn:
-    algorithms = _algorithms(checkpoint['state'])
-    listing = ', '.join(f'{name} ({_outline(state)})' for name, state in sorted(algorithms.items()))
+    algorithms = algorithms_of(checkpoint['state'])
+    listing = ', '.join(f'{name} ({_outline(state)})' for name, state in algorithms.items())
     found = f'the algorithms {listing}, whose states are of no known format' if algorithms else 'no algorithms'
     others_weights = [place for place in search.weights(checkpoint) if place != 'state.model']
     raise CheckpointError(
@@ -260,7 +314,7 @@ def _refuse_without_average(checkpoint: Mapping[str, Any], path: Path) -> NoRetu
 
 def _saved_in(state: Mapping[str, Any], model: Mapping[str, Tensor], path: Path) -> list[_Saved]:
     """Every average of a checkpoint that has started."""
-    algorithms = _algorithms(state)
+    algorithms = algorithms_of(state)
     rows = formats.find(algorithms)
     upgraded = {
         name: formats.upgrade(algorithms[name], model_slot=model, what=f'the saved {name} state') for name in rows
@@ -290,30 +344,58 @@ def _choose(saved: Sequence[_Saved], label: str | None, path: Path) -> _Saved:
     raise CheckpointError(f'{path} holds no average called {label!r}, but {names}.')
 
 
-def _algorithms(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Composer writes a list of pairs, older releases a dictionary."""
-    algorithms = state.get('algorithms', [])
-    if not isinstance(algorithms, (list, Mapping)):
+def algorithms_of(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The states of a checkpoint's algorithms by name. Composer writes a list of pairs, older releases a dictionary."""
+    algorithms = state.get('algorithms')
+    if not isinstance(algorithms, (list, Mapping, NoneType)):
         raise TypeError(f"its 'algorithms' is a {type(algorithms).__name__}.")
-    return dict(algorithms)
+    states_by_name = dict(algorithms or {})
+    if wrong := [name for name in states_by_name if not isinstance(name, str)]:
+        raise TypeError(f"its 'algorithms' has a {type(wrong[0]).__name__} in place of a name.")
+    return states_by_name
+
+
+def run_name_of(state: Mapping[str, Any]) -> str | None:
+    """The run that saved a checkpoint; None where it does not say."""
+    name = state.get('run_name')
+    if not isinstance(name, (str, NoneType)):
+        raise TypeError(f"its 'run_name' is a {type(name).__name__}.")
+    return name
+
+
+def trained(state: Mapping[str, Any]) -> dict[str, int]:
+    """How far training had come, by unit."""
+    timestamp = mapping_in(mapping_in(state, 'timestamp', optional=True), 'Timestamp', optional=True)
+    counts = {unit: timestamp.get(unit) for unit in ('epoch', 'batch', 'sample', 'token')}
+    for unit, count in counts.items():
+        if count is not None:
+            formats.check_count(count, unit, "its 'timestamp'")
+    return {unit: count for unit, count in counts.items() if count is not None}
 
 
 def _facts(state: Mapping[str, Any], saved: _Saved) -> dict[str, Any]:
-    timestamp = (state.get('timestamp') or {}).get('Timestamp') or {}
     config = saved.state['config']
     return {
         'weights': formats.kind(config, saved.average['profile']['description']),
-        'run_name': state.get('run_name'),
+        'run_name': run_name_of(state),
         'num_updates': saved.average['num_updates'] if saved.row.counts_updates else None,
         **{name: config.get(name) for name in ('half_life', 'smoothing', 'power', 'update_interval')},
         f'{saved.label}_start': config.get(f'{saved.label}_start'),
         'buffers': config.get('buffers'),
-        **{f'trained_{unit}': timestamp.get(unit) for unit in ('epoch', 'batch', 'sample', 'token')},
+        **{f'trained_{unit}': count for unit, count in trained(state).items()},
     }
 
 
-def _mapping(of: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    if not isinstance(value := of.get(key), Mapping):
+def mapping_in(of: Mapping[str, Any], key: str, *, optional: bool = False) -> Mapping[str, Any]:
+    """The dictionary under ``key``; an empty one where it is ``optional`` and there is none.
+
+    Raises:
+        TypeError: there is something else.
+    """
+    value = of.get(key)
+    if value is None and optional:
+        return {}
+    if not isinstance(value, Mapping):
         raise TypeError(f'its {key!r} is a {type(value).__name__}.')
     return value
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from composer_ema.checkpoints import formats
@@ -83,12 +84,34 @@ def exported_with(state: Any) -> Mapping[str, str] | None:
     return metadata if isinstance(metadata, Mapping) else None
 
 
+def tied(weights: Mapping[str, Any], averaged: Collection[str]) -> dict[str, str]:
+    """Names in ``weights`` that share the memory of one in ``averaged``, each with that name.
+
+    An average has one name for a tied weight, a state dict has all of them. A file of torch keeps what shares memory.
+    """
+    places = {place: name for name in averaged if (place := _place(weights.get(name))) is not None}
+    return {
+        name: places[place]
+        for name, value in weights.items()
+        if name not in averaged and (place := _place(value)) is not None and place in places
+    }
+
+
+def _place(value: Any) -> tuple[Any, ...] | None:
+    """Where the values of a tensor lie; None for what has no values in memory."""
+    if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta or value.numel() == 0:
+        return None
+    return value.data_ptr(), value.dtype, value.shape, value.stride()
+
+
 def _read_optimizer(state: Mapping[str, Any]) -> list[Average]:
     what = 'the state of EMAOptimizer'
     version = _version(state, OPTIMIZER_VERSION, what)
     settings, steps = _mapping(state, 'settings', what), state['num_steps']
+    formats.check_plain(settings, f"'settings' of {what}")
     if type(steps) is not int:
         raise ValueError(f"'num_steps' of {what} is a {type(steps).__name__}, not an int.")
+    formats.check_count(steps, 'num_steps', what)
     [shadow] = _read_shadow(_mapping(state, 'average', what))
     last_update = state.get('last_update')
     config = {name: settings[name] for name in _TOLD if settings.get(name) not in (None, False)}
@@ -124,8 +147,7 @@ def _read_shadow(state: Mapping[str, Any]) -> list[Average]:
     what = 'the state of ShadowModel'
     version = _version(state, shadow_state.VERSION, what)
     count = state.get('num_updates')
-    if type(count) is not int or count < 0:
-        raise ValueError(f"'num_updates' of {what} is {count!r}, not a count.")
+    formats.check_count(count, 'num_updates', what)
     aliases = _mapping({'aliases': {}, **state}, 'aliases', what)
     if wrong := [name for name, value in aliases.items() if not isinstance(value, str)]:
         raise ValueError(f"'aliases' of {what} maps {listed(sorted(wrong))} to what is no name.")

@@ -92,6 +92,9 @@ def fit(foreign: Foreign, inventory: Inventory) -> dict[str, Tensor]:
         tensors = {
             name: tensor for name, tensor in found.items() if name not in inventory.aliases and not is_extra_state(name)
         }
+        for alias, name in inventory.aliases.items():
+            if alias in found:
+                tensors.setdefault(name, found[alias])
         optional = inventory.buffers.keys() - inventory.persistent
     else:
         tensors = dict(zip(_followed(foreign, inventory), foreign.weights, strict=True))
@@ -231,13 +234,13 @@ def _mapping(state: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 def _count(state: Mapping[str, Any], key: str) -> int:
     value = state.get(key)
-    if isinstance(value, Tensor) and value.numel() == 1:
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta:
         value = value.item()
-    if not isinstance(value, int) or value < 0:
+    if not isinstance(value, int) or not 0 <= value < 2**63:
         raise ValueError(f'{key!r} is {value!r}, not a count.')
     return int(value)
 
 
 def _share(state: Mapping[str, Any]) -> float | None:
     value = state.get('decay')
-    return float(value) if isinstance(value, (int, float)) else None
+    return float(value) if isinstance(value, (int, float)) and 0 <= value <= 1 else None
