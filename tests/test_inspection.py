@@ -486,3 +486,11 @@ class TestForeignFiles:
 
 def test_every_role_has_its_place_in_the_order():
     assert {PARAMETER, BUFFER, COPY, OF_AVERAGE, ALIAS, UNTRACKED} == set(inspection._ROLES)
+
+
+def test_numbers_of_8_bits_have_a_distance(tmp_path):
+    weights = {'weight': torch.tensor([1.0, 2.0]).to(torch.float8_e4m3fn)}
+    average = {'weight': torch.tensor([1.0, 1.0]).to(torch.float8_e4m3fn)}
+    torch.save({'model': weights, 'ema': average}, tmp_path / 'a.pt')
+    [found] = describe(tmp_path / 'a.pt', key='ema').averages
+    assert found.relative_distance == pytest.approx(5**-0.5)
