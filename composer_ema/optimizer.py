@@ -590,6 +590,7 @@ class _StepAverage:
 
     def _copy_weights(self) -> None:
         self._refresh_groups()
+        self._returned = None  # the average is made of the weights, so they hold no other
         self.shadow.num_updates = 0  # the update of a user's function copies then
         self._rule.copy(self.shadow, self._module)
         self.shadow.num_updates = 0

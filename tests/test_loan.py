@@ -887,3 +887,329 @@ def test_nothing_joins_an_average_at_the_value_of_another():
     assert 'linear.weight' not in dict(shadow.named_parameters())
     shadow.update(net, smoothing=0.5)
     assert dict(shadow.named_parameters())['linear.weight'].unique().tolist() == [8.0]
+
+
+def lent_by(**buffers: torch.Tensor) -> tuple[nn.Linear, ShadowModel]:
+    """A layer of ones with these buffers, and an average of it whose parameters are threes."""
+    layer = nn.Linear(2, 2)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.fill_(1.0)
+    for name, buffer in buffers.items():
+        layer.register_buffer(name, buffer)
+    shadow = ShadowModel(layer)
+    with torch.no_grad():
+        for tensor in shadow.parameters():
+            tensor.fill_(3.0)
+    return layer, shadow
+
+
+@pytest.mark.parametrize(
+    ('replace', 'what'),
+    [
+        (lambda old: torch.empty(0), r'has shape \(0,\) in place of \(2, 2\)'),
+        (lambda old: old.to('meta'), 'is on the meta device'),
+        (lambda old: old.to(torch.complex64), 'is torch.complex64 in place of torch.float32'),
+        (lambda old: old[:1, :1].expand(2, 2), 'has elements that share memory'),
+        (lambda old: old.to_sparse(), 'is stored as torch.sparse_coo'),
+    ],
+    ids=['no memory', 'meta', 'complex', 'expanded', 'sparse'],
+)
+@pytest.mark.parametrize('leave', ['block', 'swap_out', 'recall'])
+def test_the_training_value_of_a_parameter_that_cannot_take_it_waits_until_the_parameter_is_back(replace, what, leave):
+    layer, shadow = lent_by()
+    before, kept = bits(layer), layer.weight
+
+    def change() -> None:
+        layer.weight = nn.Parameter(replace(kept.detach()))
+
+    def block() -> None:
+        with shadow.swapped(layer):
+            change()
+
+    if leave != 'block':
+        shadow.swap_in(layer)
+        change()
+    leaving = {'block': block, 'swap_out': lambda: shadow.swap_out(layer), 'recall': lambda: loan.recall(layer)}[leave]
+    with pytest.raises(RuntimeError, match=f'weight cannot be overwritten: weight {what}.*Put it back.*swap_out'):
+        leaving()
+    assert shadow.is_swapped
+    assert layer.bias.tolist() == [3.0, 3.0], 'nothing has left'
+    assert shadow.training_weights(layer)['weight'].unique().tolist() == [1.0]
+    layer.weight = kept
+    shadow.swap_out(layer)
+    assert bits(layer) == before
+
+
+def test_the_training_value_of_a_parameter_whose_memory_is_away_waits():
+    layer, shadow = lent_by()
+    before = bits(layer)
+    shadow.swap_in(layer)
+    kept = {name: parameter.data for name, parameter in layer.named_parameters()}
+    for parameter in layer.parameters():
+        parameter.data = torch.empty(0)
+    with pytest.raises(RuntimeError, match='bias and 1 more parameter cannot be overwritten'):
+        shadow.swap_out(layer)
+    for name, parameter in layer.named_parameters():
+        parameter.data = kept[name]
+    shadow.swap_out(layer)
+    assert bits(layer) == before
+
+
+def test_a_parameter_of_another_dtype_of_the_same_kind_gets_its_training_value():
+    layer, shadow = lent_by()
+    with shadow.swapped(layer):
+        layer.double()
+        layer.bias = nn.Parameter(torch.zeros(2))
+    assert (layer.weight.dtype, layer.weight.unique().tolist(), layer.bias.tolist()) == (torch.float64, [1.0], [1, 1])
+
+
+def test_names_do_not_change_while_the_training_weights_of_a_loaded_state_go_by_the_old_ones():
+    layer, shadow = lent_by()
+    with shadow.swapped(layer):
+        state, model = copy.deepcopy(shadow.state_dict()), copy.deepcopy(layer.state_dict())
+    resumed = nn.Linear(2, 2)
+    resumed.load_state_dict(model)
+    loaded = ShadowModel(resumed)
+    loaded.load_state_dict(state)
+    renamed = nn.Linear(2, 2)
+    renamed.w, renamed.bias = resumed.weight, resumed.bias
+    del renamed.weight
+    for changes in ({'renamed': {'weight': 'w'}}, {'leaving': True}):
+        with pytest.raises(RuntimeError, match=r'loaded state.*old names.*swap_out\(model\) before names change'):
+            loaded.resolve(renamed, **changes)
+        assert [name for name, _ in loaded.named_parameters()] == ['weight', 'bias']
+    loaded.swap_out(resumed)
+    assert bits(resumed) == bits(layer)
+    loaded.resolve(renamed, renamed={'weight': 'w'})
+
+
+@pytest.mark.parametrize(
+    'make',
+    [
+        lambda: torch.tensor([7, 8, 9]),
+        lambda: torch.tensor([True, False, True]),
+        lambda: torch.tensor([1j, 2j, 3j]),
+        lambda: torch.tensor([7.0, 8.0]),
+        lambda: torch.tensor([7.0]).expand(3),
+        lambda: torch.tensor([0.0, 7.0, 0.0]).to_sparse(),
+        lambda: torch.eye(3).to_sparse_csr(),
+        lambda: torch.zeros(3, device='meta'),
+    ],
+    ids=['whole', 'bool', 'complex', 'shape', 'expanded', 'sparse', 'sparse csr', 'meta'],
+)
+def test_a_buffer_that_was_replaced_by_one_of_another_kind_keeps_its_new_value(make):
+    layer, shadow = lent_by(c=torch.full((3,), 0.5))
+    before, new = bits(layer), make()
+    with shadow.swapped(layer):
+        layer.c = new
+        if not new.is_meta:
+            saved = shadow.averaged_state_dict(layer)['c']
+            assert (saved.dtype, saved.shape, saved.layout) == (new.dtype, new.shape, new.layout)
+    assert layer.c is new
+    assert new.is_meta or torch.equal(new.to_dense(), make().to_dense())
+    layer.c = torch.full((3,), 0.5)
+    assert bits(layer) == before
+    assert not shadow.is_swapped
+
+
+def test_a_buffer_that_was_replaced_by_one_of_the_same_kind_gets_its_training_value():
+    layer, shadow = lent_by(c=torch.full((3,), 0.5))
+    with shadow.swapped(layer):
+        layer.c = torch.tensor([7.0, 8.0, 9.0], dtype=torch.float64)
+    assert layer.c.tolist() == [0.5, 0.5, 0.5]
+
+
+@pytest.mark.parametrize('is_frozen', [False, True])
+def test_a_buffer_that_has_become_an_alias_of_other_memory_is_not_written(is_frozen):
+    layer, shadow = lent_by(b=torch.full((3,), 0.5))
+    layer.frozen = nn.Parameter(torch.full((4,), 5.0), requires_grad=False)
+    with shadow.swapped(layer):
+        layer.b = (layer.frozen if is_frozen else layer.weight).data.view(-1)[:3]
+    assert layer.weight.unique().tolist() == [1.0]
+    assert layer.frozen.unique().tolist() == [5.0]
+    assert layer.b.tolist() == [5.0 if is_frozen else 1.0] * 3
+
+
+def test_a_buffer_that_is_a_view_of_a_parameter_shows_what_the_parameter_shows():
+    layer = nn.Linear(2, 2)
+    layer.register_buffer('v', layer.weight.data.view(-1))
+    shadow = ShadowModel(layer)
+    before = bits(layer)
+    with torch.no_grad():
+        for tensor in shadow.parameters():
+            tensor.fill_(3.0)
+    with shadow.swapped(layer):
+        assert layer.weight.unique().tolist() == [3.0]
+        assert layer.v.unique().tolist() == [3.0]
+    assert bits(layer) == before
+    shadow.copy_to(layer)
+    assert layer.weight.unique().tolist() == [3.0]
+
+
+@pytest.mark.parametrize(
+    'make',
+    [
+        lambda: torch.full((1,), 7.0).expand(2, 2),
+        lambda: torch.eye(2).to_sparse(),
+        lambda: torch.eye(2).to_sparse_csr(),
+    ],
+    ids=['expanded', 'sparse', 'sparse csr'],
+)
+def test_a_buffer_that_cannot_be_written_is_not_lent(make):
+    layer, shadow = lent_by(mask=torch.zeros(2, 2))
+    layer.mask = make()
+    for _ in range(2):
+        with shadow.swapped(layer):
+            assert layer.weight.unique().tolist() == [3.0]
+            assert torch.equal(layer.mask.to_dense(), make().to_dense())
+        assert layer.weight.unique().tolist() == [1.0]
+        assert torch.equal(shadow.averaged_state_dict(layer)['mask'].to_dense(), make().to_dense())
+        shadow.update(layer, smoothing=1.0)
+    shadow.copy_to(layer)
+    assert layer.weight.unique().tolist() == [3.0]
+    assert torch.equal(layer.mask.to_dense(), make().to_dense())
+
+
+def test_a_parameter_that_cannot_be_written_is_refused_by_name_before_anything_is_changed():
+    layer, shadow = lent_by()
+    layer.weight = nn.Parameter(torch.ones(1).expand(2, 2))
+    for error, write in ((RuntimeError, shadow.swap_in), (ValueError, shadow.copy_to)):
+        with pytest.raises(error, match=r'weight cannot be overwritten.*share memory.*memory of its own.*exclude'):
+            write(layer)
+    assert layer.bias.tolist() == [1.0, 1.0]
+    assert not shadow.is_swapped
+    assert not loan.borrowers(layer)
+    layer.weight = nn.Parameter(torch.ones(2, 2))
+    with shadow.swapped(layer):
+        assert layer.weight.unique().tolist() == [3.0]
+
+
+@contextmanager
+def unwritable(monkeypatch, broken: torch.Tensor) -> Iterator[None]:
+    """Lets every copy into the memory of ``broken`` fail."""
+    pointer, real, real_copy = broken.data_ptr(), torch._foreach_copy_, torch.Tensor.copy_
+
+    def check(targets) -> None:
+        if any(target.data_ptr() == pointer for target in targets):
+            raise RuntimeError('the device is lost')
+
+    def copy_many(targets, values, **kwargs):
+        check(targets)
+        return real(targets, values, **kwargs)
+
+    def copy_one(target, value, *args, **kwargs):
+        check([target])
+        return real_copy(target, value, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, '_foreach_copy_', copy_many)
+        patched.setattr(torch.Tensor, 'copy_', copy_one)
+        yield
+
+
+def use(net: Net) -> None:
+    """Does with a model what asks whether it is on loan."""
+    shadow = ShadowModel(net)
+    shadow.update(net, smoothing=0.5)
+    compute_ema(net, copy.deepcopy(net), smoothing=0.5)
+    with shadow.swapped(net):
+        pass
+    optimizer = EMAOptimizer(torch.optim.SGD(net.parameters(), lr=0.0), model=net)
+    net(torch.randn(4, 2)).sum().backward()
+    optimizer.step()
+    with optimizer.swap_ema_weights():
+        pass
+
+
+@pytest.mark.parametrize('when', ['entry', 'exit'])
+def test_what_cannot_be_written_into_one_model_is_no_error_of_another(monkeypatch, when):
+    layer, shadow = lent_by()
+    if when == 'exit':
+        shadow.swap_in(layer)
+    with unwritable(monkeypatch, layer.weight):
+        with pytest.raises(RuntimeError, match='lost'):
+            (shadow.swap_out if when == 'exit' else shadow.swap_in)(layer)
+        use(Net())
+        with pytest.raises(RuntimeError, match='lost'):
+            ShadowModel(layer)
+    use(Net())
+    shadow.swap_out(layer)
+    assert layer.weight.unique().tolist() == [1.0]
+    assert not shadow.is_swapped
+
+
+def test_what_cannot_be_written_into_a_model_is_dropped_with_it(monkeypatch, caplog):
+    layer, shadow = lent_by()
+    shadow.swap_in(layer)
+    gone = weakref.ref(layer)
+    with unwritable(monkeypatch, layer.weight):
+        with pytest.raises(RuntimeError, match='lost'):
+            shadow.swap_out(layer)
+        del layer
+        gc.collect()
+        assert gone() is None
+        use(Net())
+    assert not loan._books.guests
+    assert not loan._books.slots
+    assert loan._books.are_settled
+    assert 'the device is lost' in caplog.text
+
+
+def test_a_wrapper_that_is_collected_leaves_what_cannot_be_written_to_the_network(monkeypatch):
+    net = Net()
+    before, wrapper = bits(net), nn.Sequential(net)
+    of_net, of_wrapper = average_of(net, 1.0), average_of(wrapper, 2.0)
+    of_net.swap_in(net)
+    of_wrapper.swap_in(wrapper)
+    with unwritable(monkeypatch, net.linear.weight):
+        del wrapper
+        gc.collect()
+        use(Net())
+        with pytest.raises(RuntimeError, match='lost'):
+            of_net.swap_out(net)
+    of_net.swap_out(net)
+    assert bits(net) == before
+    assert not loan._books.guests
+
+
+@pytest.mark.parametrize('buffers', ['copy', 'average'])
+@pytest.mark.parametrize('kind', ['conjugated', 'negated'])
+def test_buffers_that_are_lazily_conjugated_or_negated_are_lent_as_others_are(kind, buffers):
+    def buffer_of(value: complex) -> torch.Tensor:
+        conjugated = torch.full((3,), value, dtype=torch.complex64).conj()
+        return conjugated if kind == 'conjugated' else conjugated.imag
+
+    layer = nn.Linear(2, 2)
+    layer.register_buffer('c', buffer_of(4 + 2j))
+    shadow = ShadowModel(layer, buffers=buffers)
+    training, average = layer.c.clone(), buffer_of(6 + 8j).clone()
+    dict(shadow.named_buffers())['c'].copy_(average)
+    with shadow.swapped(layer):
+        assert layer.c.is_conj() or layer.c.is_neg()
+        assert torch.equal(layer.c, average)
+    assert torch.equal(layer.c, training)
+    shadow.update(layer, smoothing=0.5)
+    expected = (training + average) / 2 if buffers == 'average' else training
+    assert torch.equal(dict(shadow.named_buffers())['c'], expected)
+    shadow.copy_to(layer)
+    assert torch.equal(layer.c, expected)
+    target = nn.Linear(2, 2)
+    target.register_buffer('c', buffer_of(0j))
+    for smoothing in (0.5, 0.0):
+        compute_ema(layer, target, smoothing=smoothing, buffers=buffers)
+        assert torch.equal(target.c, expected if smoothing == 0 or buffers == 'copy' else expected / 2)
+
+
+@pytest.mark.parametrize('read', [lambda optimizer: optimizer.shadow, lambda optimizer: optimizer.ema_state_dict()])
+def test_an_average_that_was_made_of_the_weights_is_not_taken_for_one_in_the_model(read):
+    net = Net()
+    optimizer = EMAOptimizer(torch.optim.SGD(net.parameters(), lr=1.0), model=net)
+    with optimizer.swap_ema_weights():
+        state = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(state)
+    net.load_state_dict(Net(3.0).state_dict())
+    read(optimizer)
+    net(torch.randn(4, 2)).sum().backward()
+    optimizer.step()
+    assert optimizer.num_steps == 1

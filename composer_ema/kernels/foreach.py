@@ -20,6 +20,7 @@ from composer_ema.kernels.layout import (
     carve,
     detached,
     grouped,
+    is_lazy,
     packed,
     pieces,
     split_bundles,
@@ -44,6 +45,8 @@ def refusal_of_device(device: torch.device, *, is_asked: bool) -> str | None:
 def refusal(shadow: Tensor, source: Tensor, rules: Rules) -> str | None:
     """Foreach kernels follow the formula alone, and round to the nearest."""
     del source
+    if is_lazy(shadow):
+        return 'foreach kernels do not write conjugated or negated views'
     if rules.skip_nonfinite:
         return 'skipping non-finite weights would take a second pass'
     if rules.stochastic and shadow.dtype is torch.bfloat16:
@@ -52,9 +55,9 @@ def refusal(shadow: Tensor, source: Tensor, rules: Rules) -> str | None:
 
 
 def refusal_to_copy(copy: Tensor, source: Tensor) -> str | None:
-    """Foreach kernels copy every pair."""
-    del copy, source
-    return None
+    """Foreach kernels copy every pair, but not into conjugated or negated views."""
+    del source
+    return 'foreach kernels do not write conjugated or negated views' if is_lazy(copy) else None
 
 
 def keeps_address(shadow: Tensor, source: Tensor) -> bool:

@@ -107,6 +107,23 @@ def detached(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [tensor.detach() for tensor in tensors]
 
 
+def is_lazy(tensor: Tensor) -> bool:
+    """Whether the memory holds the conjugates or the negatives of the tensor's elements, as ``conj()`` leaves it."""
+    return tensor.is_conj() or tensor.is_neg()
+
+
+def resolved(target: Tensor, value: Tensor) -> Pair:
+    """A copy of ``value`` into ``target`` in terms of what ``target`` has in memory.
+
+    Torch copies many tensors in one call, but not into any that :func:`is_lazy`.
+    """
+    if target.is_conj():
+        target, value = target.conj(), value.conj()
+    if target.is_neg():
+        target, value = torch._neg_view(target), value.neg()
+    return target, value
+
+
 def unzip(pairs: Iterable[Pair]) -> tuple[list[Tensor], list[Tensor]]:
     """Returns the first tensors of all pairs and the second ones, as two lists."""
     pairs = list(pairs)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from composer_ema.kernels.layout import resolved, unzip
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import check_same
 from composer_ema.model.sharding import unwrap
@@ -15,7 +16,7 @@ from composer_ema.model.untraced import untraced
 from composer_ema.shadow import loan
 from composer_ema.shadow.follower import Follower
 from composer_ema.shadow.interrupts import Block
-from composer_ema.shadow.storage import Storage, are_alike
+from composer_ema.shadow.storage import Storage, are_alike, can_be_kept
 
 
 class LendableAverage:
@@ -51,8 +52,12 @@ class LendableAverage:
         After an interrupt, such as a KeyboardInterrupt, the average is either in or out as a whole: ask
         :attr:`is_swapped`. In a ``with`` block of :meth:`swapped` you need not ask.
 
+        Buffers that cannot be written, as sparse ones or those whose elements share memory, stay whatever the model
+        holds. A buffer that is a view of a tracked parameter shows the average of that.
+
         Raises:
-            RuntimeError: this average is swapped in already, perhaps by another thread. Nothing is changed then.
+            RuntimeError: this average is swapped in already, perhaps by another thread, or a tracked parameter cannot
+                be written, as after ``expand``. Nothing is changed then.
         """
         self._enter(model, loan.Stay(self._storage))
 
@@ -60,11 +65,15 @@ class LendableAverage:
     def swap_out(self, model: nn.Module) -> None:
         """Takes the average out of ``model``; the last one to leave restores every bit of the training weights.
 
-        A buffer that the model meanwhile replaced by one of another shape, as caches do, keeps its new value. An
-        interrupt is raised either before anything has changed or when the average is out.
+        A buffer that the model meanwhile replaced keeps its new value if that has another shape, another kind of
+        numbers (floating, complex or whole) or another layout, as caches do, if its elements share memory, or if it is
+        an alias of another tensor of the model. An interrupt is raised either before anything has changed or when the
+        average is out.
 
         Raises:
-            RuntimeError: the average is in no model, or in another one; or ``model`` has lost a parameter.
+            RuntimeError: the average is in no model, or in another one; or ``model`` has lost a parameter, or cannot
+                take its training value: it has another shape or kind now, or is on the meta device. The average stays
+                in and the training weights stay stashed: put the parameter back and call this again.
         """
         if self._loaded_stash is not None:
             loan.adopt(self._storage, model, self._loaded_stash)
@@ -115,11 +124,13 @@ class LendableAverage:
     def copy_to(self, model: nn.Module) -> None:
         """Overwrites the tracked tensors of ``model`` with the average, for good. Other tensors stay.
 
-        A buffer that is copied, not averaged, stays as well if ``model`` has it in another shape.
+        A buffer that is copied, not averaged, stays as well if ``model`` has it in another shape, and any buffer that
+        cannot be written, as one whose elements share memory.
 
         Raises:
             RuntimeError: ``model`` holds an average, this one or another.
-            ValueError: ``model`` lacks a tracked name or has it in another shape; nothing is written then.
+            ValueError: ``model`` lacks a tracked name, has it in another shape, or in a form that cannot be written;
+                nothing is written then.
         """
         module = unwrap(model)
         if inside := loan.borrowers(module):
@@ -127,19 +138,24 @@ class LendableAverage:
                 f'this model holds an average over a stash of its training weights: {inside[-1]}. '
                 'Call swap_out(model) first.'
             )
-        live, shadows = Inventory.of(module).tensors(), self.lent_tensors()
-        copied = [name for name in self._storage.buffers if not self._storage.is_averaged(name)]
-        for name in copied:
-            if name not in live or not are_alike(shadows[name], live[name]):
-                del shadows[name]
+        live, parameters = Inventory.of(module).tensors(), self._storage.parameters
+        shadows = {
+            name: shadow
+            for name, shadow in self.lent_tensors().items()
+            if name in parameters or self._has_place_for(name, shadow, live.get(name))
+        }
         check_same(
             'the model given to copy_to',
             shadows,
             {name: live[name] for name in shadows if name in live},
             remedy='Pass the same architecture.',
         )
-        if shadows:
-            torch._foreach_copy_([live[name] for name in shadows], list(shadows.values()))
+        if problem := loan.why_unwritable({name: (live[name], shadow) for name, shadow in parameters.items()}):
+            raise ValueError(f'{problem}. {loan.MAKE_IT_WRITABLE}')
+        # Parameters last: a buffer may be a view of one.
+        for names in (shadows.keys() - parameters.keys(), parameters):
+            if names:
+                torch._foreach_copy_(*unzip(resolved(live[name], shadows[name]) for name in names))
 
     def lent_tensors(self) -> dict[str, Tensor]:
         """All shadows by canonical name, aliased; what a model shows while it holds the average."""
@@ -170,6 +186,12 @@ class LendableAverage:
         plan = self._follower.plan_for(unwrap(model))
         self._follower.wait()
         loan.enter(stay, model, plan.sources)
+
+    def _has_place_for(self, name: str, shadow: Tensor, buffer: Tensor | None) -> bool:
+        """Whether the shadow of a buffer can go into ``buffer``, or has to."""
+        if buffer is not None and not can_be_kept(buffer):
+            return False
+        return self._storage.is_averaged(name) or (buffer is not None and are_alike(shadow, buffer))
 
     def _module(self) -> nn.Module | None:
         """The model in which this average stands."""

@@ -2,12 +2,14 @@
 
 Invariant: while an average stands in a model, the training value of every tensor that it covers lies in the stash. The
 books say what every model is to show and which training weights are stashed. They are written before a model is, in one
-assignment, so after an interrupt anybody can finish what they say.
+assignment, so after an interrupt any call about that model can finish what they say. What cannot be written into one
+model is the matter of the calls about that model alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import threading
 import weakref
@@ -18,12 +20,20 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from composer_ema.kernels.layout import resolved
 from composer_ema.kernels.rules import is_inexact
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import listed
 from composer_ema.model.sharding import unwrap
 from composer_ema.shadow.interrupts import Refusal, insisting
+from composer_ema.shadow.storage import can_be_kept
 from composer_ema.wording import counted
+
+log = logging.getLogger(__name__)
+
+#: What to do about a parameter that cannot be written.
+MAKE_IT_WRITABLE = 'Give it memory of its own, or leave it out by name (exclude).'
+_PUT_IT_BACK = 'Put it back, then call swap_out(model); its training value is kept until then.'
 
 
 class Average(Protocol):
@@ -81,10 +91,17 @@ class _Guest:
 
 @dataclass(frozen=True)
 class _Slot:
-    """A tensor of a model as it was when an average entered, kept alive, and its training value."""
+    """A tensor of a model as it was when an average entered, kept alive, and its training value.
+
+    Args:
+        tensor: the tensor.
+        training: its training value.
+        is_parameter: whether the value must return. A buffer may be replaced while an average is in.
+    """
 
     tensor: Tensor
     training: Tensor
+    is_parameter: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +111,8 @@ class _Books:
     Averages may enter and leave in any order. Modules that share tensors, such as a network and the model around it,
     are one model here. It shows the average that entered last, as if that were alone: whatever that does not cover
     holds its training value. Copies only; the stash has the dtypes of the model. Buffers of whole numbers stay as they
-    are: averages copy them, and counters that a forward counts up go on.
+    are: averages copy them, and counters that a forward counts up go on. So do buffers that cannot be written: sparse
+    ones, and those whose elements share memory.
 
     Args:
         guests: the averages, first come first.
@@ -112,7 +130,7 @@ class _Books:
 
     @property
     def are_settled(self) -> bool:
-        """Whether every model shows what it should."""
+        """Whether every model shows what it should. Each model by itself is asked for by :meth:`settled`."""
         return not (self.stale or self.leaving)
 
     @property
@@ -151,7 +169,11 @@ class _Books:
         if self.guest(guest.average) is not None:
             raise RuntimeError('the average is swapped in already. Call swap_out(model) first.')
         new = {
-            guest.slots[name]: _Slot(tensor, stash[name].clone() if name in stash else tensor.detach().clone())
+            guest.slots[name]: _Slot(
+                tensor,
+                stash[name].clone() if name in stash else tensor.detach().clone(),
+                name in guest.average.parameters,
+            )
             for name, tensor in tensors.items()
             if name in stash or guest.slots[name] not in self.slots
         }
@@ -162,11 +184,27 @@ class _Books:
         gone = [g for g in self.staying if g.module() is None or any(g.average is average for average in averages)]
         return self._changed(self.guests, self.leaving.union(gone), self.slots) if gone else self
 
-    def settled(self) -> _Books:
-        """After everything has been shown: without those that leave, and without what nobody needs any more."""
-        used = {key for guest in self.staying for key in guest.slots.values()}
+    def settled(self, guests: Collection[_Guest]) -> _Books:
+        """After the models of ``guests`` show what they should: without those in them that leave, and their stash.
+
+        These very books if that is so already.
+        """
+        around = frozenset(self.around(guests))
+        keys = _keys(around)
+        if self.stale.isdisjoint(keys) and self.leaving.isdisjoint(around):
+            return self
+        return self._without(self.leaving & around, stale=self.stale - keys)
+
+    def without_collected(self) -> _Books:
+        """Without the averages in modules that have been collected, whose tensors are left as they are."""
+        books = self.left([])
+        return books._without({guest for guest in books.leaving if guest.module() is None}, stale=books.stale)
+
+    def _without(self, gone: Collection[_Guest], *, stale: frozenset[int]) -> _Books:
+        guests = tuple(guest for guest in self.guests if guest not in gone)
+        used = _keys(guests)
         slots = {key: slot for key, slot in self.slots.items() if key in used}
-        return _Books(self.staying, slots=slots, sources=self.sources)
+        return _Books(guests, self.leaving.difference(gone), slots, self.sources, stale & used)
 
     def _changed(self, guests: tuple[_Guest, ...], leaving: frozenset[_Guest], slots: Mapping[int, _Slot]) -> _Books:
         sources = _sources(tuple(guest for guest in guests if guest not in leaving))
@@ -175,46 +213,82 @@ class _Books:
 
     # What the models are to show
 
-    def copies(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The tensors that need not hold what they should, and what they should hold."""
-        places, targets, values = self._places(), [], []
-        for key in self.stale:
-            value = self.slots[key].training
-            if (source := self.sources.get(key)) is not None:
-                shown = source.average.tensor(next(name for name, slot in source.slots.items() if slot == key))
-                value = value if shown is None else shown
-            for target in places[key].values():
-                # A buffer that the model has meanwhile replaced by another shape, as caches do, keeps its new value.
-                if target.shape == value.shape:
-                    targets.append(target.data)  # unseen by autograd: a graph that waits for its backward stays valid
-                    values.append(value)
-        return targets, values
+    def copies(self, guests: Collection[_Guest]) -> list[tuple[list[Tensor], list[Tensor]]]:
+        """The tensors of the models of ``guests`` that need not hold what they should, and what they should hold.
 
-    def refuse_lost(self, averages: Collection[Average]) -> None:
-        """Raises where a model in which ``averages`` stand has lost a parameter that is to be restored."""
-        for guest in self.around([g for g in self.living if any(g.average is average for average in averages)]):
+        First the buffers, then the parameters, in lists of their own: a buffer may be a view of a parameter, which has
+        the last word then.
+        """
+        buffers, parameters = ([], []), ([], [])
+        for key, places in self._places(self.around(guests)).items():
+            slot = self.slots[key]
+            value = slot.training
+            if (source := self.sources.get(key)) is not None:
+                shown = source.average.tensor(next(name for name, other in source.slots.items() if other == key))
+                value = value if shown is None else shown
+            targets, values = parameters if slot.is_parameter else buffers
+            for target in places:
+                if obstacle(target, slot.training) is None and target.shape == value.shape:
+                    # Unseen by autograd: a graph that waits for its backward stays valid.
+                    place, content = resolved(target.data, value)
+                    targets.append(place)
+                    values.append(content)
+        return [each for each in (buffers, parameters) if each[0]]
+
+    def refuse_unwritable(self, guests: Collection[_Guest], remedy: str = _PUT_IT_BACK) -> None:
+        """Raises where a model of ``guests`` has lost a parameter that is on loan, or has it in an unwritable form.
+
+        Args:
+            guests: of these books.
+            remedy: last sentence of the message about what cannot be written.
+        """
+        for guest in self.around(guests):
             module = guest.module()
             if module is None:
                 continue
             live = Inventory.of(module).tensors()
-            gone = sorted(name for name in guest.slots if name in guest.average.parameters and name not in live)
-            if gone:
-                more = f' and {counted(len(gone) - 1, "more parameter")}' if len(gone) > 1 else ''
-                raise Refusal(f'the model has lost {gone[0]}{more} since it was swapped in.')
+            slots = {name: self.slots[key] for name, key in guest.slots.items() if self.slots[key].is_parameter}
+            if gone := sorted(slots.keys() - live.keys()):
+                raise Refusal(f'the model has lost {_and_more(gone)} since it was swapped in. {_PUT_IT_BACK}')
+            if problem := why_unwritable({name: (live[name], slot.training) for name, slot in slots.items()}):
+                raise Refusal(f'{problem}. {remedy}')
 
-    def _places(self) -> dict[int, dict[int, Tensor]]:
-        """For each stale slot the tensors that have its place in the modules now, each once."""
-        places: dict[int, dict[int, Tensor]] = {key: {} for key in self.stale}
-        for guest in self.guests:
+    def _places(self, guests: Collection[_Guest]) -> dict[int, list[Tensor]]:
+        """For each stale slot of ``guests`` the tensors that have its place in their modules now, each once."""
+        places: dict[int, dict[int, Tensor]] = {}
+        for guest in guests:
             if not guest.shares(self.stale):
                 continue
             module = guest.module()
             live = None if module is None else Inventory.of(module).tensors()
             for name, key in guest.slots.items():
-                target = self.slots[key].tensor if live is None else live.get(name)
-                if key in places and target is not None:
-                    places[key][id(target)] = target
-        return places
+                slot = self.slots[key]
+                target = slot.tensor if live is None else live.get(name)
+                if key not in self.stale or target is None:
+                    continue
+                is_replaced = target is not slot.tensor and not slot.is_parameter
+                if not (is_replaced and live is not None and _shares_memory(target, live.values())):
+                    places.setdefault(key, {})[id(target)] = target
+        return {key: list(targets.values()) for key, targets in places.items()}
+
+
+def _shares_memory(target: Tensor, others: Iterable[Tensor]) -> bool:
+    """Whether another tensor lies in the same memory."""
+    pointer = _memory(target)
+    return pointer != 0 and any(other is not target and _memory(other) == pointer for other in others)
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else 0
+
+
+def _and_more(names: Sequence[str]) -> str:
+    """The first name, and how many there are besides."""
+    return names[0] + (f' and {counted(len(names) - 1, "more parameter")}' if len(names) > 1 else '')
+
+
+def _keys(guests: Iterable[_Guest]) -> set[int]:
+    return {key for guest in guests for key in guest.slots.values()}
 
 
 def _groups(guests: Sequence[_Guest]) -> list[frozenset[_Guest]]:
@@ -256,17 +330,24 @@ def enter(stay: Stay, model: nn.Module, live: Mapping[str, Tensor]) -> None:
         live: the tensors of the model that the average covers, by canonical name.
 
     Raises:
-        RuntimeError: the average is in a model already.
+        RuntimeError: the average is in a model already, or a parameter cannot be written.
     """
-    covered = {name: tensor for name, tensor in live.items() if is_inexact(tensor)}
+    covered = _lendable(stay.average, live)
     guest = _guest(stay.average, unwrap(model), covered)
+
+    def entered(books: _Books) -> _Books:
+        changed = books.entered(guest, covered, {})
+        changed.refuse_unwritable([guest], MAKE_IT_WRITABLE)
+        return changed
+
+    settling = _Settling(guest.touches)
     undoing = insisting(stay.end)
     try:
         next(undoing)
         with _lock:
-            _Settling()()
-            _write(lambda books: books.entered(guest, covered, {}), stay)
-            _Settling()()
+            settling()
+            _write(entered, stay)
+            settling()
         next(undoing, None)
     except BaseException:
         undoing.close()
@@ -284,7 +365,8 @@ def adopt(average: Average, model: nn.Module, stash: Mapping[str, Tensor]) -> No
     """
     module = unwrap(model)
     live = Inventory.of(module).tensors()
-    covered = {name: live[name] for name in stash if name in live and live[name].shape == stash[name].shape}
+    fitting = {name: live[name] for name in stash if name in live and live[name].shape == stash[name].shape}
+    covered = _lendable(average, fitting)
     strange = sorted(name for name in stash if name in average.parameters and name not in covered)
     if strange:
         raise RuntimeError(
@@ -293,7 +375,7 @@ def adopt(average: Average, model: nn.Module, stash: Mapping[str, Tensor]) -> No
         )
     guest = _guest(average, module, covered)
     with _lock:
-        _Settling()()
+        _Settling(guest.touches)()
         if module_of(average) is None:
             # The model holds it already, so that nothing is stale.
             _write(lambda books: dataclasses.replace(books.entered(guest, covered, stash), stale=books.stale))
@@ -306,7 +388,8 @@ def leave(average: Average) -> None:
     An interrupt is raised when that is done.
 
     Raises:
-        RuntimeError: a model has lost a parameter that is to be restored. The average stays in.
+        RuntimeError: a model has lost a parameter that is to be restored, or has it in another shape, kind of numbers
+            or layout, or without memory. The average stays in, and the stash waits.
     """
     _insist(_Leaving([average]))
 
@@ -370,8 +453,9 @@ def refuse(module: nn.Module, tensors: frozenset[int] | None = None) -> None:
     if not _books.guests:
         return
     if not _books.are_settled:
+        keys = identities(Inventory.of(module).tensors().values()) if tensors is None else tensors
         with _lock:  # until another thread has finished, or to finish what was interrupted again and again
-            _Settling()()
+            _Settling(lambda guest: guest.module() is module or guest.shares(keys))()
     _take_out_of_collected()
     if tensors is not None and tensors.isdisjoint(_books.slots) and not _stands_in(module):
         return
@@ -390,6 +474,41 @@ def _names(guests: Iterable[_Guest]) -> list[str]:
     return [repr(guest.average) for guest in guests]
 
 
+def _lendable(average: Average, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of ``tensors`` that an average overwrites: parameters, and buffers that can be written."""
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if is_inexact(tensor) and (name in average.parameters or obstacle(tensor, tensor) is None)
+    }
+
+
+def obstacle(target: Tensor, value: Tensor) -> str | None:
+    """Why ``value`` cannot be written into ``target``; None if it can."""
+    if target.is_meta and not value.is_meta:
+        return 'is on the meta device'
+    if target.shape != value.shape:
+        return f'has shape {tuple(target.shape)} in place of {tuple(value.shape)}'
+    if (target.is_floating_point(), target.is_complex()) != (value.is_floating_point(), value.is_complex()):
+        return f'is {target.dtype} in place of {value.dtype}'
+    if not can_be_kept(target):
+        return 'has elements that share memory' if target.layout is torch.strided else f'is stored as {target.layout}'
+    if target.is_inference() and not torch.is_inference_mode_enabled():
+        return 'was made in torch.inference_mode(), outside of which it stays as it is'
+    return None
+
+
+def why_unwritable(copies: Mapping[str, tuple[Tensor, Tensor]]) -> str:
+    """A sentence about the first parameters, of those by name, whose values cannot be written; empty if all can.
+
+    Args:
+        copies: a tensor and the value for it.
+    """
+    obstacles = {name: obstacle(target, value) for name, (target, value) in sorted(copies.items())}
+    bad = [name for name, reason in obstacles.items() if reason is not None]
+    return f'{_and_more(bad)} cannot be overwritten: {bad[0]} {obstacles[bad[0]]}' if bad else ''
+
+
 def _guest(average: Average, module: nn.Module, covered: Mapping[str, Tensor]) -> _Guest:
     return _Guest(average, weakref.ref(module, _on_collected), {name: id(t) for name, t in covered.items()})
 
@@ -406,16 +525,19 @@ class _Leaving:
     """Takes averages out of their models: a step of :func:`insisting`, which goes on where it was stopped."""
 
     def __init__(self, averages: Sequence[Average]) -> None:
-        self._averages, self._settling, self._is_written = averages, _Settling(), False
+        self._averages, self._settling, self._is_written = averages, _Settling(self._is_of), False
 
     def __call__(self) -> None:
         with _lock:
             if not self._is_written:
-                _books.refuse_lost(self._averages)
+                _books.refuse_unwritable(list(filter(self._is_of, _books.living)))
                 _write(lambda books: books.left(self._averages))
                 self._is_written = True
             self._settling()
         _take_out_of_collected()
+
+    def _is_of(self, guest: _Guest) -> bool:
+        return any(guest.average is average for average in self._averages)
 
 
 def _write(change: Callable[[_Books], _Books], stay: Stay | None = None) -> None:
@@ -432,32 +554,49 @@ def _write(change: Callable[[_Books], _Books], stay: Stay | None = None) -> None
 
 
 class _Settling:
-    """Makes the models show what the books say. The lock is held.
+    """Makes models show what the books say. The lock is held.
 
     It keeps what it has prepared, so that a call after an interrupt is short, and ends before the next interrupt.
+
+    Args:
+        is_meant: picks averages. The models around them are settled, and no others.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, is_meant: Callable[[_Guest], bool]) -> None:
+        self._is_meant = is_meant
         self._books: _Books | None = None
+        self._copies: list[tuple[list[Tensor], list[Tensor]]] = []
 
     def __call__(self) -> None:
+        """Settles the models.
+
+        Raises:
+            Refusal: a parameter cannot be written. The books wait until it can.
+        """
         global _books
         while not _books.are_settled:
             books = _books
             if self._books is not books:
-                self._targets, self._values = books.copies()
-                self._settled = books.settled()
+                guests = list(filter(self._is_meant, books.guests))
+                self._settled = books.settled(guests)
+                if self._settled is not books:
+                    books.refuse_unwritable(guests)
+                    self._copies = books.copies(guests)
                 self._books = books
-            targets, values, settled = self._targets, self._values, self._settled
+            copies, settled = self._copies, self._settled
+            if settled is books:
+                return
             if books is not _books:
                 continue
             try:
-                if targets:
-                    torch._foreach_copy_(targets, values)
-            except BaseException:  # it may be interrupted every time
-                for target, value in zip(targets, values, strict=True):
+                for targets, values in copies:
                     if books is _books:
-                        target.copy_(value)
+                        torch._foreach_copy_(targets, values)
+            except BaseException:  # it may be interrupted every time
+                for targets, values in copies:
+                    for target, value in zip(targets, values, strict=True):
+                        if books is _books:
+                            target.copy_(value)
                 if books is _books:
                     _books = settled
                 raise
@@ -466,11 +605,24 @@ class _Settling:
 
 
 def _take_out_of_collected() -> None:
-    """Takes out the averages of modules that have been collected; their tensors may live on in other modules."""
+    """Takes out the averages of modules that have been collected; their tensors may live on in other modules.
+
+    What cannot be written then is dropped: whoever calls has nothing to do with it.
+    """
     while len(_books.living) < len(_books.guests):
         with _lock:
             _write(lambda books: books.left([]))
-            _Settling()()
+            settling = _Settling(lambda guest: guest.module() is None)
+            try:
+                settling()
+            except Exception:
+                try:
+                    settling()
+                except Exception as error:  # no interrupt, since it has come again
+                    log.warning('the training weights of a model that was collected could not be put back: %s', error)
+                    _write(_Books.without_collected)
+                else:
+                    raise
 
 
 def _on_collected(_: weakref.ref[nn.Module]) -> None:

@@ -176,7 +176,8 @@ class ShadowModel(LendableAverage):
             renamed: old canonical name of a parameter or buffer to its new one. Its average goes on under the new name.
 
         Raises:
-            RuntimeError: something is to join, to leave or to be renamed while ``model`` holds an average.
+            RuntimeError: something is to join, to leave or to be renamed while ``model`` holds an average, also one
+                whose state was saved while swapped, and loaded. Nothing is changed.
             ValueError: ``model`` lacks a tracked parameter or has it in another shape, or ``renamed`` does not fit.
                 Nothing is changed.
 
@@ -195,6 +196,11 @@ class ShadowModel(LendableAverage):
         if leaving or renamed:
             loan.refuse(module)
             self._refuse_while_swapped('names change')
+            if self._loaded_stash is not None:
+                raise RuntimeError(
+                    'the model holds the average of the loaded state, whose training weights go by the old names. Call '
+                    'swap_out(model) before names change.'
+                )
             before = self._storage.names_changed(Inventory.of(module), renamed or {}, leaving=leaving)
             try:
                 self._resolve(module, joining)
@@ -329,7 +335,7 @@ class ShadowModel(LendableAverage):
             0.0
         """
         module = unwrap(model)
-        self._follower.plan_for(module)
+        lent = self._follower.plan_for(module).sources
         self.wait()
         inventory = Inventory.of(module)
         live, stashed, storage = inventory.tensors(), loan.training_weights(module), self._storage
@@ -342,9 +348,10 @@ class ShadowModel(LendableAverage):
                 continue
             name = names.get(id(value), '')
             expected.discard(name)
-            average = storage.tensor(name)
-            kept = average if are_alike(average, value) else None
-            kept = stashed.get(name, value) if kept is None else kept
+            average = storage.tensor(name) if name in lent else None
+            kept = average if average is not None else stashed.get(name, value)
+            if loan.obstacle(value, kept) is not None:  # a buffer that was replaced while an average stands in
+                kept = value
             saved[key] = kept.detach().to(value.device, value.dtype, copy=True)
         if expected:
             raise ValueError(

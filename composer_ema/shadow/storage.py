@@ -184,7 +184,8 @@ class Storage:
     def paired(self, kind: dict[str, Tensor], sources: Mapping[str, Tensor]) -> dict[str, Pair]:
         """The shadows of :attr:`parameters` or :attr:`buffers` beside their sources of the same shape and kind.
 
-        A shadow that lies on another device than it should is moved.
+        Buffers that cannot be written stay out; see :func:`can_be_kept`. A shadow that lies on another device than it
+        should is moved.
 
         Raises:
             ValueError: a shadow or its source is on the meta device, so that it has no values.
@@ -192,7 +193,8 @@ class Storage:
         pairs = {}
         for name, shadow in kind.items():
             source = sources.get(name)
-            if source is not None and are_alike(shadow, source):
+            is_left = kind is self.buffers and source is not None and not can_be_kept(source)
+            if source is not None and not is_left and are_alike(shadow, source):
                 if source.is_meta or shadow.is_meta:
                     self._check_has_values(name, shadow, source)
                 kind[name] = shadow.to(self.settings.device or source.device)
