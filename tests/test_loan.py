@@ -1213,3 +1213,14 @@ def test_an_average_that_was_made_of_the_weights_is_not_taken_for_one_in_the_mod
     net(torch.randn(4, 2)).sum().backward()
     optimizer.step()
     assert optimizer.num_steps == 1
+
+
+def test_a_model_that_was_made_in_inference_mode_is_lent_there_and_refused_outside():
+    with torch.inference_mode():
+        layer, shadow = lent_by(c=torch.zeros(3))
+        with shadow.swapped(layer):
+            assert layer.weight.unique().tolist() == [3.0]
+        assert layer.weight.unique().tolist() == [1.0]
+    with pytest.raises(RuntimeError, match=r'bias and 1 more parameter cannot be overwritten.*inference_mode'):
+        shadow.swap_in(layer)
+    assert not shadow.is_swapped

@@ -103,6 +103,12 @@ class _Slot:
     training: Tensor
     is_parameter: bool
 
+    def is_out_of_place(self, target: Tensor | None, live: Mapping[str, Tensor]) -> bool:
+        """Whether ``target``, which has the place of the buffer now, is none, or an alias of another live tensor."""
+        if target is None:
+            return True
+        return target is not self.tensor and not self.is_parameter and _shares_memory(target, live.values())
+
 
 @dataclass(frozen=True, eq=False)
 class _Books:
@@ -195,10 +201,9 @@ class _Books:
             return self
         return self._without(self.leaving & around, stale=self.stale - keys)
 
-    def without_collected(self) -> _Books:
-        """Without the averages in modules that have been collected, whose tensors are left as they are."""
-        books = self.left([])
-        return books._without({guest for guest in books.leaving if guest.module() is None}, stale=books.stale)
+    def dropped(self, guest: _Guest) -> _Books:
+        """Without an average that leaves. The tensors that it alone covers stay as they are."""
+        return self._without([guest], stale=self.stale)
 
     def _without(self, gone: Collection[_Guest], *, stale: frozenset[int]) -> _Books:
         guests = tuple(guest for guest in self.guests if guest not in gone)
@@ -213,63 +218,65 @@ class _Books:
 
     # What the models are to show
 
-    def copies(self, guests: Collection[_Guest]) -> list[tuple[list[Tensor], list[Tensor]]]:
+    def copies(self, guests: Collection[_Guest], remedy: str) -> list[tuple[list[Tensor], list[Tensor]]]:
         """The tensors of the models of ``guests`` that need not hold what they should, and what they should hold.
 
         First the buffers, then the parameters, in lists of their own: a buffer may be a view of a parameter, which has
         the last word then.
+
+        Args:
+            guests: of these books.
+            remedy: last sentence of the message about what cannot be written.
+
+        Raises:
+            Refusal: a module has lost a parameter, or cannot take its value.
         """
         buffers, parameters = ([], []), ([], [])
-        for key, places in self._places(self.around(guests)).items():
+        names: dict[_Guest, dict[int, str]] = {}
+        for key, places in self._places(self.around(guests), remedy).items():
             slot = self.slots[key]
             value = slot.training
             if (source := self.sources.get(key)) is not None:
-                shown = source.average.tensor(next(name for name, other in source.slots.items() if other == key))
+                if source not in names:
+                    names[source] = {key: name for name, key in source.slots.items()}
+                shown = source.average.tensor(names[source][key])
                 value = value if shown is None else shown
             targets, values = parameters if slot.is_parameter else buffers
             for target in places:
-                if obstacle(target, slot.training) is None and target.shape == value.shape:
+                if target.shape == value.shape:
                     # Unseen by autograd: a graph that waits for its backward stays valid.
                     place, content = resolved(target.data, value)
                     targets.append(place)
                     values.append(content)
         return [each for each in (buffers, parameters) if each[0]]
 
-    def refuse_unwritable(self, guests: Collection[_Guest], remedy: str = _PUT_IT_BACK) -> None:
-        """Raises where a model of ``guests`` has lost a parameter that is on loan, or has it in an unwritable form.
-
-        Args:
-            guests: of these books.
-            remedy: last sentence of the message about what cannot be written.
-        """
-        for guest in self.around(guests):
-            module = guest.module()
-            if module is None:
-                continue
-            live = Inventory.of(module).tensors()
-            slots = {name: self.slots[key] for name, key in guest.slots.items() if self.slots[key].is_parameter}
-            if gone := sorted(slots.keys() - live.keys()):
-                raise Refusal(f'the model has lost {_and_more(gone)} since it was swapped in. {_PUT_IT_BACK}')
-            if problem := why_unwritable({name: (live[name], slot.training) for name, slot in slots.items()}):
-                raise Refusal(f'{problem}. {remedy}')
-
-    def _places(self, guests: Collection[_Guest]) -> dict[int, list[Tensor]]:
-        """For each stale slot of ``guests`` the tensors that have its place in their modules now, each once."""
+    def _places(self, guests: Collection[_Guest], remedy: str) -> dict[int, list[Tensor]]:
+        """For each stale slot of ``guests`` the tensors that are to be written in its place, each once."""
         places: dict[int, dict[int, Tensor]] = {}
         for guest in guests:
             if not guest.shares(self.stale):
                 continue
+            slots = {name: self.slots[key] for name, key in guest.slots.items() if key in self.stale}
             module = guest.module()
-            live = None if module is None else Inventory.of(module).tensors()
-            for name, key in guest.slots.items():
-                slot = self.slots[key]
-                target = slot.tensor if live is None else live.get(name)
-                if key not in self.stale or target is None:
-                    continue
-                is_replaced = target is not slot.tensor and not slot.is_parameter
-                if not (is_replaced and live is not None and _shares_memory(target, live.values())):
-                    places.setdefault(key, {})[id(target)] = target
+            if module is None:
+                found = {name: slot.tensor for name, slot in slots.items()}
+            else:
+                live = Inventory.of(module).tensors()
+                _check_parameters(slots, live, remedy)
+                found = {n: live[n] for n, slot in slots.items() if not slot.is_out_of_place(live.get(n), live)}
+            for name, target in found.items():
+                if obstacle(target, slots[name].training) is None:
+                    places.setdefault(guest.slots[name], {})[id(target)] = target
         return {key: list(targets.values()) for key, targets in places.items()}
+
+
+def _check_parameters(slots: Mapping[str, _Slot], live: Mapping[str, Tensor], remedy: str) -> None:
+    """Raises a Refusal where ``live`` lacks a parameter of ``slots``, or has it in a form that cannot be written."""
+    values = {name: slot.training for name, slot in slots.items() if slot.is_parameter}
+    if gone := sorted(values.keys() - live.keys()):
+        raise Refusal(f'the model has lost {_and_more(gone)} since it was swapped in. {_PUT_IT_BACK}')
+    if problem := why_unwritable({name: (live[name], value) for name, value in values.items()}):
+        raise Refusal(f'{problem}. {remedy}')
 
 
 def _shares_memory(target: Tensor, others: Iterable[Tensor]) -> bool:
@@ -334,19 +341,13 @@ def enter(stay: Stay, model: nn.Module, live: Mapping[str, Tensor]) -> None:
     """
     covered = _lendable(stay.average, live)
     guest = _guest(stay.average, unwrap(model), covered)
-
-    def entered(books: _Books) -> _Books:
-        changed = books.entered(guest, covered, {})
-        changed.refuse_unwritable([guest], MAKE_IT_WRITABLE)
-        return changed
-
     settling = _Settling(guest.touches)
     undoing = insisting(stay.end)
     try:
         next(undoing)
         with _lock:
             settling()
-            _write(entered, stay)
+            _write(lambda books: settling.prepared(books.entered(guest, covered, {}), MAKE_IT_WRITABLE), stay)
             settling()
         next(undoing, None)
     except BaseException:
@@ -479,7 +480,8 @@ def _lendable(average: Average, tensors: Mapping[str, Tensor]) -> dict[str, Tens
     return {
         name: tensor
         for name, tensor in tensors.items()
-        if is_inexact(tensor) and (name in average.parameters or obstacle(tensor, tensor) is None)
+        if is_inexact(tensor)
+        and (name in average.parameters or (obstacle(tensor, tensor) or _obstacle_of_mode(tensor)) is None)
     }
 
 
@@ -493,8 +495,12 @@ def obstacle(target: Tensor, value: Tensor) -> str | None:
         return f'is {target.dtype} in place of {value.dtype}'
     if not can_be_kept(target):
         return 'has elements that share memory' if target.layout is torch.strided else f'is stored as {target.layout}'
+    return None
+
+
+def _obstacle_of_mode(target: Tensor) -> str | None:
     if target.is_inference() and not torch.is_inference_mode_enabled():
-        return 'was made in torch.inference_mode(), outside of which it stays as it is'
+        return 'was made in torch.inference_mode(), so it can only be written there'
     return None
 
 
@@ -504,8 +510,8 @@ def why_unwritable(copies: Mapping[str, tuple[Tensor, Tensor]]) -> str:
     Args:
         copies: a tensor and the value for it.
     """
-    obstacles = {name: obstacle(target, value) for name, (target, value) in sorted(copies.items())}
-    bad = [name for name, reason in obstacles.items() if reason is not None]
+    obstacles = {n: obstacle(target, value) or _obstacle_of_mode(target) for n, (target, value) in copies.items()}
+    bad = sorted(name for name, reason in obstacles.items() if reason is not None)
     return f'{_and_more(bad)} cannot be overwritten: {bad[0]} {obstacles[bad[0]]}' if bad else ''
 
 
@@ -530,8 +536,7 @@ class _Leaving:
     def __call__(self) -> None:
         with _lock:
             if not self._is_written:
-                _books.refuse_unwritable(list(filter(self._is_of, _books.living)))
-                _write(lambda books: books.left(self._averages))
+                _write(lambda books: self._settling.prepared(books.left(self._averages)))
                 self._is_written = True
             self._settling()
         _take_out_of_collected()
@@ -565,7 +570,26 @@ class _Settling:
     def __init__(self, is_meant: Callable[[_Guest], bool]) -> None:
         self._is_meant = is_meant
         self._books: _Books | None = None
+        self._settled = _Books()
         self._copies: list[tuple[list[Tensor], list[Tensor]]] = []
+
+    def prepared(self, books: _Books, remedy: str = _PUT_IT_BACK) -> _Books:
+        """These very books, for which the copies are known now.
+
+        Args:
+            books: may not be written yet.
+            remedy: last sentence of the message about a parameter that cannot be written.
+
+        Raises:
+            Refusal: a module has lost a parameter, or cannot take its value.
+        """
+        guests = list(filter(self._is_meant, books.guests))
+        settled = books.settled(guests)
+        self._books = None
+        self._copies = [] if settled is books else books.copies(guests, remedy)
+        self._settled = settled
+        self._books = books
+        return books
 
     def __call__(self) -> None:
         """Settles the models.
@@ -577,12 +601,7 @@ class _Settling:
         while not _books.are_settled:
             books = _books
             if self._books is not books:
-                guests = list(filter(self._is_meant, books.guests))
-                self._settled = books.settled(guests)
-                if self._settled is not books:
-                    books.refuse_unwritable(guests)
-                    self._copies = books.copies(guests)
-                self._books = books
+                self.prepared(books)
             copies, settled = self._copies, self._settled
             if settled is books:
                 return
@@ -612,17 +631,23 @@ def _take_out_of_collected() -> None:
     while len(_books.living) < len(_books.guests):
         with _lock:
             _write(lambda books: books.left([]))
-            settling = _Settling(lambda guest: guest.module() is None)
-            try:
-                settling()
-            except Exception:
-                try:
-                    settling()
-                except Exception as error:  # no interrupt, since it has come again
-                    log.warning('the training weights of a model that was collected could not be put back: %s', error)
-                    _write(_Books.without_collected)
-                else:
-                    raise
+            for guest in _books.leaving:
+                if guest.module() is None:
+                    _settle_or_drop(guest)
+
+
+def _settle_or_drop(gone: _Guest) -> None:
+    settling = _Settling(lambda guest: guest is gone)
+    try:
+        settling()
+    except Exception:
+        try:
+            settling()
+        except Exception as error:  # no interrupt, since it has come again
+            log.warning('the training weights of a model that was collected could not be put back: %s', error)
+            _write(lambda books: books.dropped(gone))
+        else:
+            raise
 
 
 def _on_collected(_: weakref.ref[nn.Module]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from composer_ema.checkpoints import formats
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.sharding import canonical_name, unwrap
+from composer_ema.shadow import loan
 
 
 class Lender(Protocol):
@@ -44,8 +45,8 @@ def _model_state_dict(state: State, lender: Lender) -> dict[str, Any]:
         for key, held in saved.items():
             name = canonical_name(key)
             weight = stash.get(aliases.get(name, name))
-            # A buffer that the model has replaced by one of another shape keeps its new value, as when a loan ends.
-            if weight is not None and isinstance(held, Tensor) and weight.shape == held.shape:
+            # A buffer that the model has replaced by one of another kind keeps its new value, as when a loan ends.
+            if weight is not None and isinstance(held, Tensor) and loan.obstacle(held, weight) is None:
                 saved[key] = weight.to(held.device, held.dtype)
     return saved
 
