@@ -26,7 +26,7 @@ from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import listed
 from composer_ema.model.sharding import unwrap
 from composer_ema.shadow.interrupts import Refusal, insisting
-from composer_ema.shadow.storage import can_be_kept
+from composer_ema.shadow.storage import can_be_kept, views_of_parameters
 from composer_ema.wording import counted
 
 log = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ class _Slot:
         """Whether ``target``, which has the place of the buffer now, is none, or an alias of another live tensor."""
         if target is None:
             return True
-        return target is not self.tensor and not self.is_parameter and _shares_memory(target, live.values())
+        return target is not self.tensor and not self.is_parameter and _is_alias(target, live.values())
 
 
 @dataclass(frozen=True, eq=False)
@@ -279,14 +279,9 @@ def _check_parameters(slots: Mapping[str, _Slot], live: Mapping[str, Tensor], re
         raise Refusal(f'{problem}. {remedy}')
 
 
-def _shares_memory(target: Tensor, others: Iterable[Tensor]) -> bool:
-    """Whether another tensor lies in the same memory."""
-    pointer = _memory(target)
-    return pointer != 0 and any(other is not target and _memory(other) == pointer for other in others)
-
-
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else 0
+def _is_alias(target: Tensor, tensors: Iterable[Tensor]) -> bool:
+    """Whether another one of ``tensors`` lies in the same memory."""
+    return bool(views_of_parameters((other for other in tensors if other is not target), {'': target}))
 
 
 def _and_more(names: Sequence[str]) -> str:
@@ -487,14 +482,16 @@ def _lendable(average: Average, tensors: Mapping[str, Tensor]) -> dict[str, Tens
 
 def obstacle(target: Tensor, value: Tensor) -> str | None:
     """Why ``value`` cannot be written into ``target``; None if it can."""
+    if not can_be_kept(target):
+        if target.is_nested:
+            return 'is a nested tensor'
+        return 'has elements that share memory' if target.layout is torch.strided else f'is stored as {target.layout}'
     if target.is_meta and not value.is_meta:
         return 'is on the meta device'
     if target.shape != value.shape:
         return f'has shape {tuple(target.shape)} in place of {tuple(value.shape)}'
     if (target.is_floating_point(), target.is_complex()) != (value.is_floating_point(), value.is_complex()):
         return f'is {target.dtype} in place of {value.dtype}'
-    if not can_be_kept(target):
-        return 'has elements that share memory' if target.layout is torch.strided else f'is stored as {target.layout}'
     return None
 
 

@@ -24,7 +24,7 @@ from composer_ema.shadow import state as states
 from composer_ema.shadow.distance import relative_distance
 from composer_ema.shadow.follower import Follower
 from composer_ema.shadow.lendable import LendableAverage
-from composer_ema.shadow.storage import Storage, are_alike
+from composer_ema.shadow.storage import Storage
 from composer_ema.wording import counted
 
 
