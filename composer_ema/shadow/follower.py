@@ -176,8 +176,8 @@ class Follower:
 
     def _add_device(self, device: torch.device) -> None:
         if device not in self._streams:
+            self._skipped[device] = DeviceCounter(device)  # first: threads may come here together
             self._streams[device] = SideStream(device, overlap=self._overlap)
-            self._skipped[device] = DeviceCounter(device)
 
     def _mover(self) -> Mover:
         settings = self._storages[0].settings
