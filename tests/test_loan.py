@@ -783,7 +783,7 @@ def test_threads_that_swap_in_one_model_leave_the_training_weights(kind):
     finally:
         sys.setswitchinterval(interval)
     assert not errors
-    assert next(swaps) > 100
+    assert next(swaps) > 10  # of one average most are refused, on a busy machine nearly all
     assert (next(refusals) > 0) is (kind == 'one average')
     assert not any(shadow.is_swapped for shadow in shadows)
     assert bits(net) == before
