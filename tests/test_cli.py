@@ -133,6 +133,7 @@ class TestProgress:
         assert (code, err) == (0, '')
         assert out.startswith('epoch 1 of 1, batch 10: loss/train/total ')
 
+    @pytest.mark.slow
     def test_on_a_terminal_bars_show_and_a_run_resumes_with_the_other_without_a_warning(self, call, recipe, tmp_path):
         terminal, its_side = pty.openpty()
         fcntl.ioctl(its_side, termios.TIOCSWINSZ, struct.pack('4H', 24, 120, 0, 0))
@@ -339,6 +340,7 @@ def test_export_of_what_is_no_checkpoint(call, tmp_path):
         assert not (tmp_path / 'out.safetensors').exists()
 
 
+@pytest.mark.slow
 def test_killed_run_continues_where_its_last_checkpoint_was(call, recipe, tmp_path):
     command = ['train', recipe, 'max_duration=40ep', 'save_interval=7ba', 'autoresume=true', 'progress_bar=false']
     process = spawn('-m', 'composer_ema.cli', *command, cwd=tmp_path)
@@ -369,6 +371,7 @@ def test_two_processes_of_composers_launcher_write_one_run(recipe, tmp_path):
     assert lines[-1]['sample'] == 80
 
 
+@pytest.mark.slow
 def test_launcher_reports_a_wrong_recipe_without_traces(recipe, tmp_path):
     command = ['composer.cli.launcher', '-n', '2', '-m', 'composer_ema.cli', 'train', recipe, 'optimizer.lr=fast']
     process = spawn('-m', *command, cwd=tmp_path)

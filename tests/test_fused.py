@@ -477,4 +477,4 @@ def test_the_kernel_compiles_for_devices_that_are_not_here(architecture, tmp_pat
     environment = {**os.environ, 'TRITON_INTERPRET': '0', 'TRITON_CACHE_DIR': str(tmp_path)}
     done = subprocess.run([sys.executable, script, str(architecture)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert f'148 variants compiled for sm_{architecture}' in done.stdout
+    assert f'114 variants compiled for sm_{architecture}' in done.stdout

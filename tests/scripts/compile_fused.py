@@ -26,6 +26,8 @@ def main(architecture: int) -> None:
             continue
         if (copies or mends) and (source, shadow) not in ((0, 0), (-1, -1)):
             continue
+        if mends and (stochastic or not copies or not aligned):  # which stand for the others
+            continue
         signature = SIGNATURE | dict.fromkeys(options, 'constexpr')
         compiled = triton.compile(
             ASTSource(fused_kernel.update, signature, constexprs=options),
