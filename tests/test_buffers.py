@@ -9,7 +9,7 @@ from torch import nn
 
 from composer_ema import ShadowModel, compute_ema
 
-pytestmark = pytest.mark.filterwarnings('error')
+pytestmark = pytest.mark.filterwarnings('error', r'ignore:`torch.jit:FutureWarning', 'ignore::DeprecationWarning:torch')
 
 
 @pytest.fixture

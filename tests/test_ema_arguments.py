@@ -20,6 +20,22 @@ def test_a_function_and_a_horizon_contradict_each_other(horizon, said):
         EMA(**horizon, avg_fn=torch.lerp)
 
 
+@pytest.mark.parametrize(
+    ('arguments', 'said'),
+    [
+        ({'update_interval': '2'}, "takes the units ba (batches), .*got '2'.* update_interval='2ba'"),
+        ({'update_interval': '0ba'}, "update_interval='2ba'"),
+        ({'log_interval': '1'}, "log_interval='1ba'"),
+        ({'half_life': '60'}, "half_life='60ba'"),
+        ({'half_life': '-3ba'}, "half_life='1000ba'"),
+        ({'ema_start': '0'}, "ema_start='0ba'"),
+    ],
+)
+def test_the_advice_is_legal_in_any_run(arguments, said):
+    with pytest.raises(ValueError, match=said.replace('(', r'\(').replace(')', r'\)')):
+        EMA(**arguments)
+
+
 EVERY_ARGUMENT = [
     {},
     {'half_life': '50ba'},
