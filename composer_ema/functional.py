@@ -15,14 +15,13 @@ from composer_ema.kernels.layout import unzip
 from composer_ema.kernels.rules import is_inexact, smallest_weight
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import check_same
-from composer_ema.model.selection import check_buffer_patterns
 from composer_ema.model.sharding import canonical_name, refuse_sharded, unwrap, wrapper_prefix
 from composer_ema.model.untraced import aside, is_traced
 from composer_ema.model.watch import Watch
 from composer_ema.settings import Buffers, Settings
 from composer_ema.shadow import loan
 from composer_ema.shadow.shadow_model import ShadowModel
-from composer_ema.shadow.storage import can_be_kept, views_of_parameters
+from composer_ema.shadow.storage import can_be_kept, check_buffer_patterns, views_of_parameters
 
 _REMEDY = 'Nothing was changed. Pass an average of the same architecture, for example copy.deepcopy(model).'
 

@@ -655,6 +655,12 @@ def interrupt() -> None:
     raise Interrupt
 
 
+def interrupt_at_random_moments(work: Callable[[], None], check: Callable[[], None]) -> None:
+    signals = Signals(work, interrupt)
+    signals.run(1000, check)
+    assert signals.interrupted > 100
+
+
 @pytest.mark.skipif(not hasattr(signal, 'setitimer'), reason='signals at random moments need setitimer')
 class TestSignals:
     """At random moments of thousands of swaps."""
@@ -691,9 +697,7 @@ class TestSignals:
             assert not loan.borrowers(net)
             assert torch.is_grad_enabled()
 
-        signals = Signals(work, interrupt)
-        signals.run(1000, check)
-        assert signals.interrupted > 100
+        interrupt_at_random_moments(work, check)
 
     def test_an_average_is_either_in_or_out_after_an_interrupt(self):
         net = Net()
@@ -710,9 +714,7 @@ class TestSignals:
             assert bits(net) == before
             assert not loan.borrowers(net)
 
-        signals = Signals(work, interrupt)
-        signals.run(1000, check)
-        assert signals.interrupted > 100
+        interrupt_at_random_moments(work, check)
 
     def test_a_checkpoint_that_a_signal_handler_takes_holds_the_training_weights(self):
         net = Net()

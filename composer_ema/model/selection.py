@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-
-from torch import Tensor
+from collections.abc import Iterable, Sequence
 
 from composer_ema.model.names import listed
 from composer_ema.spans import ArgumentError
@@ -42,35 +40,3 @@ class Selection:
         if names and not any(name in self for name in names):
             message = 'include and exclude together leave no name to average. Widen include or narrow exclude.'
             raise ArgumentError(message, 'exclude' if self._exclude else 'include')
-
-
-def check_buffer_patterns(patterns: Iterable[tuple[re.Pattern[str], str]], buffers: Mapping[str, Tensor]) -> None:
-    """Raises unless each pattern of the setting ``buffers`` decides for a buffer, and one to average a floating one."""
-    taken: dict[str, str] = {}  # the name of a buffer and the first pattern that is found in it
-    for pattern, mode in patterns:
-        found = [name for name in buffers if pattern.search(name)]
-        if not found:
-            has = f'has the buffers {listed(list(buffers))}' if buffers else 'has no buffers'
-            message = (
-                f'buffers pattern {pattern.pattern!r} matches nothing: the model {has}. Correct it or leave it out.'
-            )
-            raise ArgumentError(message, 'buffers')
-        decided = [name for name in found if name not in taken]
-        if not decided:
-            earlier = listed([repr(each) for each in dict.fromkeys(taken[name] for name in found)])
-            raise ArgumentError(
-                f'buffers pattern {pattern.pattern!r} decides nothing: the first pattern found wins, and {earlier} '
-                f'before it is found in {listed(found)}. Put it first, or leave it out.',
-                'buffers',
-            )
-        taken |= dict.fromkeys(decided, pattern.pattern)
-        if mode == 'average' and not any(map(_is_inexact, (buffers[name] for name in decided))):
-            raise ArgumentError(
-                f'buffers pattern {pattern.pattern!r} averages nothing: {listed(decided)} holds whole numbers, which '
-                'are copied. Leave it out.',
-                'buffers',
-            )
-
-
-def _is_inexact(buffer: Tensor) -> bool:
-    return buffer.is_floating_point() or buffer.is_complex()

@@ -42,14 +42,11 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def wrapper_prefix(model: nn.Module) -> str:
     """What stands before the names of :func:`unwrap`'s module in the state dict of ``model``, canonically."""
-    prefix = ''
-    while True:
-        if isinstance(model, _WHOLE_MODEL_WRAPPERS):
-            model, prefix = model.module, f'{prefix}module.'
-        elif '_orig_mod' in model._modules:
-            model = cast(nn.Module, model._modules['_orig_mod'])
-        else:
-            return prefix
+    prefix, module = '', unwrap(model)
+    while model is not module:
+        name = 'module' if isinstance(model, _WHOLE_MODEL_WRAPPERS) else '_orig_mod'
+        model, prefix = model.get_submodule(name), f'{prefix}{name}.'
+    return canonical_name(prefix)
 
 
 def canonical_name(name: str) -> str:

@@ -15,7 +15,6 @@ from typing_extensions import Unpack
 from composer_ema.averages import check_share, weight_from_smoothing
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import listed
-from composer_ema.model.selection import check_buffer_patterns
 from composer_ema.model.sharding import broadcast_, unwrap
 from composer_ema.model.untraced import aside, is_traced, untraced
 from composer_ema.settings import Settings, ShadowSettings, parse_device, parse_dtype, takes_settings
@@ -24,7 +23,7 @@ from composer_ema.shadow import state as states
 from composer_ema.shadow.distance import relative_distance
 from composer_ema.shadow.follower import Follower
 from composer_ema.shadow.lendable import LendableAverage
-from composer_ema.shadow.storage import Storage
+from composer_ema.shadow.storage import Storage, check_buffer_patterns
 from composer_ema.wording import counted
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
@@ -14,6 +15,7 @@ from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import listed
 from composer_ema.model.selection import Selection
 from composer_ema.settings import Settings, check_device_is_here
+from composer_ema.spans import ArgumentError
 from composer_ema.wording import counted
 
 
@@ -247,6 +249,34 @@ class Storage:
         if not source.is_floating_point():
             return source.dtype
         return self.settings.dtype or (torch.float32 if source.element_size() < 4 else source.dtype)
+
+
+def check_buffer_patterns(patterns: Iterable[tuple[re.Pattern[str], str]], buffers: Mapping[str, Tensor]) -> None:
+    """Raises unless each pattern of the setting ``buffers`` decides for a buffer, and one to average a floating one."""
+    taken: dict[str, str] = {}  # the name of a buffer and the first pattern that is found in it
+    for pattern, mode in patterns:
+        found = [name for name in buffers if pattern.search(name)]
+        if not found:
+            has = f'has the buffers {listed(list(buffers))}' if buffers else 'has no buffers'
+            message = (
+                f'buffers pattern {pattern.pattern!r} matches nothing: the model {has}. Correct it or leave it out.'
+            )
+            raise ArgumentError(message, 'buffers')
+        decided = [name for name in found if name not in taken]
+        if not decided:
+            earlier = listed([repr(each) for each in dict.fromkeys(taken[name] for name in found)])
+            raise ArgumentError(
+                f'buffers pattern {pattern.pattern!r} decides nothing: the first pattern found wins, and {earlier} '
+                f'before it is found in {listed(found)}. Put it first, or leave it out.',
+                'buffers',
+            )
+        taken |= dict.fromkeys(decided, pattern.pattern)
+        if mode == 'average' and not any(map(is_inexact, (buffers[name] for name in decided))):
+            raise ArgumentError(
+                f'buffers pattern {pattern.pattern!r} averages nothing: {listed(decided)} holds whole numbers, which '
+                'are copied. Leave it out.',
+                'buffers',
+            )
 
 
 def can_be_kept(buffer: Tensor) -> bool:
