@@ -172,6 +172,13 @@ def test_a_buffer_that_is_a_view_of_a_parameter_shows_what_that_shows():
     with shadow.swapped(model):
         assert model.weight.item() == model.view.item() == 2
     assert model.weight.item() == model.view.item() == 8
+    assert not dict(shadow.named_buffers())
+    model.view = torch.full((1, 1), 8.0)
+    shadow.update(model, smoothing=1.0)
+    assert list(dict(shadow.named_buffers())) == ['view']
+    model.view = model.weight.data.view(1, 1)
+    shadow.update(model, smoothing=1.0)
+    assert not dict(shadow.named_buffers())
     compute_ema(model, other, smoothing=0.75)
     assert other.weight.item() == other.view.item() == 2
 
