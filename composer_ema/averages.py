@@ -17,6 +17,7 @@ from typing import Any
 _LN2 = math.log(2.0)
 # The relative standard deviation of equal shares, the largest of a power function with gamma >= 0.
 _WIDEST = 12**-0.5
+_LARGEST_GAMMA = 1e9
 
 #: The unit of a profile that counts updates, however much time passes between them.
 UPDATES = 'updates'
@@ -70,6 +71,8 @@ class Profile(ABC):
 
     Attributes:
         unit: unit of the times in a :class:`Moment`: ``'ba'``, ``'steps'``, ..., or :data:`UPDATES`.
+        forgets_start: whether the weights that the average started from count for no more than any others of their age.
+            See :class:`composer_ema.profiles.StartShare`.
 
     Example:
         >>> profile = Equal()
@@ -78,6 +81,8 @@ class Profile(ABC):
     """
 
     unit: str
+    #: Whether the weights that the average started from count for no more than any others of their age.
+    forgets_start: bool = True
 
     @abstractmethod
     def weight(self, moment: Moment) -> float:
@@ -110,6 +115,8 @@ class Profile(ABC):
 
 class Exponential(Profile):
     """A profile ``weight = 1 - smoothing``, computed from the logarithm of the smoothing to keep all digits."""
+
+    forgets_start = False
 
     @abstractmethod
     def log_smoothing(self, moment: Moment) -> float:
@@ -237,32 +244,45 @@ class Power(Profile):
             most ``1 / sqrt(12)``, where all shares are equal. 0.05, 0.10 and 0.25 put half of the average into the last
             3.8, 8.4 and 33 % of training.
         unit: unit of the times in a :class:`Moment`. Default: :data:`UPDATES`.
-
-    Attributes:
-        gamma: the exponent that ``sigma_rel`` stands for, at least 0::
+        gamma: instead of ``sigma_rel``, the exponent itself, at least 0 and at most 1e9::
 
             sigma_rel = sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)))
 
+    Attributes:
+        is_by_gamma: whether ``gamma`` was given. The other of the two is computed.
+
     Raises:
-        TypeError: ``sigma_rel`` is not a number.
-        ValueError: ``sigma_rel`` is out of range.
+        TypeError: the one that is given is not a number, or neither is given.
+        ValueError: it is out of range, or both are given.
 
     Example:
-        >>> profile = Power(12 ** -0.5)
+        >>> profile = Power(gamma=0)
         >>> [round(profile.weight_at(n), 12) for n in range(3)]
         [1.0, 0.5, 0.333333333333]
     """
 
-    sigma_rel: float
+    sigma_rel: float = None  # pyright: ignore[reportAssignmentType]: computed where it is not given
     unit: str = UPDATES
-    gamma: float = field(init=False)
+    gamma: float = field(default=None, kw_only=True)  # pyright: ignore[reportAssignmentType]: likewise
+    is_by_gamma: bool = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if isinstance(self.sigma_rel, bool) or not isinstance(self.sigma_rel, Real):
-            raise TypeError(
-                f'power must be a number, got {self.sigma_rel!r} of type {type(self.sigma_rel).__name__}. '
-                'Pass for example power=0.1.'
+        if self.sigma_rel is not None and self.gamma is not None:
+            raise ValueError(
+                f'pass either power or gamma, got power={self.sigma_rel} and gamma={self.gamma}. gamma is the exponent '
+                'that a power stands for.'
             )
+        object.__setattr__(self, 'is_by_gamma', self.gamma is not None)
+        if self.is_by_gamma:
+            _check_number('gamma', self.gamma, 'Pass for example gamma=6.94.')
+            if not 0 <= self.gamma <= _LARGEST_GAMMA:
+                raise ValueError(
+                    f'gamma must lie in [0, {_LARGEST_GAMMA:.0e}], where 0 is an equal average, got {self.gamma}. '
+                    'Pass for example gamma=6.94.'
+                )
+            object.__setattr__(self, 'sigma_rel', _sigma_rel(self.gamma))
+            return
+        _check_number('power', self.sigma_rel, 'Pass for example power=0.1.')
         if not 1e-9 <= self.sigma_rel <= _WIDEST:
             raise ValueError(
                 f'power must lie in [1e-9, {_WIDEST:.4f}], where the largest is an equal average, got '
@@ -276,7 +296,7 @@ class Power(Profile):
         return _one_minus_exp((self.gamma + 1) * math.log1p(-moment.elapsed / moment.since_start))
 
     def __str__(self) -> str:
-        return f'power={self.sigma_rel}'
+        return f'gamma={self.gamma}' if self.is_by_gamma else f'power={self.sigma_rel}'
 
 
 @dataclass(frozen=True)
@@ -288,18 +308,18 @@ class WarmedUp(Exponential):
     The ramp-up of EDM2 (Karras et al. 2024, appendix B). An update at the very start, ``since_start=0``, copies.
 
     Args:
-        profile: the half-life to reach.
+        profile: the average to become. A smoothing is limited as the half-life is that it stands for.
         ratio: upper limit of the half-life as a share of the time since the start, finite and above 0.
 
     Raises:
-        ValueError: ``ratio`` is out of range.
+        ValueError: ``ratio`` is out of range, or ``profile`` never moves the average.
 
     Example:
         >>> WarmedUp(HalfLife(100, 'ba'), 0.5).weight(Moment(elapsed=1, since_start=2, num_updates=1))
         0.5
     """
 
-    profile: HalfLife
+    profile: HalfLife | Smoothing
     ratio: float
 
     def __post_init__(self) -> None:
@@ -308,14 +328,21 @@ class WarmedUp(Exponential):
                 f'warmup must be a finite number above 0, got {self.ratio!r}. It limits the half-life to a share of '
                 'the time since the start: pass for example warmup=0.1.'
             )
+        _refuse_frozen(self.profile, 'warmup', 'to warm up')
 
     @property
     def unit(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The unit of the half-life."""
+        """The unit of ``profile``."""
         return self.profile.unit
 
     def log_smoothing(self, moment: Moment) -> float:
-        return _log_smoothing(moment.elapsed, min(self.profile.half_life, self.ratio * moment.since_start))
+        limit = _log_smoothing(moment.elapsed, self.ratio * moment.since_start)
+        return min(self.profile.log_smoothing(moment), limit)
+
+    def weight(self, moment: Moment) -> float:
+        # Once it is warm, exactly the weight of the profile.
+        limit = _one_minus_exp(_log_smoothing(moment.elapsed, self.ratio * moment.since_start))
+        return max(self.profile.weight(moment), limit)
 
     def __str__(self) -> str:
         return f'{self.profile},warmup={self.ratio}'
@@ -349,11 +376,7 @@ class BiasCorrected(Profile):
     log_kept: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.profile.log_smoothing(Moment.of_update(0)) == 0:
-            raise ValueError(
-                f'bias_correction has nothing to correct in an average that never moves, got {self.profile}. '
-                'Pass a value below 1, or leave bias_correction out.'
-            )
+        _refuse_frozen(self.profile, 'bias_correction', 'to correct')
 
     @property
     def unit(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -408,6 +431,11 @@ class CopiesFirst(Profile):
         """The unit of ``profile``."""
         return self.profile.unit
 
+    @property
+    def forgets_start(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """As ``profile``: the first copy is a start, too."""
+        return self.profile.forgets_start
+
     def weight(self, moment: Moment) -> float:
         return 1.0 if moment.num_updates == 0 else self.profile.weight(moment)
 
@@ -455,6 +483,19 @@ def check_numbers(state: Mapping[str, Any], names: tuple[str, ...]) -> None:
             raise ValueError(f'{name!r} of the saved profile is a {type(state[name]).__name__}, not a number.')
 
 
+def _refuse_frozen(profile: Exponential, name: str, to_do: str) -> None:
+    if profile.log_smoothing(Moment.of_update(0)) == 0:
+        raise ValueError(
+            f'{name} has nothing {to_do} in an average that never moves, got {profile}. Pass a value below 1, or leave '
+            f'{name} out.'
+        )
+
+
+def _check_number(name: str, value: Any, remedy: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f'{name} must be a number, got {value!r} of type {type(value).__name__}. {remedy}')
+
+
 def _check_count(num_updates: int) -> None:
     if isinstance(num_updates, bool) or not isinstance(num_updates, int):
         raise TypeError(f'num_updates must be a whole number of at least 0, got {num_updates!r}.')
@@ -466,9 +507,13 @@ def _gamma(sigma_rel: float) -> float:
     """The exponent of a power function with this relative standard deviation, by bisection."""
     low, high = 0.0, 1.0 / sigma_rel  # sigma_rel falls with gamma, and is below 1 / (gamma + 2)
     while low < (middle := (low + high) / 2) < high:
-        is_wider = math.sqrt((middle + 1) / (middle + 3)) / (middle + 2) > sigma_rel
+        is_wider = _sigma_rel(middle) > sigma_rel
         low, high = (middle, high) if is_wider else (low, middle)
     return low
+
+
+def _sigma_rel(gamma: float) -> float:
+    return math.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2)
 
 
 def _log_smoothing(elapsed: float, half_life: float) -> float:

@@ -34,6 +34,7 @@ HOUSE = (
     'shadow',
     'kernels',
     'model',
+    'profiles',
     'averages',
     'settings',
     'spans',

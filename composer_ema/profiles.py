@@ -1,0 +1,277 @@
+"""From the arguments of every door, or a profile's own description, to the profile; and what its average started from.
+
+Clashing arguments are refused here and nowhere else, so that EMA, EMAOptimizer and recipes say the same.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, Literal, get_args
+
+from composer_ema.averages import (
+    UPDATES,
+    BiasCorrected,
+    CopiesFirst,
+    Equal,
+    Exponential,
+    HalfLife,
+    Moment,
+    Power,
+    Profile,
+    Smoothing,
+    WarmedUp,
+)
+from composer_ema.wording import suggestion
+
+#: What ``average=`` may be.
+Kind = Literal['exponential', 'equal']
+#: An average that holds more of its start than this at the end of a run is warned of.
+NEGLIGIBLE_START = 0.01
+
+# A profile of EMAOptimizer counts its steps; the others count updates, or read the clock.
+_STEPS = 'steps'
+# Where a smoothing has this name, it applies to each step.
+_DECAY = 'decay'
+_HALF_LIFE = re.compile(r'(?P<value>[0-9.e+-]+?)(?P<unit>[a-z]*)')
+
+
+def choose(
+    *,
+    unit: str,
+    half_life: float | None = None,
+    smoothing: float | None = None,
+    power: float | None = None,
+    gamma: float | None = None,
+    average: str = 'exponential',
+    warmup: float | None = None,
+    bias_correction: bool = False,
+    smoothing_name: str = 'smoothing',
+) -> Profile:
+    """Returns the profile that the arguments of a door ask for.
+
+    Exactly one of ``half_life``, ``smoothing``, ``power`` and ``gamma`` makes the profile, or ``average='equal'``.
+    ``warmup`` and ``bias_correction`` change an exponential average, one of them at most: both make it forget where it
+    started, and correcting an average that has warmed up would change none of its digits after a few updates.
+
+    Args:
+        unit: unit of the half-life and of the time that a power average measures: ``'ba'``, ``'dur'``, ``'steps'``, ...
+        half_life: time in ``unit``, finite and at least 0; see :class:`~composer_ema.averages.HalfLife`.
+        smoothing: share of the old average to keep, in [0, 1], for each step if ``unit`` is ``'steps'``, otherwise for
+            each update; see :class:`~composer_ema.averages.Smoothing`.
+        power: relative width of a power average; see :class:`~composer_ema.averages.Power`.
+        gamma: the exponent of a power average, at least 0.
+        average: ``'exponential'``, or ``'equal'`` for the mean of all updates. Default: ``'exponential'``.
+        warmup: upper limit of the half-life as a share of the time since the start, above 0; see
+            :class:`~composer_ema.averages.WarmedUp`. Default: None, no limit.
+        bias_correction: whether the average forgets where it started by correction; see
+            :class:`~composer_ema.averages.BiasCorrected`. Default: False.
+        smoothing_name: what the door calls ``smoothing``. Default: ``'smoothing'``.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range, has no effect, contradicts another, or all are missing.
+
+    Example:
+        >>> str(choose(unit='ba', half_life=100, warmup=0.1))
+        'half_life=100ba,warmup=0.1'
+        >>> choose(unit='steps', power=0.1, bias_correction=True)
+        Traceback (most recent call last):
+        ...
+        ValueError: bias_correction has no effect on a power average, which forgets its start anyway. Leave it out.
+    """
+    makers = {'half_life': half_life, smoothing_name: smoothing, 'power': power, 'gamma': gamma}
+    given = {name: _plain(value) for name, value in makers.items() if value is not None}
+    if not isinstance(bias_correction, bool):
+        raise TypeError(f'bias_correction must be True or False, got {bias_correction!r}.')
+    check_kind(average)
+    if average == 'equal':
+        changes = {'warmup': warmup, 'bias_correction': bias_correction or None}
+        refuse_without_effect({**given, **changes}, 'an equal average')
+        return Equal(_unit_of_updates(unit))
+    if len(given) > 1:
+        raise ValueError(f'pass either {" or ".join(given)}, got {" and ".join(_written(given, unit))}.{_remedy(unit)}')
+    if not given:
+        *others, last = makers
+        example = 'half_life=1000' if unit == _STEPS else f"half_life='1000{unit if unit != UPDATES else 'ba'}'"
+        raise ValueError(f'one of {", ".join(others)} and {last} must be given, got None for all. Pass {example}.')
+    [(name, value)] = given.items()
+    if name in ('power', 'gamma'):
+        _refuse_forgetting_twice(warmup, bias_correction)
+        return Power(unit=unit, **{'sigma_rel' if name == 'power' else name: value})
+    is_half_life = name == 'half_life'
+    profile = HalfLife(value, unit) if is_half_life else Smoothing(value, _unit_of_updates(unit), smoothing_name)
+    if warmup is not None and bias_correction:
+        raise ValueError(
+            f'pass either warmup or bias_correction, got warmup={warmup} and bias_correction=True. Both make the '
+            'average forget where it started; warmup=0.1 also keeps it close to the weights while they move fast.'
+        )
+    if warmup is not None:
+        return WarmedUp(profile, _plain(warmup))
+    return BiasCorrected(profile) if bias_correction else profile
+
+
+def check_kind(average: Any) -> None:
+    """Raises a ValueError unless ``average`` is one of :data:`Kind`."""
+    kinds = get_args(Kind)
+    if average not in kinds:
+        raise ValueError(
+            f"average must be 'exponential' or 'equal', got {average!r}. {suggestion(average, kinds)} For any other "
+            'average pass avg_fn or multi_avg_fn.'
+        )
+
+
+def refuse_without_effect(arguments: Mapping[str, Any], on: str) -> None:
+    """Raises a ValueError that names the first argument that is not None: it has no effect ``on`` an average."""
+    for name, value in arguments.items():
+        if value is not None:
+            raise ValueError(f'{name}={value} has no effect on {on}. Leave it out.')
+
+
+def of_description(description: str, *, unit: str = UPDATES) -> Profile:
+    """Returns the profile that ``str(profile)`` describes, without memory of any update.
+
+    Args:
+        description: as states and snapshots keep it: ``'half_life=100ba,warmup=0.1'``, ``'decay=0.999'``,
+            ``'power=0.1'``, ``'gamma=6.94'``, ``'equal'``.
+        unit: unit of a power average, and of a half-life without one, which descriptions leave out: ``'ba'`` for those
+            of :class:`composer_ema.EMA`, ``'steps'`` for those of :class:`composer_ema.EMAOptimizer`. Default:
+            :data:`~composer_ema.averages.UPDATES`.
+
+    Raises:
+        ValueError: ``description`` is that of no profile.
+
+    Example:
+        >>> of_description('half_life=100ba,bias_correction')
+        BiasCorrected(profile=HalfLife(half_life=100, unit='ba'), log_kept=0.0)
+    """
+    first, *changes = description.split(',')
+    name, _, value = first.partition('=')
+    profile: Profile | None = None
+    if first == 'equal':
+        profile = Equal(_unit_of_updates(unit))
+    elif name == 'half_life' and (match := _HALF_LIFE.fullmatch(value)):
+        profile = HalfLife(_number(match['value'], description), match['unit'] or unit)
+    elif name in ('smoothing', _DECAY):
+        profile = Smoothing(_number(value, description), _STEPS if name == _DECAY else UPDATES, name)
+    elif name == 'power':
+        profile = Power(_number(value, description), unit)
+    elif name == 'gamma':
+        profile = Power(unit=unit, gamma=_number(value, description))
+    for change in changes:
+        name, _, value = change.partition('=')
+        if name == 'warmup' and isinstance(profile, HalfLife | Smoothing):
+            profile = WarmedUp(profile, _number(value, description))
+        elif change == 'bias_correction' and isinstance(profile, Exponential):
+            profile = BiasCorrected(profile)
+        else:
+            profile = None
+    if profile is None:
+        raise _unreadable(description)
+    return profile
+
+
+@dataclass
+class StartShare:
+    """How much of an average is still the weights that it started from.
+
+    After each update, ``value *= 1 - weight``: what the update left of the start. A profile that forgets its start,
+    such as a power, an equal or a bias-corrected average, has 0 by definition: its first weights are an update like any
+    other.
+
+    Args:
+        value: the share in [0, 1]; None where it is not known, as for an average that came from elsewhere. Default: 1,
+            an average before its first update.
+
+    Example:
+        >>> start = StartShare()
+        >>> for num_updates in range(3):
+        ...     start.record(Smoothing(0.5), Moment.of_update(num_updates))
+        >>> start.value
+        0.125
+    """
+
+    value: float | None = 1.0
+
+    def copied(self, profile: Profile, moment: Moment) -> None:
+        """Records a first update at ``moment`` that copied the weights, whatever ``profile`` says: they are the start.
+
+        Must come before ``profile.record(moment)``, like :meth:`record`.
+        """
+        if isinstance(profile, CopiesFirst):
+            profile = profile.profile
+        # A profile that copies at every update never keeps a start.
+        self.value = 0.0 if profile.forgets_start or profile.weight(moment) == 1 else 1.0
+
+    def record(self, profile: Profile, moment: Moment) -> None:
+        """Records that ``profile`` chose the weight of the update at ``moment``."""
+        if profile.forgets_start:
+            self.value = 0.0
+        elif isinstance(profile, CopiesFirst) and moment.num_updates == 0:
+            self.copied(profile, moment)
+        elif self.value is not None:
+            self.value *= 1.0 - profile.weight(moment)
+
+
+def start_remedy(share: float, *, average: str = 'the average', shorten: str = 'half_life') -> str | None:
+    """What a user should know of an average at the end of a run; None where it holds no more than a hundredth.
+
+    Args:
+        share: of the start in the average.
+        average: what to call the average. Default: ``'the average'``.
+        shorten: the argument that a smaller value of would help. Default: ``'half_life'``.
+
+    Example:
+        >>> start_remedy(0.312)
+        'the average still holds 31 % of the initial weights. Pass warmup=0.1 or a shorter half_life.'
+        >>> start_remedy(0.01)
+    """
+    if not share > NEGLIGIBLE_START:
+        return None
+    percent = f'{100 * share:.2g}' if share < 0.995 else f'{100 * share:.0f}'
+    smaller = 'shorter' if shorten == 'half_life' else 'smaller'
+    return f'{average} still holds {percent} % of the initial weights. Pass warmup=0.1 or a {smaller} {shorten}.'
+
+
+def _refuse_forgetting_twice(warmup: float | None, bias_correction: bool) -> None:
+    for name, value in (('warmup', warmup), ('bias_correction', bias_correction or None)):
+        if value is not None:
+            raise ValueError(f'{name} has no effect on a power average, which forgets its start anyway. Leave it out.')
+
+
+def _written(given: Mapping[str, Any], unit: str) -> list[str]:
+    """The arguments as the user wrote them."""
+    suffix = '' if unit in (UPDATES, _STEPS) else unit
+    shown = {name: f"'{value}{suffix}'" if name == 'half_life' and suffix else value for name, value in given.items()}
+    return [f'{name}={value}' for name, value in shown.items()]
+
+
+def _remedy(unit: str) -> str:
+    return '' if unit == _STEPS else ' To replace the half-life of a recipe, write half_life: null there.'
+
+
+def _unit_of_updates(unit: str) -> str:
+    return _STEPS if unit == _STEPS else UPDATES
+
+
+def _plain(number: Any) -> Any:
+    """A number of another library as Python's own, for states and descriptions."""
+    if isinstance(number, Real) and not isinstance(number, int):
+        return float(number)
+    return number
+
+
+def _number(text: str, description: str) -> float:
+    try:
+        return int(text) if text.isdecimal() else float(text)
+    except ValueError:
+        raise _unreadable(description) from None
+
+
+def _unreadable(description: str) -> ValueError:
+    return ValueError(
+        f'{description!r} describes no profile. Pass what str(profile) returns, such as '
+        "'half_life=100ba,warmup=0.1', 'power=0.1' or 'equal'."
+    )
