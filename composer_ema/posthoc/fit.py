@@ -116,7 +116,7 @@ def inner_products(kept: Sequence[Kept], *, times: npt.ArrayLike | None = None) 
         times: as for :func:`fit`.
 
     Example:
-        >>> inner_products([Kept([1.0, 1.0]), Kept([1.0, 0.5, 0.5])]).tolist()
+        >>> inner_products([Kept([1.0, 1.0]), Kept([1.0, 0.5, 0.5])]).round(12).tolist()
         [[1.0, 0.75], [0.75, 0.8125]]
     """
     last = max(each.moment for each in kept)
