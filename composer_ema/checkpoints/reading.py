@@ -165,7 +165,13 @@ def read_average(
     Raises:
         CheckpointError: as for :func:`load_average`.
     """
-    held = read_file(path)
+    return average_in(read_file(path), path, model, label=label, key=key)
+
+
+def average_in(
+    held: Any, path: Path, model: nn.Module | None = None, *, label: str | None = None, key: str | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The same, of what :func:`read_file` returned for ``path``. No tensor is read unless ``model`` needs it."""
     try:
         if key is None and is_of_composer(held) and not _is_elsewhere(held):
             if not has_averages(held['state']):
@@ -180,8 +186,14 @@ def read_average(
         raise CheckpointError(f'{path} holds no average that can be read: {error}') from error
 
 
-def read_file(path: Path) -> Any:
+def read_file(path: Path, *, is_checked: bool = False, mmap: bool = False) -> Any:
     """What a file of torch or safetensors holds, on the CPU, read without executing anything.
+
+    Args:
+        path: of the file.
+        is_checked: whether the sums of this file have been checked before.
+        mmap: whether tensors stay on the disk until they are used. Those of safetensors always do, those in torch's
+            format of before 1.6 never.
 
     Raises:
         CheckpointError: the file is missing, damaged, or of another kind; it would run code.
@@ -193,8 +205,9 @@ def read_file(path: Path) -> Any:
     try:
         if is_safetensors(path):
             return _load_safetensors(path)
-        check_sums(path)
-        return load_safely(path)
+        if not is_checked:
+            check_sums(path)
+        return load_safely(path, mmap=mmap and zipfile.is_zipfile(path))
     except CheckpointError:
         raise
     # A damaged file fails in as many ways as there are bytes in it; all of them mean the same to the user.
