@@ -607,6 +607,31 @@ class TestLoaders:
         assert rows[1] | set(map(tuple, held_out[0].tolist())) == rows[0]
         assert len(rows[1]) == 120
 
+    def test_a_smaller_share_holds_out_a_subset_of_a_larger_one(self):
+        few, many = (mnist1d(num_samples=200, validation_split=share).evaluation.dataset for share in (0.1, 0.25))
+        assert (len(few), len(many)) == (16, 40)
+        assert np.array_equal(few.inputs, many.inputs[:16])
+
+    def test_all_processes_hold_out_the_same_samples_and_train_on_the_others(self, two_processes):
+        alone = mnist1d(num_samples=200, batch_size=32, validation_split=0.25, drop_last=True)
+        trained, evaluated = [], []
+        for rank in (0, 1):
+            two_processes(rank)
+            made = mnist1d(num_samples=200, batch_size=32, validation_split=0.25, drop_last=True)
+            assert (len(made.train), len(alone.train)) == (3, 3), 'an uneven last batch of 24 is dropped'
+            trained.append(torch.cat([inputs for inputs, _ in made.train]))
+            evaluated.append(torch.cat([inputs for inputs, _ in made.evaluation]))
+        held_out = set(map(tuple, alone.evaluation.dataset.inputs.tolist()))
+        assert set(map(tuple, torch.cat(evaluated).tolist())) == held_out
+        assert set(map(tuple, torch.cat(trained).tolist())).isdisjoint(held_out)
+
+    def test_random_images_can_be_held_out_too(self):
+        arguments = {'image_size': (1, 4, 4), 'size': 20, 'eval_size': 6, 'batch_size': 5}
+        whole, made = fake(**arguments), fake(**arguments, validation_split=0.25)
+        assert (len(made.train.dataset), len(made.evaluation.dataset)) == (15, 5)
+        both = np.concatenate([made.train.dataset.inputs, made.evaluation.dataset.inputs]).reshape(20, -1)
+        assert set(map(tuple, both)) == set(map(tuple, whole.train.dataset.inputs.reshape(20, -1)))
+
     def test_resuming_in_mid_epoch_sees_the_same_batches(self, tmp_path):
         class Record(Callback):
             def __init__(self):

@@ -785,6 +785,22 @@ class TestBuild:
         assert first_targets('seed=1') != first_targets('seed=2')
         assert first_targets('seed=1', 'data.seed=5') == first_targets('seed=2', 'data.seed=5')
 
+    @pytest.mark.parametrize(
+        ('overrides', 'trains', 'evaluates'),
+        [
+            ([], 'fake, 40 training samples, 5 batches per epoch', '10 samples of the test set'),
+            (
+                ['data.validation_split=0.3', 'data.drop_last=true'],
+                'fake, 28 training samples, 3 batches per epoch',
+                '12 samples held out of the training set (validation_split=0.3)',
+            ),
+        ],
+    )
+    def test_a_rehearsal_says_how_many_samples_train_and_evaluate(self, write, overrides, trains, evaluates):
+        parts = run.rehearse(schema.load(write(), overrides)).parts
+        assert parts['data'] == trains
+        assert parts['evaluates'] == f'eval_training, eval_ema on {evaluates}'
+
     def test_run_names_count_up_and_autoresume_takes_the_last(self, write, tmp_path):
         path, names = write(), []
         for overrides in ([], [], ['autoresume=true']):
@@ -976,6 +992,17 @@ class TestResume:
         assert [point.epoch for point in resumed.points['ema']] == [1, 2, 3]
         assert shown[0].startswith('autoresume: going on from ')
         assert shown[0].endswith('latest-rank0.pt, batch 5')
+
+    @pytest.mark.parametrize(
+        ('began', 'goes_on'), [([], 'data.validation_split=0.25'), (['data.validation_split=0.25'], '')]
+    )
+    def test_other_held_out_samples_are_refused(self, write, began, goes_on):
+        path = write(run_name='split', max_duration='1ep')
+        train(schema.load(path, began), quiet)
+        overrides = ['autoresume=true', 'max_duration=2ep', *filter(None, [goes_on])]
+        with pytest.raises(RecipeError, match=r'data\.validation_split: must stay 0.*Write 0.*or start another run'):
+            build(schema.load(path, overrides))
+        build(schema.load(path, [*began, 'autoresume=true', 'max_duration=2ep'])).trainer.close()
 
     def test_says_so_when_there_is_nothing_to_resume(self, write, tmp_path):
         shown: list[Any] = []

@@ -11,9 +11,13 @@ from composer import Trainer
 from composer.utils import dist, format_name_with_dist
 from composer.utils.compression import is_compressed_pt
 from composer.utils.file_helpers import is_tar
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from composer_ema.checkpoints.reading import CheckpointError, check_sums, is_of_composer, load_safely
-from composer_ema.recipe.outputs import CHECKPOINT_FOLDER
+from composer_ema.recipe.arguments import signature
+from composer_ema.recipe.outputs import CHECKPOINT_FOLDER, RECIPE_FILE
 from composer_ema.recipe.schema import Plan
 
 _DEFAULT_LATEST = inspect.signature(Trainer).parameters['save_latest_filename'].default
@@ -51,6 +55,12 @@ def _complaint(checked: Plan, run_name: str) -> tuple[str, str] | None:
     latest = latest_checkpoint(checked, run_name) if checked.trainer.get('autoresume') else None
     given = checked.trainer.get('load_path')
     if latest is not None:
+        now, before = checked.validation_split, _split_before(checked, run_name)
+        if before is not None and before != now:
+            return 'data.validation_split', (
+                f'must stay {before}, with which this run began, got {now}, which holds out other samples: the run has '
+                f'trained on some of them, or would. Write {before}, or start another run.'
+            )
         reason = _damage(latest)
         remedy = 'To do so, give load_path=... and leave autoresume out.'
         return ('autoresume', f'{reason} {remedy}') if reason else None
@@ -60,6 +70,18 @@ def _complaint(checked: Plan, run_name: str) -> tuple[str, str] | None:
         return 'load_path', f'{given} is a folder. Give one file of it, as in {Path(given) / "latest-rank0.pt"}.'
     reason = _damage(Path(given))
     return ('load_path', reason) if reason else None
+
+
+def _split_before(checked: Plan, run_name: str) -> float | None:
+    """The share that the run to be resumed has held out so far; None where its folder does not tell."""
+    if checked.validation_split is None:
+        return None
+    try:
+        recipe: Any = OmegaConf.to_container(OmegaConf.load(Path(checked.runs_folder) / run_name / RECIPE_FILE))
+        before = recipe['data'].get('validation_split', signature(checked.data.factory)['validation_split'].default)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, YAMLError, OmegaConfBaseException):
+        return None
+    return before
 
 
 def _damage(path: Path) -> str | None:

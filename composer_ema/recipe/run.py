@@ -166,11 +166,35 @@ def _parts(run: Run) -> dict[str, str]:
     kinds = (('algorithms', plan.algorithms), ('callbacks', plan.callbacks), ('loggers', plan.loggers))
     return {
         'model': f'{plan.model.name}, {counted(size, "parameter")}',
-        'data': f'{plan.data.name}, {counted(int(state.dataloader_len or 0), "batch")} per epoch',
+        'data': ', '.join([plan.data.name, *_trained_on(run)]),
         'optimizer': ', '.join(type(each).__name__ for each in state.optimizers),
         'scheduler': ', '.join(each.name for each in plan.schedulers) or 'none: a constant learning rate',
         **{kind: ', '.join(each.name for each in entries) or 'none' for kind, entries in kinds},
-        'evaluates': ', '.join(evaluator.label for evaluator in state.evaluators) or 'nothing',
+        'evaluates': ', '.join(evaluator.label for evaluator in state.evaluators) + evaluated_on(run)
+        if state.evaluators
+        else 'nothing',
         'trains for': f'{state.max_duration} on {type(state.device).__name__}, {state.precision.value}',
         'run folder': str(run.folder),
     }
+
+
+def _trained_on(run: Run) -> list[str]:
+    batches = counted(int(run.trainer.state.dataloader_len or 0), 'batch')
+    samples = _num_samples(run.trainer.state.train_dataloader)
+    return [*([] if samples is None else [counted(samples, 'training sample')]), f'{batches} per epoch']
+
+
+def evaluated_on(run: Run) -> str:
+    """Which samples the evaluators of a run see, in words to put behind their names."""
+    samples, split = _num_samples(run.trainer.state.evaluators[0].dataloader.dataloader), run.plan.validation_split
+    if samples is None:
+        return ''
+    whose = '' if split is None else ' held out of the training set' if split else ' of the test set'
+    return f' on {counted(samples, "sample")}{whose}' + (f' (validation_split={split})' if split else '')
+
+
+def _num_samples(loader: Any) -> int | None:
+    try:
+        return len(loader.dataset)
+    except (AttributeError, TypeError):  # a loader of another kind, or data without a length
+        return None

@@ -131,6 +131,12 @@ class Plan:
         """The algorithms that keep an average, by its label."""
         return averages_among(self.algorithms)
 
+    @property
+    def validation_split(self) -> float | None:
+        """The share of the training set held out to evaluate on; None where the data set cannot hold any out."""
+        parameter = signature(self.data.factory).get('validation_split')
+        return None if parameter is None else self.data.arguments.get('validation_split', parameter.default)
+
     def length(self, batches_per_epoch: int) -> Length | None:
         """The length of the run; None where ``max_duration`` is neither in epochs nor in batches."""
         subset = self.trainer.get('train_subset_num_batches', -1)

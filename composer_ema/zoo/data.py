@@ -105,7 +105,8 @@ def cifar10(
         eval_batch_size: The same for evaluation; see `fashion_mnist`.
         augment: Whether training images are padded by 4, cropped at random and mirrored with probability 1/2. The draw
             is a function of seed, epoch and sample alone, so a resumed run repeats it with any number of processes.
-        validation_split: Share of the training set held out for evaluation in place of the test set, in [0, 1).
+        validation_split: Share of the training set held out for evaluation in place of the test set, in [0, 1); see
+            `fashion_mnist`.
         drop_last: Whether an uneven last training batch is dropped.
         num_workers: Worker processes per loader.
         seed: Seed of the order of training and of the augmentation, at least 0.
@@ -147,7 +148,8 @@ def mnist1d(
         data_seed: Seed of the generator, in [0, 2**32); 42 with 5000 samples is the set of the paper.
         batch_size: Samples per training step over all processes; a multiple of their number.
         eval_batch_size: The same for evaluation; see `fashion_mnist`.
-        validation_split: Share of the training set held out for evaluation in place of the test set, in [0, 1).
+        validation_split: Share of the training set held out for evaluation in place of the test set, in [0, 1); see
+            `fashion_mnist`.
         drop_last: Whether an uneven last training batch is dropped.
         num_workers: Worker processes per loader.
         seed: Seed of the order of training, at least 0; the data do not depend on it.
@@ -192,6 +194,7 @@ def fake(
     data_seed: int = 0,
     batch_size: int = 128,
     eval_batch_size: int = 128,
+    validation_split: float = 0.0,
     drop_last: bool = False,
     num_workers: int = 0,
     seed: int = 0,
@@ -208,6 +211,7 @@ def fake(
         data_seed: Seed of images and labels, at least 0.
         batch_size: Samples per training step over all processes; a multiple of their number.
         eval_batch_size: The same for evaluation.
+        validation_split: Share of the training images held out for evaluation in place of the others, in [0, 1).
         drop_last: Whether an uneven last training batch is dropped.
         num_workers: Worker processes per loader.
         seed: Seed of the order of training, at least 0.
@@ -218,7 +222,7 @@ def fake(
     Raises:
         ValueError: An argument is out of range; nothing has been generated then.
     """
-    batching = Batching(batch_size, eval_batch_size, 0.0, drop_last, num_workers, seed)
+    batching = Batching(batch_size, eval_batch_size, validation_split, drop_last, num_workers, seed)
     if isinstance(image_size, str) or not isinstance(image_size, Sequence) or len(image_size) != 3:
         raise ArgumentError(
             f'image_size must hold channels, height and width, got {image_size!r}. Pass [3, 32, 32].', 'image_size'
