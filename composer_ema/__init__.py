@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from composer_ema.functional import compute_ema  # one functional update
     from composer_ema.optimizer import EMAOptimizer  # averages after each step of any optimizer, in any loop
     from composer_ema.shadow.shadow_model import ShadowModel  # the averaged copy: update, swap, state
+    from composer_ema.shadow.shadow_models import ShadowModels  # several averages of one model, updated together
     from composer_ema.trainer.ema import EMA  # the Composer algorithm
     from composer_ema.trainer.swa import SWA  # the Composer algorithm for an equal average
 
@@ -20,6 +21,7 @@ __all__ = [
     'CheckpointError',
     'EMAOptimizer',
     'ShadowModel',
+    'ShadowModels',
     '__version__',
     'compute_ema',
     'export',
@@ -34,6 +36,7 @@ _LAZY = {
     'CheckpointError': 'composer_ema.checkpoints.reading',
     'EMAOptimizer': 'composer_ema.optimizer',
     'ShadowModel': 'composer_ema.shadow.shadow_model',
+    'ShadowModels': 'composer_ema.shadow.shadow_models',
     'compute_ema': 'composer_ema.functional',
     'export': 'composer_ema.checkpoints.export',
     'load_average': 'composer_ema.checkpoints.reading',

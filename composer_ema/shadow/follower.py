@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -27,12 +27,16 @@ from composer_ema.shadow.offload import HostAverage
 from composer_ema.shadow.plan import ByWeight, Mover, Plan, Row, Rows
 from composer_ema.shadow.storage import Storage
 from composer_ema.shadow.stream import SideStream
+from composer_ema.wording import counted
 
 log = logging.getLogger(__name__)
 
 
 class Follower:
     """Updates averages of one model, which share a watch, a plan and, where kernels can, one read of the weights.
+
+    All averages track the same names. A parameter that one tracks although it is frozen, as after a state of an earlier
+    run was loaded into it, joins the others at its value, at the next update.
 
     Args:
         storages: the averages; they have the same settings.
@@ -42,7 +46,7 @@ class Follower:
 
     def __init__(self, storages: Sequence[Storage], *, overlap: bool = False) -> None:
         self._storages = storages
-        self._overlap = overlap
+        self.overlap = overlap
         self._streams: dict[torch.device, SideStream] = {}
         self._skipped: dict[torch.device, DeviceCounter] = {}
         self._has_warned = self._has_listed = False
@@ -74,6 +78,40 @@ class Follower:
             self.forget_plan()
             plan = self.plan = self._new_plan(module, joining)
         return plan
+
+    def change_names(self, module: nn.Module, renamed: Mapping[str, str], *, leaving: bool, joining: bool) -> None:
+        """Gives every average the names that ``module`` has now; see :meth:`Storage.change_names`.
+
+        Args:
+            module: the model, unwrapped. Only read.
+            renamed: old name to new name.
+            leaving: whether to forget the averages of parameters that the model does not have.
+            joining: whether what is new joins now.
+
+        Raises:
+            ValueError: the averages and the model do not fit. They are as they were.
+
+        Warns:
+            UserWarning: on behalf of the caller's caller: no average is left of those that there were.
+        """
+        inventory, before = Inventory.of(module), [(each.parameters, each.buffers) for each in self._storages]
+        try:
+            for storage in self._storages:
+                storage.change_names(inventory, renamed, leaving=leaving)
+            self.forget_plan()
+            self.plan_for(module, joining=joining)
+        except ValueError:
+            for storage, (parameters, buffers) in zip(self._storages, before, strict=True):
+                storage.parameters, storage.buffers = parameters, buffers
+            self.forget_plan()
+            raise
+        tracked, now = before[0][0], self._storages[0].parameters
+        if tracked and not renamed and tracked.keys().isdisjoint(now):
+            warnings.warn(
+                f'none of the {counted(len(tracked), "averaged parameter")} is left: the model has '
+                f'{listed(sorted(now))}, whose averages start at its values.',
+                stacklevel=4,
+            )
 
     def forget_plan(self) -> None:
         """Drops the plan, as before tensors are replaced, once the last update is finished."""
@@ -141,10 +179,13 @@ class Follower:
                 'Where names have left or changed, say so with shadow.resolve(model, joining=True, leaving=True, '
                 'renamed={old: new}).',
             )
-            if joining:
-                storage.join(inventory)
-        parameters = _rows([each.paired(each.parameters, inventory.parameters) for each in self._storages])
-        buffers = _rows([each.paired(each.buffers, inventory.buffers) for each in self._storages])
+        if joining:
+            tracked = {name for storage in self._storages for name in storage.parameters}
+            for storage in self._storages:
+                storage.join(inventory, frozen=tracked)
+        parameter_pairs = [each.paired(each.parameters, inventory.parameters) for each in self._storages]
+        buffer_pairs = [each.paired(each.buffers, inventory.buffers) for each in self._storages]
+        parameters, buffers = _rows(parameter_pairs), _rows(buffer_pairs)
         for shadows, _ in chain(parameters.values(), buffers.values()):
             self._add_device(shadows[0].device)
         is_averaged = self._storages[0].is_averaged
@@ -156,7 +197,7 @@ class Follower:
         self._list_buffers(inventory)
         mover = self._mover()
         watch = Watch(module, inventory, on_gone=_weakly(self.forget_plan), addressed=_addressed(rows, mover))
-        sources = {name: source for name, (_, source) in chain(parameters.items(), buffers.items())}
+        sources = {name: pair[1] for pairs in (*parameter_pairs, *buffer_pairs) for name, pair in pairs.items()}
         return Plan(watch, joining, sources, rows, mover, self._streams)
 
     def _list_buffers(self, inventory: Inventory) -> None:
@@ -177,7 +218,7 @@ class Follower:
     def _add_device(self, device: torch.device) -> None:
         if device not in self._streams:
             self._skipped[device] = DeviceCounter(device)  # first: threads may come here together
-            self._streams[device] = SideStream(device, overlap=self._overlap)
+            self._streams[device] = SideStream(device, overlap=self.overlap)
 
     def _mover(self) -> Mover:
         settings = self._storages[0].settings
@@ -185,7 +226,7 @@ class Follower:
             return ByFunction(settings)
         return ByWeight(
             settings,
-            overlap=self._overlap,
+            overlap=self.overlap,
             first_step=self._storages[0].num_updates,
             skipped={device: counter.value for device, counter in self._skipped.items()},
             parameters=[tensor for storage in self._storages for tensor in storage.parameters.values()],
@@ -193,9 +234,12 @@ class Follower:
 
 
 def _rows(of_storages: Sequence[dict[str, Pair]]) -> dict[str, Row]:
-    """The pairs of each storage side by side; all storages track the same names."""
+    """The pairs of each storage side by side, of those names that all storages track."""
+    first, *others = of_storages
     return {
-        name: (tuple(pairs[name][0] for pairs in of_storages), source) for name, (_, source) in of_storages[0].items()
+        name: (tuple(pairs[name][0] for pairs in of_storages), source)
+        for name, (_, source) in first.items()
+        if all(name in pairs for pairs in others)
     }
 
 

@@ -24,7 +24,6 @@ from composer_ema.shadow.distance import relative_distance
 from composer_ema.shadow.follower import Follower
 from composer_ema.shadow.lendable import LendableAverage
 from composer_ema.shadow.storage import Storage, check_buffer_patterns
-from composer_ema.wording import counted
 
 
 @takes_settings
@@ -78,25 +77,8 @@ class ShadowModel(LendableAverage):
         if is_traced():
             aside(ShadowModel.__init__, self, model, overlap=overlap, **settings)
             return
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                f'model must be a torch.nn.Module, got {type(model).__name__}. Pass the module itself, as in '
-                'ShadowModel(model), not its parameters: the average goes by their names, and covers buffers too.'
-            )
-        if not isinstance(overlap, bool):
-            raise TypeError(f'overlap must be True or False, got {overlap!r}.')
-        loan.refuse(unwrap(model))  # the average would start from another one
-        inventory = Inventory.of(unwrap(model))
-        storage = Storage(Settings.of(settings))
-        storage.selection.check([*inventory.parameters, *inventory.buffers])
-        check_buffer_patterns(storage.settings.buffer_patterns, inventory.buffers)
-        storage.join(inventory)
-        if inventory.parameters and not storage.parameters:
-            warnings.warn(
-                'no trainable parameter to average yet: all selected ones are frozen. They join when unfrozen.',
-                stacklevel=3,
-            )
-        super().__init__(storage, Follower([storage], overlap=overlap))
+        storages = storages_of(model, 'ShadowModel(model)', Settings.of(settings), overlap=overlap)
+        super().__init__(storages[0], Follower(storages, overlap=overlap))
 
     @classmethod
     def from_tensors(
@@ -193,31 +175,21 @@ class ShadowModel(LendableAverage):
         """
         module = unwrap(model)
         if leaving or renamed:
-            loan.refuse(module)
-            self._refuse_while_swapped('names change')
-            if self._loaded_stash is not None:
-                raise RuntimeError(
-                    'the model holds the average of the loaded state, whose training weights go by the old names. Call '
-                    'swap_out(model) before names change.'
-                )
-            before = self._storage.names_changed(Inventory.of(module), renamed or {}, leaving=leaving)
-            try:
-                self._resolve(module, joining)
-            except ValueError:
-                self._storage.parameters, self._storage.buffers = before
-                raise
-            if before[0] and not any(map(before[0].__contains__, self._storage.parameters)) and not renamed:
-                warnings.warn(
-                    f'none of the {counted(len(before[0]), "averaged parameter")} is left: the model has '
-                    f'{listed(sorted(self._storage.parameters))}, whose averages start at its values.',
-                    stacklevel=3,
-                )
+            self._refuse_new_names(module)
+            self._follower.change_names(module, renamed or {}, leaving=leaving, joining=joining)
         else:
-            self._resolve(module, joining)
+            self._follower.forget_plan()
+            self._follower.plan_for(module, joining=joining)
 
-    def _resolve(self, module: nn.Module, joining: bool) -> None:
-        self._follower.forget_plan()
-        self._follower.plan_for(module, joining=joining)
+    def _refuse_new_names(self, module: nn.Module) -> None:
+        """Raises a RuntimeError while ``module`` holds an average under the old names."""
+        loan.refuse(module)
+        self._refuse_while_swapped('names change')
+        if self._loaded_stash is not None:
+            raise RuntimeError(
+                'the model holds the average of the loaded state, whose training weights go by the old names. Call '
+                'swap_out(model) before names change.'
+            )
 
     def leave_out(self, names: Collection[str]) -> None:
         """Forgets the averages of these names; those that the model still has join anew at the next update."""
@@ -258,19 +230,7 @@ class ShadowModel(LendableAverage):
         if is_traced():
             aside(ShadowModel.update, self, model, smoothing, weight=weight)
             return
-        if self._storage.settings.has_function:
-            if smoothing is not None or weight is not None:
-                raise TypeError(
-                    f'the average follows a function of yours, so there is no share to give, got smoothing={smoothing} '
-                    f'and weight={weight}. Call update(model) alone, or build the shadow without the function.'
-                )
-            number = self._storage.num_updates
-        else:
-            if (smoothing is None) == (weight is None):
-                raise TypeError(f'pass either smoothing or weight, got smoothing={smoothing} and weight={weight}.')
-            number = weight if smoothing is None else weight_from_smoothing(smoothing)
-            assert number is not None
-            check_share('weight', number, 'It is the share of the model in the new average.')
+        number = number_for(self._storage, smoothing, weight)
         if self.is_swapped:
             raise RuntimeError(
                 'the model holds the average, so there is nothing to average. Call swap_out(model) first.'
@@ -457,9 +417,16 @@ class ShadowModel(LendableAverage):
             RuntimeError: the average is swapped into a model, whose stash may be older than what is loaded.
             ValueError: another version, or names and shapes that do not fit, all listed.
         """
-        self._refuse_while_swapped('a state is loaded')
-        loaded = states.check(state, self._storage)
+        loaded = self._checked(state)
         self._warn_of_lost_digits(loaded.parameters)
+        self._assign(loaded)
+
+    def _checked(self, state: Mapping[str, Any]) -> states.Loaded:
+        """What a state holds, if it can be loaded; see :meth:`load_state_dict`. Nothing is changed."""
+        self._refuse_while_swapped('a state is loaded')
+        return states.check(state, self._storage)
+
+    def _assign(self, loaded: states.Loaded) -> None:
         self._follower.forget_plan()
         own = {tensor.untyped_storage().data_ptr() for _, tensor in self._storage.items()}
         self._storage.assign(
@@ -518,6 +485,62 @@ class ShadowModel(LendableAverage):
                 'digits are lost. Pass the dtype of the saved run.',
                 stacklevel=5,
             )
+
+
+def storages_of(model: nn.Module, call: str, settings: Settings, *, overlap: bool, count: int = 1) -> list[Storage]:
+    """The tensors of ``count`` averages that start at the weights of ``model``.
+
+    Args:
+        model: to follow, wrapped or not. Only read.
+        call: how to build the object whose averages these are, for an error.
+        settings: which tensors are kept, and how.
+        overlap: checked only.
+
+    Raises:
+        RuntimeError: ``model`` holds an average.
+        TypeError, ValueError: as for :class:`ShadowModel`.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f'model must be a torch.nn.Module, got {type(model).__name__}. Pass the module itself, as in {call}, not '
+            'its parameters: the average goes by their names, and covers buffers too.'
+        )
+    if not isinstance(overlap, bool):
+        raise TypeError(f'overlap must be True or False, got {overlap!r}.')
+    loan.refuse(unwrap(model))  # the average would start from another one
+    inventory = Inventory.of(unwrap(model))
+    storages = [Storage(settings) for _ in range(count)]
+    storages[0].selection.check([*inventory.parameters, *inventory.buffers])
+    check_buffer_patterns(settings.buffer_patterns, inventory.buffers)
+    for storage in storages:
+        storage.join(inventory)
+    if inventory.parameters and not storages[0].parameters:
+        warnings.warn(
+            'no trainable parameter to average yet: all selected ones are frozen. They join when unfrozen.',
+            stacklevel=4,
+        )
+    return storages
+
+
+def number_for(storage: Storage, smoothing: float | None, weight: float | None) -> float:
+    """What an update of an average takes: its weight, or where a function makes it, the number of updates so far.
+
+    Raises:
+        TypeError, ValueError: not exactly one share where there is no function, one where there is, or out of range.
+    """
+    if storage.settings.has_function:
+        if smoothing is not None or weight is not None:
+            raise TypeError(
+                f'the average follows a function of yours, so there is no share to give, got smoothing={smoothing} '
+                f'and weight={weight}. Call update(model) alone, or build the shadow without the function.'
+            )
+        return storage.num_updates
+    if (smoothing is None) == (weight is None):
+        raise TypeError(f'pass either smoothing or weight, got smoothing={smoothing} and weight={weight}.')
+    number = weight if smoothing is None else weight_from_smoothing(smoothing)
+    assert number is not None
+    check_share('weight', number, 'It is the share of the model in the new average.')
+    return number
 
 
 def _apart(loaded: Mapping[str, Tensor], own: set[int], kept: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -67,10 +67,14 @@ class Storage:
         """The shadow of that name; None where there is none."""
         return self.parameters[name] if name in self.parameters else self.buffers.get(name)
 
-    def join(self, inventory: Inventory) -> None:
+    def join(self, inventory: Inventory, *, frozen: Collection[str] = ()) -> None:
         """Takes in, at their value, trainable parameters that are new, and buffers that are new or of another kind.
 
         Buffers that the model no longer has are dropped.
+
+        Args:
+            inventory: of the model.
+            frozen: names of parameters to take in although they do not require a gradient. Default: none.
 
         Raises:
             ValueError: a parameter to take in is sparse, or of another layout that cannot be averaged.
@@ -79,7 +83,7 @@ class Storage:
         new = {
             name: parameter
             for name, parameter in inventory.parameters.items()
-            if name not in self.parameters and parameter.requires_grad and name in selection
+            if name not in self.parameters and (parameter.requires_grad or name in frozen) and name in selection
         }
         for name, parameter in new.items():
             if parameter.layout is not torch.strided:
@@ -104,18 +108,15 @@ class Storage:
         self.persistent, self.aliases = inventory.persistent, inventory.aliases
         self.statistics = inventory.statistics
 
-    def names_changed(
-        self, inventory: Inventory, renamed: Mapping[str, str], *, leaving: bool
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def change_names(self, inventory: Inventory, renamed: Mapping[str, str], *, leaving: bool) -> None:
         """Gives shadows the new names of their sources, and forgets those of sources that have left.
+
+        :attr:`parameters` and :attr:`buffers` become other dictionaries; the old ones stay as they are.
 
         Args:
             inventory: of the model as it is now.
             renamed: old name to new name.
             leaving: whether to forget the shadows of parameters that the model does not have.
-
-        Returns:
-            The parameters and the buffers as they were before.
 
         Raises:
             ValueError: an old name that is not tracked, a new one that the model does not have, has in another shape
@@ -138,7 +139,6 @@ class Storage:
                 raise ValueError(f'renamed: {old} cannot become {new}, which has an average of its own.')
         if len(set(renamed.values())) < len(renamed):
             raise ValueError('renamed gives two averages one name. Name each tensor once.')
-        before = self.parameters, self.buffers
         sources = inventory.parameters
         parameters = {renamed.get(name, name): shadow for name, shadow in self.parameters.items()}
         self.buffers = {renamed.get(name, name): shadow for name, shadow in self.buffers.items()}
@@ -147,7 +147,6 @@ class Storage:
             for name, shadow in parameters.items()
             if not leaving or (name in sources and are_alike(shadow, sources[name]))
         }
-        return before
 
     def _drop_all_but(self, names: Collection[str]) -> None:
         gone = self.buffers.keys() - names
