@@ -52,8 +52,8 @@ def test_beside_composers_swa_the_update_stays_in_line(trainer):
     alone, beside = EMA('2ba'), EMA('2ba')
     trainer([alone])
     trainer([beside, SWA()])
-    assert alone.ema_model._follower.overlap
-    assert not beside.ema_model._follower.overlap
+    assert alone.ema_model._follower._overlap
+    assert not beside.ema_model._follower._overlap
 
 
 @pytest.mark.parametrize('moment', [Event.EVAL_START, Event.EVAL_BATCH_END])

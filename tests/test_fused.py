@@ -18,7 +18,7 @@ from torch import nn
 
 from composer_ema import ShadowModel, kernels
 from composer_ema.kernels import fused, reference
-from composer_ema.kernels.rules import PIECE, Rules
+from composer_ema.kernels.rules import FIRST_PIECE_OF_BUFFERS, PIECE, Rules
 from composer_ema.shadow.stream import SideStream
 
 pytest.importorskip('triton')
@@ -264,6 +264,38 @@ def test_a_bfloat16_shadow_resumes_to_the_bit():
     go_on(other, resumed, range(3, 6))
     for name, tensor in resumed.named_parameters():
         assert torch.equal(tensor, dict(whole.named_parameters())[name]), name
+
+
+def test_steps_of_other_first_pieces_draw_other_bits_and_the_reference_draws_the_same():
+    (source,) = tensors((PIECE + 5,))
+
+    def rounded(first_piece):
+        shadow = torch.zeros_like(source, dtype=torch.bfloat16)
+        ours, theirs, _ = march([[shadow]], [source], (0.3,), stochastic=True, first_piece=first_piece)
+        assert_agree(ours, theirs)
+        return shadow
+
+    assert (rounded(0) != rounded(FIRST_PIECE_OF_BUFFERS)).float().mean() > 0.2
+
+
+@pytest.mark.parametrize('backend', ['fused', 'reference'])
+def test_a_buffer_draws_other_random_bits_than_a_parameter_of_its_shape(backend):
+    model = nn.Linear(64, 1, bias=False).to(DEVICE)
+    model.register_buffer('twin', torch.empty_like(model.weight))
+    alone = nn.Linear(64, 1, bias=False).to(DEVICE)
+    shadows = []
+    for each in (model, alone):
+        for tensor in each.state_dict().values():
+            nn.init.ones_(tensor)
+        shadows.append(ShadowModel(each, dtype='bfloat16', rounding='stochastic', buffers='average', backend=backend))
+        for tensor in each.state_dict().values():
+            nn.init.constant_(tensor, 1.001)
+    for _ in range(8):
+        for shadow, each in zip(shadows, (model, alone), strict=True):
+            shadow.update(each, smoothing=0.5)
+    parameter, buffer = dict(shadows[0].named_parameters())['weight'], dict(shadows[0].named_buffers())['twin']
+    assert (parameter != buffer).sum() > 0
+    assert torch.equal(parameter, dict(shadows[1].named_parameters())['weight'])  # whether or not there is a buffer
 
 
 def batch_norm_net():

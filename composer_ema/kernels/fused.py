@@ -102,6 +102,7 @@ def prepare(
         'ALIGNED': bool((addresses % 16 == 0).all()),
         'PIECE': PIECE,
         'ROUNDS': PHILOX_ROUNDS,
+        'FIRST': rules.first_piece if rules.stochastic else 0,
         'num_warps': _NUM_WARPS,
     }
     # Random bits are counted by row, so copies come last: then they do not change the bits.

@@ -14,12 +14,13 @@ def update(
     table, weights, control, skipped,
     K: tl.constexpr, SOURCE: tl.constexpr, SHADOW: tl.constexpr, GUARD: tl.constexpr, STOCHASTIC: tl.constexpr,
     COPIES: tl.constexpr, MENDS: tl.constexpr, ALIGNED: tl.constexpr, PIECE: tl.constexpr, ROUNDS: tl.constexpr,
+    FIRST: tl.constexpr,
 ):  # fmt: skip
     number = tl.program_id(0)
     row = table + number.to(tl.int64) * (3 + 2 * K)
     count = tl.load(row + 1).to(tl.int32)
     seed, step = tl.load(control), tl.load(control + 1).to(tl.uint32)
-    number = number.to(tl.uint32)
+    number = number.to(tl.uint32) + FIRST
     code = tl.load(row + 2) % 8 if COPIES else 0
     # Whole pieces need no mask, and without one the loads are vectors.
     if code >= 3:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -57,7 +58,7 @@ def prepare(
 ) -> Steps:
     """Returns a step that averages in float64 and rounds once, into the shadow's dtype."""
     pieces = [-(-source.numel() // PIECE) for source in sources]
-    first_pieces = [sum(pieces[:index]) for index in range(len(pieces))]
+    first_pieces = list(itertools.accumulate(pieces, initial=rules.first_piece))[:-1]
     next_step = rules.first_step
 
     @torch.no_grad()

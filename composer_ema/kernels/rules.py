@@ -11,6 +11,8 @@ from torch import Tensor
 #: Elements in a piece of a tensor. Random bits are counted by piece and place in the piece, so that all backends draw
 #: the same bits.
 PIECE = 4096
+#: First piece of the buffers of a model, where their step is not that of its parameters. A launch has fewer rows.
+FIRST_PIECE_OF_BUFFERS = 2**31
 #: Rounds of Philox. With seven, it passes the statistical tests of its authors.
 PHILOX_ROUNDS = 7
 
@@ -26,6 +28,8 @@ class Rules:
             counted by place, piece, step and average.
         seed: key of the random bits, at least 0.
         first_step: number of the next update, at least 0.
+        first_piece: number of the step's first piece, in [0, 2**32). Steps that differ in it draw
+            different bits.
         skipped: int64 scalar on the averages' device, to which skipped elements are added without synchronising.
             Default: they are not counted.
     """
@@ -34,6 +38,7 @@ class Rules:
     stochastic: bool = False
     seed: int = 0
     first_step: int = 0
+    first_piece: int = 0
     skipped: Tensor | None = None
 
 

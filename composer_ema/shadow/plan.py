@@ -14,7 +14,7 @@ from torch import Tensor
 
 from composer_ema import kernels
 from composer_ema.kernels.layout import Pair, grouped
-from composer_ema.kernels.rules import smallest_weight
+from composer_ema.kernels.rules import FIRST_PIECE_OF_BUFFERS, smallest_weight
 from composer_ema.model.watch import Watch
 from composer_ema.settings import Settings
 from composer_ema.shadow import loan, offload
@@ -137,7 +137,7 @@ class ByWeight:
         parameters: Sequence[Tensor],
     ) -> None:
         is_stochastic = settings.rounding == 'stochastic'
-        self.may_share = not is_stochastic  # random bits are counted for parameters and for buffers
+        self.may_share = not is_stochastic  # buffers draw bits of their own, whether or not parameters run beside
         self.smallest_weight = 0.0 if is_stochastic else smallest_weight(parameters)
         self._backend = settings.backend
         self._has_thread = overlap and not settings.skip_nonfinite and not is_stochastic and self._backend == 'auto'
@@ -149,7 +149,11 @@ class ByWeight:
     def prepare(self, rows: Rows) -> Step:
         averaged = [*rows.parameters, *rows.averaged]
         first, _ = (*averaged, *rows.copied)[0]
-        rules = dataclasses.replace(self._rules, skipped=self._skipped[first[0].device])
+        rules = dataclasses.replace(
+            self._rules,
+            skipped=self._skipped[first[0].device],
+            first_piece=0 if rows.parameters else FIRST_PIECE_OF_BUFFERS,
+        )
         shadows = [[row[which] for row, _ in averaged] for which in range(len(first))]
         sources = [source for _, source in averaged]
         if averaged and log.isEnabledFor(logging.INFO):

@@ -8,7 +8,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from composer_ema.kernels import fused_kernel
-from composer_ema.kernels.rules import PHILOX_ROUNDS, PIECE
+from composer_ema.kernels.rules import FIRST_PIECE_OF_BUFFERS, PHILOX_ROUNDS, PIECE
 
 SIGNATURE = {'table': '*i64', 'weights': '*fp32', 'control': '*i64', 'skipped': '*i64'}
 
@@ -21,6 +21,7 @@ def main(architecture: int) -> None:
         options = {
             'K': averages, 'SOURCE': source, 'SHADOW': shadow, 'GUARD': guard, 'STOCHASTIC': stochastic,
             'COPIES': copies, 'MENDS': mends, 'ALIGNED': aligned, 'PIECE': PIECE, 'ROUNDS': PHILOX_ROUNDS,
+            'FIRST': FIRST_PIECE_OF_BUFFERS if stochastic else 0,
         }  # fmt: skip
         if (stochastic and shadow == 0) or (averages == 2 and (source, shadow) != (-1, -1)):
             continue
