@@ -90,7 +90,8 @@ def test_the_fit_is_the_constrained_minimum(target):
     assert found.coefficients.sum() == pytest.approx(1, abs=1e-12)
     residual = columns @ found.coefficients - wanted
     assert found.residual == pytest.approx(np.linalg.norm(residual), abs=1e-10)
-    assert found.predicted_error == pytest.approx(7 * np.linalg.norm(residual) / np.linalg.norm(1 - wanted), abs=1e-10)
+    move = np.linalg.norm(wanted[:-1])
+    assert found.predicted_error == pytest.approx(1.2 * np.linalg.norm(residual) / move, abs=1e-10)
     # At the minimum no direction that keeps the sum goes down.
     slope = columns.T @ residual
     np.testing.assert_allclose(slope, slope[0], atol=1e-10)
@@ -141,9 +142,8 @@ def test_cumulative_shares_of_a_walk_are_recovered_as_measured():
         found = fit(kept, target)
         wanted = shares.shares(target) @ weights
         error = np.linalg.norm(found.coefficients @ averages - wanted) / np.linalg.norm(wanted - weights[-1])
-        assert error < 0.015
-        assert found.predicted_error < 0.05
-        assert error < 5 * found.predicted_error + 1e-9
+        assert error < 0.005
+        assert error == pytest.approx(found.predicted_error, rel=0.5, abs=1e-9)
 
 
 def test_without_the_first_weights_a_long_exponential_is_out_of_reach():
@@ -182,14 +182,14 @@ def test_the_work_grows_with_the_updates_not_with_their_product_with_the_snapsho
     run = power(0.1, count)
     kept = [Kept(run[:end]) for end in range(count // 64, count + 1, count // 64)]
     found = fit(kept, power(0.05, count))  # a dense matrix would take 100 MB and seconds
-    assert found.predicted_error < 0.05
+    assert found.predicted_error < 0.02
 
 
 def test_digits_survive_where_sums_of_squares_would_lose_them():
     count = 6000
     runs = [power(sigma, count) for sigma in (0.05, 0.1, 0.2)]
     kept = [Kept(run[:end]) for run in runs for end in range(60, count + 1, 60)]
-    assert fit(kept, kept[150].weights).predicted_error < 1e-11
+    assert fit(kept, kept[150].weights).residual < 1e-11
     assert fit(kept, power(0.15, count)).predicted_error < 1e-4
 
 

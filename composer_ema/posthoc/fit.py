@@ -5,6 +5,10 @@ two averages of one run differ by the steps of the run, weighted by the differen
 weights that walk the root of the summed squares of that difference measures how far apart the averages are. Fitting
 cumulative shares is several times better than fitting the shares themselves, as Karras et al. (2024, appendix C) do in
 continuous time.
+
+What to keep: evenly spaced snapshots serve all but the shortest averages. Five more near the end, each half as far from
+it as the one before, lower the error of a half-life of 1 % of the run from 10 % to .5 %, and of 3 % from .26 % to .07 %
+(MNIST-1D, 16 snapshots of two power averages); putting the same number evenly only reaches 6.5 % and .14 %.
 """
 
 from __future__ import annotations
@@ -19,8 +23,11 @@ import numpy.typing as npt
 
 from composer_ema.posthoc.shares import Vector, checked, cumulative
 
-#: Error of a reconstruction over its relative residual, the middle of what was measured: 2.9 to 16 in 90 % of cases.
-ERROR_OVER_RESIDUAL = 7.0
+#: Error of a reconstruction over its relative residual: 1 for weights that walk, and .7 to 1.9 in 90 % of cases in runs
+#: of MNIST-1D with Adam and with SGD.
+ERROR_OVER_RESIDUAL = 1.2
+# A residual up to this, in moments, is rounding.
+_ROUNDING = 1e-11
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,8 +63,9 @@ class Fit:
     Attributes:
         coefficients: float64, one for each kept average; 0 for those later than the target.
         residual: ``|| sum_m x_m F_m - F ||``, the root of the summed squares over the moments.
-        predicted_error: expected distance from the target as a share of the distance that an average has from the
-            newest weights: 7 times ``residual / || 1 - F ||``.
+        predicted_error: expected distance from the target, relative to the distance of the target from the weights at
+            its own moment. These are ``sum_i F(i) (w_{i+1} - w_i)`` away, so it is 1.2 times
+            ``residual / || F ||``, without the last moment.
     """
 
     coefficients: Vector
@@ -98,14 +106,16 @@ def fit(kept: Sequence[Kept], target: npt.ArrayLike, *, times: npt.ArrayLike | N
         first = min((each.moment for each in kept), default=None)
         found = 'nothing was kept at all' if first is None else f'the first that was kept is of moment {first}'
         raise ValueError(f'the target is an average at moment {len(wanted)}, but {found}. Ask for a later one.')
-    design, goal = _compressed([kept[each] for each in used], wanted, _gaps(times, len(wanted)))
+    gaps = _gaps(times, len(wanted))
+    design, goal = _compressed([kept[each] for each in used], wanted, gaps)
     combined = _solve(design, goal, ridge)
     coefficients = np.zeros(len(kept))
     coefficients[used] = combined
     residual = float(np.linalg.norm(design @ combined - goal))
-    scale = float(np.linalg.norm(goal))
-    relative = residual / scale if scale > 0 else 0.0 if residual == 0 else math.inf
-    return Fit(coefficients, residual, ERROR_OVER_RESIDUAL * relative)
+    distance = float(np.linalg.norm((np.sqrt(gaps) * cumulative(wanted))[:-1]))
+    if residual <= _ROUNDING * math.sqrt(len(wanted)):
+        return Fit(coefficients, residual, 0.0)
+    return Fit(coefficients, residual, ERROR_OVER_RESIDUAL * residual / distance if distance > 0 else math.inf)
 
 
 def inner_products(kept: Sequence[Kept], *, times: npt.ArrayLike | None = None) -> npt.NDArray[np.float64]:

@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 Vector: TypeAlias = npt.NDArray[np.float64]
+#: From the times of the moments and the length of the last part to cumulative shares.
+OfLast: TypeAlias = Callable[[Vector, float], Vector]
 
 
 def cumulative(weights: npt.ArrayLike) -> Vector:
@@ -222,7 +224,8 @@ def decayed(times: npt.ArrayLike, schedule: Callable[[Vector], Vector], span: fl
         >>> decayed([0, 1, 2, 3, 4], linear, 4).tolist()
         [0.0, 0.25, 0.5, 0.75, 1.0]
     """
-    return 1.0 - schedule(latest(times, span))
+    # Where a learning rate hardly falls, its rounding may rise.
+    return np.maximum.accumulate(1.0 - schedule(latest(times, span)))
 
 
 def _since_end(times: npt.ArrayLike) -> Vector:
