@@ -1,0 +1,400 @@
+"""What the ordinary checkpoints of a run keep: the training weights, and the averages with the weights of their updates.
+
+The moments are the batches of the run. Which of them updated an average follows from its settings, is simulated from
+one checkpoint to the next, and must come out as the checkpoint counted it; else the average is left out.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from composer_ema.averages import UPDATES, Moment, Profile, Smoothing
+from composer_ema.checkpoints import formats
+from composer_ema.checkpoints.reading import (
+    CheckpointError, algorithms_of, check_sums, is_of_composer, load_safely, mapping_in, run_name_of, trained,
+)  # fmt: skip
+from composer_ema.model.sharding import canonical_name
+from composer_ema.posthoc.moments import History, KeptAverage
+from composer_ema.posthoc.snapshot_files import WEIGHTS
+from composer_ema.posthoc.updates import CLOCK_UNITS, Array
+from composer_ema.profiles import of_description
+from composer_ema.spans import Span
+
+_IN_RUN, _RECIPE = 'checkpoints', 'recipe.yaml'
+_MAX_DURATION = re.compile(r'^max_duration:\s*[\'"]?([^\s\'"#]+)', re.MULTILINE)
+_COUNTERS = {'ba': 'batch', 'sp': 'sample', 'tok': 'token'}
+_BUILTIN = "Composer's own"
+
+
+@dataclass(frozen=True)
+class Ordinary:
+    """What ordinary checkpoints do not say; see :func:`composer_ema.posthoc.history.read_run`."""
+
+    half_life: str | None
+    update_interval: str | None
+    max_duration: str | None
+
+
+@dataclass
+class _Checkpoint:
+    """A checkpoint, its tensors on the disk."""
+
+    path: Path
+    run_name: str
+    clock: dict[str, float]
+    model: dict[str, Tensor]
+    averages: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    configs: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    are_builtin: set[str] = field(default_factory=set)
+
+    @property
+    def batch(self) -> int:
+        return int(self.clock['ba'])
+
+
+@dataclass
+class _Course:
+    """An average as it comes from checkpoint to checkpoint.
+
+    Args:
+        weights: of its updates, by batch; 0 where there was none, 1 up to the first.
+        num_updates: so far.
+        last_update: the clock of the last one.
+        started_at: the clock from which its age counts.
+    """
+
+    weights: Array
+    num_updates: int = 0
+    last_update: Mapping[str, float] | None = None
+    started_at: Mapping[str, float] | None = None
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The torch files of a run folder or of a folder of checkpoints, each once however many links lead to it."""
+    inner = folder / _IN_RUN
+    found = {path.resolve(): path for path in sorted((inner if inner.is_dir() else folder).rglob('*.pt'))}
+    return sorted(path for path, _ in found.items())
+
+
+def read_checkpoints(folder: Path, paths: Sequence[Path], given: Ordinary) -> History:
+    """Reads the checkpoints of the run that wrote the newest one.
+
+    Raises:
+        CheckpointError: none can be read.
+        ValueError: an argument is out of range.
+    """
+    left_out: list[str] = []
+    found: list[_Checkpoint] = []
+    for path in paths:
+        try:
+            found.append(_read(path))
+        except CheckpointError as error:
+            left_out.append(str(error))
+    found = _of_one_run(found, left_out)
+    if not found:
+        raise CheckpointError(f'{folder} holds no checkpoint that can be read. {" ".join(left_out)}')
+    max_duration = given.max_duration or _recipe_says(folder)
+    clocks = _clocks(found)
+    kept = [_kept(each, WEIGHTS, np.ones(each.batch), each.model) for each in found]
+    for label in dict.fromkeys(label for each in found for label in each.averages):
+        kept += _follow(label, found, clocks, given, max_duration, left_out)
+    kept.sort(key=lambda each: len(each.weights))
+    newest = found[-1]
+    aliases = {alias: name for average in newest.averages.values() for alias, name in average['aliases'].items()}
+    return History(
+        folder=newest.path.parent,
+        run_name=newest.run_name,
+        run_id=None,
+        clocks=clocks,
+        kept=kept,
+        max_duration=max_duration,
+        is_finished=False,
+        aliases=aliases,
+        statistics=frozenset(name for name in newest.model if name.endswith(('.running_mean', '.running_var'))),
+        newest={name: partial(_same, tensor) for name, tensor in newest.model.items()},
+        left_out=left_out,
+    )
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _read(path: Path) -> _Checkpoint:
+    try:
+        check_sums(path)
+        try:
+            held = load_safely(path, mmap=True)
+        except RuntimeError:  # a file of an older torch, which cannot stay on the disk
+            held = load_safely(path)
+        if not is_of_composer(held):
+            raise CheckpointError(f'{path} is no checkpoint of a Composer Trainer.')
+        return _of_state(path, held['state'])
+    except CheckpointError:
+        raise
+    # A damaged file fails in as many ways as there are bytes in it; all of them mean the same to the user.
+    except Exception as error:
+        raise CheckpointError(f'{path} cannot be read: {str(error).splitlines()[0] if str(error) else error!r}') from error
+
+
+def _of_state(path: Path, state: Mapping[str, Any]) -> _Checkpoint:
+    model = {canonical_name(name): each for name, each in mapping_in(state, 'model').items() if isinstance(each, Tensor)}
+    counts = trained(state)
+    if not counts.get('batch'):
+        raise CheckpointError(f'{path} was saved before the first batch, so it holds nothing to average.')
+    clock: dict[str, float] = {unit: counts.get(name, 0) for unit, name in _COUNTERS.items()}
+    timestamp = mapping_in(mapping_in(state, 'timestamp', optional=True), 'Timestamp', optional=True)
+    batch_in_epoch, epoch = timestamp.get('batch_in_epoch', 0), counts.get('epoch', 0)
+    formats.check_count(batch_in_epoch, 'batch_in_epoch', "its 'timestamp'")
+    clock['ep'] = epoch + (batch_in_epoch / ((clock['ba'] - batch_in_epoch) / epoch) if epoch else 0)
+    clock['epochs_done'], clock['batch_in_epoch'] = epoch, batch_in_epoch
+    checkpoint = _Checkpoint(path, run_name_of(state) or '', clock, model)
+    algorithms = algorithms_of(state)
+    for name, row in formats.find(algorithms).items():
+        upgraded = formats.upgrade(algorithms[name], model_slot=model, what=f'the saved {name} state')
+        if upgraded['started']:
+            checkpoint.averages |= upgraded['averages']
+            checkpoint.configs |= dict.fromkeys(upgraded['averages'], upgraded['config'])
+            if row.written_as.startswith(_BUILTIN):
+                checkpoint.are_builtin |= upgraded['averages'].keys()
+        checkpoint.model |= upgraded.get(formats.STASH, {})
+    return checkpoint
+
+
+def _of_one_run(found: list[_Checkpoint], left_out: list[str]) -> list[_Checkpoint]:
+    """The checkpoints of the run that wrote last, one of each batch, in order."""
+    if not found:
+        return []
+    own = max(found, key=lambda each: (each.path.stat().st_mtime, each.batch)).run_name
+    by_batch: dict[int, _Checkpoint] = {}
+    for each in found:
+        if each.run_name != own:
+            left_out.append(f'{each.path} belongs to another run: {each.run_name!r}, not {own!r}.')
+        else:
+            by_batch[each.batch] = each
+    return [by_batch[batch] for batch in sorted(by_batch)]
+
+
+def _recipe_says(folder: Path) -> str | None:
+    """The max_duration of the recipe in a run folder."""
+    recipe = next((each / _RECIPE for each in (folder, folder.parent) if (each / _RECIPE).is_file()), None)
+    match = _MAX_DURATION.search(recipe.read_text()) if recipe is not None else None
+    if match is None:
+        return None
+    return f'{match[1]}ep' if match[1].isdecimal() else match[1]  # as Composer reads a bare number
+
+
+def _clocks(found: Sequence[_Checkpoint]) -> dict[str, Array]:
+    """The time after every batch: exact at checkpoints, in proportion between them."""
+    batches = np.arange(1, found[-1].batch + 1, dtype=np.float64)
+    known = [0.0, *(each.clock['ba'] for each in found)]
+    clocks = {unit: np.interp(batches, known, [0.0, *(each.clock.get(unit, 0) for each in found)]) for unit in CLOCK_UNITS}
+    length = _epoch_length(found)
+    if length is not None:
+        clocks['ep'] = np.floor_divide(batches, length) + np.remainder(batches, length) / length
+    clocks['ba'] = batches
+    return clocks
+
+
+def _epoch_length(found: Sequence[_Checkpoint]) -> int | None:
+    """Batches in an epoch, if all checkpoints agree on a whole number."""
+    lengths = {
+        (each.clock['ba'] - each.clock['batch_in_epoch']) / each.clock['epochs_done']
+        for each in found
+        if each.clock['epochs_done']
+    }
+    (length,) = lengths if len(lengths) == 1 else (0.5,)
+    return int(length) if length.is_integer() and length > 0 else None
+
+
+def _kept(
+    checkpoint: _Checkpoint, label: str, weights: Array, tensors: Mapping[str, Tensor]
+) -> KeptAverage:
+    clock = {unit: checkpoint.clock.get(unit, 0) for unit in CLOCK_UNITS}
+    return KeptAverage(label, weights, checkpoint.path, clock, partial(sorted, tensors), tensors.__getitem__)
+
+
+def _follow(
+    label: str,
+    found: Sequence[_Checkpoint],
+    clocks: Mapping[str, Array],
+    given: Ordinary,
+    max_duration: str | None,
+    left_out: list[str],
+) -> list[KeptAverage]:
+    """The averages of one label, as far as the weights of their updates come out as the checkpoints counted them."""
+    course = _Course(np.zeros(found[-1].batch))
+    kept, start, problem = [], 0, ''
+    for checkpoint in found:
+        average = checkpoint.averages.get(label)
+        stop = checkpoint.batch
+        if average is None:
+            course = _Course(course.weights)
+        elif not problem:
+            try:
+                made = _made_by(checkpoint, label, given, max_duration, clocks)
+                _simulate(course, made, start, stop)
+                _check(course, average, is_builtin=label in checkpoint.are_builtin)
+            except _Unknown as error:
+                problem = str(error)
+        if problem:
+            left_out.append(f'the average {label!r} in {checkpoint.path} is left out: {problem}')
+        elif average is not None:
+            tensors = {**average['parameters'], **average['buffers']}
+            first = int(np.argmax(course.weights[:stop] > 0))
+            course.weights[:first] = 1.0  # what was before the first update has no share
+            kept.append(_kept(checkpoint, label, course.weights[:stop], tensors))
+        start = stop
+    return kept
+
+
+class _Unknown(ValueError):
+    """The weights of an average's updates cannot be told."""
+
+
+@dataclass(frozen=True)
+class _Made:
+    """How an average is updated.
+
+    Args:
+        profile: chooses the weights.
+        length: how much one unit of the profile is in ``unit``.
+        unit: of the clock, that the profile is measured in.
+        is_due: whether a batch, given with the clock before it and that of the last update, makes an update.
+        clocks: of every batch.
+        start: the share of the clock before which nothing is averaged, and its unit.
+        interval: between updates, resolved.
+    """
+
+    profile: Profile
+    length: float
+    unit: str
+    start: Span
+    interval: Span
+    clocks: Mapping[str, Array]
+
+    def at(self, batch: int) -> dict[str, float]:
+        """The clock after ``batch``, counted from 0."""
+        return {unit: float(times[batch]) for unit, times in self.clocks.items()}
+
+
+def _made_by(
+    checkpoint: _Checkpoint, label: str, given: Ordinary, max_duration: str | None, clocks: Mapping[str, Array]
+) -> _Made:
+    if label in checkpoint.are_builtin:
+        if given.half_life is None:
+            raise _Unknown("Composer's own EMA does not save its half-life. Pass half_life as the run had it.")
+        half_life = Span.parse(given.half_life, name='half_life', units=('ba', 'ep'), positive=True)
+        interval = Span.parse(
+            given.update_interval or f'1{half_life.unit}', name='update_interval', units=('ba', 'ep'), positive=True
+        )
+        if interval.unit != half_life.unit:
+            raise ValueError(
+                f'half_life and update_interval must have one unit, as in Composer, got {half_life} and {interval}.'
+            )
+        profile = Smoothing(2 ** -(interval.value / half_life.value))
+        return _Made(profile, 1.0, UPDATES, Span(0, 'ba'), interval, clocks)
+    config, average = checkpoint.configs[label], checkpoint.averages[label]
+    text, written = config.get('update_interval'), config.get(f'{_algorithm_name(config, label)}_start')
+    if not isinstance(text, str) or not isinstance(written, str):
+        raise _Unknown('the checkpoint does not say when it was updated.')
+    try:
+        profile = of_description(average['profile']['description'], unit='ba')
+    except ValueError as error:
+        raise _Unknown(f'the weights of its updates are not known: {error}') from error
+    length, unit = 1.0, profile.unit
+    if unit == 'dur':
+        whole = _resolved(Span(1.0, 'dur'), max_duration)
+        length, unit = whole.value, whole.unit
+    interval = _resolved(Span.parse(text, name='update_interval'), max_duration)
+    start = _resolved(Span.parse(written, name='start'), max_duration)
+    return _Made(profile, length, unit, start, interval, clocks)
+
+
+def _algorithm_name(config: Mapping[str, Any], label: str) -> str:
+    """What the algorithm calls its averages: the prefix of its start."""
+    return next((key.removesuffix('_start') for key in config if key in ('ema_start', 'swa_start')), label)
+
+
+def _resolved(span: Span, max_duration: str | None) -> Span:
+    if span.unit != 'dur' or span.value == 0:
+        return Span(0, 'ba') if span.value == 0 else span
+    if max_duration is None:
+        raise _Unknown(f'{span} is a share of the run, whose length checkpoints do not say. Pass max_duration.')
+    whole = Span.parse(max_duration, name='max_duration', positive=True)
+    return Span(span.value * whole.value, whole.unit)
+
+
+def _simulate(course: _Course, made: _Made, start: int, stop: int) -> None:
+    """Makes the updates that the batches after ``start`` up to ``stop`` made."""
+    interval, times = made.interval, made.clocks[made.interval.unit]
+    at_ends = interval.unit == 'ep' and float(interval.value).is_integer()
+    starts = made.clocks[made.start.unit]
+    last = None if course.last_update is None else course.last_update[interval.unit]
+    for batch in range(start, stop):
+        if at_ends and not float(times[batch]).is_integer():
+            continue
+        if course.num_updates == 0:
+            is_due = starts[batch] >= made.start.value - 1e-9
+        else:
+            is_due = last is not None and _has_crossed(last, times[batch], interval.value)
+        if is_due:
+            _update(course, made, batch)
+            last = times[batch]
+
+
+def _has_crossed(earlier: float, now: float, interval: float) -> bool:
+    """Whether a multiple of the interval lies between; see :func:`composer_ema.trainer.due.has_crossed`."""
+    if now <= earlier or now - earlier >= interval:
+        return now > earlier
+    return math.floor(now / interval + 1e-9) > math.floor(earlier / interval + 1e-9)
+
+
+def _update(course: _Course, made: _Made, batch: int) -> None:
+    clock = made.at(batch)
+    if made.unit == UPDATES:
+        moment = Moment.of_update(course.num_updates)
+    else:
+        started = 0.0
+        if made.start.value != 0 and course.started_at is None:
+            span = made.interval
+            share = max(0.0, 1 - span.value / clock[span.unit])
+            course.started_at = {unit: time * share for unit, time in clock.items()}
+        if course.started_at is not None:
+            started = course.started_at[made.unit]
+        now = clock[made.unit]
+        last = course.last_update[made.unit] if course.last_update is not None else (made.at(batch - 1)[made.unit] if batch else 0)
+        elapsed = max(now - last, 0.0)
+        moment = Moment(elapsed / made.length, max(now - started, elapsed) / made.length, course.num_updates)
+    course.weights[batch] = 1.0 if course.num_updates == 0 else made.profile.weight(moment)
+    made.profile.record(moment)
+    course.num_updates += 1
+    course.last_update = clock
+
+
+def _check(course: _Course, average: Mapping[str, Any], *, is_builtin: bool) -> None:
+    """Raises where the checkpoint counted other updates; else goes on from what it says."""
+    if is_builtin:
+        return
+    counted, last = average['num_updates'], average['last_update']
+    if course.num_updates != counted:
+        raise _Unknown(
+            f'it was updated {counted} times, and by its settings {course.num_updates}. They were changed on the way, '
+            'or steps were skipped.'
+        )
+    if last is not None:
+        course.last_update = last
+    if average['started_at'] is not None:
+        course.started_at = average['started_at']
+
+
+_Reader = Callable[[], Tensor]

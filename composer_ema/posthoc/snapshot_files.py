@@ -1,0 +1,346 @@
+"""One file of a run's snapshots: averages of one moment, or the weights themselves, with all that tells what they are.
+
+A file is safetensors. Its tensors are called ``label/name``, with the label of an average or ``weights``; whole numbers,
+which all averages of a moment share, are called ``copied/name``. While a run goes on its files hold full tensors. When
+it has ended, each is rewritten with float16 differences to the last weights; either kind reads the same.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from composer_ema.checkpoints.reading import CheckpointError
+from composer_ema.kernels.rules import is_inexact
+from composer_ema.posthoc.tensor_files import Entry, TensorFile, write
+from composer_ema.posthoc.updates import Updates
+
+#: The format that this release writes, and the newest that it reads.
+VERSION = 1
+#: The label of the weights themselves, and the prefix of what averages share.
+WEIGHTS, COPIED = 'weights', 'copied'
+#: What a list of files looks for.
+SUFFIX = '.safetensors'
+_KEY = 'composer_ema_snapshot'
+_NAME = re.compile(r'(averages|weights)-\d{8,}\.safetensors', re.ASCII)
+# Differences are scaled by a power of two to just below 2**15: float16 then keeps 11 bits of each down to a part in
+# 2**29 of the largest, and none overflows.
+_LARGEST_EXPONENT = 15
+_LEAST_EXPONENT = -1000  # its inverse is a float64
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which run a file belongs to.
+
+    Args:
+        run_name: its name, for people.
+        run_id: drawn at random when the run began, and kept when it is resumed.
+    """
+
+    run_name: str
+    run_id: str
+
+    def __str__(self) -> str:
+        return f'{self.run_name} ({self.run_id})'
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How the tensors of a file are differences.
+
+    Args:
+        base: name of the file with the weights that the differences are from, in the same folder.
+        exponents: for each tensor that is a difference, the power of two that it was divided by.
+        dtypes: for each, the dtype of the whole.
+        same: names of whole numbers that are those of the base.
+    """
+
+    base: str
+    exponents: Mapping[str, int]
+    dtypes: Mapping[str, str]
+    same: list[str]
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of itself.
+
+    Args:
+        identity: of the run.
+        updates: all updates up to the file's moment.
+        clock: the time of the file by unit.
+        max_duration: of the run; None where it is not known.
+        holds_weights: whether the file holds the training weights themselves, and not averages.
+        is_update: whether the file is of the moment of the last update, and not of a later one.
+        is_last: whether the file was written when the run had ended.
+        aliases: further names of a tied tensor, each with the name it stands under.
+        statistics: names of running means and variances of normalisation layers.
+        packing: where the tensors are differences.
+    """
+
+    identity: Identity
+    updates: Updates
+    clock: Mapping[str, float]
+    max_duration: str | None = None
+    holds_weights: bool = False
+    is_update: bool = True
+    is_last: bool = False
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    statistics: list[str] = field(default_factory=list)
+    packing: Packing | None = None
+
+    def as_metadata(self) -> dict[str, str]:
+        """The header as the texts that safetensors keep."""
+        plain = {
+            'version': VERSION,
+            **asdict(self.identity),
+            'num_updates': len(self.updates),
+            'clock': dict(self.clock),
+            'max_duration': self.max_duration,
+            'holds_weights': self.holds_weights,
+            'is_update': self.is_update,
+            'is_last': self.is_last,
+            'aliases': dict(self.aliases),
+            'statistics': list(self.statistics),
+            'packing': None if self.packing is None else asdict(self.packing),
+            'updates': self.updates.as_plain(),
+        }
+        return {'format': 'pt', _KEY: json.dumps(plain, separators=(',', ':'))}
+
+    @classmethod
+    def of_metadata(cls, metadata: Mapping[str, str], path: Path) -> Header:
+        """The header of a file.
+
+        Raises:
+            CheckpointError: the file is no snapshot, a newer one, or damaged.
+        """
+        if _KEY not in metadata:
+            raise CheckpointError(f'{path} is no snapshot of a run.')
+        try:
+            plain = json.loads(metadata[_KEY])
+            version = plain['version']
+            if type(version) is int and version > VERSION:
+                raise CheckpointError(
+                    f'{path} has format version {version}, this release reads up to {VERSION}. Install a newer '
+                    'composer_ema.'
+                )
+            packing = plain['packing']
+            return cls(
+                identity=Identity(str(plain['run_name']), str(plain['run_id'])),
+                updates=Updates.of_plain(plain['updates'], str(path)),
+                clock={str(unit): time + 0 for unit, time in plain['clock'].items()},
+                max_duration=plain['max_duration'],
+                holds_weights=plain['holds_weights'] is True,
+                is_update=plain['is_update'] is True,
+                is_last=plain['is_last'] is True,
+                aliases=dict(plain['aliases']),
+                statistics=list(plain['statistics']),
+                packing=None if packing is None else Packing(**packing),
+            )
+        except CheckpointError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f'{path} cannot be read: its header is damaged ({error}).') from error
+
+
+class SnapshotFile:
+    """A file of a run's snapshots, opened for reading.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, no snapshot, or of a newer release.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._tensors = TensorFile(path)
+        self.header = Header.of_metadata(self._tensors.metadata, path)
+        self._names = set(self._tensors.names())
+        self._base: SnapshotFile | None = None
+        if self.header.packing is not None:
+            base = path.parent / self.header.packing.base
+            if not base.exists():
+                raise CheckpointError(
+                    f'{path} holds differences to {base}, which does not exist. Put that file back beside it.'
+                )
+            self._base = SnapshotFile(base)
+            if self._base.header.identity.run_id != self.header.identity.run_id:
+                raise CheckpointError(
+                    f'{path} holds differences to {base}, which is now a file of another run: '
+                    f'{self._base.header.identity}, not {self.header.identity}.'
+                )
+
+    @property
+    def num_updates(self) -> int:
+        """The updates up to its moment."""
+        return len(self.header.updates)
+
+    @property
+    def labels(self) -> list[str]:
+        """The labels of what it holds: averages, or ``'weights'``."""
+        return [WEIGHTS] if self.header.holds_weights else self.header.updates.labels
+
+    def names(self, label: str) -> list[str]:
+        """The canonical names of the tensors of one label, those that all labels share among them."""
+        packing = self.header.packing
+        keys = [*self._names, *(packing.same if packing is not None else ())]
+        return sorted(key.partition('/')[2] for key in keys if key.partition('/')[0] in (label, COPIED))
+
+    def tensor(self, label: str, name: str) -> Tensor:
+        """One tensor, in the dtype of the average.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        for key in (f'{label}/{name}', f'{COPIED}/{name}'):
+            packing = self.header.packing
+            if packing is not None and key in packing.exponents:
+                return self._restored(key, packing)
+            if key in self._names:
+                return self._tensors.tensor(key)
+            if packing is not None and key in packing.same:
+                return self._of_base(key)
+        raise CheckpointError(f'{self.path} has no {name} of {label}.')
+
+    def rounding(self, label: str) -> float:
+        """The mean square of the rounding errors in the tensors of one label; 0 where nothing was rounded."""
+        packing = self.header.packing
+        if packing is None:
+            return 0.0
+        total, count = 0.0, 0
+        for key in packing.exponents:
+            if key.startswith(f'{label}/'):
+                difference = self._tensors.tensor(key).double() * 2.0 ** packing.exponents[key]
+                # Half a unit in the last place at most; evenly spread, so a twelfth of its square.
+                unit = torch.exp2(torch.floor(torch.log2(difference.abs().clamp_min(1e-300))) - 10)
+                total += float((unit.square() / 12).sum())
+                count += difference.numel()
+        return total / count if count else 0.0
+
+    def _restored(self, key: str, packing: Packing) -> Tensor:
+        base = self._of_base(key).double()
+        difference = self._tensors.tensor(key).double()
+        dtype = getattr(torch, packing.dtypes[key])
+        return difference.mul_(2.0 ** packing.exponents[key]).add_(base).to(dtype)
+
+    def _of_base(self, key: str) -> Tensor:
+        assert self._base is not None
+        return self._base.tensor(WEIGHTS, key.partition('/')[2])
+
+    def entries(self) -> dict[str, Entry]:
+        """All tensors in full, each read when its turn comes."""
+        packing = self.header.packing
+        found = {} if packing is None else {key: self._whole(key, packing) for key in packing.exponents}
+        if packing is not None:
+            found |= {key: Entry.of(self._of_base(key)) for key in packing.same}
+        return {**self._tensors.entries(self._names - found.keys()), **found}
+
+    def _whole(self, key: str, packing: Packing) -> Entry:
+        _, shape = self._tensors.outline(key)
+        return Entry(getattr(torch, packing.dtypes[key]), shape, lambda: self._restored(key, packing))
+
+
+def name_of(header: Header) -> str:
+    """The name of the file of a moment, which its batch tells: ``averages-00000300.safetensors``."""
+    return f'{WEIGHTS if header.holds_weights else "averages"}-{int(header.clock["ba"]):08d}{SUFFIX}'
+
+
+def write_snapshot(folder: Path, header: Header, tensors: Mapping[str, Mapping[str, Tensor]]) -> Path:
+    """Writes the averages, or the training weights, of one moment, in full.
+
+    Args:
+        folder: of the run's snapshots.
+        header: what they are.
+        tensors: label to tensors by canonical name.
+
+    Returns:
+        The file.
+    """
+    entries: dict[str, Entry] = {}
+    for label, named in tensors.items():
+        for name, tensor in named.items():
+            is_shared = not header.holds_weights and not is_inexact(tensor)
+            entries.setdefault(f'{COPIED if is_shared else label}/{name}', Entry.of(tensor))
+    path = folder / name_of(header)
+    write(path, entries, header.as_metadata())
+    return path
+
+
+def files_in(folder: Path) -> list[Path]:
+    """Every file of ``folder`` that is named as a snapshot, by name."""
+    return sorted(path for path in folder.glob(f'*{SUFFIX}') if _NAME.fullmatch(path.name))
+
+
+def pack(path: Path, base: Path) -> None:
+    """Rewrites a full file with float16 differences to the weights in ``base``. One tensor is in memory at a time.
+
+    Tensors that float16 cannot make smaller or cannot hold stay as they are: those of 16 bits, complex ones, those with
+    values that are not finite, and those that ``base`` does not have in this shape.
+    """
+    file, last = SnapshotFile(path), SnapshotFile(base)
+    if file.header.packing is not None or path == base:
+        return
+    exponents, dtypes, same, entries = {}, {}, [], {}
+    in_base = set(last.names(WEIGHTS))
+    for key, whole in file.entries().items():
+        name = key.partition('/')[2]
+        if name not in in_base:
+            entries[key] = whole
+        elif not whole.dtype.is_floating_point and torch.equal(last.tensor(WEIGHTS, name), whole.values()):
+            same.append(key)
+        elif (exponent := _exponent(whole, last, name)) is not None:
+            exponents[key], dtypes[key] = exponent, str(whole.dtype).removeprefix('torch.')
+            entries[key] = Entry(torch.float16, whole.shape, _differences(whole, last, name, exponent))
+        else:
+            entries[key] = whole
+    packing = Packing(base.name, exponents, dtypes, sorted(same))
+    write(path, entries, replace(file.header, packing=packing).as_metadata())
+
+
+def unpack(path: Path) -> None:
+    """Rewrites a file of differences in full."""
+    file = SnapshotFile(path)
+    if file.header.packing is not None:
+        write(path, file.entries(), replace(file.header, packing=None).as_metadata())
+
+
+def _exponent(whole: Entry, last: SnapshotFile, name: str) -> int | None:
+    """The power of two to divide the differences by; None where the tensor is to stay as it is."""
+    base = last.tensor(WEIGHTS, name)
+    if whole.dtype not in (torch.float32, torch.float64) or base.shape != whole.shape or not base.is_floating_point():
+        return None
+    if not base.numel():
+        return 0
+    largest = float((whole.values().double() - base.double()).abs().max())
+    if largest == 0:
+        return 0
+    # NaN and infinity: no difference tells what the value was.
+    if not largest < math.inf:
+        return None
+    _, power = math.frexp(largest)  # largest < 2 ** power
+    return max(power - _LARGEST_EXPONENT, _LEAST_EXPONENT)
+
+
+def _differences(whole: Entry, last: SnapshotFile, name: str, exponent: int) -> Any:
+    def values() -> Tensor:
+        difference = whole.values().double() - last.tensor(WEIGHTS, name).double()
+        return difference.mul_(2.0**-exponent).to(torch.float16)
+
+    return values
+
+
+def referenced_bases(files: Iterable[SnapshotFile]) -> set[str]:
+    """Names of the files that others hold differences to."""
+    return {file.header.packing.base for file in files if file.header.packing is not None}
+

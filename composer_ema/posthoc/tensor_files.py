@@ -1,0 +1,135 @@
+"""Safetensors files written and read one tensor at a time, so that no file is ever in memory as a whole."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor
+
+from composer_ema.checkpoints.reading import CheckpointError
+from composer_ema.files import beside
+from composer_ema.model.names import listed
+
+_CODES = {
+    torch.float64: 'F64', torch.float32: 'F32', torch.float16: 'F16', torch.bfloat16: 'BF16',
+    torch.int64: 'I64', torch.int32: 'I32', torch.int16: 'I16', torch.int8: 'I8', torch.uint8: 'U8',
+    torch.bool: 'BOOL', torch.float8_e4m3fn: 'F8_E4M3', torch.float8_e5m2: 'F8_E5M2',
+}  # fmt: skip
+_DTYPES = {code: dtype for dtype, code in _CODES.items()}
+_METADATA = '__metadata__'
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor to be written.
+
+    Args:
+        dtype: of the values in the file.
+        shape: likewise.
+        values: returns the tensor, on any device, when its turn comes.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    values: Callable[[], Tensor]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Entry:
+        """A tensor that is there already."""
+        return cls(tensor.dtype, tuple(tensor.shape), lambda: tensor)
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def check_writable(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Raises unless a safetensors file can hold every tensor.
+
+    Raises:
+        ValueError: a tensor is sparse, on the meta device, or of a dtype that the format lacks.
+    """
+    wrong = [
+        f'{name} ({str(tensor.dtype).removeprefix("torch.")}, {str(tensor.layout).removeprefix("torch.")})'
+        for name, tensor in tensors.items()
+        if tensor.dtype not in _CODES or tensor.layout is not torch.strided or tensor.is_meta
+    ]
+    if wrong:
+        raise ValueError(
+            f'{what} cannot be written as safetensors, which hold dense tensors of common dtypes only: {listed(wrong)}. '
+            'Leave them out of the average with exclude.'
+        )
+
+
+def write(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file beside ``path`` and renames it into place. Holds one tensor at a time.
+
+    Args:
+        path: of the file; its folder is made where it is missing.
+        entries: name to tensor.
+        metadata: further texts for the file's header.
+
+    Raises:
+        OSError: the file cannot be written. What was at ``path`` is untouched.
+    """
+    # Wide values first: every tensor then lies at a multiple of its own width, which readers in place rely on.
+    ordered = sorted(entries.items(), key=lambda pair: (-pair[1].dtype.itemsize, pair[0]))
+    header: dict[str, Any] = {_METADATA: dict(metadata)}
+    offset = 0
+    for name, entry in ordered:
+        end = offset + entry.num_bytes
+        header[name] = {'dtype': _CODES[entry.dtype], 'shape': list(entry.shape), 'data_offsets': [offset, end]}
+        offset = end
+    encoded = json.dumps(header, separators=(',', ':')).encode()
+    encoded += b' ' * (-len(encoded) % 8)
+    with beside(path) as written, written.open('wb') as file:
+        file.write(len(encoded).to_bytes(8, 'little') + encoded)
+        for _, entry in ordered:
+            values = entry.values().detach().to('cpu', entry.dtype).contiguous().reshape(-1)
+            file.write(values.view(torch.uint8).numpy().data)
+
+
+class TensorFile:
+    """A safetensors file, of which tensors are read when they are asked for.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or of another kind.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file: Any = safetensors.safe_open(path, framework='pt')
+            self.metadata: dict[str, str] = self._file.metadata() or {}
+        except FileNotFoundError as error:
+            raise CheckpointError(f'{path} does not exist.') from error
+        except (OSError, safetensors.SafetensorError) as error:
+            raise CheckpointError(f'{path} cannot be read: it is truncated or damaged ({error}).') from error
+
+    def names(self) -> list[str]:
+        """The names of all tensors."""
+        return list(self._file.keys())
+
+    def outline(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        """The dtype and the shape of a tensor, without its values."""
+        found = self._file.get_slice(name)
+        return _DTYPES[found.get_dtype()], tuple(found.get_shape())
+
+    def tensor(self, name: str) -> Tensor:
+        """The values of a tensor, on the CPU."""
+        return self._file.get_tensor(name)
+
+    def entries(self, names: Iterable[str]) -> dict[str, Entry]:
+        """Tensors to be written elsewhere, each read when its turn comes."""
+        return {name: Entry(*self.outline(name), lambda name=name: self.tensor(name)) for name in names}
