@@ -1,4 +1,4 @@
-"""What the ordinary checkpoints of a run keep: the training weights, and the averages with the weights of their updates.
+"""What the ordinary checkpoints of a run keep: training weights, and averages with the weights of their updates.
 
 The moments are the batches of the run. Which of them updated an average follows from its settings, is simulated from
 one checkpoint to the next, and must come out as the checkpoint counted it; else the average is left out.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,14 @@ from torch import Tensor
 from composer_ema.averages import UPDATES, Moment, Profile, Smoothing
 from composer_ema.checkpoints import formats
 from composer_ema.checkpoints.reading import (
-    CheckpointError, algorithms_of, check_sums, is_of_composer, load_safely, mapping_in, run_name_of, trained,
+    CheckpointError,
+    algorithms_of,
+    check_sums,
+    is_of_composer,
+    load_safely,
+    mapping_in,
+    run_name_of,
+    trained,
 )  # fmt: skip
 from composer_ema.model.sharding import canonical_name
 from composer_ema.posthoc.moments import History, KeptAverage
@@ -143,11 +150,14 @@ def _read(path: Path) -> _Checkpoint:
         raise
     # A damaged file fails in as many ways as there are bytes in it; all of them mean the same to the user.
     except Exception as error:
-        raise CheckpointError(f'{path} cannot be read: {str(error).splitlines()[0] if str(error) else error!r}') from error
+        reason = str(error).partition('\n')[0] or repr(error)
+        raise CheckpointError(f'{path} cannot be read: {reason}') from error
 
 
 def _of_state(path: Path, state: Mapping[str, Any]) -> _Checkpoint:
-    model = {canonical_name(name): each for name, each in mapping_in(state, 'model').items() if isinstance(each, Tensor)}
+    model = {
+        canonical_name(name): each for name, each in mapping_in(state, 'model').items() if isinstance(each, Tensor)
+    }
     counts = trained(state)
     if not counts.get('batch'):
         raise CheckpointError(f'{path} was saved before the first batch, so it holds nothing to average.')
@@ -197,7 +207,9 @@ def _clocks(found: Sequence[_Checkpoint]) -> dict[str, Array]:
     """The time after every batch: exact at checkpoints, in proportion between them."""
     batches = np.arange(1, found[-1].batch + 1, dtype=np.float64)
     known = [0.0, *(each.clock['ba'] for each in found)]
-    clocks = {unit: np.interp(batches, known, [0.0, *(each.clock.get(unit, 0) for each in found)]) for unit in CLOCK_UNITS}
+    clocks = {
+        unit: np.interp(batches, known, [0.0, *(each.clock.get(unit, 0) for each in found)]) for unit in CLOCK_UNITS
+    }
     length = _epoch_length(found)
     if length is not None:
         clocks['ep'] = np.floor_divide(batches, length) + np.remainder(batches, length) / length
@@ -216,9 +228,7 @@ def _epoch_length(found: Sequence[_Checkpoint]) -> int | None:
     return int(length) if length.is_integer() and length > 0 else None
 
 
-def _kept(
-    checkpoint: _Checkpoint, label: str, weights: Array, tensors: Mapping[str, Tensor]
-) -> KeptAverage:
+def _kept(checkpoint: _Checkpoint, label: str, weights: Array, tensors: Mapping[str, Tensor]) -> KeptAverage:
     clock = {unit: checkpoint.clock.get(unit, 0) for unit in CLOCK_UNITS}
     return KeptAverage(label, weights, checkpoint.path, clock, partial(sorted, tensors), tensors.__getitem__)
 
@@ -372,7 +382,9 @@ def _update(course: _Course, made: _Made, batch: int) -> None:
         if course.started_at is not None:
             started = course.started_at[made.unit]
         now = clock[made.unit]
-        last = course.last_update[made.unit] if course.last_update is not None else (made.at(batch - 1)[made.unit] if batch else 0)
+        last = made.at(batch - 1)[made.unit] if batch else 0.0
+        if course.last_update is not None:
+            last = course.last_update[made.unit]
         elapsed = max(now - last, 0.0)
         moment = Moment(elapsed / made.length, max(now - started, elapsed) / made.length, course.num_updates)
     course.weights[batch] = 1.0 if course.num_updates == 0 else made.profile.weight(moment)
@@ -395,6 +407,3 @@ def _check(course: _Course, average: Mapping[str, Any], *, is_builtin: bool) -> 
         course.last_update = last
     if average['started_at'] is not None:
         course.started_at = average['started_at']
-
-
-_Reader = Callable[[], Tensor]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -12,12 +11,10 @@ import numpy as np
 from torch import Tensor
 
 from composer_ema.checkpoints.reading import CheckpointError, path_of
-from composer_ema.model.names import listed
 from composer_ema.posthoc.checkpoint_history import Ordinary, checkpoints_in, read_checkpoints
 from composer_ema.posthoc.moments import History, KeptAverage
 from composer_ema.posthoc.snapshot_files import WEIGHTS, SnapshotFile, files_in
 from composer_ema.posthoc.updates import CLOCK_UNITS, Array
-from composer_ema.wording import counted
 
 #: Where a run keeps its snapshots, in its folder.
 SNAPSHOT_FOLDER = 'snapshots'
@@ -96,7 +93,7 @@ def _read_snapshots(paths: Sequence[Path]) -> History:
         clocks={unit: header.updates.clock(unit) for unit in CLOCK_UNITS},
         kept=kept,
         max_duration=header.max_duration,
-        is_finished=any(file.header.is_last for file in files),
+        is_finished=header.is_last,
         aliases=header.aliases,
         statistics=frozenset(header.statistics),
         newest=_newest(files),
@@ -116,10 +113,8 @@ def _of_one_run(files: list[SnapshotFile], left_out: list[str]) -> list[Snapshot
     return [file for file in files if file.header.identity.run_id == own.run_id]
 
 
-def _of_one_course(
-    files: list[SnapshotFile], left_out: list[str]
-) -> tuple[list[SnapshotFile], SnapshotFile | None]:
-    """The files whose updates are the beginning of one list, in the order of their moments; and the file with that list.
+def _of_one_course(files: list[SnapshotFile], left_out: list[str]) -> tuple[list[SnapshotFile], SnapshotFile | None]:
+    """The files whose updates are the beginning of one list, in the order of their moments; and the one with all of it.
 
     A run that was resumed from an earlier checkpoint may have left files of the course that it did not take.
     """
@@ -185,6 +180,3 @@ def _newest(files: Sequence[SnapshotFile]) -> dict[str, Callable[[], Tensor]]:
             if file.header.holds_weights or name not in found or file.is_copied(name):
                 found[name] = lambda file=file, label=label, name=name: file.tensor(label, name)
     return found
-
-
-__all__ = ['SNAPSHOT_FOLDER', 'History', 'KeptAverage', 'counted', 'field', 'listed', 'Mapping', 'read_run', 'dataclass']

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
+from composer_ema.kernels.rules import is_inexact
 from composer_ema.posthoc.updates import Array
 
 
@@ -99,35 +99,20 @@ class History:
         whole |= {alias: whole[name] for alias, name in self.aliases.items() if name in whole}
         return whole
 
-    def is_averaged(self, name: str) -> bool:
-        """Whether every kept average has a tensor of that name with fractions, so that others can be made of them."""
-        found = [each.tensor(name) for each in self.kept[:1]]
-        return bool(found) and (found[0].is_floating_point() or found[0].is_complex())
-
     def mean_squared_step(self) -> float:
-        """The mean square by which a weight moves from one moment to the next, from the kept moments that lie nearest.
+        """The mean square by which a weight moves from one moment to the next, if weights walk.
 
-        0 where fewer than two moments of one label were kept.
+        From the first and the last moment of the label with the longest stretch; 0 where fewer than two were kept.
         """
-        by_label: dict[str, list[KeptAverage]] = {}
+        ends: dict[str, tuple[KeptAverage, KeptAverage]] = {}
         for each in self.kept:
-            by_label.setdefault(each.label, []).append(each)
-        two = max(by_label.values(), key=len)[-2:]
-        if len(two) < 2 or (steps := len(two[1].weights) - len(two[0].weights)) <= 0:
-            return 0.0
+            ends[each.label] = (ends.get(each.label, (each, each))[0], each)
+        first, last = max(ends.values(), key=lambda pair: len(pair[1].weights) - len(pair[0].weights))
+        steps = len(last.weights) - len(first.weights)
         total, count = 0.0, 0
-        for name in two[1].names():
-            one, other = two[0].tensor(name), two[1].tensor(name)
-            if one.is_floating_point() and one.shape == other.shape:
+        for name in set(first.names()) & set(last.names()) if steps else ():
+            one, other = first.tensor(name), last.tensor(name)
+            if is_inexact(one) and one.shape == other.shape and name not in self.statistics:
                 total += float((one.double() - other.double()).square().sum())
                 count += one.numel()
         return total / count / steps if count else 0.0
-
-
-def same_names(kept: Sequence[KeptAverage]) -> list[str]:
-    """The names that all have, in the order of the last."""
-    common = set.intersection(*(set(each.names()) for each in kept)) if kept else set()
-    return [name for name in kept[-1].names() if name in common] if kept else []
-
-
-__all__ = ['History', 'KeptAverage', 'same_names', 'torch']

@@ -1,8 +1,8 @@
 """One file of a run's snapshots: averages of one moment, or the weights themselves, with all that tells what they are.
 
-A file is safetensors. Its tensors are called ``label/name``, with the label of an average or ``weights``; whole numbers,
-which all averages of a moment share, are called ``copied/name``. While a run goes on its files hold full tensors. When
-it has ended, each is rewritten with float16 differences to the last weights; either kind reads the same.
+A file is safetensors. Its tensors are called ``label/name``, with the label of an average or ``weights``. Whole
+numbers, which all averages of a moment share, are called ``copied/name``. While a run goes on its files hold full
+tensors. When it has ended, each is rewritten with float16 differences to the last weights. Both kinds read the same.
 """
 
 from __future__ import annotations
@@ -213,6 +213,11 @@ class SnapshotFile:
                 return self._of_base(key)
         raise CheckpointError(f'{self.path} has no {name} of {label}.')
 
+    def is_copied(self, name: str) -> bool:
+        """Whether a tensor is no average but what the model held, as counters are."""
+        key = f'{COPIED}/{name}'
+        return key in self._names or (self.header.packing is not None and key in self.header.packing.same)
+
     def rounding(self, label: str) -> float:
         """The mean square of the rounding errors in the tensors of one label; 0 where nothing was rounded."""
         packing = self.header.packing
@@ -343,4 +348,3 @@ def _differences(whole: Entry, last: SnapshotFile, name: str, exponent: int) -> 
 def referenced_bases(files: Iterable[SnapshotFile]) -> set[str]:
     """Names of the files that others hold differences to."""
     return {file.header.packing.base for file in files if file.header.packing is not None}
-

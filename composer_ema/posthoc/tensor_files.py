@@ -64,7 +64,7 @@ def check_writable(tensors: Mapping[str, Tensor], what: str) -> None:
     ]
     if wrong:
         raise ValueError(
-            f'{what} cannot be written as safetensors, which hold dense tensors of common dtypes only: {listed(wrong)}. '
+            f'{what} cannot be written as safetensors, which hold dense tensors of common dtypes: {listed(wrong)}. '
             'Leave them out of the average with exclude.'
         )
 

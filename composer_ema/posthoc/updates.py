@@ -6,13 +6,14 @@ Invariant: the weights that :meth:`Updates.weights` returns are those that were 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any
 
 import numpy as np
 
-from composer_ema.averages import Moment
+from composer_ema.averages import Moment, Profile
 from composer_ema.profiles import of_description
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -133,7 +134,7 @@ class Updates:
         for name, length in lengths.items():
             if length != updates._count:
                 raise ValueError(
-                    f'the list of updates in {what} is damaged: it counts {updates._count} updates, and {name} {length}.'
+                    f'the list of updates in {what} is damaged: it counts {updates._count}, and {name} {length}.'
                 )
         return updates
 
@@ -155,15 +156,23 @@ def _append_time(pieces: list[list[float]], time: float) -> None:
 
 def _append_weight(pieces: list[dict[str, Any]], weight: float, moment: Moment | None, profile: str) -> None:
     last = pieces[-1] if pieces else {}
-    if 'profile' in last and moment is not None and last['profile'] == profile and _moment(last, last['count']) == moment:
-        last['count'] += 1
+    # Computed anew, so that what is read back is what was used: a first update copies, whatever its profile says.
+    if moment is not None and _profile(profile).weight(moment) == weight:
+        if last.get('profile') == profile and _moment(last, last['count']) == moment:
+            last['count'] += 1
+        else:
+            times = {'elapsed': moment.elapsed, 'since_start': moment.since_start, 'num_updates': moment.num_updates}
+            pieces.append({'count': 1, 'profile': profile, **times})
     elif last.get('weight') == weight:
         last['count'] += 1
-    elif moment is not None and of_description(profile).weight(moment) == weight:
-        times = {'elapsed': moment.elapsed, 'since_start': moment.since_start, 'num_updates': moment.num_updates}
-        pieces.append({'count': 1, 'profile': profile, **times})
     else:
         pieces.append({'count': 1, 'weight': weight})
+
+
+@functools.lru_cache(maxsize=16)
+def _profile(description: str) -> Profile:
+    """A profile without memory of any update; nothing may be recorded with it."""
+    return of_description(description)
 
 
 def _moment(piece: Mapping[str, Any], number: int) -> Moment:
@@ -173,7 +182,7 @@ def _moment(piece: Mapping[str, Any], number: int) -> Moment:
 
 
 def _replayed(piece: Mapping[str, Any]) -> list[float]:
-    profile = of_description(piece['profile'])
+    profile = _profile(piece['profile'])
     return [profile.weight(_moment(piece, number)) for number in range(piece['count'])]
 
 
@@ -217,6 +226,6 @@ def _piece(piece: Mapping[str, Any]) -> dict[str, Any]:
     count = _count(piece['count'])
     if 'weight' in piece:
         return {'count': count, 'weight': _number(piece['weight'])}
-    profile = str(of_description(piece['profile']))
+    profile = str(_profile(piece['profile']))
     times = {name: _number(piece[name]) for name in ('elapsed', 'since_start')}
     return {'count': count, 'profile': profile, **times, 'num_updates': _count(piece['num_updates'])}
