@@ -22,13 +22,13 @@ from composer_ema.checkpoints import formats
 from composer_ema.checkpoints.reading import (
     CheckpointError,
     algorithms_of,
-    check_sums,
     is_of_composer,
-    load_safely,
     mapping_in,
+    read_file,
     run_name_of,
     trained,
 )  # fmt: skip
+from composer_ema.model.names import listed
 from composer_ema.model.sharding import canonical_name
 from composer_ema.posthoc.moments import History, KeptAverage
 from composer_ema.posthoc.snapshot_files import WEIGHTS
@@ -138,20 +138,15 @@ def _same(tensor: Tensor) -> Tensor:
 
 def _read(path: Path) -> _Checkpoint:
     try:
-        check_sums(path)
-        try:
-            held = load_safely(path, mmap=True)
-        except RuntimeError:  # a file of an older torch, which cannot stay on the disk
-            held = load_safely(path)
+        held = read_file(path, mmap=True)
         if not is_of_composer(held):
             raise CheckpointError(f'{path} is no checkpoint of a Composer Trainer.')
         return _of_state(path, held['state'])
     except CheckpointError:
         raise
-    # A damaged file fails in as many ways as there are bytes in it; all of them mean the same to the user.
-    except Exception as error:
-        reason = str(error).partition('\n')[0] or repr(error)
-        raise CheckpointError(f'{path} cannot be read: {reason}') from error
+    # The file is sound, so something that we do not know wrote what it holds.
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f'{path} cannot be read: {error}') from error
 
 
 def _of_state(path: Path, state: Mapping[str, Any]) -> _Checkpoint:
@@ -163,10 +158,12 @@ def _of_state(path: Path, state: Mapping[str, Any]) -> _Checkpoint:
         raise CheckpointError(f'{path} was saved before the first batch, so it holds nothing to average.')
     clock: dict[str, float] = {unit: counts.get(name, 0) for unit, name in _COUNTERS.items()}
     timestamp = mapping_in(mapping_in(state, 'timestamp', optional=True), 'Timestamp', optional=True)
-    batch_in_epoch, epoch = timestamp.get('batch_in_epoch', 0), counts.get('epoch', 0)
-    formats.check_count(batch_in_epoch, 'batch_in_epoch', "its 'timestamp'")
+    for name in ('batch_in_epoch', 'sample_in_epoch'):
+        formats.check_count(timestamp.get(name, 0), name, "its 'timestamp'")
+        clock[name] = timestamp.get(name, 0)
+    batch_in_epoch, epoch = clock['batch_in_epoch'], counts.get('epoch', 0)
     clock['ep'] = epoch + (batch_in_epoch / ((clock['ba'] - batch_in_epoch) / epoch) if epoch else 0)
-    clock['epochs_done'], clock['batch_in_epoch'] = epoch, batch_in_epoch
+    clock['epochs_done'] = epoch
     checkpoint = _Checkpoint(path, run_name_of(state) or '', clock, model)
     algorithms = algorithms_of(state)
     for name, row in formats.find(algorithms).items():
@@ -212,7 +209,12 @@ def _clocks(found: Sequence[_Checkpoint]) -> dict[str, Array]:
     }
     length = _epoch_length(found)
     if length is not None:
-        clocks['ep'] = np.floor_divide(batches, length) + np.remainder(batches, length) / length
+        epochs, in_epoch = np.divmod(batches, length)
+        clocks['ep'] = epochs + in_epoch / length
+        batch_size, epoch_size = _sizes(found, clocks['sp'], length)
+        samples = epochs * epoch_size + np.minimum(in_epoch * batch_size, epoch_size)
+        if all(samples[each.batch - 1] == each.clock['sp'] for each in found):
+            clocks['sp'] = samples
     clocks['ba'] = batches
     return clocks
 
@@ -226,6 +228,18 @@ def _epoch_length(found: Sequence[_Checkpoint]) -> int | None:
     }
     (length,) = lengths if len(lengths) == 1 else (0.5,)
     return int(length) if length.is_integer() and length > 0 else None
+
+
+def _sizes(found: Sequence[_Checkpoint], samples: Array, length: int) -> tuple[float, float]:
+    """The samples in a batch and in an epoch, whose last batch may be smaller, as far as the checkpoints tell."""
+    inside = [each for each in found if 0 < each.clock['batch_in_epoch'] < length]
+    batch_size = inside[-1].clock['sample_in_epoch'] / inside[-1].clock['batch_in_epoch'] if inside else 0.0
+    whole = [each for each in found if each.clock['epochs_done']]
+    if not whole:
+        return batch_size, batch_size * length
+    last = whole[-1].clock
+    epoch_size = (last['sp'] - last['sample_in_epoch']) / last['epochs_done']
+    return batch_size or epoch_size / length, epoch_size
 
 
 def _kept(checkpoint: _Checkpoint, label: str, weights: Array, tensors: Mapping[str, Tensor]) -> KeptAverage:
@@ -243,27 +257,32 @@ def _follow(
 ) -> list[KeptAverage]:
     """The averages of one label, as far as the weights of their updates come out as the checkpoints counted them."""
     course = _Course(np.zeros(found[-1].batch))
-    kept, start, problem = [], 0, ''
+    kept, start, problem, unused, is_before_end = [], 0, '', [], False
     for checkpoint in found:
-        average = checkpoint.averages.get(label)
-        stop = checkpoint.batch
+        average, stop = checkpoint.averages.get(label), checkpoint.batch
         if average is None:
-            course = _Course(course.weights)
-        elif not problem:
+            course, start = _Course(course.weights), stop
+            continue
+        if not problem:
             try:
                 made = _made_by(checkpoint, label, given, max_duration, clocks)
-                _simulate(course, made, start, stop)
+                # Saved after the last batch of an epoch, and before what the end of the epoch does.
+                is_before_end = made.is_at_ends and checkpoint.clock['batch_in_epoch'] > 0
+                _simulate(course, made, start, stop - is_before_end)
                 _check(course, average, is_builtin=label in checkpoint.are_builtin)
             except _Unknown as error:
                 problem = str(error)
         if problem:
-            left_out.append(f'the average {label!r} in {checkpoint.path} is left out: {problem}')
-        elif average is not None:
-            tensors = {**average['parameters'], **average['buffers']}
-            first = int(np.argmax(course.weights[:stop] > 0))
-            course.weights[:first] = 1.0  # what was before the first update has no share
-            kept.append(_kept(checkpoint, label, course.weights[:stop], tensors))
-        start = stop
+            unused.append(str(checkpoint.path))
+            continue
+        tensors = {**average['parameters'], **average['buffers']}
+        first = int(np.argmax(course.weights[:stop] > 0))
+        course.weights[:first] = 1.0  # what was before the first update has no share
+        weights = course.weights[:stop]
+        kept.append(_kept(checkpoint, label, weights.copy() if is_before_end else weights, tensors))
+        start = stop - is_before_end
+    if unused:
+        left_out.append(f'the average {label!r} is left out of {listed(unused, 1)}: {problem}')
     return kept
 
 
@@ -279,10 +298,9 @@ class _Made:
         profile: chooses the weights.
         length: how much one unit of the profile is in ``unit``.
         unit: of the clock, that the profile is measured in.
-        is_due: whether a batch, given with the clock before it and that of the last update, makes an update.
-        clocks: of every batch.
-        start: the share of the clock before which nothing is averaged, and its unit.
-        interval: between updates, resolved.
+        start: the time before which nothing is averaged.
+        interval: between two updates.
+        clocks: of every batch, by unit.
     """
 
     profile: Profile
@@ -291,6 +309,11 @@ class _Made:
     start: Span
     interval: Span
     clocks: Mapping[str, Array]
+
+    @property
+    def is_at_ends(self) -> bool:
+        """Whether updates come at the ends of epochs, not of batches."""
+        return self.interval.unit == 'ep' and float(self.interval.value).is_integer()
 
     def at(self, batch: int) -> dict[str, float]:
         """The clock after ``batch``, counted from 0."""
@@ -347,11 +370,10 @@ def _resolved(span: Span, max_duration: str | None) -> Span:
 def _simulate(course: _Course, made: _Made, start: int, stop: int) -> None:
     """Makes the updates that the batches after ``start`` up to ``stop`` made."""
     interval, times = made.interval, made.clocks[made.interval.unit]
-    at_ends = interval.unit == 'ep' and float(interval.value).is_integer()
     starts = made.clocks[made.start.unit]
     last = None if course.last_update is None else course.last_update[interval.unit]
     for batch in range(start, stop):
-        if at_ends and not float(times[batch]).is_integer():
+        if made.is_at_ends and not float(times[batch]).is_integer():
             continue
         if course.num_updates == 0:
             is_due = starts[batch] >= made.start.value - 1e-9
