@@ -58,7 +58,7 @@ def test_an_average_that_joins_has_copied_at_every_update_before():
     updates.append({'ba': 4}, {label: (1.0 if label == 'power=0.05' else 0.25, None) for label in LABELS})
     updates.append({'ba': 5}, dict.fromkeys(LABELS, (0.5, None)))
     assert updates.weights('power=0.05').tolist() == [1, 1, 1, 1, 0.5]
-    assert updates.weights('power=0.1').tolist()[3:] == [0.25, 0.5]
+    assert list(updates.weights('power=0.1'))[3:] == [0.25, 0.5]
 
 
 def test_a_first_update_that_copies_is_not_taken_for_the_profiles():

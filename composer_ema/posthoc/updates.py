@@ -42,7 +42,7 @@ class Updates:
         ...     updates.append({'ba': n}, {'power=0.1': (profile.weight(moment), moment)})
         >>> len(updates), updates.as_plain()['clock']['ba']
         (1000, [[1000, 1, 1]])
-        >>> updates.weights('power=0.1')[999] == profile.weight(Moment(1, 1000, 999))
+        >>> updates.weights('power=0.1').tolist()[999] == profile.weight(Moment(1, 1000, 999))
         True
     """
 
