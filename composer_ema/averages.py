@@ -71,8 +71,8 @@ class Profile(ABC):
 
     Attributes:
         unit: unit of the times in a :class:`Moment`: ``'ba'``, ``'steps'``, ..., or :data:`UPDATES`.
-        forgets_start: whether the weights that the average started from count for no more than any others of their age.
-            See :class:`composer_ema.profiles.StartShare`.
+        forgets_start: whether the first weights count for no more than others of their age. If not, the start of an
+            average may keep a share that only time takes away; see :class:`composer_ema.profiles.StartShare`.
 
     Example:
         >>> profile = Equal()
@@ -81,7 +81,6 @@ class Profile(ABC):
     """
 
     unit: str
-    #: Whether the weights that the average started from count for no more than any others of their age.
     forgets_start: bool = True
 
     @abstractmethod

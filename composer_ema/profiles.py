@@ -177,9 +177,9 @@ def of_description(description: str, *, unit: str = UPDATES) -> Profile:
 class StartShare:
     """How much of an average is still the weights that it started from.
 
-    After each update, ``value *= 1 - weight``: what the update left of the start. A profile that forgets its start,
-    such as a power, an equal or a bias-corrected average, has 0 by definition: its first weights are an update like any
-    other.
+    After each update, ``value *= 1 - weight``: what the update left of the start. The first update of a power, equal or
+    bias-corrected average leaves nothing. Where a first update copies the weights before a profile takes over, these
+    are the start.
 
     Args:
         value: the share in [0, 1]; None where it is not known, as for an average that came from elsewhere. Default: 1,
@@ -187,8 +187,8 @@ class StartShare:
 
     Example:
         >>> start = StartShare()
-        >>> for num_updates in range(3):
-        ...     start.record(Smoothing(0.5), Moment.of_update(num_updates))
+        >>> for _ in range(3):
+        ...     start.record(weight=0.5)
         >>> start.value
         0.125
     """
@@ -196,23 +196,32 @@ class StartShare:
     value: float | None = 1.0
 
     def copied(self, profile: Profile, moment: Moment) -> None:
-        """Records a first update at ``moment`` that copied the weights, whatever ``profile`` says: they are the start.
+        """Records a first update, at ``moment``, that copied the weights whatever ``profile`` says.
 
-        Must come before ``profile.record(moment)``, like :meth:`record`.
+        Call it before ``profile.record(moment)``.
         """
         if isinstance(profile, CopiesFirst):
             profile = profile.profile
         # A profile that copies at every update never keeps a start.
         self.value = 0.0 if profile.forgets_start or profile.weight(moment) == 1 else 1.0
 
-    def record(self, profile: Profile, moment: Moment) -> None:
-        """Records that ``profile`` chose the weight of the update at ``moment``."""
-        if profile.forgets_start:
-            self.value = 0.0
-        elif isinstance(profile, CopiesFirst) and moment.num_updates == 0:
-            self.copied(profile, moment)
-        elif self.value is not None:
-            self.value *= 1.0 - profile.weight(moment)
+    def record(self, weight: float) -> None:
+        """Records an update whose weight the profile chose."""
+        if self.value is not None:
+            self.value *= 1.0 - weight
+
+
+def check_start_share(value: Any, what: str) -> float | None:
+    """Returns the ``value`` of a saved :class:`StartShare`.
+
+    Raises:
+        ValueError: it is none. The message starts with ``what``.
+    """
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f'{what} must be a share in [0, 1] or None, got {value!r}.')
+    return float(value)
 
 
 def start_remedy(share: float, *, average: str = 'the average', shorten: str = 'half_life') -> str | None:

@@ -228,7 +228,7 @@ def test_the_current_format_passes_through():
 @pytest.mark.parametrize(
     ('state', 'message'),
     [
-        ({'version': 99}, r'format version 99, this release reads up to 2\. Install a newer'),
+        ({'version': 99}, r'format version 99, this release reads up to 3\. Install a newer'),
         ({'version': '1'}, "format version '1'"),
         ({'weights': 1, 2: 3}, 'of no known format: it has the keys 2, weights'),
         ({}, 'of no known format'),

@@ -58,7 +58,7 @@ def numbers(moments: list[Moment]) -> list[tuple[float, float, int]]:
         ({'half_life': '1dur', 'update_interval': '1ep'}, [(1 / 2, 1, 1)]),
         ({'half_life': '1dur', 'update_interval': '1ba'}, [(1 / 6, b / 6, b - 1) for b in range(2, 7)]),
         ({'half_life': '1ba', 'ema_start': '3ba'}, [(1, 2, 1), (1, 3, 2), (1, 4, 3)]),
-        ({'half_life': '1sp', 'ema_start': '1ep', 'update_interval': '2ba'}, [(4, 4 + 20 / 3, 1), (6, 10 + 20 / 3, 2)]),
+        ({'half_life': '1sp', 'ema_start': '1ep', 'update_interval': '2ba'}, [(8, 8 + 20 / 3, 1)]),
     ],
     ids=lambda value: ' '.join(value.values()) if isinstance(value, dict) else '',
 )  # fmt: skip

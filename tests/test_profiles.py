@@ -1,5 +1,6 @@
 """One builder of profiles for every door, their descriptions read back, and the share of an average's start."""
 
+import copy
 import math
 from typing import Any
 
@@ -171,10 +172,13 @@ class TestDescriptions:
 
 
 def run(profile: Profile, updates: int, *, copies_first: bool = True) -> StartShare:
-    start = StartShare()
+    start, profile = StartShare(), copy.deepcopy(profile)
     for n in range(updates):
         moment = Moment.of_update(n)
-        (start.copied if n == 0 and copies_first else start.record)(profile, moment)
+        if n == 0 and copies_first:
+            start.copied(profile, moment)
+        else:
+            start.record(profile.weight(moment))
         profile.record(moment)
     return start
 
@@ -184,7 +188,6 @@ class TestStartShare:
         assert run(Smoothing(0.5), 4).value == 0.5**3
         assert run(Smoothing(0.5), 4, copies_first=False).value == 0.5**4
         assert run(CopiesFirst(Smoothing(0.5)), 4).value == 0.5**3
-        assert run(CopiesFirst(Smoothing(0.5)), 4, copies_first=False).value == 0.5**3
 
     @given(st.floats(0.5, 1e4), st.integers(1, 60))
     def test_a_half_life_keeps_what_its_closed_form_says(self, half_life, updates):
@@ -197,16 +200,26 @@ class TestStartShare:
 
     @pytest.mark.parametrize('profile', [Equal(), Power(0.1), BiasCorrected(HalfLife(1000)), HalfLife(0), Smoothing(0)])
     def test_what_forgets_its_start_has_none(self, profile):
-        assert run(profile, 2).value == 0.0
-        assert run(profile, 1).value == 0.0
+        for updates in (1, 2):
+            assert run(profile, updates).value == run(profile, updates, copies_first=False).value == 0.0
 
     def test_one_update_is_all_start_and_a_frozen_average_stays_that(self):
         assert run(HalfLife(5), 1).value == 1.0
         assert run(Smoothing(1), 10).value == 1.0
 
+    def test_a_start_that_another_profile_left_fades_with_the_weights_of_this_one(self):
+        start = StartShare(0.5)
+        start.record(Power(gamma=0).weight(Moment(1, 4, 3)))
+        assert start.value == pytest.approx(0.5 * 3 / 4)
+
+    @pytest.mark.parametrize('value', [-0.1, 1.1, math.nan, '0', True])
+    def test_a_saved_share_out_of_range_is_refused(self, value):
+        with pytest.raises(ValueError, match=r'start_share must be a share in \[0, 1\] or None, got'):
+            profiles.check_start_share(value, 'start_share')
+
     def test_what_is_not_known_stays_unknown(self):
         start = StartShare(None)
-        start.record(Smoothing(0.5), Moment.of_update(5))
+        start.record(0.5)
         assert start.value is None
 
 

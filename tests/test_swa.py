@@ -745,6 +745,7 @@ def test_positional_arguments_of_composers_swa_are_told_what_to_write(build):
     [
         ({}, '2ep', r"swa_start='0\.75dur' with update_interval='1ep' takes a single moment .*'100ba'"),
         ({'swa_start': '5ba', 'update_interval': '4ba'}, '6ba', 'takes a single moment'),
+        ({'swa_start': '5ba', 'update_interval': '2ba'}, '6ba', 'takes a single moment'),
         ({'swa_start': '9ba'}, '2ep', r"swa_start='9ba' is longer than the run of 6 batches: no average"),
         ({'swa_start': '1ep', 'update_interval': '4ep'}, '3ep', r"update_interval='4ep' is longer than the run"),
         ({'swa_start': '1ep', 'swa_lr': 0.1, 'anneal_length': '3ep'}, '3ep', r"anneal_length='3ep' is longer than"),
@@ -764,7 +765,7 @@ def test_what_cannot_take_effect_is_warned_of(trainer, arguments, duration, mess
     [
         ({}, '8ep'),
         ({'swa_start': '1ep', 'swa_lr': 0.1, 'anneal_length': '2ep'}, '3ep'),
-        ({'swa_start': '5ba', 'update_interval': '3ba'}, '6ba'),
+        ({'swa_start': '3ba', 'update_interval': '3ba'}, '6ba'),
         ({'swa_start': '0ep', 'update_interval': '2ep'}, '2ep'),
     ],
 )

@@ -108,7 +108,7 @@ def test_inspect_says_what_is_in_it(kind):
         (lambda s: average_of(s).update(seed=-1), 'seed must be a whole number'),
         (lambda s: average_of(s).update(version=2), "average '(ema|swa)' has format version 2, not 1"),
         (lambda s: average_of(s).pop('version'), "average '(ema|swa)' has format version None, not 1"),
-        (lambda s: s.update(version='1'), "format version '1', this release reads up to 2"),
+        (lambda s: s.update(version='1'), "format version '1', this release reads up to 3"),
         (lambda s: s.update(started='yes'), "'started' .* is a str"),
         (lambda s: s.update(config=3), "'config' .* is a int"),
         (lambda s: s.update(averages=[1]), "'averages' .* is a list"),
@@ -161,7 +161,8 @@ def test_the_state_of_an_average_has_no_version_of_its_own(trainer):
     ema = EMA('2ba')
     trainer([ema]).fit()
     assert ema.state_dict()['averages']['ema'].keys() == {
-        'parameters', 'buffers', 'aliases', 'num_updates', 'seed', 'last_update', 'started_at', 'profile',
+        'parameters', 'buffers', 'aliases', 'num_updates', 'seed', 'last_update', 'started_at', 'first_update',
+        'start_share', 'profile',
     }  # fmt: skip
 
 

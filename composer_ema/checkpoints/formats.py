@@ -2,16 +2,17 @@
 
 A state is plain strings, numbers, lists, dictionaries and tensors, so that ``torch.load(weights_only=True)`` reads it::
 
-    {'version': 2, 'repr': ..., 'config': {...}, 'started': bool,
+    {'version': 3, 'repr': ..., 'config': {...}, 'started': bool,
      'averages': {label: {'parameters', 'buffers', 'aliases', 'num_updates', 'seed',
-                          'last_update', 'started_at', 'profile'}},
+                          'last_update', 'started_at', 'first_update', 'start_share', 'profile'}},
      'training_weights': {...}}          # only in a state taken while a model held an average
 
 A checkpoint of the Trainer never has ``training_weights``: it holds them as the model. Older ones have them if the
 model was saved with an average in it.
 
-``last_update`` and ``started_at`` are clocks, time by unit, or None where they are not known. ``profile`` holds the
-profile's ``description`` and what it remembers. An algorithm may add further keys of its own.
+``last_update``, ``started_at`` and ``first_update`` are clocks, time by unit, or None where they are not known.
+``start_share`` is how much of the average is still its start, or None. ``profile`` holds the profile's ``description``
+and what it remembers. An algorithm may add further keys of its own.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from torch import Tensor
 from composer_ema.kernels.rules import is_inexact
 from composer_ema.model.names import listed
 from composer_ema.model.sharding import canonical_name
+from composer_ema.profiles import check_start_share
 
 #: The format that this release writes, and reads without upgrading.
-VERSION = 2
+VERSION = 3
 VERSION_KEY, STASH = 'version', 'training_weights'
 
 State = Mapping[str, Any]
@@ -215,8 +217,9 @@ def _check(state: State, what: str) -> None:
         for key, kind in (('parameters', Tensor), ('buffers', Tensor), ('aliases', str)):
             _expect_named(average, key, kind, what)
         _expect(_expect(average, 'profile', Mapping, what), 'description', str, f"'profile' of {what}")
-        for key in ('last_update', 'started_at'):
+        for key in ('last_update', 'started_at', 'first_update'):
             _check_clock(average, key, what)
+        check_start_share(average.get('start_share'), f"'start_share' of {what}")
     if STASH in state:
         _expect_named(state, STASH, Tensor, what)
 
@@ -254,6 +257,20 @@ def _pass_through(state: State, slot: ModelSlot, label: str | None, what: str) -
     return {'config': {}, **state}
 
 
+# What versions 1 and 2, and other libraries, did not keep.
+_NOT_KEPT = {'first_update': None, 'start_share': None}
+
+
+def _upgrade_version_2(state: State, slot: ModelSlot, label: str | None, what: str) -> dict[str, Any]:
+    del slot, label
+    averages = {}
+    for name, average in _expect(state, 'averages', Mapping, what).items():
+        if not isinstance(average, Mapping):
+            raise ValueError(f'the saved average {name!r} is a {type(average).__name__}, not a dictionary.')
+        averages[name] = {**average, **_NOT_KEPT}
+    return {'config': {}, **state, VERSION_KEY: VERSION, 'averages': averages}
+
+
 def _upgrade_version_1(state: State, slot: ModelSlot, label: str | None, what: str) -> dict[str, Any]:
     """Version 1 versioned each average as well, and did not keep when it started or by which profile."""
     del slot, label
@@ -265,7 +282,7 @@ def _upgrade_version_1(state: State, slot: ModelSlot, label: str | None, what: s
         if not _has_version({VERSION_KEY: None, **average}, 1):
             raise ValueError(f'the saved average {name!r} has format version {average.get(VERSION_KEY)!r}, not 1.')
         kept = {key: value for key, value in average.items() if key != VERSION_KEY}
-        averages[name] = {**kept, 'started_at': None, 'profile': {'description': _description(config)}}
+        averages[name] = {**kept, **_NOT_KEPT, 'started_at': None, 'profile': {'description': _description(config)}}
     return {**state, VERSION_KEY: VERSION, 'config': config, 'averages': averages}
 
 
@@ -357,6 +374,7 @@ def _as_ours(
         'aliases': {},
         'last_update': None,
         'started_at': None,
+        **_NOT_KEPT,
         'profile': {'description': description},
     }
     return {VERSION_KEY: VERSION, 'config': {}, 'started': started, 'averages': {label: average}}
@@ -374,7 +392,8 @@ def _user_names(tensors: Mapping[str, Tensor], model_slot: Mapping[str, Tensor])
 
 #: Every format that is read; the first that matches counts.
 FORMATS: tuple[Format, ...] = (
-    Format('composer_ema, version 2', lambda s: _is_ours(s) and _has_version(s, VERSION), None, _pass_through),
+    Format('composer_ema, version 3', lambda s: _is_ours(s) and _has_version(s, VERSION), None, _pass_through),
+    Format('composer_ema, version 2', lambda s: _is_ours(s) and _has_version(s, 2), None, _upgrade_version_2),
     Format('composer_ema, version 1', lambda s: _is_ours(s) and _has_version(s, 1), None, _upgrade_version_1),
     Format('a newer composer_ema', _is_ours, None, _refuse_newer),
     Format(

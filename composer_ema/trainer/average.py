@@ -9,7 +9,7 @@ import copy
 import math
 import weakref
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from composer_ema.kernels.rules import is_inexact
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import check_same
 from composer_ema.model.sharding import unwrap
+from composer_ema.profiles import StartShare, check_start_share
 from composer_ema.settings import Settings
 from composer_ema.shadow import loan
 from composer_ema.shadow import state as states
@@ -29,7 +30,9 @@ from composer_ema.trainer.clock import CLOCK_UNITS, START_OF_TRAINING, Clock, Lo
 from composer_ema.trainer.due import Interval
 
 # Keys of the state that do not belong to the shadow.
-_LAST_UPDATE, _STARTED_AT, _PROFILE, _DESCRIPTION = 'last_update', 'started_at', 'profile', 'description'
+_LAST_UPDATE, _STARTED_AT, _FIRST_UPDATE = 'last_update', 'started_at', 'first_update'
+_PROFILE, _DESCRIPTION, _START_SHARE = 'profile', 'description', 'start_share'
+_OF_THE_AVERAGE = frozenset({_LAST_UPDATE, _STARTED_AT, _FIRST_UPDATE, _PROFILE, _START_SHARE})
 _VERSION, _STASH = 'version', 'training_weights'
 _BY_FUNCTION = 'function'
 
@@ -46,6 +49,9 @@ class Average:
             before the first update, and where a loaded state does not say.
         started_at: the clock from which the age of the average counts, moved on likewise. None counts from the start of
             training.
+        first_update: the clock at the first update, from which the interval counts; None where the interval counts from
+            the start of training.
+        start: how much of the average is still its start.
     """
 
     profile: Profile | None
@@ -53,6 +59,8 @@ class Average:
     shadow: ShadowModel
     last_update: Clock | None = None
     started_at: Clock | None = None
+    first_update: Clock | None = None
+    start: StartShare = field(default_factory=StartShare)
 
     def begin(self, model: nn.Module, look: Look, interval: Interval, *, is_from_start: bool) -> float | None:
         """Copies the weights of ``model``: the first update.
@@ -61,14 +69,15 @@ class Average:
             model: in training. Only read.
             look: at the clock of the run, now.
             interval: of the updates.
-            is_from_start: whether the age of the average counts from the start of training. Otherwise it counts from
-                one interval ago, so that the first update stands for as much time as each later one.
+            is_from_start: whether the age of the average and the interval count from the start of training. Otherwise
+                the age counts from one interval ago, so that the first update stands for as much time as each later
+                one, and the interval from now.
 
         Returns:
             The weight of the update, which is 1, or None if a function made the average.
         """
         if not is_from_start:
-            self.started_at = interval.before(look)
+            self.started_at, self.first_update = interval.before(look), look.now
         elif self.started_at is None:
             self.started_at = dict(START_OF_TRAINING)
         return self._update(model, look, interval, is_first=True)
@@ -90,10 +99,15 @@ class Average:
         weight = None
         if self.profile is None:
             self.shadow.update(model)
+            self.start.value = None  # only the function knows
         else:
             moment = self._moment(self.profile.unit, look, interval)
             weight = 1.0 if is_first else self.profile.weight(moment)
             self.shadow.update(model, weight=weight)
+            if is_first:
+                self.start.copied(self.profile, moment)
+            else:
+                self.start.record(weight)
             self.profile.record(moment)
         self.last_update = look.now
         return weight
@@ -131,8 +145,9 @@ class Average:
         """If the run's clock was set back, counts from ``now`` on. The average keeps its age."""
         last = self.last_update
         if last is not None and any(last[unit] > now[unit] for unit in CLOCK_UNITS):
-            started = self.started_at or START_OF_TRAINING
-            self.started_at = {unit: now[unit] - (last[unit] - started[unit]) for unit in CLOCK_UNITS}
+            self.started_at = _set_back(self.started_at or START_OF_TRAINING, last, now)
+            if self.first_update is not None:
+                self.first_update = _set_back(self.first_update, last, now)
             self.last_update = now
 
     def state_dict(self) -> dict[str, Any]:
@@ -143,7 +158,14 @@ class Average:
         state = self.shadow.state_dict()
         del state[_VERSION]
         profile = {_DESCRIPTION: _BY_FUNCTION} if self.profile is None else self._profile_state(self.profile)
-        return {**state, _LAST_UPDATE: self.last_update, _STARTED_AT: self.started_at, _PROFILE: profile}
+        return {
+            **state,
+            _LAST_UPDATE: self.last_update,
+            _STARTED_AT: self.started_at,
+            _FIRST_UPDATE: self.first_update,
+            _START_SHARE: self.start.value,
+            _PROFILE: profile,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any], what: str) -> None:
         """Loads what :meth:`state_dict` returned; all is checked first.
@@ -158,15 +180,23 @@ class Average:
         last_update = check_clock(state[_LAST_UPDATE], f'{_LAST_UPDATE} of {what}')
         # Negative where the clock was set back since.
         started_at = check_clock(state[_STARTED_AT], f'{_STARTED_AT} of {what}', least=-math.inf)
+        first_update = check_clock(state[_FIRST_UPDATE], f'{_FIRST_UPDATE} of {what}', least=-math.inf)
+        start = StartShare(check_start_share(state[_START_SHARE], f'{_START_SHARE} of {what}'))
         profile = copy.deepcopy(self.profile)
         if profile is not None:
             profile.load_state_dict({key: value for key, value in state[_PROFILE].items() if key != _DESCRIPTION})
-        of_shadow = {key: value for key, value in state.items() if key not in (_LAST_UPDATE, _STARTED_AT, _PROFILE)}
+        of_shadow = {key: value for key, value in state.items() if key not in _OF_THE_AVERAGE}
         self.shadow.load_state_dict({**of_shadow, _VERSION: states.VERSION})
-        self.profile, self.last_update, self.started_at = profile, last_update, started_at
+        self.profile, self.start = profile, start
+        self.last_update, self.started_at, self.first_update = last_update, started_at, first_update
 
     def _profile_state(self, profile: Profile) -> dict[str, Any]:
         return {_DESCRIPTION: str(profile), **profile.state_dict()}
+
+
+def _set_back(moment: Clock | Mapping[str, float], last: Clock, now: Clock) -> Clock:
+    """A moment as far before ``now`` as it was before ``last``."""
+    return {unit: now[unit] - (last[unit] - moment[unit]) for unit in CLOCK_UNITS}
 
 
 def _unit_of_clock(unit: str, state: State) -> tuple[float, str]:
@@ -225,7 +255,8 @@ class Averages:
         if shadow is None:
             self._averages.pop(label, None)
         else:
-            self._averages[label] = self._new(label, shadow)
+            self._averages[label] = average = self._new(label, shadow)
+            average.start.value = None
 
     def build(self, model: nn.Module, *, overlap: bool) -> None:
         """Starts every average anew, at the weights of ``model``.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from composer.core import Event
 
-from composer_ema.trainer.clock import Look, TimeArgument
+from composer_ema.trainer.clock import Clock, Look, TimeArgument
 
 
 class Start(TimeArgument):
@@ -39,12 +39,15 @@ class Interval(TimeArgument):
             return {'ep': Event.EPOCH_END, 'iter': Event.ITERATION_END}.get(self.span.unit, Event.BATCH_END)
         return Event.BATCH_END
 
-    def has_passed(self, look: Look, since: Mapping[str, float] | None = None) -> bool:
-        """Whether a multiple of the interval lies after ``since`` and not after now.
+    def has_passed(
+        self, look: Look, since: Mapping[str, float] | None = None, counted_from: Mapping[str, float] | None = None
+    ) -> bool:
+        """Whether a multiple of the interval, counted from a moment, lies after ``since`` and not after now.
 
         Args:
             look: at the clock, at :attr:`event`.
             since: the clock at the last occurrence. Default: the last time that :attr:`event` came.
+            counted_from: the clock at that moment. Default: the start of training.
 
         Raises:
             ValueError: the run does not count the unit.
@@ -58,7 +61,8 @@ class Interval(TimeArgument):
             earlier = look.before[span.unit]
         else:
             earlier = now - 1  # the epoch or iteration that has just ended
-        return has_crossed(earlier, now, span.value)
+        begin = 0.0 if counted_from is None else counted_from[span.unit]
+        return has_crossed(earlier - begin, now - begin, span.value)
 
     def before(self, look: Look) -> dict[str, float]:
         """The clock one interval ago, in all units, if time has passed evenly so far; at least zero."""
@@ -66,6 +70,31 @@ class Interval(TimeArgument):
         now = look.now
         share = max(0.0, 1 - span.value / now[span.unit]) if now[span.unit] > 0 else 0.0
         return {unit: time * share for unit, time in now.items()}
+
+
+def first_update(start: Start, interval: Interval, look: Look, started_at: Mapping[str, float] | None) -> Clock | None:
+    """The clock at the first update of an average that has begun, where its state does not tell; None if unknown.
+
+    Exact in the unit of the interval if the start has the same unit or ``started_at`` is one interval earlier, and no
+    step was skipped since. In other units, as if time had passed evenly.
+
+    Args:
+        start: of the average, not zero.
+        interval: of its updates.
+        look: at the clock, now.
+        started_at: the clock from which its age counts.
+    """
+    span, begin = interval.resolve(look.state), start.resolve(look.state)
+    now = look.now
+    if not now[span.unit] > 0:
+        return None
+    if begin.unit == span.unit:
+        first = begin.value
+    elif started_at is not None:
+        first = started_at[span.unit] + span.value
+    else:
+        return None
+    return {unit: time * (first / now[span.unit]) for unit, time in now.items()}
 
 
 def has_crossed(earlier: float, now: float, interval: float) -> bool:

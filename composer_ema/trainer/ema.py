@@ -49,7 +49,8 @@ class EMA(WeightAverage):
         power: instead of ``half_life``, the width of a power function average as a share of the time trained so far,
             above 0 and at most 0.2887: 0.05, 0.10 and 0.25 put half of the average into the last 3.8, 8.4 and 33 % of
             the run. See :class:`composer_ema.averages.Power`. Default: None.
-        ema_start: time string (ba, ep, sp, tok, dur) before which nothing is averaged. Default: ``'0.0dur'``.
+        ema_start: time string (ba, ep, sp, tok, dur) before which nothing is averaged. Later updates are due whenever
+            another ``update_interval`` has passed since the first one. Default: ``'0.0dur'``.
         update_interval: time string between two updates. Its unit may differ from the half-life's. Default: one batch,
             or one epoch or iteration for a half-life in those, as in Composer's own, with a warning.
         evaluate_with: ``'ema'`` or ``'training'`` by evaluator label. Evaluators that it does not name, and predictions

@@ -34,7 +34,7 @@ class SWA(WeightAverage):
     r"""Keeps an equal average of the weights from ``swa_start`` on and evaluates with it.
 
     Stochastic weight averaging (Izmailov et al., 2018, `arXiv:1803.05407 <https://arxiv.org/abs/1803.05407>`_). At
-    ``swa_start`` and after each further ``update_interval``::
+    ``swa_start`` and whenever another ``update_interval`` has passed since::
 
         average += (weights - average) / (n + 1)        # n: how many weights are in the average already
 

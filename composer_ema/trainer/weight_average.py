@@ -29,7 +29,7 @@ from composer_ema.spans import Span
 from composer_ema.trainer import evaluation, limits
 from composer_ema.trainer.average import Averages
 from composer_ema.trainer.clock import Look, TimeArgument
-from composer_ema.trainer.due import Interval, Start
+from composer_ema.trainer.due import Interval, Start, first_update
 from composer_ema.trainer.evaluation import TRAINING, Evaluation
 from composer_ema.trainer.exporting import lend_to_exporters
 from composer_ema.trainer.limits import Limit, warn
@@ -218,7 +218,11 @@ class WeightAverage(Algorithm):
         if self.export_weights != TRAINING and not lend_to_exporters(state, self._lending):
             limits.warn_without_exporter(self.export_weights)
         self._averages.live = state.model
-        self._averages.follow_clock(Look(state))
+        look = Look(state)
+        for _, average in self._averages:
+            if self._has_started and average.first_update is None and self._start.span.value > 0:
+                average.first_update = first_update(self._start, self._interval, look, average.started_at)
+        self._averages.follow_clock(look)
         self._steps.watch(state)
         for _, average in self._averages:
             profile = 'a function' if average.profile is None else average.profile
@@ -256,8 +260,8 @@ class WeightAverage(Algorithm):
             return False
         if not self._has_started:
             return self._start.has_come(look)
-        for _, average in self._averages:  # noqa: SIM110 - any() would build a generator at every batch
-            if self._interval.has_passed(look, average.last_update):
+        for _, average in self._averages:
+            if self._interval.has_passed(look, average.last_update, average.first_update):
                 return True
         return False
 
