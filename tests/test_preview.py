@@ -113,9 +113,9 @@ class TestProfile:
     def test_equal_averages_are_equal(self):
         [found] = look(algorithms={'swa': {'swa_start': '1ep', 'update_interval': '2ba'}}).profiles
         assert found.name == 'swa'
-        assert found.batch.tolist() == [7, 8, 10, 12, 14]
-        assert found.share == pytest.approx([1 / 5] * 5)
-        assert found.effective_steps == pytest.approx(5)
+        assert found.batch.tolist() == [7, 9, 11, 13]
+        assert found.share == pytest.approx([1 / 4] * 4)
+        assert found.effective_steps == pytest.approx(4)
         assert found.half_life_share is None
 
     def test_effective_steps_by_hand(self):

@@ -62,7 +62,7 @@ class Path(Callback):
     [
         ({'swa_start': '0.5dur'}, [6, 9, 12]),
         ({'swa_start': '2ep', 'update_interval': '2ba'}, [6, 8, 10, 12]),
-        ({'swa_start': '5ba', 'update_interval': '3ba'}, [5, 6, 9, 12]),
+        ({'swa_start': '5ba', 'update_interval': '3ba'}, [5, 8, 11]),
         ({'swa_start': '0ba', 'update_interval': '1ep'}, [3, 6, 9, 12]),
         ({'swa_start': Time(3, 'ep')}, [9, 12]),
         ({'swa_start': '20sp', 'update_interval': '1ba'}, list(range(6, 13))),

@@ -175,7 +175,11 @@ def warn_of_a_single_update(start: Start, interval: Interval, state: State) -> N
     first = begin.value / until_start * whole
     if interval.event is not Event.BATCH_END:
         first = max(1, math.ceil(first - 1e-9))
-    if first > 0 and first + span.value > whole * (1 + 1e-9):
+    if begin.value == 0:  # the interval counts from the start of training, not from the first update
+        second = (math.floor(first / span.value + 1e-9) + 1) * span.value
+    else:
+        second = first + span.value
+    if first > 0 and second > whole * (1 + 1e-9):
         warn(
             f'{start} with {interval} takes a single moment of this run into the average, which is then the training '
             'weights of that moment. Start earlier, or pass a shorter update_interval, for example '
