@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from composer_ema.checkpoints.reading import CheckpointError, load_average  # the average of a checkpoint
     from composer_ema.functional import compute_ema  # one functional update
     from composer_ema.optimizer import EMAOptimizer  # averages after each step of any optimizer, in any loop
+    from composer_ema.posthoc.merge import merge  # one file of the weighted sum of several checkpoints
     from composer_ema.shadow.shadow_model import ShadowModel  # the averaged copy: update, swap, state
     from composer_ema.shadow.shadow_models import ShadowModels  # several averages of one model, updated together
     from composer_ema.trainer.ema import EMA  # the Composer algorithm
@@ -26,6 +27,7 @@ __all__ = [
     'compute_ema',
     'export',
     'load_average',
+    'merge',
     'update_bn',
 ]
 
@@ -40,6 +42,7 @@ _LAZY = {
     'compute_ema': 'composer_ema.functional',
     'export': 'composer_ema.checkpoints.export',
     'load_average': 'composer_ema.checkpoints.reading',
+    'merge': 'composer_ema.posthoc.merge',
     'update_bn': 'composer_ema.batchnorm',
 }
 

@@ -108,6 +108,76 @@ def export(
 
 
 @app.command()
+def merge(
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar='CHECKPOINT CHECKPOINT... OUT',
+            help='Two or more checkpoints, and last the file to write: safetensors, or of torch as NAME.pt.',
+            show_default=False,
+        ),
+    ],
+    equal: Annotated[bool, typer.Option('--equal', help='Each checkpoint counts the same.')] = False,
+    half_life: Annotated[
+        str | None,
+        typer.Option(help='As an exponential average: 500ba, 2ep, 50000sp, 1000000tok, 0.1dur.', show_default=False),
+    ] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            metavar='linear|cosine|1-sqrt',
+            help='What decaying the learning rate so, from the first checkpoint to the last, would have led to.',
+            show_default=False,
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help='One number for each checkpoint, as in 0.2,0.8.', show_default=False)
+    ] = None,
+    times: Annotated[
+        str | None,
+        typer.Option(help='Training time of each checkpoint, for files that do not tell it.', show_default=False),
+    ] = None,
+    average: Annotated[
+        str | None,
+        typer.Option(help='Which averages to merge. Default: the training weights.', show_default=False),
+    ] = None,
+    key: Annotated[
+        str | None, typer.Option(help='Where in each file the weights are, as in model.', show_default=False)
+    ] = None,
+    overwrite: Annotated[bool, typer.Option('--overwrite', help='Replace OUT if it exists.')] = False,
+) -> None:
+    """Write the weighted sum of the weights in several checkpoints to a file."""
+    with _usage_errors():
+        from composer_ema.posthoc.merge import merge
+
+        *checkpoints, out = files
+        merged = merge(
+            checkpoints,
+            out,
+            equal=equal,
+            half_life=half_life,
+            schedule=schedule,
+            weights=_numbers('--weights', weights),
+            times=_numbers('--times', times),
+            average=average,
+            key=key,
+            overwrite=overwrite,
+        )
+        from composer_ema.pictures import merges
+
+        show(merges.of_merge(merged))
+        for remark in merges.remarks(merged):
+            show(remark)
+
+
+def _numbers(option: str, text: str | None) -> list[float] | None:
+    try:
+        return None if text is None else [float(each) for each in text.split(',')]
+    except ValueError:
+        raise typer.BadParameter(f'{option} takes numbers with commas between, as in 0.2,0.8, got {text!r}.') from None
+
+
+@app.command()
 def plot(
     things: Annotated[
         list[str],
@@ -276,7 +346,7 @@ def _usage_errors() -> Iterator[None]:
             raise
         _fail(f'{error}. {_REMEDY}')
     except ValueError as error:
-        if type(error).__name__ not in ('RecipeError', 'CheckpointError', 'PlotError'):
+        if type(error).__name__ not in ('RecipeError', 'CheckpointError', 'PlotError', 'ArgumentError'):
             raise
         _fail(str(error))
 

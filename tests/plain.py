@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import inspect
 import io
+import os
+import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -139,3 +142,25 @@ def assert_same(first, second) -> None:
             assert_same(one, other)
     else:
         assert first == second
+
+
+def composer_checkpoint(path: Path, model: nn.Module, batch: int = 7, run_name: str = 'a-run') -> Path:
+    """Writes what Composer's Trainer would after ``batch`` batches of 8 samples, 5 to an epoch."""
+    timestamp = {'epoch': batch // 5, 'batch': batch, 'sample': 8 * batch, 'token': 0}
+    state = {'model': model.state_dict(), 'run_name': run_name, 'timestamp': {'Timestamp': timestamp}}
+    torch.save({'state': state, 'rng': []}, path)
+    return path
+
+
+class _Code:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def write_code(path: Path, folder: Path) -> None:
+    """Writes a pickle that makes ``folder`` when it is loaded by a reader that runs code."""
+    with path.open('wb') as file:
+        pickle.dump(_Code(folder), file)

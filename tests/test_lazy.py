@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import pickle
 from pathlib import Path
 
 import plain
 import pytest
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from composer_ema import CheckpointError, EMAOptimizer, export, load_average
@@ -28,13 +27,6 @@ def tensors_of(weights: LazyWeights) -> dict[str, Tensor]:
     return {name: weights.tensor(name) for name in weights.names}
 
 
-def composer_checkpoint(path: Path, model: nn.Module, batch: int = 7, **state: object) -> Path:
-    timestamp = {'epoch': 1, 'batch': batch, 'sample': 8 * batch, 'token': 0}
-    named = {'model': model.state_dict(), 'run_name': 'a-run', 'timestamp': {'Timestamp': timestamp}, **state}
-    torch.save({'state': named, 'rng': []}, path)
-    return path
-
-
 class TestTrainingWeights:
     @pytest.mark.parametrize('name', sorted(TRUTHS))
     def test_of_a_checkpoint_whose_model_slot_may_hold_the_average_are_the_training_weights(self, name):
@@ -45,7 +37,7 @@ class TestTrainingWeights:
 
     def test_of_a_composer_checkpoint_come_with_its_clock_and_its_run(self, tmp_path):
         model = plain.Net()
-        weights = open_weights(composer_checkpoint(tmp_path / 'a.pt', model))
+        weights = open_weights(plain.composer_checkpoint(tmp_path / 'a.pt', model))
         assert plain.same_bits(tensors_of(weights), dict(model.state_dict()))
         assert (weights.run_name, weights.trained) == ('a-run', {'ba': 7, 'ep': 1, 'sp': 56, 'tok': 0})
 
@@ -154,8 +146,7 @@ class TestReading:
             weights.tensor('a')
 
     def test_executes_nothing(self, tmp_path):
-        with (tmp_path / 'a.pt').open('wb') as file:
-            pickle.dump(Runs(tmp_path / 'ran'), file)
+        plain.write_code(tmp_path / 'a.pt', tmp_path / 'ran')
         with pytest.raises(CheckpointError):
             open_weights(tmp_path / 'a.pt')
         assert not (tmp_path / 'ran').exists()
@@ -173,16 +164,6 @@ class TestReading:
         torch.save({'a': torch.zeros(3, device='meta')}, tmp_path / 'a.pt')
         with pytest.raises(CheckpointError, match='a in the file are on the meta device'):
             open_weights(tmp_path / 'a.pt')
-
-
-class Runs:
-    """A pickle that runs code."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
 
 def resident() -> int:

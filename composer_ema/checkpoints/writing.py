@@ -1,0 +1,103 @@
+"""Writes weights as files that a model loads, with what they are beside them."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from composer_ema.checkpoints import states
+from composer_ema.checkpoints.reading import CheckpointError
+from composer_ema.files import beside
+from composer_ema.model.names import listed
+
+#: Endings of the files that torch writes; any other file is written as safetensors.
+TORCH_SUFFIXES = ('.pt', '.pth', '.ckpt')
+
+
+def write_weights(weights: Mapping[str, Any], metadata: dict[str, str], what: str, out: Path) -> None:
+    """Writes ``weights`` to ``out``, beside and renamed into place.
+
+    Args:
+        weights: tensors by name, and what modules keep besides them.
+        metadata: to be written with the tensors. Names that safetensors cannot hold are added to it.
+        what: the weights, in the words of an error.
+        out: the file; its folder is made if it is missing.
+
+    Raises:
+        CheckpointError: the format cannot hold a tensor, or the file cannot be written. ``out`` is not touched.
+    """
+    write = _write_torch if out.suffix in TORCH_SUFFIXES else _write_safetensors
+    try:
+        write(weights, metadata, what, out)
+    except OSError as error:
+        raise CheckpointError(f'{out} cannot be written: {error.strerror or error}.') from error
+
+
+def refuse_overwriting(checkpoint: Path, out: Path, what: str) -> None:
+    """Raises if ``out`` is the checkpoint, be it through a link such as ``latest-rank0.pt``."""
+    if checkpoint.exists() and out.exists() and checkpoint.samefile(out):
+        same = '' if checkpoint == out else f', which is the same file as {checkpoint}'
+        raise CheckpointError(
+            f'{out} is the checkpoint itself{same}: {what} would replace what training resumes from. Write to '
+            'another file.'
+        )
+
+
+def _write_safetensors(weights: Mapping[str, Any], metadata: dict[str, str], what: str, out: Path) -> None:
+    tensors = {name: tensor for name, tensor in weights.items() if isinstance(tensor, Tensor)}
+    sparse = [f'{name} ({_layout(tensor)})' for name, tensor in tensors.items() if tensor.layout is not torch.strided]
+    if sparse:
+        raise CheckpointError(
+            f'{what} cannot be written as safetensors, which hold dense tensors only: {listed(sparse)}. '
+            'Write a file that ends in .pt.'
+        )
+    if left_out := sorted(weights.keys() - tensors.keys()):
+        metadata['left_out'] = ', '.join(left_out)  # the extra state of modules, which safetensors cannot hold
+    try:
+        tensors = _in_memory_of_their_own(tensors)
+        with beside(out) as written:
+            safetensors.torch.save_file(tensors, written, metadata=metadata)
+    except (ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f'{what} cannot be written as safetensors: {error}') from error
+
+
+def _write_torch(weights: Mapping[str, Any], metadata: dict[str, str], what: str, out: Path) -> None:
+    tensors = _in_memory_of_their_own({name: each for name, each in weights.items() if isinstance(each, Tensor)})
+    copies: Any = OrderedDict((name, tensors.get(name, each)) for name, each in weights.items())
+    # As torch keeps the versions of modules: in an attribute, which load_state_dict passes over.
+    setattr(copies, states.EXPORTED_KEY, dict(metadata))
+    try:
+        with beside(out) as written:
+            torch.save(copies, written)
+    except (RuntimeError, TypeError) as error:
+        raise CheckpointError(f'{what} cannot be written by torch: {error}') from error
+
+
+def _in_memory_of_their_own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, copied where two share memory, which safetensors refuse, or one is a part of something larger.
+
+    torch would write all of what a view looks at.
+    """
+    taken: set[int] = set()
+    found = {}
+    for name, tensor in tensors.items():
+        own = tensor.detach()
+        if tensor.layout is not torch.strided:
+            own = own.clone()
+        else:
+            storage = own.untyped_storage()
+            if not own.is_contiguous() or storage.nbytes() != own.nbytes or storage.data_ptr() in taken:
+                own = own.contiguous().clone()
+            taken.add(own.untyped_storage().data_ptr())
+        found[name] = own
+    return found
+
+
+def _layout(tensor: Tensor) -> str:
+    return str(tensor.layout).removeprefix('torch.')
