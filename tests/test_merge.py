@@ -153,6 +153,7 @@ class Counting(plain.One):
 
     def __init__(self, count: int) -> None:
         super().__init__(float(count))
+        self.count: Tensor
         self.register_buffer('count', torch.tensor(count))
 
     def get_extra_state(self) -> dict[str, int]:
@@ -172,7 +173,7 @@ class TestSums:
         merge(save(tmp_path, *states), tmp_path / 'out.pt', weights=weights.tolist())
         products = np.stack([w * state['a'].double().numpy() for w, state in zip(weights, states, strict=True)])
         exact = [math.fsum(column) for column in products.T]
-        assert written(tmp_path / 'out.pt')['a'].tolist() == np.float32(exact).tolist()
+        assert written(tmp_path / 'out.pt')['a'].tolist() == np.array(exact, np.float32).tolist()
 
     def test_copy_whole_numbers_and_extra_state_from_the_newest_by_training_time(self, tmp_path):
         paths = []

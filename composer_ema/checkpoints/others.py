@@ -278,7 +278,7 @@ def _by_position(average: Average, inventory: Inventory) -> dict[str, Tensor]:
         f'the average of {average.source} has no names: its {len(ordered)} tensors{grouped} were matched to the '
         f"model's parameters by position. Shapes were compared, but parameters of one shape in another order go "
         f'unnoticed. {_KEEP_NAMES}',
-        stacklevel=6,  # the caller of load_average
+        stacklevel=7,  # the caller of load_average
     )
     return tensors
 
@@ -292,7 +292,7 @@ def _warn_of_unaveraged(tensors: Collection[str], source: str, inventory: Invent
     if left := [name for name in kept if name not in tensors]:
         warnings.warn(
             f'{len(left)} tensors are not in the average of {source} and come from the model as it is: {listed(left)}.',
-            stacklevel=6,  # the caller of load_average
+            stacklevel=7,  # the caller of load_average
         )
 
 
