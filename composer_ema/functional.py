@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from composer_ema import kernels
 from composer_ema.averages import weight_from_smoothing
 from composer_ema.kernels.layout import unzip
-from composer_ema.kernels.rules import is_inexact, smallest_weight
+from composer_ema.kernels.rules import is_inexact
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import check_same
 from composer_ema.model.sharding import canonical_name, refuse_sharded, unwrap, wrapper_prefix
 from composer_ema.model.untraced import aside, is_traced
 from composer_ema.model.watch import Watch
 from composer_ema.settings import Buffers, Settings
-from composer_ema.shadow import loan
+from composer_ema.shadow import loan, rounding
 from composer_ema.shadow.shadow_model import ShadowModel
 from composer_ema.shadow.storage import can_be_kept, check_buffer_patterns, views_of_parameters
 
@@ -196,13 +196,16 @@ def _prepare(
     averages, current = unzip([*parameters, *averaged])
     mended = range(len(parameters), len(averages))
     average = kernels.prepare([averages], current, mended=mended, copied=copied)
-    smallest = smallest_weight(shadow for shadow in averages if shadow.dtype in (torch.bfloat16, torch.float16))
+    dtype = rounding.coarsest(shadow.dtype for shadow in averages)
+    least, has_warned = rounding.least_weight(dtype), False
 
     def step(weight: float) -> None:
-        if 0 < weight < smallest:
+        nonlocal has_warned
+        if 0 < weight < least and not has_warned and dtype is not None:
+            has_warned = True
+            wider = 'float' if torch.finfo(dtype).bits == 16 else 'double'
             warnings.warn(
-                f'ema_model is kept in 16 bits, which round most updates of weight {weight:.2g} away. '
-                'Keep it in float32: call ema_model.float(), or pass a ShadowModel.',
+                f'ema_model is {rounding.in_words(dtype, weight)}. Call ema_model.{wider}(), or pass a ShadowModel.',
                 stacklevel=3,
             )
         average((weight,))

@@ -112,7 +112,7 @@ def is_legal(argument: str, time: Any) -> bool:
 @example(value=1.7e308, unit='dur')
 @settings(max_examples=25, suppress_health_check=list(HealthCheck))
 @pytest.mark.filterwarnings('ignore:.*is longer than the run:UserWarning')
-@pytest.mark.filterwarnings('ignore:.*is mostly rounded away:UserWarning')
+@pytest.mark.filterwarnings('ignore:.*away in part:UserWarning')
 @pytest.mark.filterwarnings('ignore:training ended before the first update:UserWarning')
 @pytest.mark.filterwarnings('ignore:.*without an update_interval updates:UserWarning')
 def test_a_run_with_any_legal_time_trains_or_says_which_argument_cannot_work(argument, value, unit):

@@ -568,7 +568,7 @@ class TestSwapping:
         shadow = ShadowModel(net, dtype=shadow_dtype)
         for step in range(3):
             move(net, step)
-            shadow.update(net, smoothing=0.9)
+            shadow.update(net, smoothing=0.75)
         weights, average = frozen_copy(net), frozen_copy(shadow)
         for _ in range(2):
             shadow.swap_in(net)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 #: Elements in a piece of a tensor. Random bits are counted by piece and place in the piece, so that all backends draw
@@ -45,12 +43,3 @@ class Rules:
 def is_inexact(tensor: Tensor) -> bool:
     """Whether the tensor holds floating or complex numbers. Only these can be averaged; others can be copied."""
     return tensor.is_floating_point() or tensor.is_complex()
-
-
-def smallest_weight(averages: Iterable[Tensor]) -> float:
-    """The smallest weight whose updates survive rounding in all of ``averages``; 0 if there are none.
-
-    An update of less weight is under half a unit in the last place of some average, and so is rounded away, even where
-    source and average differ by as much as the average itself.
-    """
-    return max((torch.finfo(average.dtype).eps / 2 for average in averages), default=0.0)

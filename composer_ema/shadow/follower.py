@@ -25,6 +25,7 @@ from composer_ema.shadow.counter import DeviceCounter
 from composer_ema.shadow.function import ByFunction
 from composer_ema.shadow.offload import HostAverage
 from composer_ema.shadow.plan import ByWeight, Mover, Plan, Row, Rows
+from composer_ema.shadow.rounding import RoundingNotice
 from composer_ema.shadow.storage import Storage
 from composer_ema.shadow.stream import SideStream
 from composer_ema.wording import counted
@@ -49,7 +50,8 @@ class Follower:
         self.overlap = overlap
         self._streams: dict[torch.device, SideStream] = {}
         self._skipped: dict[torch.device, DeviceCounter] = {}
-        self._has_warned = self._has_listed = False
+        self._has_listed = False
+        self._rounding = RoundingNotice()
         self.plan: Plan | None = None
 
     def update(self, module: nn.Module, numbers: Sequence[Any]) -> None:
@@ -65,8 +67,8 @@ class Follower:
         """
         plan = self.plan_for(module, joining=True)
         loan.refuse(module, plan.identities)
-        if plan.smallest_weight and not self._has_warned:
-            self._warn_of_rounding(plan, numbers)
+        if self._rounding.limit and min(numbers) < self._rounding.limit:
+            self._rounding.tell(numbers)
         plan.run(plan, numbers)
         for storage in self._storages:
             storage.num_updates += 1
@@ -153,19 +155,6 @@ class Follower:
     def _host_averages(self) -> Sequence[HostAverage]:
         return () if self.plan is None else list(chain.from_iterable(self.plan.host_averages))
 
-    def _warn_of_rounding(self, plan: Plan, weights: Sequence[float]) -> None:
-        weight = min((weight for weight in weights if weight > 0), default=1.0)
-        if weight >= plan.smallest_weight:
-            return
-        self._has_warned = True
-        parameters = chain.from_iterable(storage.parameters.values() for storage in self._storages)
-        dtypes = '/'.join(sorted({str(tensor.dtype).removeprefix('torch.') for tensor in parameters}))
-        warnings.warn(
-            f'an update of weight {weight:.2g} is mostly rounded away in an average kept in {dtypes}. '
-            "Keep it in a wider dtype, update less often, or round bfloat16 with rounding='stochastic'.",
-            stacklevel=4,
-        )
-
     def _new_plan(self, module: nn.Module, joining: bool) -> Plan:
         inventory = Inventory.of(module)
         if joining:  # at its value, which must be one of training
@@ -196,6 +185,7 @@ class Follower:
         )
         self._list_buffers(inventory)
         mover = self._mover()
+        self._rounding.follow(self._rounded())
         watch = Watch(module, inventory, on_gone=_weakly(self.forget_plan), addressed=_addressed(rows, mover))
         sources = {name: pair[1] for pairs in (*parameter_pairs, *buffer_pairs) for name, pair in pairs.items()}
         return Plan(watch, joining, sources, rows, mover, self._streams)
@@ -220,6 +210,13 @@ class Follower:
             self._skipped[device] = DeviceCounter(device)  # first: threads may come here together
             self._streams[device] = SideStream(device, overlap=self.overlap)
 
+    def _rounded(self) -> set[torch.dtype]:
+        """The dtypes of averaged parameters that round to the nearest, and so lose small updates."""
+        settings = self._storages[0].settings
+        if settings.has_function or settings.rounding == 'stochastic':
+            return set()
+        return {tensor.dtype for storage in self._storages for tensor in storage.parameters.values()}
+
     def _mover(self) -> Mover:
         settings = self._storages[0].settings
         if settings.has_function:
@@ -229,7 +226,6 @@ class Follower:
             overlap=self.overlap,
             first_step=self._storages[0].num_updates,
             skipped={device: counter.value for device, counter in self._skipped.items()},
-            parameters=[tensor for storage in self._storages for tensor in storage.parameters.values()],
         )
 
 

@@ -33,7 +33,6 @@ class ByFunction:
     """
 
     may_share = False
-    smallest_weight = 0.0
 
     def __init__(self, settings: Settings) -> None:
         self._avg_fn, self._multi_avg_fn = settings.avg_fn, settings.multi_avg_fn

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from composer_ema import kernels
 from composer_ema.kernels.layout import Pair, grouped
-from composer_ema.kernels.rules import FIRST_PIECE_OF_BUFFERS, smallest_weight
+from composer_ema.kernels.rules import FIRST_PIECE_OF_BUFFERS
 from composer_ema.model.watch import Watch
 from composer_ema.settings import Settings
 from composer_ema.shadow import loan, offload
@@ -43,8 +43,6 @@ class Mover(Protocol):
 
     #: Whether one step may average parameters and buffers.
     may_share: bool
-    #: A positive weight below this one is mostly rounded away.
-    smallest_weight: float
 
     def prepare(self, rows: Rows) -> Step:
         """A step for rows of one device; an element of an averaged buffer is copied where it is not finite."""
@@ -95,7 +93,6 @@ class Plan:
     ) -> None:
         self.watch, self.has_joined, self.sources = watch, has_joined, sources
         self.identities = loan.identities(sources.values())
-        self.smallest_weight = mover.smallest_weight
         self.run = mover.run
         kinds = (rows.parameters, rows.averaged, rows.copied)
         left = [list(filter(mover.is_left_to_a_thread, kind)) for kind in kinds]
@@ -124,7 +121,6 @@ class ByWeight:
         overlap: whether averages on the host are left to a thread.
         first_step: number of the next update, by which random bits are counted.
         skipped: for each device the count of skipped elements.
-        parameters: the averages of parameters; the widest rounding among them decides which weight is too small.
     """
 
     def __init__(
@@ -134,11 +130,9 @@ class ByWeight:
         overlap: bool,
         first_step: int,
         skipped: Mapping[torch.device, Tensor],
-        parameters: Sequence[Tensor],
     ) -> None:
         is_stochastic = settings.rounding == 'stochastic'
         self.may_share = not is_stochastic  # buffers draw bits of their own, whether or not parameters run beside
-        self.smallest_weight = 0.0 if is_stochastic else smallest_weight(parameters)
         self._backend = settings.backend
         self._has_thread = overlap and not settings.skip_nonfinite and not is_stochastic and self._backend == 'auto'
         self._rules = kernels.Rules(
