@@ -1,0 +1,277 @@
+"""Snapshots of any PyTorch loop: averages written while it trains, from which any other is reconstructed afterwards."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from composer_ema.averages import Moment, Power
+from composer_ema.checkpoints.reading import path_of
+from composer_ema.model.inventory import Inventory
+from composer_ema.model.sharding import canonical_name, unwrap
+from composer_ema.posthoc.tensor_files import check_writable
+from composer_ema.posthoc.writer import SnapshotWriter, Tensors, spacing_of
+from composer_ema.settings import ShadowSettings, takes_settings
+from composer_ema.shadow import loan
+from composer_ema.shadow.shadow_model import ShadowModel
+from composer_ema.shadow.shadow_models import ShadowModels
+from composer_ema.spans import ArgumentError, Span
+
+log = logging.getLogger(__name__)
+
+#: The widths of the power averages that are kept by default.
+DEFAULT_POWER = (0.05, 0.10)
+VERSION = 1
+_VERSION, _STEPS, _SAMPLES, _SHADOWS, _WRITER = 'version', 'num_steps', 'num_samples', 'averages', 'writer'
+
+
+@takes_settings
+class Snapshots:
+    """Writes averages of a model while it trains, from which any average can be made after the run.
+
+    Kept are power function averages, by default two, which every update moves beside the training weights; the weights
+    at the first update; and the last weights. :func:`composer_ema.reconstruct` makes of them what an average of any
+    half-life would have been. While training goes on, files hold the averages in full. :meth:`finish` writes the last
+    weights and rewrites the others with float16 differences to them, which takes half of the space. A run that is
+    killed leaves full files, which can be used as they are.
+
+    Args:
+        model: the model in training; DDP, ``torch.compile`` and the like are looked through. Only read.
+        folder: for the files, of this run alone. Made when the first one is written.
+        every: time between two files: steps, as ``100`` or ``'100ba'``; samples, as ``'50000sp'``; or a share of the
+            run, as ``'0.05dur'``. Default: ``'0.05dur'``.
+        num_steps: steps of the whole run. A share of the run and ``halvings`` need it. Default: None.
+        power: widths of the averages to keep, as shares of the time trained so far; see
+            :class:`composer_ema.averages.Power`. Default: 0.05 and 0.10.
+        halvings: how many more files to write towards the end, half of ``every`` before it, a quarter, and so on: short
+            averages at the end then come out better. Default: 0.
+        run_name: what to call the run in the files. Default: the name of the folder.
+        overwrite: whether to remove the snapshots of another run from ``folder``. Default: False.
+        overlap, settings: as for :class:`composer_ema.ShadowModel`. Averages by a function of yours are not possible.
+
+    Attributes:
+        shadows: the averages by label, a :class:`composer_ema.ShadowModels`.
+
+    Raises:
+        TypeError, ValueError: an argument out of range, or a tensor that the files cannot hold.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> model = nn.Linear(1, 1)
+        >>> snapshots = Snapshots(model, folder, every=10, num_steps=20)
+        >>> for _ in range(20):
+        ...     snapshots.update()  # after each step of the optimizer
+        >>> snapshots.finish()
+        >>> sorted(os.listdir(folder))[:2]
+        ['averages-00000010.safetensors', 'averages-00000020.safetensors']
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        folder: str | os.PathLike[str],
+        *,
+        every: int | str = '0.05dur',
+        num_steps: int | None = None,
+        power: float | Sequence[float] = DEFAULT_POWER,
+        halvings: int = 0,
+        run_name: str | None = None,
+        overwrite: bool = False,
+        overlap: bool = False,
+        **settings: Unpack[ShadowSettings],
+    ) -> None:
+        path = path_of(folder, 'folder')
+        for name in ('avg_fn', 'multi_avg_fn'):
+            if settings.get(name) is not None:
+                raise ValueError(f'{name} has no effect on snapshots, which are power averages. Leave it out.')
+        length = None if num_steps is None else Span(check_count('num_steps', num_steps), 'ba')
+        self._spacing = spacing_of(interval_of(every), length, check_count('halvings', halvings, least=0))
+        self._length = length
+        self._overwrite = overwrite
+        self._profiles = profiles_of(power)
+        self._model = model
+        #: The averages by label.
+        self.shadows = ShadowModels(model, list(self._profiles), overlap=overlap, **settings)
+        check_contents(model)
+        self._writer = SnapshotWriter(path, run_name or path.name, {n: str(p) for n, p in self._profiles.items()})
+        self._num_steps = self._num_samples = 0
+        self._has_begun = False
+
+    @property
+    def num_updates(self) -> int:
+        """Updates made so far, one a step."""
+        return self._num_steps
+
+    def update(self, num_samples: int = 0) -> None:
+        """Moves the averages towards the model, and writes a file if one is due. Call it after each optimizer step.
+
+        Args:
+            num_samples: samples in the step, over all processes, for ``every`` and for half-lives in samples. Default:
+                they are not counted.
+
+        Raises:
+            ArgumentError: the folder holds the snapshots of another run.
+            RuntimeError: the model holds an average.
+        """
+        if not self._has_begun:
+            self._begin()
+        moment = Moment.of_update(self._num_steps)
+        weights = {label: profile.weight(moment) for label, profile in self._profiles.items()}
+        self.shadows.update(self._model, weight=weights)
+        self._num_steps += 1
+        self._num_samples += num_samples
+        self._writer.record(self._clock, {label: (weight, moment) for label, weight in weights.items()})
+        if self._writer.is_due():
+            self._writer.write(averages_in(self.shadows), weights_in(self._model), facts_of(self._model))
+
+    def wait_for_reads(self) -> None:
+        """Orders the current stream after the last update has read the parameters, which you may then write."""
+        self.shadows.wait_for_reads()
+
+    def finish(self) -> None:
+        """Writes the last averages and the last weights, and packs all files. Call it when training has ended.
+
+        Raises:
+            RuntimeError: no update was made.
+        """
+        if not self._num_steps:
+            raise RuntimeError('no update was made, so there is nothing to write. Call update() after each step.')
+        if not self._has_begun:
+            self._begin()
+        self._writer.finish(self._clock, averages_in(self.shadows), weights_in(self._model), facts_of(self._model))
+        log.info('%s', self._writer.disk_use())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averages, the run's identity and its updates, to go on from; tensors alias the averages."""
+        return {
+            _VERSION: VERSION,
+            _STEPS: self._num_steps,
+            _SAMPLES: self._num_samples,
+            _SHADOWS: self.shadows.state_dict(),
+            _WRITER: self._writer.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on with the run that :meth:`state_dict` is of. Files that it wrote later are removed at the next update.
+
+        Raises:
+            ValueError: another version, other averages, or names and shapes that do not fit. Nothing is changed.
+        """
+        version = state.get(_VERSION) if isinstance(state, Mapping) else None
+        if type(version) is not int or version != VERSION:
+            raise ValueError(
+                f'the state has format version {version!r}, this release reads {VERSION}. Nothing was loaded. Pass '
+                'what state_dict() of Snapshots returned.'
+            )
+        steps, samples = (check_count(name, state.get(name), least=0) for name in (_STEPS, _SAMPLES))
+        writer = copy.copy(self._writer)
+        writer.load_state_dict(state[_WRITER])
+        self.shadows.load_state_dict(state[_SHADOWS])
+        self._writer, self._num_steps, self._num_samples = writer, steps, samples
+        self._has_begun = False
+
+    @property
+    def _clock(self) -> dict[str, float]:
+        return {'ba': self._num_steps, 'sp': self._num_samples}
+
+    def _begin(self) -> None:
+        self._writer.begin(
+            self._spacing,
+            self._clock,
+            max_duration=None if self._length is None else str(self._length),
+            overwrite=self._overwrite,
+        )
+        log.info('%s', self._writer.announcement(*sizes_of(self.shadows, self._model)))
+        self._has_begun = True
+
+
+def profiles_of(power: Any) -> dict[str, Power]:
+    """The profiles of the averages to keep, by label: ``'power=0.05'``.
+
+    Raises:
+        TypeError, ValueError: a width that is none, or one that is given twice.
+    """
+    widths: Any = [power] if isinstance(power, Real) else power
+    if isinstance(widths, str) or not isinstance(widths, Sequence) or not widths:
+        raise TypeError(f'power must be a number, or a list of them, got {power!r}. Pass for example [0.05, 0.10].')
+    profiles = {str(profile): profile for profile in (Power(width, 'ba') for width in widths)}
+    if len(profiles) < len(widths):
+        raise ValueError(f'power must name each width once, got {list(widths)}.')
+    return profiles
+
+
+def interval_of(every: Any) -> Span:
+    """The time between two files; a whole number counts steps.
+
+    Raises:
+        TypeError, ArgumentError: no time, or one in another unit.
+    """
+    if isinstance(every, int) and not isinstance(every, bool):
+        every = f'{every}ba'
+    span = Span.parse(every, name='every', units=('ba', 'sp', 'dur'), positive=True)
+    if span.unit == 'dur' and span.value > 1:
+        raise ArgumentError(f'every must be at most the whole run, 1dur, got {span}.', 'every')
+    return span
+
+
+def check_count(name: str, value: Any, *, least: int = 1) -> int:
+    """Returns a whole number of at least ``least``, or raises."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f'{name} must be a whole number of at least {least}, got {value!r}.')
+    return value
+
+
+def averages_in(shadows: Mapping[str, ShadowModel]) -> dict[str, Tensors]:
+    """For each label, what a file holds of an average: the parameters, and the buffers that the model saves."""
+    return {label: functools.partial(_averages_of, shadow) for label, shadow in shadows.items()}
+
+
+def _averages_of(shadow: ShadowModel) -> dict[str, Tensor]:
+    state = shadow.state_dict()
+    return {**state['parameters'], **state['buffers']}
+
+
+def weights_in(model: nn.Module) -> Tensors:
+    """What a file holds of the training weights: all tensors of the model's state dict, tied ones once."""
+    return functools.partial(_weights_of, model)
+
+
+def _weights_of(model: nn.Module) -> dict[str, Tensor]:
+    module = unwrap(model)
+    aliases, stash = Inventory.of(module).aliases, loan.training_weights(module)
+    named = {canonical_name(name): value for name, value in module.state_dict().items()}
+    return {
+        name: stash.get(name, value).detach()
+        for name, value in named.items()
+        if isinstance(value, Tensor) and name not in aliases
+    }
+
+
+def facts_of(model: nn.Module) -> dict[str, Any]:
+    """What a file says of the model's tensors: fields of :class:`composer_ema.posthoc.snapshot_files.Header`."""
+    inventory = Inventory.of(unwrap(model))
+    return {'aliases': inventory.aliases, 'statistics': sorted(inventory.statistics)}
+
+
+def check_contents(model: nn.Module) -> None:
+    """Raises a ValueError where a tensor of the model cannot stand in a file."""
+    check_writable(_weights_of(model), 'the snapshots of the model')
+
+
+def sizes_of(shadows: Mapping[str, ShadowModel], model: nn.Module) -> tuple[int, int]:
+    """Bytes of the averages of one moment, and of the training weights."""
+    averages = [tensor for tensors in averages_in(shadows).values() for tensor in tensors().values()]
+    return sum(map(_num_bytes, averages)), sum(map(_num_bytes, _weights_of(model).values()))
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
