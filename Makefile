@@ -9,7 +9,7 @@ DOCS := $(VENV)/.docs
 TORCH ?= 2.13.0
 CORE_VENV := .venv-core-$(TORCH)
 CORE := averages settings spans stream sharding kernels layout naming offload custom shadow following buffers loan lazy updates merge \
-	functional wrapper optimizer optimizer_stepping optimizer_state optimizer_swapping batchnorm interchange package compiled
+	snapshots functional wrapper optimizer optimizer_stepping optimizer_state optimizer_swapping batchnorm interchange package compiled
 # Threads of torch while something is measured on the CPU; empty: as many as torch takes by itself.
 BENCH_THREADS ?=
 BENCH := $(BIN)/python -m benchmarks

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from composer_ema.functional import compute_ema  # one functional update
     from composer_ema.optimizer import EMAOptimizer  # averages after each step of any optimizer, in any loop
     from composer_ema.posthoc.merge import merge  # one file of the weighted sum of several checkpoints
+    from composer_ema.posthoc.snapshots import Snapshots  # averages written while any loop trains
     from composer_ema.shadow.shadow_model import ShadowModel  # the averaged copy: update, swap, state
     from composer_ema.shadow.shadow_models import ShadowModels  # several averages of one model, updated together
     from composer_ema.trainer.ema import EMA  # the Composer algorithm
@@ -23,6 +24,7 @@ __all__ = [
     'EMAOptimizer',
     'ShadowModel',
     'ShadowModels',
+    'Snapshots',
     '__version__',
     'compute_ema',
     'export',
@@ -39,6 +41,7 @@ _LAZY = {
     'EMAOptimizer': 'composer_ema.optimizer',
     'ShadowModel': 'composer_ema.shadow.shadow_model',
     'ShadowModels': 'composer_ema.shadow.shadow_models',
+    'Snapshots': 'composer_ema.posthoc.snapshots',
     'compute_ema': 'composer_ema.functional',
     'export': 'composer_ema.checkpoints.export',
     'load_average': 'composer_ema.checkpoints.reading',

@@ -40,6 +40,8 @@ _IN_RUN, _RECIPE = 'checkpoints', 'recipe.yaml'
 _MAX_DURATION = re.compile(r'^max_duration:\s*[\'"]?([^\s\'"#]+)', re.MULTILINE)
 _COUNTERS = {'ba': 'batch', 'sp': 'sample', 'tok': 'token'}
 _BUILTIN = "Composer's own"
+# In these, updates after a late start came at multiples of the interval since the start of training.
+_COUNT_FROM_START = ('composer_ema, version 1', 'composer_ema, version 2')
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class _Checkpoint:
     averages: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     configs: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     are_builtin: set[str] = field(default_factory=set)
+    count_from_start: set[str] = field(default_factory=set)
 
     @property
     def batch(self) -> int:
@@ -77,12 +80,14 @@ class _Course:
         num_updates: so far.
         last_update: the clock of the last one.
         started_at: the clock from which its age counts.
+        first_update: the clock from which the interval counts; None for the start of training.
     """
 
     weights: Array
     num_updates: int = 0
     last_update: Mapping[str, float] | None = None
     started_at: Mapping[str, float] | None = None
+    first_update: Mapping[str, float] | None = None
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -171,6 +176,8 @@ def _of_state(path: Path, state: Mapping[str, Any]) -> _Checkpoint:
         if upgraded['started']:
             checkpoint.averages |= upgraded['averages']
             checkpoint.configs |= dict.fromkeys(upgraded['averages'], upgraded['config'])
+            if row.written_as in _COUNT_FROM_START:
+                checkpoint.count_from_start |= upgraded['averages'].keys()
             if row.written_as.startswith(_BUILTIN):
                 checkpoint.are_builtin |= upgraded['averages'].keys()
         checkpoint.model |= upgraded.get(formats.STASH, {})
@@ -301,6 +308,7 @@ class _Made:
         start: the time before which nothing is averaged.
         interval: between two updates.
         clocks: of every batch, by unit.
+        counts_from_first: whether the interval counts from a first update that is later than the start of training.
     """
 
     profile: Profile
@@ -309,6 +317,7 @@ class _Made:
     start: Span
     interval: Span
     clocks: Mapping[str, Array]
+    counts_from_first: bool = True
 
     @property
     def is_at_ends(self) -> bool:
@@ -350,7 +359,7 @@ def _made_by(
         length, unit = whole.value, whole.unit
     interval = _resolved(Span.parse(text, name='update_interval'), max_duration)
     start = _resolved(Span.parse(written, name='start'), max_duration)
-    return _Made(profile, length, unit, start, interval, clocks)
+    return _Made(profile, length, unit, start, interval, clocks, label not in checkpoint.count_from_start)
 
 
 def _algorithm_name(config: Mapping[str, Any], label: str) -> str:
@@ -378,7 +387,8 @@ def _simulate(course: _Course, made: _Made, start: int, stop: int) -> None:
         if course.num_updates == 0:
             is_due = starts[batch] >= made.start.value - 1e-9
         else:
-            is_due = last is not None and _has_crossed(last, times[batch], interval.value)
+            begin = 0.0 if course.first_update is None else course.first_update[interval.unit]
+            is_due = last is not None and _has_crossed(last - begin, times[batch] - begin, interval.value)
         if is_due:
             _update(course, made, batch)
             last = times[batch]
@@ -393,6 +403,8 @@ def _has_crossed(earlier: float, now: float, interval: float) -> bool:
 
 def _update(course: _Course, made: _Made, batch: int) -> None:
     clock = made.at(batch)
+    if course.num_updates == 0 and made.start.value != 0 and made.counts_from_first:
+        course.first_update = clock
     if made.unit == UPDATES:
         moment = Moment.of_update(course.num_updates)
     else:
@@ -427,5 +439,6 @@ def _check(course: _Course, average: Mapping[str, Any], *, is_builtin: bool) -> 
         )
     if last is not None:
         course.last_update = last
-    if average['started_at'] is not None:
-        course.started_at = average['started_at']
+    for name in ('started_at', 'first_update'):
+        if average[name] is not None:
+            setattr(course, name, average[name])
