@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from composer_ema.functional import compute_ema  # one functional update
     from composer_ema.optimizer import EMAOptimizer  # averages after each step of any optimizer, in any loop
     from composer_ema.posthoc.merge import merge  # one file of the weighted sum of several checkpoints
+    from composer_ema.posthoc.reconstruct import reconstruct  # any average of a run, from what it kept
     from composer_ema.posthoc.snapshots import Snapshots  # averages written while any loop trains
     from composer_ema.shadow.shadow_model import ShadowModel  # the averaged copy: update, swap, state
     from composer_ema.shadow.shadow_models import ShadowModels  # several averages of one model, updated together
@@ -30,6 +31,7 @@ __all__ = [
     'export',
     'load_average',
     'merge',
+    'reconstruct',
     'update_bn',
 ]
 
@@ -46,6 +48,7 @@ _LAZY = {
     'export': 'composer_ema.checkpoints.export',
     'load_average': 'composer_ema.checkpoints.reading',
     'merge': 'composer_ema.posthoc.merge',
+    'reconstruct': 'composer_ema.posthoc.reconstruct',
     'update_bn': 'composer_ema.batchnorm',
 }
 

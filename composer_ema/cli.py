@@ -29,6 +29,8 @@ except ModuleNotFoundError as error:
 # The other modules that the extra installs. If any other module is missing, that is a bug.
 _OF_THE_EXTRA = ('composer', 'torchvision', 'omegaconf', 'yaml', 'pydantic', 'matplotlib')
 
+# By name, since what defines them takes seconds to import.
+_OF_THE_USER = ('RecipeError', 'CheckpointError', 'ReconstructionError', 'PlotError', 'ArgumentError')
 _KEY_HELP = 'Where in the file the average is, as in ema or state.ema. Default: everywhere.'
 
 app = typer.Typer(
@@ -175,6 +177,48 @@ def _numbers(option: str, text: str | None) -> list[float] | None:
         return None if text is None else [float(each) for each in text.split(',')]
     except ValueError:
         raise typer.BadParameter(f'{option} takes numbers with commas between, as in 0.2,0.8, got {text!r}.') from None
+
+
+@app.command()
+def reconstruct(
+    run: Annotated[
+        Path,
+        typer.Argument(help='The folder of a run with snapshots, or with several checkpoints.', show_default=False),
+    ],
+    out: Annotated[
+        Path, typer.Argument(help='The file to write: safetensors, or of torch as NAME.pt.', show_default=False)
+    ],
+    half_life: Annotated[
+        str | None, typer.Option(help='As EMA keeps it: 0.1dur, 500ba, 2ep, 50000sp.', show_default=False)
+    ] = None,
+    power: Annotated[float | None, typer.Option(help='As EMA keeps it: 0.1.', show_default=False)] = None,
+    gamma: Annotated[
+        float | None, typer.Option(help='The exponent that a power stands for.', show_default=False)
+    ] = None,
+    equal: Annotated[str | None, typer.Option(help='Equal over the last: 0.25dur.', show_default=False)] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            metavar='linear|cosine|1-sqrt[:SPAN]',
+            help='What decaying the learning rate so, over the run or its last SPAN, would have given.',
+            show_default=False,
+        ),
+    ] = None,
+    at: Annotated[str | None, typer.Option(help='An earlier moment: 0.8dur, 4000ba.', show_default=False)] = None,
+    anyway: Annotated[bool, typer.Option('--anyway', help='Write it however large the predicted error.')] = False,
+) -> None:
+    """Write an average that a run did not keep, made of those that it kept."""
+    with _usage_errors():
+        from composer_ema.pictures import reconstructions
+        from composer_ema.posthoc.reconstruct import reconstruct
+
+        found = reconstruct(
+            run, half_life=half_life, power=power, gamma=gamma, equal=equal, schedule=schedule, at=at, anyway=anyway
+        )
+        found.save(out)
+        show(reconstructions.of_reconstruction(found, str(out)))
+        for remark in reconstructions.remarks(found):
+            show(remark)
 
 
 @app.command()
@@ -346,7 +390,7 @@ def _usage_errors() -> Iterator[None]:
             raise
         _fail(f'{error}. {_REMEDY}')
     except ValueError as error:
-        if type(error).__name__ not in ('RecipeError', 'CheckpointError', 'PlotError', 'ArgumentError'):
+        if type(error).__name__ not in _OF_THE_USER:
             raise
         _fail(str(error))
 

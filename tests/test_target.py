@@ -88,7 +88,7 @@ def test_moments_outside_of_the_run_are_refused(clock, at):
     ],
 )
 def test_what_no_average_can_be_is_refused(arguments, message):
-    with pytest.raises(ValueError, match=message.replace('?', r'\?')):
+    with pytest.raises(ArgumentError, match=message.replace('?', r'\?')):
         target.choose(**arguments)
 
 

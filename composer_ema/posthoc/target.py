@@ -191,7 +191,10 @@ def choose(
         return Latest(Span.parse(equal, name='equal', positive=True))
     if schedule is not None:
         return _schedule(schedule)
-    return ByPower(Power(power) if power is not None else Power(gamma=gamma))  # pyright: ignore[reportArgumentType]
+    try:
+        return ByPower(Power(power) if power is not None else Power(gamma=gamma))  # pyright: ignore[reportArgumentType]
+    except ValueError as error:
+        raise ArgumentError(str(error), 'power' if power is not None else 'gamma') from None
 
 
 def _schedule(text: str) -> Decayed:

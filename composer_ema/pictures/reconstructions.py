@@ -1,0 +1,40 @@
+"""What a reconstructed average is made of, as a table."""
+
+from __future__ import annotations
+
+from rich.markup import escape
+from rich.table import Table
+
+from composer_ema.posthoc.reconstruct import Reconstruction
+from composer_ema.wording import counted
+
+
+def of_reconstruction(found: Reconstruction, title: str) -> Table:
+    """The average, its predicted error, and what it was made of, label by label."""
+    table = Table(title=escape(title), title_justify='left', show_header=False)
+    table.add_column(overflow='fold')
+    table.add_column(overflow='fold')
+    rows = {
+        'average': found.target,
+        'run': found.run_name,
+        'at': f'{counted(found.clock["ba"], "batch")}, {counted(found.clock["ep"], "epoch")}',
+        'predicted error': f'{found.predicted_error:.2%} of its distance from the weights',
+    }
+    for label in dict.fromkeys(part.label for part in found.parts):
+        own = [part for part in found.parts if part.label == label]
+        total = sum(part.coefficient for part in own)
+        rows[f'made of {label}'] = f'{counted(len(own), "file")}, together {total:+.3g}'
+    for name, value in rows.items():
+        table.add_row(escape(name), escape(value))
+    return table
+
+
+def remarks(found: Reconstruction) -> list[str]:
+    """What else there is to say: files that were left out, and statistics that fit badly."""
+    said = list(found.left_out)
+    if found.has_statistics:
+        said.append(
+            'The running statistics are averages, too. For those that fit these weights call update_bn(model, '
+            'train_dataloader) after loading them.'
+        )
+    return said
