@@ -295,6 +295,119 @@ def _draw_recipes(recipes: list[tuple[Path, list[str]]], axis: Any, batches_per_
 
 
 @app.command()
+def sweep(
+    run: Annotated[
+        Path, typer.Argument(metavar='RUN_FOLDER', help='The folder of a finished run.', show_default=False)
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar='key=value',
+            help='Where the data lie now, how they are read, and the device: data.root=..., device=cpu.',
+            show_default=False,
+        ),
+    ] = None,
+    half_lives: Annotated[
+        str | None,
+        typer.Option(
+            metavar='TIMES',
+            help='Try these and no others, as in 0.05dur,330ba,1ep. Default: 13 from 1 to 50 % of the run, '
+            'then some around the best.',
+            show_default=False,
+        ),
+    ] = None,
+    power: Annotated[
+        bool, typer.Option('--power', help='Sweep power function averages in place of half-lives.')
+    ] = False,
+    powers: Annotated[
+        str | None,
+        typer.Option(metavar='WIDTHS', help='Try these power function averages, as in 0.05,0.1.', show_default=False),
+    ] = None,
+    points: Annotated[
+        int | None, typer.Option(help='How many to try before those around the best. Default: 13.', show_default=False)
+    ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(help="What to choose by. Default: the model's first loss.", show_default=False),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help='Evaluate on so many batches. Default: all.', show_default=False)
+    ] = None,
+    refresh_batchnorm: Annotated[
+        str | None,
+        typer.Option(
+            metavar='true | BATCHES | TIME',
+            help="Compute BatchNorm's statistics anew for each average, over an epoch of the training data, so many "
+            'batches, or as in 0.5ep. A run with this half-life keeps averaged statistics, and does not.',
+            show_default=False,
+        ),
+    ] = None,
+    on_test: Annotated[
+        bool, typer.Option('--on-test', help='Choose on the test set, which then no longer tests the choice.')
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help='The picture, as for plot. Default: sweep in the run folder.', show_default=False),
+    ] = None,
+) -> None:
+    """Find the best half-life of a finished run: evaluate averages of it, reconstructed from its snapshots.
+
+    Needs a run with data.validation_split. Results are kept in the run folder: a sweep goes on where it stopped.
+    """
+    with _usage_errors():
+        from composer_ema.pictures import sweeps
+        from composer_ema.pictures.writing import check_out, write
+        from composer_ema.recipe.sweep import POINTS, Asked
+        from composer_ema.recipe.swept import sweep_run
+
+        check_out(out := out or run / sweeps.SWEEP)
+        if half_lives is not None and (power or powers):
+            raise typer.BadParameter('--half-lives and power function averages are two sweeps. Leave out one.')
+        asked = Asked(
+            family='power' if power or powers else 'half_life',
+            values=_split(powers if power or powers else half_lives),
+            points=POINTS if points is None else points,
+            metric=metric,
+            num_batches=limit,
+            refresh_batchnorm=_refresh(refresh_batchnorm),
+            on_test=on_test,
+        )
+        with _trials_reported() as report:
+            found = sweep_run(run, asked, overrides or [], report=report)
+        pictures = write(sweeps.draw_sweep(found), out)
+        show(sweeps.table(found))
+        for sentence in sweeps.conclusion(found):
+            show(sentence)
+        show('\n'.join(f'written: {path}' for path in pictures))
+
+
+def _split(text: str | None) -> list[str] | None:
+    return None if text is None else [part.strip() for part in text.split(',') if part.strip()]
+
+
+def _refresh(text: str | None) -> bool | int | str:
+    if text is None:
+        return False
+    return True if text.lower() == 'true' else int(text) if text.isdecimal() else text
+
+
+@contextlib.contextmanager
+def _trials_reported() -> Iterator[Any]:
+    """A bar on a terminal, elsewhere a line for each average that was evaluated."""
+    from rich.progress import Progress
+
+    from composer_ema.pictures.sweeps import in_brief
+
+    console = _error_console()
+    if not console.is_terminal:
+        yield lambda done, total, trial: sys.stderr.write(f'{done} of {total}, {in_brief(trial)}\n')
+        return
+    with Progress(console=console, transient=True) as progress:
+        bar = progress.add_task('training weights', total=None)
+        yield lambda done, total, trial: progress.update(bar, completed=done, total=total, description=in_brief(trial))
+
+
+@app.command()
 def inspect(
     checkpoint: Annotated[
         Path, typer.Argument(help='A checkpoint, of Composer or another library.', show_default=False)

@@ -78,12 +78,12 @@ def draw(
     if not any(rows):
         raise PlotError('there is nothing to draw: no loss, accuracy, learning rate, momentum or average.')
     with rc_context(RC):
-        figure, cells = _new_figure([row for row in rows if row])
+        figure, cells = new_figure([row for row in rows if row])
         for axes, panel in zip(cells, (panel for row in rows for panel in row), strict=True):
             panel.draw(axes, shown, axis)
             axes.set_xlabel(axis)
             _finish_axes(axes, end=end, whole=axis != 'epoch')
-        _add_legend(figure, legend(shown), title=title)
+        add_legend(figure, legend(shown), title=title)
     return figure
 
 
@@ -196,7 +196,7 @@ def _finite(arrays: Iterable[Array]) -> Array:
     return values[np.isfinite(values)]
 
 
-def _new_figure(rows: Sequence[Sequence[object]]) -> tuple[Figure, list[Axes]]:
+def new_figure(rows: Sequence[Sequence[object]]) -> tuple[Figure, list[Axes]]:
     """A figure with a cell for each panel; every row is as wide as the figure."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -225,7 +225,7 @@ def _finish_axes(axes: Axes, *, end: float, whole: bool) -> None:
     axes.set_axisbelow(True)
 
 
-def _add_legend(figure: Figure, entries: Sequence[tuple[Any, str]], *, title: str | None) -> None:
+def add_legend(figure: Figure, entries: Sequence[tuple[Any, str]], *, title: str | None) -> None:
     """Adds the title over the panels and the legend below them. The figure grows by the height of the legend."""
     if title is not None:
         figure.suptitle(_literally(textwrap.fill(title, _TITLE_CHARACTERS)), x=0.01, ha='left', fontsize=10)

@@ -15,6 +15,8 @@ import numpy as np
 METRICS_FILE = 'metrics.jsonl'
 #: The recipe as it was trained, with every value filled in.
 RECIPE_FILE = 'recipe.yaml'
+#: The averages that ``composer-ema sweep`` has evaluated; see :class:`composer_ema.recipe.trials.TrialsFile`.
+SWEEP_FILE = 'sweep.jsonl'
 #: The folder of the checkpoints, unless the recipe gives another.
 CHECKPOINT_FOLDER = 'checkpoints'
 #: What a metrics file calls the momentum of a parameter group, before ``/group0``: by the optimizer's own argument.

@@ -72,7 +72,7 @@ class Refresh:
                 f'leave out: {listed(untracked)}. Let them pass, or set refresh_batchnorm=False.',
                 'refresh_batchnorm',
             )
-        self._num_batches(state)  # raises if the length of an epoch is unknown
+        self.num_batches(state)  # raises if the length of an epoch is unknown
         _training_data(state)  # raises if there is none
 
     def is_due(self, event: Event, shadow: ShadowModel, state: State) -> bool:
@@ -107,7 +107,7 @@ class Refresh:
         self._refreshed_at = self._tried_at
 
     def _compute(self, shadow: ShadowModel, state: State) -> None:
-        batches = self._num_batches(state)
+        batches = self.num_batches(state)
         log.info('computing the BatchNorm statistics of the averaged weights over %d batches', batches)
         with get_precision_context(state.precision, state.precision_config, fp8_autocast_enabled=False):
             update_bn(
@@ -119,7 +119,8 @@ class Refresh:
                 progress_bar=False,
             )
 
-    def _num_batches(self, state: State) -> int:
+    def num_batches(self, state: State) -> int:
+        """How many batches of the training data the setting asks for."""
         setting, epoch = self.setting, state.dataloader_len
         if isinstance(setting, int) and not isinstance(setting, bool):
             return setting if epoch is None else min(setting, epoch.value)
