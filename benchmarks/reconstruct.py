@@ -36,6 +36,8 @@ Vector: TypeAlias = npt.NDArray[np.float64]
 KEPT = (0.05, 0.10)
 #: Half-life of the one average that an ordinary run keeps, as a share of the run.
 ORDINARY = 0.10
+#: Standard deviation of fresh noise on the inputs, without which the network fits all of them and stops moving.
+NOISE = 0.5
 POWER, HALF_LIFE, EQUAL = 'sigma', 'half-life', 'equal'
 TARGETS = (
     *((POWER, width) for width in (0.05, 0.15, 0.25)),
@@ -120,8 +122,9 @@ def train(
     generator = torch.Generator().manual_seed(1)
     for step in range(1, steps + 1):
         chosen = torch.randint(len(inputs), (100,), generator=generator)
+        noise = NOISE * torch.randn(len(chosen), inputs.shape[1], generator=generator)
         optimizer.zero_grad()
-        cross_entropy(model(inputs[chosen]), labels[chosen]).backward()
+        cross_entropy(model(inputs[chosen] + noise), labels[chosen]).backward()
         optimizer.step()
         for name, update in updates.items():
             began = time.perf_counter()
