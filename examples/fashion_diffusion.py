@@ -332,7 +332,7 @@ def draw(options: argparse.Namespace, distances: dict[str, dict[str, float]]) ->
     figure, panels = pyplot.subplots(1, 2, figsize=(8, 4.3), layout='constrained')
     for axes, name in zip(panels, (TRAINING_WEIGHTS, str(best)), strict=True):
         images = images_of(options, model_of(options, name)[0], 64)
-        axes.imshow(tiled(images), cmap='gray_r', interpolation='nearest')
+        axes.imshow(tiled(images).numpy(), cmap='gray_r', interpolation='nearest')
         words = name if name == TRAINING_WEIGHTS else f'average, half-life {best:.1%} of the run'
         axes.set_title(f'{words}: distance {distances[name]["distance"]:.2f}', fontsize=10)
         axes.axis('off')
