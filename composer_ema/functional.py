@@ -205,7 +205,8 @@ def _prepare(
             has_warned = True
             wider = 'float' if torch.finfo(dtype).bits == 16 else 'double'
             warnings.warn(
-                f'ema_model is {rounding.in_words(dtype, weight)}. Call ema_model.{wider}(), or pass a ShadowModel.',
+                f'ema_model is {rounding.in_words(dtype, weight)}. Call ema_model.{wider}(), '
+                'or pass a ShadowModel(model, compensated=True).',
                 stacklevel=3,
             )
         average((weight,))

@@ -97,8 +97,8 @@ class EMAOptimizer(OptimizerWrapper):
         start: the first step to average, at least 0; if no update is due then, the next step that is due. The first
             update copies, and until then the average is the weights. Default: 0, an average from the beginning.
         settings: which tensors to average and how: ``buffers``, ``include``, ``exclude``, ``dtype``,
-            ``skip_nonfinite``, ``rounding``, ``seed``, ``backend``, and ``avg_fn`` or ``multi_avg_fn`` in place of
-            ``average``; see :class:`composer_ema.settings.Settings`.
+            ``skip_nonfinite``, ``rounding``, ``compensated``, ``seed``, ``backend``, and ``avg_fn`` or ``multi_avg_fn``
+            in place of ``average``; see :class:`composer_ema.settings.Settings`.
 
     Raises:
         NotImplementedError: a parameter is sharded by FSDP or tensor parallelism.

@@ -246,7 +246,9 @@ def test_auto_takes_the_fast_path(monkeypatch):
 
 
 def test_an_unknown_backend_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="backend must be one of auto, fused, foreach, reference, got 'triton'"):
+    with pytest.raises(
+        ValueError, match="backend must be one of auto, fused, foreach, blocked, reference, got 'triton'"
+    ):
         kernels.prepare([[]], [], backend='triton')
 
 
@@ -347,7 +349,7 @@ def test_averages_and_copies_of_a_device_are_one_step_of_the_backend_itself(monk
     monkeypatch.setattr(foreach, 'prepare', lambda *arguments: given.append(arguments) or step)
     shadow, source, pair = torch.zeros(2), torch.ones(2), (torch.tensor(0), torch.tensor(1))
     assert kernels.prepare([[shadow]], [source], copied=[pair]) is step
-    assert given == [([[shadow]], [source], kernels.Rules(), [pair], [False])]
+    assert given == [([[shadow]], [source], kernels.Rules(), [pair], [False], None)]
 
 
 def test_groups_of_two_backends_all_run():

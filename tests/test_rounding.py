@@ -48,7 +48,7 @@ def test_the_least_weight_of_a_dtype(dtype, least):
         (
             'float16',
             0.01,
-            r'0\.01 away in part: it may be 4\.9 % off\. Keep it in a wider dtype, or update less',
+            r'0\.01 away in part: it may be 4\.9 % off\. Pass compensated=True, keep it in a wider dtype, or',
         ),
     ],
 )

@@ -27,7 +27,17 @@ TAKERS: dict[str, dict[str, str]] = {
     'EMA': {'dtype': 'shadow_dtype', 'device': 'shadow_device'},
     'SWA': {'dtype': 'shadow_dtype', 'device': 'shadow_device'},
 }
-SHARED = ('buffers', 'include', 'exclude', 'skip_nonfinite', 'rounding', 'seed', 'avg_fn', 'multi_avg_fn')
+SHARED = (
+    'buffers',
+    'include',
+    'exclude',
+    'skip_nonfinite',
+    'rounding',
+    'compensated',
+    'seed',
+    'avg_fn',
+    'multi_avg_fn',
+)
 DEFAULTS = {
     'buffers': 'statistics',
     'include': None,
@@ -36,6 +46,7 @@ DEFAULTS = {
     'device': None,
     'skip_nonfinite': False,
     'rounding': 'nearest',
+    'compensated': False,
     'seed': 0,
     'backend': 'auto',
     'avg_fn': None,
@@ -67,7 +78,11 @@ class TestRefusals:
             ({'buffers': 'mean'}, ValueError, r"buffers must be 'statistics', 'average', 'copy', or .*, got 'mean'\."),
             ({'buffers': None}, ValueError, r"buffers must be 'statistics', 'average', 'copy', or .*, got None\."),
             ({'rounding': 'up'}, ValueError, r"rounding must be 'nearest' or 'stochastic', got 'up'\."),
-            ({'backend': 'cpp'}, ValueError, r"must be 'auto', 'fused', 'foreach' or 'reference', got 'cpp'\."),
+            (
+                {'backend': 'cpp'},
+                ValueError,
+                r"must be 'auto', 'fused', 'foreach', 'blocked' or 'reference', got 'cpp'\.",
+            ),
             ({'skip_nonfinite': 1}, TypeError, r'skip_nonfinite must be True or False, got 1\.'),
             ({'seed': -1}, ValueError, r'seed must be a whole number in \[0, 2\*\*63\), got -1\.'),
             ({'seed': 2**63}, ValueError, r'seed must be a whole number in \[0, 2\*\*63\), got 9223372036854775808'),

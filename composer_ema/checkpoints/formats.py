@@ -12,7 +12,8 @@ model was saved with an average in it.
 
 ``last_update``, ``started_at`` and ``first_update`` are clocks, time by unit, or None where they are not known.
 ``start_share`` is how much of the average is still its start, or None. ``profile`` holds the profile's ``description``
-and what it remembers. An algorithm may add further keys of its own.
+and what it remembers. A compensated average also has ``compensations``, the Kahan terms by name; any average loads with
+them or without. An algorithm may add further keys of its own.
 """
 
 from __future__ import annotations
@@ -216,6 +217,8 @@ def _check(state: State, what: str) -> None:
         check_count(average.get('num_updates'), 'num_updates', what)
         for key, kind in (('parameters', Tensor), ('buffers', Tensor), ('aliases', str)):
             _expect_named(average, key, kind, what)
+        if 'compensations' in average:
+            _expect_named(average, 'compensations', Tensor, what)
         _expect(_expect(average, 'profile', Mapping, what), 'description', str, f"'profile' of {what}")
         for key in ('last_update', 'started_at', 'first_update'):
             _check_clock(average, key, what)

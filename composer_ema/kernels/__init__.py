@@ -11,14 +11,14 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from composer_ema.kernels import foreach, fused, reference
+from composer_ema.kernels import blocked, foreach, fused, reference
 from composer_ema.kernels.backend import Backend, Steps
 from composer_ema.kernels.layout import Pair, grouped
-from composer_ema.kernels.rules import Rules, is_inexact
+from composer_ema.kernels.rules import Rules, dtype_of_compensation, is_inexact
 from composer_ema.wording import counted
 
 #: The backends by name, fastest first.
-BACKENDS: Mapping[str, Backend] = {'fused': fused, 'foreach': foreach, 'reference': reference}
+BACKENDS: Mapping[str, Backend] = {'fused': fused, 'foreach': foreach, 'blocked': blocked, 'reference': reference}
 
 
 def prepare(
@@ -29,6 +29,7 @@ def prepare(
     copied: Sequence[Pair] = (),
     backend: str = 'auto',
     rules: Rules | None = None,
+    compensations: Sequence[Sequence[Tensor]] | None = None,
 ) -> Steps:
     """Prepares an update of k averages of the same sources.
 
@@ -43,9 +44,13 @@ def prepare(
             but 0. Other averages become NaN or infinite there.
         copied: pairs of a tensor and its source, of equal shapes and any dtypes and devices. Every update copies them,
             whatever the weights; on CUDA, in the launch that averages.
-        backend: ``'fused'``, ``'foreach'``, ``'reference'``, or ``'auto'``, which takes for each tensor the first of
-            these that can. A backend named here must take every average; copies that it cannot take go to the next.
+        backend: ``'fused'``, ``'foreach'``, ``'blocked'``, ``'reference'``, or ``'auto'``, which takes for each tensor
+            the first of these that can. A backend named here must take every average; copies that it cannot take go to
+            the next.
         rules: how elements are guarded and rounded. Default: not guarded, rounded to the nearest.
+        compensations: for rules that are compensated k lists of Kahan terms, one beside each shadow: of its shape,
+            strides and device, and of the dtype that :func:`composer_ema.kernels.rules.dtype_of_compensation` says.
+            Written in place: the average is the sum of both, and a weight of 1 makes the term zero.
 
     Returns:
         A step that takes a sequence of k weights, each in [0, 1]: 0 keeps the average, 1 copies the source. It runs on
@@ -66,6 +71,7 @@ def prepare(
     _check_backend(backend)
     _check_averages(averages, sources)
     _check_copies(copied)
+    _check_compensations(averages, compensations, rules)
 
     def choice(index: int) -> tuple[str, torch.device]:
         shadows = _shadows_of(index, averages)
@@ -82,7 +88,8 @@ def prepare(
         of_group = [sources[index] for index in indices]
         are_mended = [index in mended for index in indices]
         copies = copies_by_choice[name, device]
-        steps.append(BACKENDS[name].prepare(shadow_sets, of_group, rules, copies, are_mended))
+        terms = None if compensations is None else [[each[index] for index in indices] for each in compensations]
+        steps.append(BACKENDS[name].prepare(shadow_sets, of_group, rules, copies, are_mended, terms))
     return steps[0] if len(steps) == 1 else _one_after_the_other(steps)
 
 
@@ -142,7 +149,7 @@ def _choose(shadows: Sequence[Tensor], source: Tensor, backend: str, rules: Rule
         ValueError: the backend was named, and refuses.
     """
     refusals: dict[str, str] = {}
-    for name in BACKENDS if backend == 'auto' else (backend,):
+    for name in _in_question(rules) if backend == 'auto' else (backend,):
         reason = BACKENDS[name].refusal_of_device(source.device, is_asked=name == backend) or _first(
             BACKENDS[name].refusal(shadow, source, rules) for shadow in shadows
         )
@@ -150,6 +157,11 @@ def _choose(shadows: Sequence[Tensor], source: Tensor, backend: str, rules: Rule
             return name, refusals
         refusals[name] = reason
     raise ValueError(f"the backend {backend!r} cannot take this pair: {refusals[backend]}. Pass backend='auto'.")
+
+
+def _in_question(rules: Rules) -> list[str]:
+    """The backends to choose from: of those that move tensors by torch's functions, one compensates."""
+    return [name for name in BACKENDS if name != ('foreach' if rules.compensated else 'blocked')]
 
 
 def _choose_for_copy(copy: Tensor, source: Tensor, backend: str) -> str:
@@ -196,6 +208,29 @@ def _check_averages(averages: Sequence[Sequence[Tensor]], sources: Sequence[Tens
             if source.is_complex() != shadow.is_complex():
                 raise ValueError(
                     f'shadow {index} is {shadow.dtype}, its source {source.dtype}. Both or neither must be complex.'
+                )
+
+
+def _check_compensations(
+    averages: Sequence[Sequence[Tensor]], compensations: Sequence[Sequence[Tensor]] | None, rules: Rules
+) -> None:
+    if rules.compensated != (compensations is not None):
+        raise ValueError(
+            f'compensations belong to compensated rules, got {"none" if compensations is None else "some"} with '
+            f'compensated={rules.compensated}. Pass both or neither.'
+        )
+    if compensations is None:
+        return
+    if [len(terms) for terms in compensations] != [len(shadows) for shadows in averages]:
+        raise ValueError('each average must have a list of as many compensations as shadows.')
+    for shadows, terms in zip(averages, compensations, strict=True):
+        for index, (shadow, term) in enumerate(zip(shadows, terms, strict=True)):
+            expected = (shadow.shape, shadow.stride(), shadow.device, dtype_of_compensation(shadow.dtype))
+            if (term.shape, term.stride(), term.device, term.dtype) != expected:
+                raise ValueError(
+                    f'compensation {index} is {term.dtype} on {term.device} of shape {tuple(term.shape)} and strides '
+                    f'{term.stride()}, but its shadow needs one of {expected[3]} on {shadow.device} of shape '
+                    f'{tuple(shadow.shape)} and strides {shadow.stride()}. Pass torch.zeros_like(shadow, dtype=...).'
                 )
 
 

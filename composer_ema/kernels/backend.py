@@ -54,6 +54,7 @@ class Backend(Protocol):
         rules: Rules,
         copied: Sequence[Pair],
         are_mended: Sequence[bool],
+        compensations: Sequence[Sequence[Tensor]] | None,
     ) -> Steps:
         """Prepares k averages of ``sources``, and copies.
 
@@ -67,6 +68,8 @@ class Backend(Protocol):
             copied: pairs of a tensor and its source. Each update copies them, whatever the weights.
             are_mended: for each source whether an element of it is copied where it or its average is not finite,
                 by every weight but 0. Where ``rules`` skip the element, they win.
+            compensations: the Kahan terms of the shadows, as many and of their strides; None where ``rules`` are not
+                compensated.
 
         Returns:
             A step that takes k weights.

@@ -51,6 +51,8 @@ def refusal(shadow: Tensor, source: Tensor, rules: Rules) -> str | None:
         return 'skipping non-finite weights would take a second pass'
     if rules.stochastic and shadow.dtype is torch.bfloat16:
         return 'foreach kernels round to the nearest'
+    if rules.compensated:
+        return 'foreach kernels keep no Kahan term'
     return None
 
 
@@ -71,9 +73,10 @@ def prepare(
     rules: Rules,
     copied: Sequence[Pair],
     are_mended: Sequence[bool],
+    compensations: Sequence[Sequence[Tensor]] | None,
 ) -> Steps:
     """Groups the pairs by dtype and returns a step that makes one fused call per group or chunk."""
-    del rules  # pairs to which any of them applies were refused
+    del rules, compensations  # pairs to which any of them applies were refused
     calls = [_calls(detached(shadows), sources, are_mended) for shadows in shadow_sets]
     copies = list(_copies(*unzip(copied)))
 

@@ -2,9 +2,9 @@
 
 A table on the device, built once, assigns each program a piece of one tensor: where the piece starts, how long it is,
 and where the same piece starts in each of k averages. The program reads its piece of the source once and updates all k
-averages, so k float32 averages move 4 + 8k bytes per parameter. Tensors that are copied, such as BatchNorm's counters,
-are rows of the same table. The kernel reads weights, seed and step from device memory, so a captured CUDA graph replays
-with the values that are there at the time.
+averages, so k float32 averages move 4 + 8k bytes per parameter, and compensated ones 4 + 16k. Tensors that are copied,
+such as BatchNorm's counters, are rows of the same table. The kernel reads weights, seed and step from device memory, so
+a captured CUDA graph replays with the values that are there at the time.
 
 This module imports Triton only to prepare a step: CPU builds of torch come without it.
 """
@@ -30,7 +30,8 @@ _MIXED = -1
 _WORDS, _BYTES = 3, 4
 # Added to the code of a source whose elements are copied where average or source is not finite.
 _MENDED = 8
-# The columns of a row: address, length and code of the source's piece, then k addresses and k codes of averages.
+# The columns of a row: address, length and code of the source's piece, then k addresses and k codes of averages, and
+# where these are compensated k addresses of their Kahan terms.
 # A row that is copied has its target in the first of the k addresses.
 _HEAD = 3
 _NUM_WARPS = 8
@@ -78,6 +79,7 @@ def prepare(
     rules: Rules,
     copied: Sequence[Pair],
     are_mended: Sequence[bool],
+    compensations: Sequence[Sequence[Tensor]] | None,
 ) -> Steps:
     """Builds the table and returns a step of one launch.
 
@@ -87,10 +89,10 @@ def prepare(
     """
     num_averages = len(shadow_sets)
     device = (*sources, *(source for _, source in copied))[0].device
-    rows = _rows(shadow_sets, sources, are_mended)
-    copied_rows = _rows_of_copies(copied, num_averages)
-    shadow_codes = rows[:, _HEAD + num_averages :]
-    addresses = torch.cat([rows[:, :1], rows[:, _HEAD : _HEAD + num_averages]], dim=1)
+    rows = _rows(shadow_sets, sources, are_mended, compensations)
+    copied_rows = _rows_of_copies(copied, rows.shape[1])
+    shadow_codes = rows[:, _HEAD + num_averages : _HEAD + 2 * num_averages]
+    addresses = rows[:, [0, *range(_HEAD, _HEAD + num_averages), *range(_HEAD + 2 * num_averages, rows.shape[1])]]
     meta: dict[str, Any] = {
         'K': num_averages,
         'SOURCE': _common(rows[:, 2] % _MENDED),
@@ -103,6 +105,7 @@ def prepare(
         'PIECE': PIECE,
         'ROUNDS': PHILOX_ROUNDS,
         'FIRST': rules.first_piece if rules.stochastic else 0,
+        'COMPENSATED': rules.compensated,
         'num_warps': _NUM_WARPS,
     }
     # Random bits are counted by row, so copies come last: then they do not change the bits.
@@ -144,39 +147,45 @@ class _Launch:
             self._kernel[(len(self._table),)](self._table, self.weights, self.control, self._skipped, **self._meta)
 
 
-def _rows(shadow_sets: Sequence[Sequence[Tensor]], sources: Sequence[Tensor], are_mended: Sequence[bool]) -> Tensor:
+def _rows(
+    shadow_sets: Sequence[Sequence[Tensor]],
+    sources: Sequence[Tensor],
+    are_mended: Sequence[bool],
+    compensations: Sequence[Sequence[Tensor]] | None,
+) -> Tensor:
     """The table on the host, int64: a row for each piece of each source."""
-    parts = [_no_rows(len(shadow_sets))]
-    for is_mended, source, *shadows in zip(are_mended, sources, *shadow_sets, strict=True):
+    width = _HEAD + (2 if compensations is None else 3) * len(shadow_sets)
+    parts = [torch.empty(0, width, dtype=torch.int64)]
+    for index, (is_mended, source) in enumerate(zip(are_mended, sources, strict=True)):
+        shadows = [shadows[index] for shadows in shadow_sets]
+        terms = [terms[index] for terms in compensations or ()]
         starts = torch.arange(0, source.numel(), PIECE)
-        part = torch.empty(len(starts), _HEAD + 2 * len(shadows), dtype=torch.int64)
+        part = torch.empty(len(starts), width, dtype=torch.int64)
         part[:, 0] = source.data_ptr() + starts * source.element_size()
         part[:, 1] = (source.numel() - starts).clamp(max=PIECE)
         part[:, 2] = _SOURCE_CODES[source.dtype] + (_MENDED if is_mended else 0)
         for k, shadow in enumerate(shadows):
             part[:, _HEAD + k] = shadow.data_ptr() + starts * shadow.element_size()
             part[:, _HEAD + len(shadows) + k] = _SHADOW_CODES[shadow.dtype]
+        for k, term in enumerate(terms):
+            part[:, _HEAD + 2 * len(shadows) + k] = term.data_ptr() + starts * term.element_size()
         parts.append(part)
     return torch.cat(parts)
 
 
-def _rows_of_copies(copied: Sequence[Pair], num_averages: int) -> Tensor:
+def _rows_of_copies(copied: Sequence[Pair], width: int) -> Tensor:
     """The table's rows for pairs that are copied, as wide as those of averages."""
-    parts = [_no_rows(num_averages)]
+    parts = [torch.empty(0, width, dtype=torch.int64)]
     for copy, source in copied:
         size, addresses = source.numel() * source.element_size(), (source.data_ptr(), copy.data_ptr())
         unit = 1 if any(number % 4 for number in (size, *addresses)) else 4
         starts = torch.arange(0, size, PIECE * unit)
-        part = torch.zeros(len(starts), _HEAD + 2 * num_averages, dtype=torch.int64)
+        part = torch.zeros(len(starts), width, dtype=torch.int64)
         part[:, 0], part[:, _HEAD] = addresses[0] + starts, addresses[1] + starts
         part[:, 1] = ((size - starts) // unit).clamp(max=PIECE)
         part[:, 2] = _WORDS if unit == 4 else _BYTES
         parts.append(part)
     return torch.cat(parts)
-
-
-def _no_rows(num_averages: int) -> Tensor:
-    return torch.empty(0, _HEAD + 2 * num_averages, dtype=torch.int64)
 
 
 def _common(codes: Tensor) -> int:

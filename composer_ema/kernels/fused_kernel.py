@@ -14,10 +14,10 @@ def update(
     table, weights, control, skipped,
     K: tl.constexpr, SOURCE: tl.constexpr, SHADOW: tl.constexpr, GUARD: tl.constexpr, STOCHASTIC: tl.constexpr,
     COPIES: tl.constexpr, MENDS: tl.constexpr, ALIGNED: tl.constexpr, PIECE: tl.constexpr, ROUNDS: tl.constexpr,
-    FIRST: tl.constexpr,
+    FIRST: tl.constexpr, COMPENSATED: tl.constexpr,
 ):  # fmt: skip
     number = tl.program_id(0)
-    row = table + number.to(tl.int64) * (3 + 2 * K)
+    row = table + number.to(tl.int64) * (3 + (3 if COMPENSATED else 2) * K)
     count = tl.load(row + 1).to(tl.int32)
     seed, step = tl.load(control), tl.load(control + 1).to(tl.uint32)
     number = number.to(tl.uint32) + FIRST
@@ -28,12 +28,12 @@ def update(
     elif count == PIECE:
         _average_piece(
             row, count, weights, skipped, seed, number, step, K, SOURCE, SHADOW, GUARD, STOCHASTIC, MENDS, False,
-            ALIGNED, PIECE, ROUNDS,
+            ALIGNED, PIECE, ROUNDS, COMPENSATED,
         )  # fmt: skip
     else:
         _average_piece(
             row, count, weights, skipped, seed, number, step, K, SOURCE, SHADOW, GUARD, STOCHASTIC, MENDS, True,
-            ALIGNED, PIECE, ROUNDS,
+            ALIGNED, PIECE, ROUNDS, COMPENSATED,
         )  # fmt: skip
     if STOCHASTIC:
         # When the last program arrives, all programs have read the step, so that one may advance it.
@@ -60,6 +60,7 @@ def _average_piece(
     row, count, weights, skipped, seed, number, step,
     K: tl.constexpr, SOURCE: tl.constexpr, SHADOW: tl.constexpr, GUARD: tl.constexpr, STOCHASTIC: tl.constexpr,
     MENDS: tl.constexpr, MASKED: tl.constexpr, ALIGNED: tl.constexpr, PIECE: tl.constexpr, ROUNDS: tl.constexpr,
+    COMPENSATED: tl.constexpr,
 ):  # fmt: skip
     offsets = tl.arange(0, PIECE)
     address = tl.load(row)
@@ -80,37 +81,45 @@ def _average_piece(
     is_mended = tl.load(row + 2) // 8 if MENDS else 0
     for k in tl.static_range(K):
         weight, shadow = tl.load(weights + k), tl.load(row + 3 + k)
+        term = tl.load(row + 3 + 2 * K + k) if COMPENSATED else shadow
         if SHADOW >= 0:
             _average(
-                shadow, offsets, count, new, is_bad, is_mended, weight, seed, number, step, k, SHADOW, GUARD,
-                STOCHASTIC, MENDS, MASKED, ALIGNED, ROUNDS,
+                shadow, term, offsets, count, new, is_bad, is_mended, weight, seed, number, step, k, SHADOW, GUARD,
+                STOCHASTIC, MENDS, MASKED, ALIGNED, ROUNDS, COMPENSATED,
             )  # fmt: skip
         else:
             if tl.load(row + 3 + K + k) == 0:
                 _average(
-                    shadow, offsets, count, new, is_bad, is_mended, weight, seed, number, step, k, 0, GUARD,
-                    STOCHASTIC, MENDS, MASKED, ALIGNED, ROUNDS,
+                    shadow, term, offsets, count, new, is_bad, is_mended, weight, seed, number, step, k, 0, GUARD,
+                    STOCHASTIC, MENDS, MASKED, ALIGNED, ROUNDS, COMPENSATED,
                 )  # fmt: skip
             else:
                 _average(
-                    shadow, offsets, count, new, is_bad, is_mended, weight, seed, number, step, k, 1, GUARD,
-                    STOCHASTIC, MENDS, MASKED, ALIGNED, ROUNDS,
+                    shadow, term, offsets, count, new, is_bad, is_mended, weight, seed, number, step, k, 1, GUARD,
+                    STOCHASTIC, MENDS, MASKED, ALIGNED, ROUNDS, COMPENSATED,
                 )  # fmt: skip
 
 
 @triton.jit
 def _average(
-    shadow, offsets, count, new, is_bad, is_mended, weight, seed, number, step, which,
+    shadow, term, offsets, count, new, is_bad, is_mended, weight, seed, number, step, which,
     CODE: tl.constexpr, GUARD: tl.constexpr, STOCHASTIC: tl.constexpr, MENDS: tl.constexpr, MASKED: tl.constexpr,
-    ALIGNED: tl.constexpr, ROUNDS: tl.constexpr,
+    ALIGNED: tl.constexpr, ROUNDS: tl.constexpr, COMPENSATED: tl.constexpr,
 ):  # fmt: skip
     old = _read(shadow, offsets, count, CODE, MASKED, ALIGNED)
-    # The two forms of torch.lerp; each is exact at its own end.
-    value = tl.where(weight < 0.5, old + weight * (new - old), new - (new - old) * (1.0 - weight))
-    value = tl.where(weight >= 1.0, new, tl.where(weight <= 0.0, old, value))
+    if COMPENSATED:
+        # What the average shall move by, with what rounding left out so far. At weight 1 this is exactly new - old.
+        left_out = _read(term, offsets, count, 0, MASKED, ALIGNED)
+        move = _lerp(left_out, new - old, weight)
+        value = tl.where(weight >= 1.0, new, tl.where(weight <= 0.0, old, old + move))
+    else:
+        value = tl.where(weight >= 1.0, new, tl.where(weight <= 0.0, old, _lerp(old, new, weight)))
+    is_copied = tl.where(weight >= 1.0, 1, 0)
     if MENDS:
-        instead = tl.where(is_mended * tl.where(weight > 0.0, 1, 0) != 0, new, value)
-        value = tl.where(tl.abs(value) <= 3.4028234663852886e38, value, instead)
+        is_lost = tl.where(tl.abs(value) <= 3.4028234663852886e38, 0, 1)
+        takes_source = is_lost * is_mended * tl.where(weight > 0.0, 1, 0)
+        value = tl.where(takes_source != 0, new, value)
+        is_copied = is_copied + takes_source
     if CODE == 1:
         # bfloat16 is float32 without its lower 16 bits. What we add before cutting them off decides what carries.
         bits = value.to(tl.uint32, bitcast=True)
@@ -122,11 +131,19 @@ def _average(
         value = tl.where(tl.abs(value) <= 3.3895313892515355e38, rounded.to(tl.float32, bitcast=True), value)
     if GUARD:
         value = tl.where(is_bad != 0, old, value)
-    pointer = _pointer(shadow, CODE, ALIGNED) + offsets
-    if MASKED:
-        tl.store(pointer, value, mask=offsets < count)
-    else:
-        tl.store(pointer, value)
+    _write(shadow, value, offsets, count, CODE, MASKED, ALIGNED)
+    if COMPENSATED:
+        # Exact where the average is larger than its move (Dekker 1971).
+        rest = tl.where(is_copied != 0, 0.0, tl.where(weight <= 0.0, left_out, move - (value - old)))
+        if GUARD:
+            rest = tl.where(is_bad != 0, left_out, rest)
+        _write(term, rest, offsets, count, 0, MASKED, ALIGNED)
+
+
+@triton.jit
+def _lerp(old, new, weight):
+    # The two forms of torch.lerp; each is exact at its own end.
+    return tl.where(weight < 0.5, old + weight * (new - old), new - (new - old) * (1.0 - weight))
 
 
 @triton.jit
@@ -134,6 +151,15 @@ def _read(address, offsets, count, CODE: tl.constexpr, MASKED: tl.constexpr, ALI
     pointer = _pointer(address, CODE, ALIGNED) + offsets
     value = tl.load(pointer, mask=offsets < count, other=0.0) if MASKED else tl.load(pointer)
     return value.to(tl.float32)
+
+
+@triton.jit
+def _write(address, value, offsets, count, CODE: tl.constexpr, MASKED: tl.constexpr, ALIGNED: tl.constexpr):
+    pointer = _pointer(address, CODE, ALIGNED) + offsets
+    if MASKED:
+        tl.store(pointer, value, mask=offsets < count)
+    else:
+        tl.store(pointer, value)
 
 
 @triton.jit

@@ -55,29 +55,44 @@ def prepare(
     rules: Rules,
     copied: Sequence[Pair],
     are_mended: Sequence[bool],
+    compensations: Sequence[Sequence[Tensor]] | None,
 ) -> Steps:
     """Returns a step that averages in float64 and rounds once, into the shadow's dtype."""
     pieces = [-(-source.numel() // PIECE) for source in sources]
     first_pieces = list(itertools.accumulate(pieces, initial=rules.first_piece))[:-1]
     next_step = rules.first_step
 
+    if compensations is None:
+        term_sets: Sequence[Sequence[Tensor | None]] = [[None] * len(sources) for _ in shadow_sets]
+    else:
+        term_sets = compensations
+
     @torch.no_grad()
     def step(weights: Sequence[float]) -> None:
         nonlocal next_step
-        for which, (shadows, weight) in enumerate(zip(shadow_sets, weights, strict=True)):
-            for shadow, source, first_piece, is_mended in zip(shadows, sources, first_pieces, are_mended, strict=True):
-                new = average(shadow, source, weight)
+        for which, (shadows, terms, weight) in enumerate(zip(shadow_sets, term_sets, weights, strict=True)):
+            for shadow, term, source, first_piece, is_mended in zip(
+                shadows, terms, sources, first_pieces, are_mended, strict=True
+            ):
+                old = shadow if term is None else average(shadow, shadow, 0.0) + average(term, term, 0.0)
+                new, current = average(old, source, weight), average(shadow, source, 1.0)
+                is_copied = torch.full_like(shadow, weight == 1, dtype=torch.bool)
                 if is_mended and weight > 0:
-                    current = average(shadow, source, 1.0)
-                    new = torch.where(shadow.isfinite() & current.isfinite(), new, current)
+                    is_copied |= ~(shadow.isfinite() & current.isfinite())
+                    new = torch.where(is_copied, current, new)
                 if rules.stochastic and shadow.dtype is torch.bfloat16:
                     new = round_stochastically(new, shadow, rules.seed, first_piece, next_step, which)
+                is_kept = torch.full_like(shadow, weight == 0, dtype=torch.bool)
                 if rules.skip_nonfinite:
                     is_bad = ~source.detach().isfinite().to(shadow.device)
-                    new = torch.where(is_bad, shadow.to(new.dtype), new)
+                    is_kept |= is_bad
                     if rules.skipped is not None and which == 0:
                         rules.skipped.add_(is_bad.sum())
-                shadow.copy_(new)
+                rounded = torch.where(is_kept, shadow, new.to(shadow.dtype))
+                if term is not None:
+                    rest = torch.where(is_copied, 0, new - rounded.to(new.dtype))
+                    term.copy_(torch.where(is_kept, term.to(rest.dtype), rest))
+                shadow.copy_(rounded)
         for copy, source in copied:
             copy.copy_(source)
         next_step += 1

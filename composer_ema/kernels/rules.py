@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 #: Elements in a piece of a tensor. Random bits are counted by piece and place in the piece, so that all backends draw
@@ -28,6 +29,8 @@ class Rules:
         first_step: number of the next update, at least 0.
         first_piece: number of the step's first piece, in [0, 2**32). Steps that differ in it draw
             different bits.
+        compensated: beside each average lies a Kahan term, which holds what rounding the average has left out, so that
+            no small update is lost.
         skipped: int64 scalar on the averages' device, to which skipped elements are added without synchronising.
             Default: they are not counted.
     """
@@ -37,9 +40,18 @@ class Rules:
     seed: int = 0
     first_step: int = 0
     first_piece: int = 0
+    compensated: bool = False
     skipped: Tensor | None = None
 
 
 def is_inexact(tensor: Tensor) -> bool:
     """Whether the tensor holds floating or complex numbers. Only these can be averaged; others can be copied."""
     return tensor.is_floating_point() or tensor.is_complex()
+
+
+def dtype_of_compensation(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the Kahan term of an average of ``dtype``: that dtype, or float32 for 16 bits.
+
+    A term of 16 bits would leave a 16-bit average with fewer digits than float32 has, in as much memory.
+    """
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype

@@ -174,6 +174,8 @@ class Follower:
                 storage.join(inventory, frozen=tracked)
         parameter_pairs = [each.paired(each.parameters, inventory.parameters) for each in self._storages]
         buffer_pairs = [each.paired(each.buffers, inventory.buffers) for each in self._storages]
+        for storage in self._storages:
+            storage.compensate()
         parameters, buffers = _rows(parameter_pairs), _rows(buffer_pairs)
         for shadows, _ in chain(parameters.values(), buffers.values()):
             self._add_device(shadows[0].device)
@@ -213,7 +215,7 @@ class Follower:
     def _rounded(self) -> set[torch.dtype]:
         """The dtypes of averaged parameters that round to the nearest, and so lose small updates."""
         settings = self._storages[0].settings
-        if settings.has_function or settings.rounding == 'stochastic':
+        if settings.has_function or settings.compensated or settings.rounding == 'stochastic':
             return set()
         return {tensor.dtype for storage in self._storages for tensor in storage.parameters.values()}
 
@@ -226,6 +228,7 @@ class Follower:
             overlap=self.overlap,
             first_step=self._storages[0].num_updates,
             skipped={device: counter.value for device, counter in self._skipped.items()},
+            compensations=[storage.compensations for storage in self._storages],
         )
 
 

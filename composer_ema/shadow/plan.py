@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import filterfalse
+from itertools import chain, filterfalse
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +18,7 @@ from composer_ema.kernels.rules import FIRST_PIECE_OF_BUFFERS
 from composer_ema.model.watch import Watch
 from composer_ema.settings import Settings
 from composer_ema.shadow import loan, offload
+from composer_ema.shadow.compensation import Compensations
 from composer_ema.shadow.offload import HostAverage
 from composer_ema.shadow.stream import SideStream
 
@@ -121,6 +122,7 @@ class ByWeight:
         overlap: whether averages on the host are left to a thread.
         first_step: number of the next update, by which random bits are counted.
         skipped: for each device the count of skipped elements.
+        compensations: for each average its Kahan terms; without effect unless the settings ask for them.
     """
 
     def __init__(
@@ -130,15 +132,22 @@ class ByWeight:
         overlap: bool,
         first_step: int,
         skipped: Mapping[torch.device, Tensor],
+        compensations: Sequence[Compensations],
     ) -> None:
         is_stochastic = settings.rounding == 'stochastic'
         self.may_share = not is_stochastic  # buffers draw bits of their own, whether or not parameters run beside
         self._backend = settings.backend
-        self._has_thread = overlap and not settings.skip_nonfinite and not is_stochastic and self._backend == 'auto'
+        follows_rules = settings.skip_nonfinite or is_stochastic or settings.compensated
+        self._has_thread = overlap and not follows_rules and self._backend == 'auto'
         self._rules = kernels.Rules(
-            skip_nonfinite=settings.skip_nonfinite, stochastic=is_stochastic, seed=settings.seed, first_step=first_step
+            skip_nonfinite=settings.skip_nonfinite,
+            stochastic=is_stochastic,
+            seed=settings.seed,
+            first_step=first_step,
+            compensated=settings.compensated,
         )
         self._skipped = skipped
+        self._compensations = compensations
 
     def prepare(self, rows: Rows) -> Step:
         averaged = [*rows.parameters, *rows.averaged]
@@ -154,7 +163,23 @@ class ByWeight:
             log.info('averaging %s', kernels.describe(shadows, sources, backend=self._backend, rules=rules))
         pairs = [(shadow, source) for row, source in rows.copied for shadow in row]
         buffers = range(len(rows.parameters), len(averaged))
-        return kernels.prepare(shadows, sources, mended=buffers, copied=pairs, backend=self._backend, rules=rules)
+        return kernels.prepare(
+            shadows,
+            sources,
+            mended=buffers,
+            copied=pairs,
+            backend=self._backend,
+            rules=rules,
+            compensations=self._terms(shadows) if rules.compensated else None,
+        )
+
+    def _terms(self, shadows: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+        """The Kahan terms of these shadows, kept until the stream that writes them is done."""
+        terms = [compensations.of(each) for compensations, each in zip(self._compensations, shadows, strict=True)]
+        for term in chain.from_iterable(terms):
+            if term.is_cuda:
+                term.record_stream(torch.cuda.current_stream(term.device))
+        return terms
 
     def is_left_to_a_thread(self, row: Row) -> bool:
         return self._has_thread and offload.can_take(row[0][0], row[1])

@@ -81,9 +81,10 @@ class RoundingNotice:
         if weight < least_weight(self._dtype):
             self._has_warned = True
             rounds = "round bfloat16 with rounding='stochastic', " if self._dtype is torch.bfloat16 else ''
-            warnings.warn(f'{what} Keep it in a wider dtype, {rounds}or update less often.', stacklevel=4)
+            remedy = f'Pass compensated=True, keep it in a wider dtype, {rounds}or update less often.'
+            warnings.warn(f'{what} {remedy}', stacklevel=4)
         else:
-            log.info('%s', what)
+            log.info('%s compensated=True keeps what is rounded away.', what)
         self._set_limit()
 
     def _set_limit(self) -> None:

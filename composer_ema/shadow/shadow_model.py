@@ -51,7 +51,7 @@ class ShadowModel(LendableAverage):
         overlap: on CUDA, run the update of the parameters on a side stream, and the arithmetic of an average on the
             host in a thread. If you set this, call :meth:`wait_for_reads` before you modify the parameters.
         settings: which tensors are kept and how: ``buffers``, ``include``, ``exclude``, ``dtype``, ``device``,
-            ``skip_nonfinite``, ``rounding``, ``seed``, ``backend``, ``avg_fn``, ``multi_avg_fn``; see
+            ``skip_nonfinite``, ``rounding``, ``compensated``, ``seed``, ``backend``, ``avg_fn``, ``multi_avg_fn``; see
             :class:`composer_ema.settings.Settings`.
 
     Raises:
@@ -378,7 +378,8 @@ class ShadowModel(LendableAverage):
         Under DDP each process sees its own batches, so BatchNorm's statistics drift apart between two forwards.
         """
         buffers = self._storage.buffers
-        broadcast_(buffers[name] for name in sorted(buffers))
+        terms = self._storage.compensations.among(buffers)
+        broadcast_(kind[name] for kind in (buffers, terms) for name in sorted(kind))
 
     def __repr__(self) -> str:
         return repr(self._storage)
@@ -399,8 +400,8 @@ class ShadowModel(LendableAverage):
     def state_dict(self) -> dict[str, Any]:
         """The average as plain dictionaries of tensors, which alias the shadow: save or copy them before updating.
 
-        ``training_weights`` is there only while this average stands in a model. Buffers that the model itself does not
-        save are left out.
+        ``training_weights`` is there only while this average stands in a model, and ``compensations``, the Kahan
+        terms, only in the state of a compensated average. Buffers that the model itself does not save are left out.
         """
         self.wait()
         return states.of_storage(self._storage, self._stash())
@@ -411,7 +412,8 @@ class ShadowModel(LendableAverage):
         """Loads what :meth:`state_dict` returned, in place and with the shadow's own dtypes and devices.
 
         All is checked first; after an error the shadow is as it was. A state taken while swapped leaves this shadow
-        swapped: the model it belongs to holds the average, and ``swap_out(model)`` restores its training weights.
+        swapped: the model it belongs to holds the average, and ``swap_out(model)`` restores its training weights. Kahan
+        terms are dropped unless this average is compensated too; where the state has none, they are zero.
 
         Raises:
             RuntimeError: the average is swapped into a model, whose stash may be older than what is loaded.
@@ -430,7 +432,9 @@ class ShadowModel(LendableAverage):
         self._follower.forget_plan()
         own = {tensor.untyped_storage().data_ptr() for _, tensor in self._storage.items()}
         self._storage.assign(
-            _apart(loaded.parameters, own, self._storage.parameters), _apart(loaded.buffers, own, self._storage.buffers)
+            _apart(loaded.parameters, own, self._storage.parameters),
+            _apart(loaded.buffers, own, self._storage.buffers),
+            loaded.compensations,
         )
         self._storage.num_updates = loaded.num_updates
         if loaded.seed is not None:

@@ -18,8 +18,8 @@ from composer_ema.shadow.storage import Storage
 VERSION = 1
 
 TRAINING_WEIGHTS = 'training_weights'
-_VERSION, _NUM_UPDATES, _SEED, _PARAMETERS, _BUFFERS, _ALIASES = (
-    'version', 'num_updates', 'seed', 'parameters', 'buffers', 'aliases'
+_VERSION, _NUM_UPDATES, _SEED, _PARAMETERS, _BUFFERS, _ALIASES, _COMPENSATIONS = (
+    'version', 'num_updates', 'seed', 'parameters', 'buffers', 'aliases', 'compensations'
 )  # fmt: skip
 _REMEDY = (
     'Nothing was loaded. Build the same model with the same include, exclude and frozen parameters, '
@@ -35,6 +35,7 @@ class Loaded:
         num_updates: updates made so far.
         seed: key of the random bits; None where the state does not say.
         parameters, buffers: name to tensor, of the shapes in the storage.
+        compensations: name to the Kahan term of a parameter or buffer, where the state has them.
         stash: the training weights, where the state was taken while a model held the average.
     """
 
@@ -42,6 +43,7 @@ class Loaded:
     seed: int | None
     parameters: dict[str, Tensor]
     buffers: dict[str, Tensor]
+    compensations: dict[str, Tensor]
     stash: dict[str, Tensor] | None
 
 
@@ -62,6 +64,8 @@ def of_storage(storage: Storage, stash: Mapping[str, Tensor] | None) -> dict[str
         _BUFFERS: {name: buffer for name, buffer in storage.buffers.items() if name in storage.persistent},
         _ALIASES: dict(storage.aliases),
     }
+    if storage.settings.compensated:
+        state[_COMPENSATIONS] = storage.compensations.among({**state[_PARAMETERS], **state[_BUFFERS]})
     if stash is not None:
         state[TRAINING_WEIGHTS] = {name: tensor for name, tensor in stash.items() if name not in storage.volatile}
     return state
@@ -94,13 +98,14 @@ def check(state: Mapping[str, Any], storage: Storage) -> Loaded:
             raise ValueError(f'{error} Nothing was loaded.') from error
     parameters, buffers, stash = dict(state[_PARAMETERS]), dict(state[_BUFFERS]), state.get(TRAINING_WEIGHTS)
     _check_names(storage, parameters, buffers)
+    terms = _checked_compensations(state.get(_COMPENSATIONS, {}), {**parameters, **buffers})
     if stash is not None:
         _check_stash(storage, parameters, buffers, stash)
-    for name, tensor in (*parameters.items(), *buffers.items(), *(stash or {}).items()):
+    for name, tensor in (*parameters.items(), *buffers.items(), *terms.items(), *(stash or {}).items()):
         if tensor.is_meta or tensor.layout is not torch.strided:
             kind = 'on the meta device' if tensor.is_meta else f'stored as {tensor.layout}'
             raise ValueError(f'{name} in the state is {kind}, not a dense tensor. Nothing was loaded.')
-    return Loaded(state[_NUM_UPDATES], seed, parameters, buffers, None if stash is None else dict(stash))
+    return Loaded(state[_NUM_UPDATES], seed, parameters, buffers, terms, None if stash is None else dict(stash))
 
 
 def _check_names(storage: Storage, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
@@ -113,6 +118,18 @@ def _check_names(storage: Storage, parameters: Mapping[str, Tensor], buffers: Ma
     loose = storage.volatile | {name for name in storage.buffers if name not in storage.statistics}
     expected = {**storage.buffers, **{n: b for n, b in free.items() if isinstance(b, Tensor)}}
     check_same("the saved average's buffers", expected, buffers, optional=loose, remedy=_REMEDY)
+
+
+def _checked_compensations(terms: Any, averages: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if not isinstance(terms, Mapping):
+        raise ValueError(
+            f"the state's {_COMPENSATIONS!r} is a {type(terms).__name__}, not a mapping. Nothing was loaded."
+        )
+    check_same('the saved Kahan terms', averages, terms, optional=averages, remedy=_REMEDY)
+    for name, term in terms.items():
+        if not is_inexact(term):
+            raise ValueError(f'the saved Kahan term of {name} is {term.dtype}, not floating. Nothing was loaded.')
+    return dict(terms)
 
 
 def _check_stash(storage: Storage, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], stash: Any) -> None:

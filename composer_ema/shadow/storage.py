@@ -15,6 +15,7 @@ from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import listed
 from composer_ema.model.selection import Selection
 from composer_ema.settings import Settings, check_device_is_here
+from composer_ema.shadow.compensation import Compensations
 from composer_ema.spans import ArgumentError
 from composer_ema.wording import counted
 
@@ -33,6 +34,7 @@ class Storage:
         persistent: names of the buffers that the model's own state dict holds.
         statistics: names of the running means and variances of normalisation layers.
         aliases: further names of a tied tensor, each with the name it stands under.
+        compensations: the Kahan terms of what is averaged; none where the settings do not ask for them.
         num_updates: updates made so far.
     """
 
@@ -45,6 +47,7 @@ class Storage:
         self.persistent: set[str] = set()
         self.statistics: set[str] = set()
         self.aliases: dict[str, str] = {}
+        self.compensations = Compensations()
         self.num_updates = 0
         self._loaded: set[str] = set()  # buffers that came with a state and that no model has confirmed
 
@@ -159,8 +162,20 @@ class Storage:
             )
         self._loaded.clear()
 
-    def assign(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
-        """Writes values into the shadows of these names. What is new here, or of another kind, gets a shadow."""
+    def assign(
+        self,
+        parameters: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        compensations: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Writes values into the shadows of these names. What is new here, or of another kind, gets a shadow.
+
+        Args:
+            parameters: name to value.
+            buffers: likewise.
+            compensations: the Kahan terms of some of these. Where the settings do not ask for them, they are dropped.
+        """
+        terms = compensations or {}
         self._loaded |= buffers.keys() - self.buffers.keys()
         for kind, values in ((self.parameters, parameters), (self.buffers, buffers)):
             written = {
@@ -171,6 +186,16 @@ class Storage:
             for name, value in written.items():
                 kind[name].copy_(value)
             kind |= self.copies_of({name: value for name, value in values.items() if name not in written})
+            if self.settings.compensated:
+                for name, value in values.items():
+                    if is_inexact(value):
+                        self.compensations.put(kind[name], value, terms.get(name))
+
+    def compensate(self) -> None:
+        """Gives whatever is averaged its Kahan term, if the settings ask for it."""
+        if self.settings.compensated:
+            averaged = (buffer for name, buffer in self.buffers.items() if self.is_averaged(name))
+            self.compensations.side_by_side([*self.parameters.values(), *averaged])
 
     def copies_of(self, sources: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """New shadows that hold the values of ``sources``, in the dtypes and on the device of the settings."""
@@ -198,7 +223,7 @@ class Storage:
             if source is not None and not is_left and are_alike(shadow, source):
                 if source.is_meta or shadow.is_meta:
                     self._check_has_values(name, shadow, source)
-                kind[name] = shadow.to(self.settings.device or source.device)
+                kind[name] = self._moved(shadow, self.settings.device or source.device, shadow.dtype)
                 pairs[name] = (kind[name], source)
         return pairs
 
@@ -231,7 +256,14 @@ class Storage:
         self.settings = settings
         for kind in (self.parameters, self.buffers):
             for name, tensor in kind.items():
-                kind[name] = tensor.to(settings.device or tensor.device, self._dtype_for(tensor))
+                kind[name] = self._moved(tensor, settings.device or tensor.device, self._dtype_for(tensor))
+
+    def _moved(self, shadow: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The shadow there, with its Kahan term."""
+        moved = shadow.to(device, dtype)
+        if moved is not shadow and (term := self.compensations.take(shadow)) is not None:
+            self.compensations.put(moved, shadow, term)
+        return moved
 
     def __repr__(self) -> str:
         count = sum(tensor.numel() for tensor in self.parameters.values())

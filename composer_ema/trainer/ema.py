@@ -60,8 +60,8 @@ class EMA(WeightAverage):
         export_weights: ``'ema'`` or ``'training'``: what Composer's ``ExportForInferenceCallback`` writes at the end of
             training. Default: ``'training'``.
         settings: which tensors are averaged and how: ``buffers``, ``include``, ``exclude``, ``shadow_dtype``,
-            ``shadow_device``, ``skip_nonfinite``, ``rounding``, ``seed``, and ``avg_fn`` or ``multi_avg_fn`` in place
-            of ``half_life``; see :class:`composer_ema.settings.Settings`.
+            ``shadow_device``, ``skip_nonfinite``, ``rounding``, ``compensated``, ``seed``, and ``avg_fn`` or
+            ``multi_avg_fn`` in place of ``half_life``; see :class:`composer_ema.settings.Settings`.
 
     Attributes:
         ema_model: the :class:`~composer_ema.ShadowModel`; None before the Trainer is built.

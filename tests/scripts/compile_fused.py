@@ -15,19 +15,21 @@ SIGNATURE = {'table': '*i64', 'weights': '*fp32', 'control': '*i64', 'skipped': 
 
 def main(architecture: int) -> None:
     count = 0
-    for averages, source, shadow, guard, stochastic, copies, mends, aligned in itertools.product(
-        (1, 2), (0, 1, 2, -1), (0, 1, -1), (False, True), (False, True), (False, True), (False, True), (False, True)
+    for averages, source, shadow, guard, stochastic, copies, mends, aligned, compensated in itertools.product(
+        (1, 2), (0, 1, 2, -1), (0, 1, -1), *[(False, True)] * 6
     ):
         options = {
             'K': averages, 'SOURCE': source, 'SHADOW': shadow, 'GUARD': guard, 'STOCHASTIC': stochastic,
             'COPIES': copies, 'MENDS': mends, 'ALIGNED': aligned, 'PIECE': PIECE, 'ROUNDS': PHILOX_ROUNDS,
-            'FIRST': FIRST_PIECE_OF_BUFFERS if stochastic else 0,
+            'COMPENSATED': compensated, 'FIRST': FIRST_PIECE_OF_BUFFERS if stochastic else 0,
         }  # fmt: skip
         if (stochastic and shadow == 0) or (averages == 2 and (source, shadow) != (-1, -1)):
             continue
         if (copies or mends) and (source, shadow) not in ((0, 0), (-1, -1)):
             continue
         if mends and (stochastic or not copies or not aligned):  # which stand for the others
+            continue
+        if compensated and (stochastic or copies != mends or not aligned or source > 0):  # likewise
             continue
         signature = SIGNATURE | dict.fromkeys(options, 'constexpr')
         compiled = triton.compile(

@@ -1,0 +1,236 @@
+"""The blocked backend, for compensated averages: a few torch calls a piece, on pieces that stay in a core's cache.
+
+A compensated average is the sum of its shadow and of a Kahan term, which holds what rounding the shadow has left out
+(Kahan 1965). One update moves the sum, then splits it anew::
+
+    move = term + weight * ((source - shadow) - term)
+    shadow, term = round(shadow + move), (shadow + move) - round(shadow + move)
+
+A call of torch reads and writes memory, so a tensor larger than the cache would pass through it once a call. Here all
+calls, for all averages, are made on one piece before the next. Nothing is allocated per update, except where an element
+is skipped.
+"""
+
+from __future__ import annotations
+
+import cmath
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from composer_ema.kernels.backend import Steps
+from composer_ema.kernels.layout import Pair, flat, grouped, is_lazy
+from composer_ema.kernels.rules import Rules
+
+# Elements of a piece for each thread of torch on a CPU: the four tensors of an average then take 1 MiB. Of 2**13 to
+# 2**24 this was the fastest but for 2**17, which needs a larger cache. On an accelerator: what fills the device.
+_PIECE_CPU = 2**16
+_PIECE_ACCELERATOR = 2**24
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A piece of one source and the same piece of its averages.
+
+    Attributes:
+        averages: shadow and Kahan term in each of k averages.
+        source: what they average, as it lies in the model.
+        current: the source in the dtype of the terms and on their device; scratch, unless it is the source itself.
+    """
+
+    averages: list[Pair]
+    source: Tensor
+    current: Tensor
+
+
+@dataclass(frozen=True)
+class _Scratch:
+    """Views of the memory in which pieces of one shape are computed."""
+
+    difference: Tensor
+    old: Tensor
+    is_finite: Tensor
+
+
+def refusal_of_device(device: torch.device, *, is_asked: bool) -> str | None:
+    """Torch's functions run on every device."""
+    del device, is_asked
+    return None
+
+
+def refusal(shadow: Tensor, source: Tensor, rules: Rules) -> str | None:
+    """Only compensated averages need more than one call."""
+    del source
+    if not rules.compensated:
+        return 'the average has no Kahan term'
+    if is_lazy(shadow):
+        return 'it does not write conjugated or negated views'
+    if rules.skip_nonfinite and shadow.device.type != 'cpu':
+        return 'the host would wait to hear whether weights are finite'
+    return None
+
+
+def refusal_to_copy(copy: Tensor, source: Tensor) -> str | None:
+    """A copy is one call, and so of no use to this backend."""
+    del copy, source
+    return 'copies need no pieces'
+
+
+def keeps_address(shadow: Tensor, source: Tensor) -> bool:
+    """A step holds views of its sources."""
+    del shadow, source
+    return True
+
+
+def prepare(
+    shadow_sets: Sequence[Sequence[Tensor]],
+    sources: Sequence[Tensor],
+    rules: Rules,
+    copied: Sequence[Pair],
+    are_mended: Sequence[bool],
+    compensations: Sequence[Sequence[Tensor]] | None,
+) -> Steps:
+    """Cuts the sources and their averages into pieces and returns a step that goes through them."""
+    assert compensations is not None
+    assert not copied
+    updates: list[Callable[[Sequence[float]], None]] = []
+    averages = [list(zip(*each, strict=True)) for each in zip(shadow_sets, compensations, strict=True)]
+    rows = [
+        ([pairs[index] for pairs in averages], source.detach(), is_mended)
+        for index, (source, is_mended) in enumerate(zip(sources, are_mended, strict=True))
+    ]
+    for (device, dtype), of_kind in grouped(rows, lambda row: (row[0][0][1].device, row[0][0][1].dtype)).items():
+        limit = _PIECE_CPU * torch.get_num_threads() if device.type == 'cpu' else _PIECE_ACCELERATOR
+        cut = [(piece, is_mended) for pairs, source, is_mended in of_kind for piece in _cut(pairs, source, limit)]
+        size = max(source.numel() for (_, source), _ in cut)
+        memory = [torch.empty(size, dtype=each, device=device) for each in (dtype, dtype, dtype, torch.bool)]
+        for (pairs, source), is_mended in cut:
+            current, *others = (each[: source.numel()].view(source.shape) for each in memory)
+            is_alike = source.dtype == dtype and source.device == device
+            piece = _Piece(pairs, source, source if is_alike else current)
+            updates.append(_update_of(piece, _Scratch(*others), rules, is_mended))
+
+    @torch.no_grad()
+    def step(weights: Sequence[float]) -> None:
+        if len(weights) != len(shadow_sets):
+            raise ValueError(f'weights must be one for each of {len(shadow_sets)} averages, got {len(weights)}.')
+        for update in updates:
+            update(weights)
+
+    return step
+
+
+def _cut(pairs: list[Pair], source: Tensor, limit: int) -> Iterator[tuple[list[Pair], Tensor]]:
+    """Flat views of at most ``limit`` elements, if all tensors lie densely in the same order; else they themselves."""
+    tensors = [source, *(tensor.detach() for pair in pairs for tensor in pair)]
+    flat_tensors = [flat(tensor) for tensor in tensors]
+    if all(tensor.stride() == source.stride() for tensor in tensors) and flat_tensors[0] is not None:
+        tensor_pieces = zip(*(tensor.split(limit) for tensor in flat_tensors if tensor is not None), strict=True)
+    else:
+        tensor_pieces = iter([tuple(tensors)])
+    for piece, *others in tensor_pieces:
+        yield list(zip(others[::2], others[1::2], strict=True)), piece
+
+
+def _update_of(piece: _Piece, scratch: _Scratch, rules: Rules, is_mended: bool) -> Callable[[Sequence[float]], None]:
+    """Returns what updates all averages of a piece by their weights."""
+    source, current = piece.source, piece.current
+    moves = [(shadow, term, _move_of(shadow, term, current, scratch)) for shadow, term in piece.averages]
+    mends = [_mend_of(shadow, term, current, scratch) if is_mended else None for shadow, term in piece.averages]
+
+    def update(weights: Sequence[float]) -> None:
+        if current is not source and max(weights) > 0:
+            current.copy_(source)
+        for weight, (shadow, term, move), mend in zip(weights, moves, mends, strict=True):
+            if weight == 1:  # exactly, also over what is not finite
+                shadow.copy_(source)
+                term.zero_()
+            elif weight != 0:
+                move(weight)
+                if mend is not None:
+                    mend()
+
+    return _skipping(piece, update, rules) if rules.skip_nonfinite else update
+
+
+def _move_of(shadow: Tensor, term: Tensor, current: Tensor, scratch: _Scratch) -> Callable[[float], object]:
+    """Returns what moves one average towards ``current``. Every tensor is of the term's dtype, but perhaps the shadow.
+
+    ``new - old`` is exact if the average is at least as large as its move (Dekker 1971). If it is not, the error is of
+    the size of what rounding the move itself leaves out.
+    """
+    difference = scratch.difference
+
+    if shadow.dtype == term.dtype:
+
+        def move(weight: float) -> None:
+            torch.sub(current, shadow, out=difference)
+            term.lerp_(difference, weight)  # now the move
+            difference.copy_(shadow)
+            shadow.add_(term)
+            difference.sub_(shadow)  # now old - new
+            term.add_(difference)
+
+        return move
+
+    old = scratch.old
+
+    def move_narrow(weight: float) -> None:
+        old.copy_(shadow)
+        torch.sub(current, old, out=difference)
+        term.lerp_(difference, weight)
+        torch.add(old, term, out=difference)
+        shadow.copy_(difference)
+        difference.copy_(shadow)
+        old.sub_(difference)
+        term.add_(old)
+
+    return move_narrow
+
+
+def _mend_of(shadow: Tensor, term: Tensor, current: Tensor, scratch: _Scratch) -> Callable[[], object]:
+    """Returns what copies each element whose average is not finite: it or the source was not."""
+    value, is_finite, zero = scratch.difference, scratch.is_finite, term.new_zeros(())
+
+    def mend() -> None:  # asks nothing, since an answer from a device would make the host wait
+        value.copy_(shadow)
+        value.sub_(value)  # 0 where it is finite, and else NaN
+        torch.eq(value, 0, out=is_finite)
+        torch.where(is_finite, term, zero, out=term)
+        value.copy_(shadow)
+        torch.where(is_finite, value, current, out=value)
+        shadow.copy_(value)
+
+    if shadow.device.type != 'cpu':
+        return mend
+    total, dims = shadow.new_zeros(()), list(range(shadow.dim()))
+
+    def mend_if_need_be() -> None:
+        if not cmath.isfinite(torch.sum(shadow, dims, out=total).item()):
+            mend()
+
+    return mend_if_need_be
+
+
+def _skipping(
+    piece: _Piece, update: Callable[[Sequence[float]], None], rules: Rules
+) -> Callable[[Sequence[float]], None]:
+    """Looks at the source first: where an element is not finite, its averages keep their bits, and it is counted."""
+    source = piece.source
+    total, dims = source.new_zeros(()), list(range(source.dim()))
+
+    def update_and_keep(weights: Sequence[float]) -> None:
+        if cmath.isfinite(torch.sum(source, dims, out=total).item()):
+            update(weights)
+            return
+        is_bad = ~source.isfinite().to(piece.averages[0][0].device)
+        kept = [(tensor, tensor[is_bad]) for pair in piece.averages for tensor in pair]
+        update(weights)
+        for tensor, values in kept:
+            tensor[is_bad] = values
+        if rules.skipped is not None:
+            rules.skipped.add_(is_bad.sum())
+
+    return update_and_keep
