@@ -17,7 +17,7 @@ BENCH_CPU := --device cpu $(addprefix --threads ,$(BENCH_THREADS))
 
 .DEFAULT_GOAL := help
 .PHONY: help train test test-slow test-core lint types format docs table seeds clean \
-	bench bench-update bench-step bench-scaling bench-host bench-memory bench-gpu
+	bench bench-update bench-step bench-scaling bench-host bench-memory bench-reconstruct bench-gpu
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -83,7 +83,7 @@ $(PEERS): $(READY) benchmarks/peers.txt
 	$(BIN)/python -m pip install --quiet --no-deps -r benchmarks/peers.txt
 	@touch $@
 
-bench: bench-update bench-host bench-memory ## what can be measured on the CPU in minutes
+bench: bench-update bench-host bench-memory bench-reconstruct ## what can be measured on the CPU in minutes
 
 bench-update: $(PEERS) ## one update, beside every peer's and the limit
 	$(BENCH).update $(BENCH_CPU)
@@ -99,6 +99,9 @@ bench-host: $(PEERS) ## what the Composer algorithm costs the host per batch
 
 bench-memory: $(PEERS) ## what an average keeps, and the peaks beyond it
 	$(BENCH).memory $(BENCH_CPU)
+
+bench-reconstruct: $(PEERS) ## averages made after a run, beside the peers': error, disk, time
+	$(BENCH).reconstruct $(BENCH_CPU)
 
 bench-gpu: ## all of it on a GPU in 10 minutes; needs only Python, torch, torchvision and this checkout
 	bash benchmarks/gpu.sh "$(PYTHON)"

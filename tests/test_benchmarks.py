@@ -310,3 +310,22 @@ def test_compare_prints_hand_computed_ratios_and_fails_above_the_bound(tmp_path,
     assert compare.main([before, after, '--measure', 'absent']) == 2
     other = result_file(tmp_path / 'c.json', [], benchmark='step')
     assert compare.main([before, other]) == 2
+
+
+def test_reconstruct_measures_ours_beside_every_method_and_ours_is_nearest(tmp_path, capsys) -> None:
+    from benchmarks import reconstruct
+
+    result = run('reconstruct', tmp_path / 'reconstruct.json', '--steps', '160', '--files', '8')
+    check_head(result, 'reconstruct')
+    errors: dict[str, dict[str, float]] = {}
+    for row in result['rows']:
+        errors.setdefault(row['contestant'], {})[row['target']] = row['error_percent']
+    ours = errors['ours, snapshots']
+    assert len(ours) == len(reconstruct.TARGETS)
+    assert ours['sigma 0.25'] < 2
+    for contestant in ('continuous time, appendix C', 'shares, step by step', 'LAWA, best number of checkpoints'):
+        assert ours['sigma 0.25'] < errors[contestant]['sigma 0.25'] / 3
+    assert all(row['disk_kib'] > 0 for row in result['rows'])
+    measured = any(contestant.startswith(reconstruct.PEER) for contestant in errors)
+    assert measured != any(entry['name'] == reconstruct.PEER for entry in result['missing'])
+    assert 'ours, snapshots in float32' in capsys.readouterr().out

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import os
 import re
 import signal
@@ -139,3 +141,62 @@ def test_plain_loop_learns_fashion_mnist_and_the_average_is_evaluated(tmp_path):
     accuracies = [float(word) for word in re.findall(r'0\.\d{4}', done.stdout)]
     assert len(accuracies) == 2
     assert min(accuracies) > 0.6
+
+
+@pytest.mark.slow
+def test_fashion_diffusion_stopped_in_training_ends_as_an_uninterrupted_run_and_draws_its_pictures(
+    tmp_path, monkeypatch
+):
+    pytest.importorskip('matplotlib', reason='the example draws')
+    monkeypatch.syspath_prepend(str(ROOT / 'examples'))
+    fashion_diffusion = importlib.import_module('fashion_diffusion')
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (600, 1, 28, 28), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(10, (600,), generator=generator, dtype=torch.uint8)
+    data = {
+        f'{split}_{what}': each
+        for split in ('train', 'test')
+        for what, each in (('inputs', images), ('labels', labels))
+    }
+    monkeypatch.setattr(fashion_diffusion, 'load_fashion_mnist', lambda root: data)
+    options = ['--steps', '20', '--save-every', '4', '--batch-size', '4', '--images', '30', '--sampler-steps', '3']
+    options += ['--classifier-batches', '3', '--half-lives', '0.1', '0.3', '--out']
+    fashion_diffusion.main([*options, str(tmp_path / 'whole')])
+
+    loss_of = fashion_diffusion.loss_of
+
+    def interrupted(*arguments):
+        if arguments[-1] == 13:
+            raise KeyboardInterrupt
+        return loss_of(*arguments)
+
+    monkeypatch.setattr(fashion_diffusion, 'loss_of', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fashion_diffusion.main([*options, str(tmp_path / 'stopped')])
+    monkeypatch.setattr(fashion_diffusion, 'loss_of', loss_of)
+    fashion_diffusion.main([*options, str(tmp_path / 'stopped')])
+
+    models = [torch.load(tmp_path / run / 'training.pt', weights_only=True)['model'] for run in ('whole', 'stopped')]
+    assert_same(*models)
+    distances = [
+        json.loads((tmp_path / run / 'distances.json').read_text())['distances'] for run in ('whole', 'stopped')
+    ]
+    assert distances[0] == distances[1]
+    assert set(distances[0]) == {'training weights', '0.1', '0.3'}
+    assert all(each['distance'] > 0 for each in distances[0].values())
+    assert {path.name for path in (tmp_path / 'whole').glob('*.png')} == {
+        'diffusion_sweep.png',
+        'diffusion_samples.png',
+    }
+    with pytest.raises(SystemExit, match='belongs to a run with'):
+        fashion_diffusion.main([*options, str(tmp_path / 'whole'), '--seed', '1'])
+
+
+def test_frechet_distance_of_normal_distributions_is_that_of_the_closed_form(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / 'examples'))
+    frechet_distance = importlib.import_module('fashion_diffusion').frechet_distance
+    one = torch.tensor([1.0, 2.0]).double(), torch.diag(torch.tensor([4.0, 9.0]).double())
+    other = torch.tensor([4.0, 6.0]).double(), torch.diag(torch.tensor([1.0, 16.0]).double())
+    # |(3, 4)|^2 + (2 - 1)^2 + (3 - 4)^2
+    assert frechet_distance(one, other) == pytest.approx(27)
+    assert frechet_distance(one, one) == pytest.approx(0, abs=1e-12)

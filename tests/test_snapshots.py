@@ -37,7 +37,7 @@ class Run:
     def __init__(self, folder: Path, model: nn.Module | None = None, **arguments) -> None:
         self.model = model or Net()
         self.optimizer = plain.sgd(self.model)
-        defaults: dict[str, Any] = {'every': 5, 'num_steps': 20, **arguments}
+        defaults: dict[str, Any] = {'every': 5, 'num_steps': 20, 'halvings': 0, **arguments}
         self.snapshots = Snapshots(self.model, folder, **defaults)
         #: The training weights after every step.
         self.weights: list[dict[str, Tensor]] = []
@@ -131,9 +131,16 @@ class TestFiles:
         model.load_state_dict(read_run(tmp_path).completed({}))
 
     def test_more_of_them_come_towards_the_end_with_halvings(self, tmp_path):
-        Run(tmp_path, every='0.5dur', num_steps=32, halvings=3).steps(32)
-        moments = [len(each.weights) for each in read_run(tmp_path).kept if each.label == FIVE]
+        Run(tmp_path / 'three', every='0.5dur', num_steps=32, halvings=3).steps(32)
+        moments = [len(each.weights) for each in read_run(tmp_path / 'three').kept if each.label == FIVE]
         assert moments == [16, 24, 28, 30, 32]
+
+    def test_by_default_the_last_interval_is_halved_five_times_if_the_end_is_known(self, tmp_path):
+        Run(tmp_path / 'known', every=32, num_steps=64, halvings=None).steps(64)
+        Run(tmp_path / 'unknown', every=32, num_steps=None, halvings=None).steps(64)
+        for name, expected in (('known', [32, 48, 56, 60, 62, 63, 64]), ('unknown', [32, 64])):
+            moments = [len(each.weights) for each in read_run(tmp_path / name).kept if each.label == FIVE]
+            assert moments == expected
 
     def test_a_half_precision_model_keeps_its_averages_in_float32(self, tmp_path):
         model = Net().bfloat16()
@@ -453,7 +460,7 @@ class TestArguments:
     @pytest.mark.parametrize(
         ('arguments', 'message'),
         [
-            ({'every': '0.05dur', 'num_steps': None}, 'whose length is not known'),
+            ({'every': '0.05dur', 'num_steps': None, 'halvings': None}, 'whose length is not known'),
             ({'every': '1ep'}, 'every takes the units'),
             ({'every': '2dur'}, 'every must be at most the whole run'),
             ({'every': 0}, 'every must be above zero'),

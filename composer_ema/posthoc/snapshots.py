@@ -51,8 +51,8 @@ class Snapshots:
         num_steps: steps of the whole run. A share of the run and ``halvings`` need it. Default: None.
         power: widths of the averages to keep, as shares of the time trained so far; see
             :class:`composer_ema.averages.Power`. Default: 0.05 and 0.10.
-        halvings: how many more files to write towards the end, half of ``every`` before it, a quarter, and so on: short
-            averages at the end then come out better. Default: 0.
+        halvings: how many more files to write towards the end, half of ``every`` before it, a quarter, and so on, as
+            averages over a hundredth of the run need them. Default: 5 if the end is known, else 0.
         run_name: what to call the run in the files. Default: the name of the folder.
         overwrite: whether to remove the snapshots of another run from ``folder``. Default: False.
         overlap, settings: as for :class:`composer_ema.ShadowModel`. Averages by a function of yours are not possible.
@@ -71,8 +71,8 @@ class Snapshots:
         >>> for _ in range(20):
         ...     snapshots.update()  # after each step of the optimizer
         >>> snapshots.finish()
-        >>> sorted(os.listdir(folder))[:2]
-        ['averages-00000010.safetensors', 'averages-00000020.safetensors']
+        >>> sorted(os.listdir(folder))[:3]
+        ['averages-00000010.safetensors', 'averages-00000015.safetensors', 'averages-00000018.safetensors']
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Snapshots:
         every: int | str = '0.05dur',
         num_steps: int | None = None,
         power: float | Sequence[float] = DEFAULT_POWER,
-        halvings: int = 0,
+        halvings: int | None = None,
         run_name: str | None = None,
         overwrite: bool = False,
         overlap: bool = False,
@@ -94,7 +94,7 @@ class Snapshots:
             if settings.get(name) is not None:
                 raise ValueError(f'{name} has no effect on snapshots, which are power averages. Leave it out.')
         length = None if num_steps is None else Span(check_count('num_steps', num_steps), 'ba')
-        self._spacing = spacing_of(interval_of(every), length, check_count('halvings', halvings, least=0))
+        self._spacing = spacing_of(interval_of(every), length, check_halvings(halvings))
         self._length = length
         self._overwrite = overwrite
         self._profiles = profiles_of(power)
@@ -190,7 +190,7 @@ class Snapshots:
             max_duration=None if self._length is None else str(self._length),
             overwrite=self._overwrite,
         )
-        log.info('%s', self._writer.announcement(*sizes_of(self.shadows, self._model)))
+        log.info('%s', self._writer.announcement(self._spacing, *sizes_of(self.shadows, self._model)))
         self._has_begun = True
 
 
@@ -228,6 +228,11 @@ def check_count(name: str, value: Any, *, least: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f'{name} must be a whole number of at least {least}, got {value!r}.')
     return value
+
+
+def check_halvings(halvings: Any) -> int | None:
+    """Returns the number of files that halve what is left of a run; None for the default."""
+    return None if halvings is None else check_count('halvings', halvings, least=0)
 
 
 def averages_in(shadows: Mapping[str, ShadowModel]) -> dict[str, Tensors]:

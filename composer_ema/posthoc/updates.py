@@ -158,7 +158,7 @@ def _append_weight(pieces: list[dict[str, Any]], weight: float, moment: Moment |
     last = pieces[-1] if pieces else {}
     # Computed anew, so that what is read back is what was used: a first update copies, whatever its profile says.
     if moment is not None and _profile(profile).weight(moment) == weight:
-        if last.get('profile') == profile and _moment(last, last['count']) == moment:
+        if last.get('profile') == profile and _is_next(moment, last):
             last['count'] += 1
         else:
             times = {'elapsed': moment.elapsed, 'since_start': moment.since_start, 'num_updates': moment.num_updates}
@@ -173,6 +173,16 @@ def _append_weight(pieces: list[dict[str, Any]], weight: float, moment: Moment |
 def _profile(description: str) -> Profile:
     """A profile without memory of any update; nothing may be recorded with it."""
     return of_description(description)
+
+
+def _is_next(moment: Moment, piece: Mapping[str, Any]) -> bool:
+    """Whether a moment is that of the update after a piece."""
+    count, elapsed = piece['count'], piece['elapsed']
+    return (
+        moment.elapsed == elapsed
+        and moment.since_start == piece['since_start'] + count * elapsed
+        and moment.num_updates == piece['num_updates'] + count
+    )
 
 
 def _moment(piece: Mapping[str, Any], number: int) -> Moment:

@@ -83,13 +83,17 @@ class Spacing:
         return passed
 
 
-def spacing_of(every: Span, max_duration: Span | None, halvings: int) -> Spacing:
+#: How often the last interval is halved by default, where the end of the run is known.
+HALVINGS = 5
+
+
+def spacing_of(every: Span, max_duration: Span | None, halvings: int | None) -> Spacing:
     """When files are due in a run.
 
     Args:
         every: time between two files, maybe a share of the run.
         max_duration: of the run; None where it is not known.
-        halvings: see :class:`Spacing`.
+        halvings: see :class:`Spacing`. None chooses :data:`HALVINGS` where the end is known in the unit of ``every``.
 
     Raises:
         ArgumentError: a share of a run of unknown length, or an end to come closer to that is not known in the unit.
@@ -108,7 +112,7 @@ def spacing_of(every: Span, max_duration: Span | None, halvings: int) -> Spacing
             "every='0.05dur', or leave halvings out.",
             'snapshots',
         )
-    return Spacing(every, end, halvings)
+    return Spacing(every, end, (HALVINGS if end is not None else 0) if halvings is None else halvings)
 
 
 class SnapshotWriter:
@@ -258,17 +262,17 @@ class SnapshotWriter:
 
     # Disk use
 
-    def announcement(self, bytes_of_averages: int, bytes_of_weights: int) -> str:
+    def announcement(self, spacing: Spacing, bytes_of_averages: int, bytes_of_weights: int) -> str:
         """How much disk the snapshots of the run will take, in a sentence.
 
         Args:
+            spacing: when files are due.
             bytes_of_averages: of the averages of one moment.
             bytes_of_weights: of the training weights.
         """
-        assert self._spacing is not None, 'begin() comes first'
-        count, size = self._spacing.count(), readable(bytes_of_averages)
+        count, size = spacing.count(), readable(bytes_of_averages)
         if count is None:
-            return f'snapshots: a file of {size} every {self._spacing.every} in {self.folder}'
+            return f'snapshots: a file of {size} every {spacing.every} in {self.folder}'
         whole = count * bytes_of_averages + 2 * bytes_of_weights
         packed = whole // 2 + bytes_of_weights // 2
         return (
