@@ -95,13 +95,14 @@ def test_an_update_at_the_end_of_an_epoch_counts_the_steps_in_it(trainer):
     ema = EMA('1ep', update_interval='1ep')
     run = scaled(trainer([ema], callbacks=[Overflow(6, 7, 8, 9)], max_duration='4ep'))
     smoothings: list[float | None] = []
-    original = ema._averages.shadow('ema').update
+    original = ema._averages.update
 
-    def update(model, *, weight):
-        smoothings.append(1 - weight)
-        original(model, weight=weight)
+    def update(*args, **options):
+        weights = original(*args, **options)
+        smoothings.append(1 - weights['ema'])
+        return weights
 
-    ema.ema_model.update = update
+    ema._averages.update = update
     run.fit()
     # The first copies. Two of three steps in the second epoch, none in the third, three in the fourth.
     assert smoothings == pytest.approx([0, 2 ** (-2 / 3), 2**-1])

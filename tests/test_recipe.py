@@ -749,7 +749,11 @@ class TestBuild:
             ({'swa': {'avg_fn': 'lambda'}}, None, r'algorithms\.swa\.avg_fn: must be null'),
             ({'swa': {'evaluate_with': {'eval': 'swa'}}}, None, r'evaluate: \[training, swa\]'),
             ({'swa': {}}, ['ema'], 'Add ema: {} under algorithms'),
-            ({'ema': {}, 'swa': {}}, None, r'algorithms\.swa: is a second average beside ema'),
+            (
+                {'ema': {'half_life': {'swa': '9ba'}}, 'swa': {}},
+                None,
+                r"algorithms\.swa: calls an average 'swa', as ema does",
+            ),
         ],
     )
     def test_what_our_swa_does_not_do_is_told_with_what_to_write(self, write, algorithms, evaluate, message):

@@ -33,6 +33,8 @@ from composer_ema.profiles import check_start_share
 #: The format that this release writes, and reads without upgrading.
 VERSION = 3
 VERSION_KEY, STASH = 'version', 'training_weights'
+#: Where a state lists the labels of averages that are kept for another purpose than to be used, if it has any.
+HIDDEN = 'hidden'
 
 State = Mapping[str, Any]
 # From here on no count is real, torch holds no such integer, and Python may refuse to print it.
@@ -99,7 +101,6 @@ def upgrade(
     model_slot: Mapping[str, Tensor],
     tracked: Collection[str] | None = None,
     buffers: Collection[str] = (),
-    labels: Collection[str] | None = None,
     what: str = 'the saved state',
 ) -> dict[str, Any]:
     """Returns ``state`` in the current format; the given one is not changed.
@@ -114,11 +115,10 @@ def upgrade(
         model_slot: the weights that came with it in the model slot, by canonical name.
         tracked: names of the parameters to take. Default: all that the state has.
         buffers: names of the model's buffers, which some formats do not tell from parameters.
-        labels: of the averages that the state must hold if it holds any. Default: whatever it holds.
         what: the state, in the words of an error.
 
     Raises:
-        ValueError: no known format, a newer version, averages of other names, or a part of the wrong type.
+        ValueError: no known format, a newer version, or a part of the wrong type.
     """
     if not isinstance(state, Mapping):
         raise ValueError(f'{what} is a {type(state).__name__}, not a dictionary.')
@@ -128,10 +128,6 @@ def upgrade(
             _refuse_version(state, what)
         raise ValueError(f'{what} is of no known format: it has the keys {listed(sorted(map(str, state)))}.')
     upgraded = row.upgrade(state, ModelSlot(model_slot, tracked, buffers), row.label, what)
-    held = _expect(upgraded, 'averages', Mapping, what)
-    if labels is not None and held and held.keys() != set(labels):
-        expected = ' and '.join(map(repr, labels))
-        raise ValueError(f'{what} holds the averages {listed(sorted(map(str, held)))}, not {expected}.')
     _check(upgraded, what)
     return upgraded
 
@@ -148,6 +144,18 @@ def kind(config: State, profile: str) -> str:
         return f'average by {function}'
     kinds = {'equal': 'equal average', 'power': 'power function average'}
     return kinds.get(profile.partition('=')[0], 'exponential moving average')
+
+
+def config_of(config: State, label: str) -> dict[str, Any]:
+    """The algorithm's arguments as they are for one average: of those given by label, its own value or none."""
+    return {
+        name: value.get(label) if name in _BY_LABEL and isinstance(value, Mapping) else value
+        for name, value in config.items()
+    }
+
+
+# Arguments that may map labels to values.
+_BY_LABEL = ('half_life', 'smoothing', 'power', 'gamma', 'average', 'warmup', 'bias_correction')
 
 
 def check_plain(settings: State, what: str) -> None:
@@ -212,6 +220,8 @@ def _check(state: State, what: str) -> None:
     check_plain(_expect(state, 'config', Mapping, what), f"'config' of {what}")
     _expect(state, 'started', bool, what)
     for label, average in _expect(state, 'averages', Mapping, what).items():
+        if not isinstance(label, str):
+            raise ValueError(f"'averages' of {what} has a {type(label).__name__} in place of a label.")
         if not isinstance(average, Mapping):
             raise ValueError(f'the saved average {label!r} is a {type(average).__name__}, not a dictionary.')
         check_count(average.get('num_updates'), 'num_updates', what)
@@ -222,9 +232,14 @@ def _check(state: State, what: str) -> None:
         _expect(_expect(average, 'profile', Mapping, what), 'description', str, f"'profile' of {what}")
         for key in ('last_update', 'started_at', 'first_update'):
             _check_clock(average, key, what)
-        check_start_share(average.get('start_share'), f"'start_share' of {what}")
+        if 'start_share' not in average:
+            raise ValueError(f"{what} lacks 'start_share'.")
+        check_start_share(average['start_share'], f"'start_share' of {what}")
     if STASH in state:
         _expect_named(state, STASH, Tensor, what)
+    hidden = state.get(HIDDEN, [])
+    if not isinstance(hidden, list) or not all(isinstance(label, str) for label in hidden):
+        raise ValueError(f'{HIDDEN!r} of {what} is {_shown(hidden)}, not a list of labels.')
 
 
 def _expect(state: State, key: str, kind: type, what: str) -> Any:

@@ -298,6 +298,11 @@ class _Saved:
     def average(self) -> Mapping[str, Any]:
         return self.state['averages'][self.label]
 
+    @property
+    def is_hidden(self) -> bool:
+        """Whether it is kept for another purpose than to be used, so that it is read only by its label."""
+        return self.label in self.state.get(formats.HIDDEN, ())
+
 
 def _average_in(state: Mapping[str, Any], path: Path, label: str | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     model = {canonical_name(name): tensor for name, tensor in mapping_in(state, 'model').items()}
@@ -335,7 +340,7 @@ def _saved_in(state: Mapping[str, Any], model: Mapping[str, Tensor], path: Path)
     saved = [_Saved(name, label, rows[name], upgraded[name]) for name in rows for label in upgraded[name]['averages']]
     started = [each for each in saved if each.state['started']]
     if not started:
-        starts = ' and '.join(f'{each.label}_start' for each in saved) or 'the start'
+        starts = ' and '.join(dict.fromkeys(f'{each.algorithm.lower()}_start' for each in saved)) or 'the start'
         raise CheckpointError(f'{path} holds no average yet: {starts} had not come when it was saved.')
     return started
 
@@ -346,7 +351,7 @@ def _outline(state: Any) -> str:
 
 
 def _choose(saved: Sequence[_Saved], label: str | None, path: Path) -> _Saved:
-    chosen = [each for each in saved if label is None or each.label == label]
+    chosen = [each for each in saved if (not each.is_hidden if label is None else each.label == label)]
     if len(chosen) == 1:
         return chosen[0]
     names = ', '.join(f'{each.label!r} of {each.algorithm}' for each in saved)
@@ -387,13 +392,14 @@ def trained(state: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _facts(state: Mapping[str, Any], saved: _Saved) -> dict[str, Any]:
-    config = saved.state['config']
+    config = formats.config_of(saved.state['config'], saved.label)
+    start = f'{saved.algorithm.lower()}_start'
     return {
         'weights': formats.kind(config, saved.average['profile']['description']),
         'run_name': run_name_of(state),
         'num_updates': saved.average['num_updates'] if saved.row.counts_updates else None,
         **{name: config.get(name) for name in ('half_life', 'smoothing', 'power', 'update_interval')},
-        f'{saved.label}_start': config.get(f'{saved.label}_start'),
+        start: config.get(start),
         'buffers': config.get('buffers'),
         **{f'trained_{unit}': count for unit, count in trained(state).items()},
     }

@@ -252,7 +252,8 @@ def _remarks(
 def _algorithm(named: Named, checked: Plan) -> Algorithm:
     if named not in checked.averages.values() or not checked.evaluate:
         return named.build()
-    return named.build(evaluate_with={f'eval_{weights}': weights for weights in checked.evaluate})
+    own = {'training', *(label for label, algorithm in checked.averages.items() if algorithm is named)}
+    return named.build(evaluate_with={f'eval_{weights}': weights for weights in checked.evaluate if weights in own})
 
 
 def _trainer_arguments(given: Mapping[str, Any], folder: Path, scratch: Path | None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from composer.core import Algorithm, Event, State, TimeUnit, ensure_time
+from composer.core import Event, State, TimeUnit, ensure_time
 from composer.devices import DeviceCPU
 from torch import nn
 
@@ -24,8 +24,9 @@ from composer_ema.recipe.outputs import Array, Curve, curves_by_group, momenta
 from composer_ema.recipe.recorder import step_settings
 from composer_ema.recipe.schema import Plan, Recipe, plan
 from composer_ema.settings import settings_of
-from composer_ema.shadow.shadow_model import ShadowModel
 from composer_ema.trainer.clock import resolve_share, run_length
+from composer_ema.trainer.labelled import own_arguments
+from composer_ema.trainer.weight_average import WeightAverage
 from composer_ema.zoo.dataset import Extent
 
 # Arguments about the run, which do not change the weight of a step.
@@ -115,7 +116,8 @@ def preview(
     size = _extent(checked, batches_per_epoch)
     outline = Outline(checked, size.batches)
     state = _state(checked, outline, size)
-    probes = [_Probe(label, named, state) for label, named in checked.averages.items()]
+    averaging = {id(named): named for named in checked.averages.values()}
+    probes = [_Probe(named, state) for named in averaging.values()]
     lines = []
     for probe in probes:
         probe.start()
@@ -140,7 +142,7 @@ def preview(
         rates=curves_by_group(lines, 'lr'),
         momenta=momentum,
         momentum_names=momentum_names,
-        profiles=[found for probe in probes if (found := probe.profile(outline.length.batches)) is not None],
+        profiles=[found for probe in probes for found in probe.profiles(outline.length.batches)],
         remarks=[
             *(f'{each.name} is drawn as if {each.metric} always improved' for each in outline.scheduled if each.metric),
             *(remark for each in outline.scheduled for remark in each.beyond(outline.length)),
@@ -185,71 +187,78 @@ def distinct_names(recipes: Sequence[Recipe], overrides: Sequence[Sequence[str]]
 
 
 class _Probe:
-    """One averaging algorithm over a model of one weight; records the weight of each update.
+    """An averaging algorithm over a model of one weight; records the weight of each update of each of its averages.
 
-    Before every event the weight of the model is set to the average plus 1, so an update moves the average by exactly
-    its weight.
+    Before every event the weight of the model is set to more than the averages, by 1 for the largest. An update then
+    moves each average by its weight times what it lacks.
     """
 
-    def __init__(self, label: str, named: Named, state: State) -> None:
-        self.label, self.named, self.state = label, named, state
+    def __init__(self, named: Named, state: State) -> None:
+        self.named, self.state = named, state
         self.settings = _of_weights(named)
         plain = dataclasses.replace(named, arguments={**self.settings, 'log_interval': None})
-        self.algorithm: Algorithm = plain.build()
+        built: Any = plain.build()
+        self.algorithm: WeightAverage = built
         self.batches: list[int] = []
-        self.weights: list[float] = []
+        self.weights: dict[str, list[float]] = {label: [] for label in self.algorithm.labels}
         self._logger: Any = SimpleNamespace(log_metrics=lambda metrics: None)
         state.algorithms.append(self.algorithm)
-
-    @property
-    def shadow(self) -> ShadowModel | None:
-        """The average of the algorithm, its attribute ``ema_model`` or ``swa_model``."""
-        return getattr(self.algorithm, f'{self.label}_model')
 
     def start(self) -> None:
         for event in (Event.INIT, Event.AFTER_LOAD, Event.FIT_START):
             self.send(event)
 
     def send(self, event: Event) -> None:
-        """Sends an event to the algorithm and records what it did to the average."""
-        before, updates = self._average()
+        """Sends an event to the algorithm and records what it did to the averages."""
+        before, updates = self._averages()
+        value = max(before.values(), default=0.0) + 1.0
         weight: nn.Parameter = self.state.model.weight  # pyright: ignore[reportAssignmentType]
-        weight.data.fill_(before + 1.0)
+        weight.data.fill_(value)
         try:
             if self.algorithm.match(event, self.state):
                 self.algorithm.apply(event, self.state, self._logger)
         except ValueError as error:
             raise self.named.blame(error).error(str(error)) from error
-        after, now = self._average()
+        after, now = self._averages()
         if now > updates:
             self.batches.append(int(self.state.timestamp.batch))
-            self.weights.append(after - before if self.weights else 1.0)
+            for label, weights in self.weights.items():
+                old = before.get(label, 0.0)
+                weights.append((after[label] - old) / (value - old) if weights else 1.0)
 
-    def profile(self, batches: int) -> Profile | None:
-        """The result; None where the run is too short for a first update."""
-        if not self.weights:
-            return None
+    def profiles(self, batches: int) -> Iterator[Profile]:
+        """The result for each average; none where the run is too short for a first update."""
+        for label, weights in self.weights.items():
+            if weights:
+                own = own_arguments(self.settings, label)
+                yield Profile(
+                    name=label,
+                    batch=np.asarray(self.batches, dtype=np.float64),
+                    share=shares(weights),
+                    batches=batches,
+                    settings=', '.join(f'{name}={value}' for name, value in own.items()) or 'defaults',
+                    half_life_share=self._half_life_share(label),
+                )
+
+    def _half_life_share(self, label: str) -> float | None:
         half_life = getattr(self.algorithm, 'half_life', None)
-        share = None
-        if half_life is not None:
-            half_life = resolve_share(half_life, self.state, 'half_life')
-            length = run_length(half_life.unit, self.state)
-            share = None if not length else half_life.value / length
-        return Profile(
-            name=self.label,
-            batch=np.asarray(self.batches, dtype=np.float64),
-            share=shares(self.weights),
-            batches=batches,
-            settings=', '.join(f'{name}={value}' for name, value in self.settings.items()) or 'defaults',
-            half_life_share=share,
-        )
+        if isinstance(half_life, dict):
+            half_life = half_life.get(label)
+        if half_life is None:
+            return None
+        half_life = resolve_share(half_life, self.state, 'half_life')
+        length = run_length(half_life.unit, self.state)
+        return None if not length else half_life.value / length
 
-    def _average(self) -> tuple[float, int]:
-        shadow = self.shadow
-        if shadow is None:
-            return 0.0, 0
-        [(_, average)] = shadow.named_parameters()
-        return average.item(), shadow.num_updates
+    def _averages(self) -> tuple[dict[str, float], int]:
+        """The averages by label, and the number of updates; none before the algorithm is built."""
+        averages, updates = {}, 0
+        for label in self.weights:
+            shadow = self.algorithm.shadow(label)
+            if shadow is not None:
+                [(_, average)] = shadow.named_parameters()
+                averages[label], updates = average.item(), shadow.num_updates
+        return averages, updates
 
 
 def _of_weights(named: Named) -> dict[str, Any]:

@@ -153,8 +153,22 @@ class Plan:
 
 
 def averages_among(algorithms: Sequence[Named]) -> dict[str, Named]:
-    """The algorithms that keep an average, by its label: ``'ema'``, ``'swa'``."""
-    return {each.factory.name: each for each in algorithms if _is_average(each.factory)}  # pyright: ignore[reportFunctionMemberAccess]
+    """The algorithms that keep averages, by the label of each average: ``'ema'``, ``'swa'``, or as the recipe says.
+
+    Raises:
+        RecipeError: Two algorithms call an average the same.
+    """
+    found: dict[str, Named] = {}
+    for each in algorithms:
+        if _is_average(each.factory):
+            for label in each.factory.labels_of(each.arguments):  # pyright: ignore[reportFunctionMemberAccess]
+                if label in found:
+                    raise each.place.error(
+                        f'calls an average {label!r}, as {found[label].name} does. Give it another label, as in '
+                        'half_life: {short: 100ba}.'
+                    )
+                found[label] = each
+    return found
 
 
 def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
@@ -325,9 +339,8 @@ def _is_average(factory: Any) -> bool:
 
 
 def _evaluate(values: Mapping[str, Any], algorithms: Sequence[Named], place: Place) -> list[str]:
-    """Which weights to evaluate, in order; by default the training weights and the recipe's average."""
+    """Which weights to evaluate, in order; by default the training weights and all averages of the recipe."""
     averages = averages_among(algorithms)
-    _refuse_second_average([each for each in algorithms if _is_average(each.factory)])
     for label, algorithm in averages.items():
         if algorithm.arguments.get('evaluate_with') is not None:
             raise (algorithm.place / 'evaluate_with').error(
@@ -346,14 +359,6 @@ def _evaluate(values: Mapping[str, Any], algorithms: Sequence[Named], place: Pla
         if each in chosen[:index]:
             raise (place / index).error(f'{each} is listed twice. Keep one.')
     return chosen
-
-
-def _refuse_second_average(averaging: Sequence[Named]) -> None:
-    if len(averaging) > 1:
-        first, second, *_ = averaging
-        raise second.place.error(
-            f'is a second average beside {first.name}, and a run keeps one. Keep either; two runs compare them.'
-        )
 
 
 def _no_such_weights(label: Any, legal: Collection[str], place: Place, index: int) -> RecipeError:

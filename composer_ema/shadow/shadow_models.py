@@ -295,20 +295,27 @@ class ShadowModels(Mapping[str, ShadowModel]):
                 f'version {VERSION}. Nothing was loaded. Pass what state_dict() of ShadowModels returned; the state of '
                 'one average goes to shadows[label].load_state_dict(state).'
             )
-        self.load_averages(state[_AVERAGES])
-
-    def load_averages(self, averages: Mapping[str, Mapping[str, Any]]) -> None:
-        """Loads the state of each average by its label; see :meth:`load_state_dict`."""
+        averages = state[_AVERAGES]
         if averages.keys() != self._members.keys():
             raise ValueError(
                 f'the state holds the averages {listed([repr(each) for each in averages])}, not '
                 f'{listed([repr(each) for each in self._members])}. Nothing was loaded. Build ShadowModels with the '
                 'labels of the state, or load single averages by shadows[label].load_state_dict(state).'
             )
+        self.load_averages(averages)
+
+    @torch.no_grad()
+    def load_averages(self, averages: Mapping[str, Mapping[str, Any]]) -> None:
+        """Loads the states of some averages, each by its label; all of them are checked before the first is assigned.
+
+        Raises:
+            KeyError: there is no average of a label.
+            RuntimeError, ValueError: as for :meth:`load_state_dict`.
+        """
         loaded = {}
-        for label, member in self._members.items():
+        for label, state in averages.items():
             try:
-                loaded[label] = member._checked(averages[label])
+                loaded[label] = self._members[label]._checked(state)
             except (RuntimeError, ValueError) as error:
                 if len(self._members) == 1:
                     raise

@@ -6,6 +6,7 @@ Updates read the model, loans put an average into it and take it out. When eithe
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import weakref
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,7 @@ import torch
 from composer.core import State
 from torch import nn
 
-from composer_ema.averages import UPDATES, Moment, Profile
+from composer_ema.averages import UPDATES, BiasCorrected, Moment, Profile
 from composer_ema.kernels.rules import is_inexact
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import check_same
@@ -26,6 +27,7 @@ from composer_ema.settings import Settings
 from composer_ema.shadow import loan
 from composer_ema.shadow import state as states
 from composer_ema.shadow.shadow_model import ShadowModel
+from composer_ema.shadow.shadow_models import ShadowModels
 from composer_ema.trainer.clock import CLOCK_UNITS, START_OF_TRAINING, Clock, Look, TimeArgument, check_clock
 from composer_ema.trainer.due import Interval
 
@@ -35,6 +37,9 @@ _PROFILE, _DESCRIPTION, _START_SHARE = 'profile', 'description', 'start_share'
 _OF_THE_AVERAGE = frozenset({_LAST_UPDATE, _STARTED_AT, _FIRST_UPDATE, _PROFILE, _START_SHARE})
 _VERSION, _STASH = 'version', 'training_weights'
 _BY_FUNCTION = 'function'
+
+#: The profile of an average, None where a function makes it, and the argument that gives the profile its unit of time.
+Kept = tuple[Profile | None, TimeArgument | None]
 
 
 @dataclass
@@ -52,6 +57,7 @@ class Average:
         first_update: the clock at the first update, from which the interval counts; None where the interval counts from
             the start of training.
         start: how much of the average is still its start.
+        has_begun: whether it was updated; the first update copies the weights.
     """
 
     profile: Profile | None
@@ -61,56 +67,46 @@ class Average:
     started_at: Clock | None = None
     first_update: Clock | None = None
     start: StartShare = field(default_factory=StartShare)
+    has_begun: bool = False
 
-    def begin(self, model: nn.Module, look: Look, interval: Interval, *, is_from_start: bool) -> float | None:
-        """Copies the weights of ``model``: the first update.
+    @property
+    def description(self) -> str:
+        """The profile in one word, as states keep it."""
+        return _BY_FUNCTION if self.profile is None else str(self.profile)
 
-        Args:
-            model: in training. Only read.
-            look: at the clock of the run, now.
-            interval: of the updates.
-            is_from_start: whether the age of the average and the interval count from the start of training. Otherwise
-                the age counts from one interval ago, so that the first update stands for as much time as each later
-                one, and the interval from now.
+    def next_weight(self, look: Look, interval: Interval, *, is_from_start: bool) -> tuple[float | None, Moment | None]:
+        """The weight and the moment of an update now; None for both where a function makes the average.
 
-        Returns:
-            The weight of the update, which is 1, or None if a function made the average.
-        """
-        if not is_from_start:
-            self.started_at, self.first_update = interval.before(look), look.now
-        elif self.started_at is None:
-            self.started_at = dict(START_OF_TRAINING)
-        return self._update(model, look, interval, is_first=True)
-
-    def update(self, model: nn.Module, look: Look, interval: Interval) -> float | None:
-        """Moves the average towards the weights of ``model``.
+        Before the first update, which copies, this sets the clocks that the age and the interval count from.
 
         Args:
-            model: in training. Only read.
             look: at the clock of the run, now.
             interval: of the updates; how much time passed if the last update is unknown.
-
-        Returns:
-            The weight of the update, or None if a function made the average.
+            is_from_start: for a first update, whether the age of the average and the interval count from the start of
+                training. Otherwise the age counts from one interval ago, so that the first update stands for as much
+                time as each later one, and the interval from now.
         """
-        return self._update(model, look, interval, is_first=False)
-
-    def _update(self, model: nn.Module, look: Look, interval: Interval, *, is_first: bool) -> float | None:
-        weight = None
+        if not self.has_begun:
+            if not is_from_start:
+                self.started_at, self.first_update = interval.before(look), look.now
+            elif self.started_at is None:
+                self.started_at = dict(START_OF_TRAINING)
         if self.profile is None:
-            self.shadow.update(model)
+            return None, None
+        moment = self._moment(self.profile.unit, look, interval)
+        return self.profile.weight(moment) if self.has_begun else 1.0, moment
+
+    def record(self, look: Look, weight: float | None, moment: Moment | None) -> None:
+        """Records that the update at ``moment`` was made, by the weight that :meth:`next_weight` gave."""
+        if self.profile is None or moment is None or weight is None:
             self.start.value = None  # only the function knows
         else:
-            moment = self._moment(self.profile.unit, look, interval)
-            weight = 1.0 if is_first else self.profile.weight(moment)
-            self.shadow.update(model, weight=weight)
-            if is_first:
-                self.start.copied(self.profile, moment)
-            else:
+            if self.has_begun:
                 self.start.record(weight)
+            else:
+                self.start.copied(self.profile, moment)
             self.profile.record(moment)
-        self.last_update = look.now
-        return weight
+        self.has_begun, self.last_update = True, look.now
 
     def _moment(self, unit: str, look: Look, interval: Interval) -> Moment:
         """The moment of an update now, in the unit of the profile."""
@@ -157,41 +153,53 @@ class Average:
         """
         state = self.shadow.state_dict()
         del state[_VERSION]
-        profile = {_DESCRIPTION: _BY_FUNCTION} if self.profile is None else self._profile_state(self.profile)
         return {
             **state,
             _LAST_UPDATE: self.last_update,
             _STARTED_AT: self.started_at,
             _FIRST_UPDATE: self.first_update,
             _START_SHARE: self.start.value,
-            _PROFILE: profile,
+            _PROFILE: self._profile_state(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], what: str) -> None:
-        """Loads what :meth:`state_dict` returned; all is checked first.
+    def loaded(self, state: Mapping[str, Any], what: str) -> Average:
+        """This average with the clocks and the memory that :meth:`state_dict` returned; the shadow is left as it is.
+
+        A profile other than the saved one goes on as one that has forgotten its start.
 
         Args:
-            state: of the current format. ``training_weights`` in it are those of a model that holds the average.
+            state: of the current format.
             what: the state, in the words of an error.
 
         Raises:
-            ValueError: a part that does not fit. Nothing is changed then.
+            ValueError: a part that does not fit.
         """
-        last_update = check_clock(state[_LAST_UPDATE], f'{_LAST_UPDATE} of {what}')
-        # Negative where the clock was set back since.
-        started_at = check_clock(state[_STARTED_AT], f'{_STARTED_AT} of {what}', least=-math.inf)
-        first_update = check_clock(state[_FIRST_UPDATE], f'{_FIRST_UPDATE} of {what}', least=-math.inf)
-        start = StartShare(check_start_share(state[_START_SHARE], f'{_START_SHARE} of {what}'))
         profile = copy.deepcopy(self.profile)
         if profile is not None:
-            profile.load_state_dict({key: value for key, value in state[_PROFILE].items() if key != _DESCRIPTION})
-        of_shadow = {key: value for key, value in state.items() if key not in _OF_THE_AVERAGE}
-        self.shadow.load_state_dict({**of_shadow, _VERSION: states.VERSION})
-        self.profile, self.start = profile, start
-        self.last_update, self.started_at, self.first_update = last_update, started_at, first_update
+            memory = {key: value for key, value in state[_PROFILE].items() if key != _DESCRIPTION}
+            is_same = state[_PROFILE][_DESCRIPTION] == self.description
+            if is_same or memory.keys() == profile.state_dict().keys():
+                profile.load_state_dict(memory)
+            elif isinstance(profile, BiasCorrected):
+                profile.log_kept = -math.inf
+        return dataclasses.replace(
+            self,
+            profile=profile,
+            last_update=check_clock(state[_LAST_UPDATE], f'{_LAST_UPDATE} of {what}'),
+            # Negative where the clock was set back since.
+            started_at=check_clock(state[_STARTED_AT], f'{_STARTED_AT} of {what}', least=-math.inf),
+            first_update=check_clock(state[_FIRST_UPDATE], f'{_FIRST_UPDATE} of {what}', least=-math.inf),
+            start=StartShare(check_start_share(state[_START_SHARE], f'{_START_SHARE} of {what}')),
+        )
 
-    def _profile_state(self, profile: Profile) -> dict[str, Any]:
-        return {_DESCRIPTION: str(profile), **profile.state_dict()}
+    def _profile_state(self) -> dict[str, Any]:
+        memory = {} if self.profile is None else self.profile.state_dict()
+        return {_DESCRIPTION: self.description, **memory}
+
+
+def _of_shadow(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of an average's state that its shadow takes."""
+    return {**{key: value for key, value in state.items() if key not in _OF_THE_AVERAGE}, _VERSION: states.VERSION}
 
 
 def _set_back(moment: Clock | Mapping[str, float], last: Clock, now: Clock) -> Clock:
@@ -208,16 +216,23 @@ def _unit_of_clock(unit: str, state: State) -> tuple[float, str]:
 
 
 class Averages:
-    """The averages of the model in training, by label. There are none before :meth:`build`.
+    """The averages of the model in training, by label, over one :class:`~composer_ema.ShadowModels`.
+
+    There are none before :meth:`build`. All are updated together. Iteration goes over the averages that the run shows:
+    those that it evaluates, exports and logs. Hidden ones are updated and saved beside them, for a second holder, such
+    as one that writes snapshots; :meth:`all` has them, too.
 
     Args:
         profiles: for each label the profile, or None for a function's average, and the argument that gives its unit.
-        settings: which tensors are kept, and how.
+        settings: which tensors are kept, and how; the same for all.
+        hidden: likewise, of averages that are kept for a second holder, under other labels. Default: none.
     """
 
-    def __init__(self, profiles: Mapping[str, tuple[Profile | None, TimeArgument | None]], settings: Settings) -> None:
-        self._profiles, self._settings = dict(profiles), settings
+    def __init__(self, profiles: Mapping[str, Kept], settings: Settings, *, hidden: Mapping[str, Kept] = {}) -> None:
+        self._profiles, self._settings = {**profiles, **hidden}, settings
+        self._hidden = frozenset(hidden)
         self._averages: dict[str, Average] = {}
+        self._shadows: ShadowModels | None = None
         self._model: weakref.ref[nn.Module] | None = None
         self._overlap = True
 
@@ -225,7 +240,24 @@ class Averages:
         return bool(self._averages)
 
     def __iter__(self) -> Iterator[tuple[str, Average]]:
-        return iter(self._averages.items())
+        return ((label, average) for label, average in self._averages.items() if label not in self._hidden)
+
+    def __getitem__(self, label: str) -> Average:
+        return self._averages[label]
+
+    def all(self) -> Mapping[str, Average]:
+        """All averages by label, the hidden ones last."""
+        return self._averages
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels of the averages that the run shows, whether they are built or not."""
+        return tuple(label for label in self._profiles if label not in self._hidden)
+
+    @property
+    def hidden(self) -> tuple[str, ...]:
+        """The labels of the hidden averages."""
+        return tuple(label for label in self._profiles if label in self._hidden)
 
     @property
     def live(self) -> nn.Module | None:
@@ -251,12 +283,20 @@ class Averages:
         return self._averages[label].shadow
 
     def take_over(self, label: str, shadow: ShadowModel | None) -> None:
-        """Replaces an average by another, of which it is not known when it was updated; None takes it away."""
+        """Replaces the only average that the run shows; None takes all away.
+
+        Of the new one it is not known when it was updated. Beside hidden ones it is copied, since they share updates.
+        """
         if shadow is None:
-            self._averages.pop(label, None)
+            self._averages, self._shadows = {}, None
+            return
+        if len(self._profiles) > 1 and self._shadows is not None:
+            self._shadows[label].load_state_dict(shadow.state_dict())
+            shadow = self._shadows[label]
         else:
-            self._averages[label] = average = self._new(label, shadow)
-            average.start.value = None
+            self._shadows = ShadowModels.of_one(label, shadow)
+        self._averages[label] = average = self._new(label, shadow)
+        average.start.value, average.has_begun = None, True
 
     def build(self, model: nn.Module, *, overlap: bool) -> None:
         """Starts every average anew, at the weights of ``model``.
@@ -266,14 +306,47 @@ class Averages:
             overlap: as for :class:`~composer_ema.ShadowModel`.
         """
         self._overlap, self.live = overlap, model
-        arguments = self._settings.as_arguments()
-        self._averages = {
-            label: self._new(label, ShadowModel(model, overlap=overlap, **arguments)) for label in self._profiles
-        }
+        arguments, labels = self._settings.as_arguments(), list(self._profiles)
+        if len(labels) == 1:
+            self._shadows = ShadowModels.of_one(labels[0], ShadowModel(model, overlap=overlap, **arguments))
+        else:
+            self._shadows = ShadowModels(model, labels, overlap=overlap, **arguments)
+        self._averages = {label: self._new(label, shadow) for label, shadow in self._shadows.items()}
 
     def _new(self, label: str, shadow: ShadowModel) -> Average:
         profile, horizon = self._profiles[label]
         return Average(copy.deepcopy(profile), horizon, shadow)
+
+    @property
+    def _built(self) -> ShadowModels:
+        assert self._shadows is not None, 'build comes first'
+        return self._shadows
+
+    def update(
+        self, model: nn.Module, look: Look, interval: Interval, *, is_from_start: bool
+    ) -> dict[str, float | None]:
+        """Moves every average, hidden ones too, towards the weights of ``model`` in one update.
+
+        Args:
+            model: in training. Only read.
+            look: at the clock of the run, now.
+            interval: of the updates.
+            is_from_start: of averages whose first update this is; see :meth:`Average.next_weight`.
+
+        Returns:
+            The weight of the update by label; None if a function made the average.
+        """
+        moves = {
+            label: average.next_weight(look, interval, is_from_start=is_from_start)
+            for label, average in self._averages.items()
+        }
+        if self._built.has_function:
+            self._built.update(model)
+        else:
+            self._built.update(model, weight={label: weight for label, (weight, _) in moves.items()})  # pyright: ignore[reportArgumentType]: without a function there are weights
+        for label, average in self._averages.items():
+            average.record(look, *moves[label])
+        return {label: weight for label, (weight, _) in moves.items()}
 
     def follow_surgery(self, model: nn.Module, *, may_rebuild: bool) -> None:
         """Pairs the averages with ``model``, in which another algorithm may have replaced layers.
@@ -285,9 +358,10 @@ class Averages:
         Raises:
             ValueError: the averages do not fit and may not be built anew.
         """
+        if self._shadows is None:
+            return
         try:
-            for average in self._averages.values():
-                average.shadow.resolve(model)
+            self._shadows.resolve(model)
         except ValueError:
             if not may_rebuild:
                 raise
@@ -308,30 +382,31 @@ class Averages:
     @property
     def is_pending(self) -> bool:
         """Whether an update may still be reading the weights."""
-        for average in self._averages.values():  # noqa: SIM110 - any() would build a generator at every batch
-            if average.shadow.is_pending:
-                return True
-        return False
+        return self._shadows is not None and self._shadows.is_pending
 
     def wait_for_reads(self) -> None:
         """Orders what follows after the last update has read the weights; see :class:`~composer_ema.ShadowModel`."""
-        for average in self._averages.values():
-            average.shadow.wait_for_reads()
+        if self._shadows is not None:
+            self._shadows.wait_for_reads()
+
+    def poll_skipped(self) -> int:
+        """How many elements of the model were left out so far; see :class:`~composer_ema.ShadowModels`."""
+        return self._built.poll_skipped()
 
     def share_buffers(self) -> None:
         """Waits for the last update and, under DDP, gives every rank the averaged buffers of rank 0.
 
         A checkpoint keeps those of rank 0. A collective call.
         """
+        self._built.wait()
         for average in self._averages.values():
-            average.shadow.wait()
             average.shadow.broadcast_buffers()
 
     # Loans
 
     @property
     def lent(self) -> str | None:
-        """The label of the average that a model holds; None if every model holds its training weights."""
+        """The label of an average that a model holds; None if every model holds its training weights."""
         for label, average in self._averages.items():
             if average.shadow.is_swapped:
                 return label
@@ -361,14 +436,21 @@ class Averages:
         return stash
 
     def lend(self, label: str, model: nn.Module) -> None:
-        """Puts an average into ``model``, over a stash of its training weights."""
+        """Puts an average into ``model`` in place of any other of these, over a stash of its training weights.
+
+        Nothing if ``model`` holds it already.
+        """
+        if self._averages[label].shadow.is_swapped:
+            return
         self.share_buffers()
+        self.take_back(model)
         self._averages[label].shadow.swap_in(model)
 
     def take_back(self, model: nn.Module) -> None:
         """Restores the training weights of ``model`` if it holds an average."""
-        if (lent := self.lent) is not None:
-            self._averages[lent].shadow.swap_out(model)
+        for average in self._averages.values():
+            if average.shadow.is_swapped:
+                average.shadow.swap_out(model)
 
     def put(self, label: str, model: nn.Module) -> nn.Module:
         """Puts an average into ``model`` and returns it.
@@ -382,10 +464,8 @@ class Averages:
         shadow = self.required(label)
         if self.live is not unwrap(model):
             shadow.copy_to(model)
-        elif not shadow.is_swapped:
-            shadow.swap_in(model)
-        elif not shadow.is_shown_by(model):  # behind another average
-            shadow.swap_out(model)
+        elif not shadow.is_shown_by(model):
+            self.take_back(model)  # it may stand behind another average
             shadow.swap_in(model)
         return model
 
@@ -412,6 +492,60 @@ class Averages:
                 tensors[name].copy_(weight)
         return model
 
+    # State
+
+    def state_dict(self, *, only_begun: bool) -> dict[str, dict[str, Any]]:
+        """The state of each average by label, as plain types and tensors, which alias the shadows.
+
+        Args:
+            only_begun: whether to leave out those that no update has reached, in a run that has others.
+        """
+        return {
+            label: average.state_dict()
+            for label, average in self._averages.items()
+            if average.has_begun or not only_begun
+        }
+
+    def load_state_dict(
+        self,
+        saved: Mapping[str, Mapping[str, Any]],
+        what: str,
+        *,
+        has_begun: bool,
+        stash: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Loads the state of each average; all is checked first. Those that are not among them start anew.
+
+        Args:
+            saved: by label, of the current format.
+            what: the state, in the words of an error.
+            has_begun: whether those that are saved were updated before.
+            stash: the training weights of a model that holds an average. Default: none.
+
+        Raises:
+            ValueError: a part that does not fit. Nothing is changed then.
+        """
+        averages = {
+            label: average.loaded(saved[label], what) if label in saved else self._new(label, average.shadow)
+            for label, average in self._averages.items()
+        }
+        of_shadows = {label: _of_shadow(state) for label, state in saved.items()}
+        if stash is not None and of_shadows:
+            of_shadows[next(iter(of_shadows))][_STASH] = stash  # whichever stood there
+        self._built.load_averages(of_shadows)
+        for label, average in averages.items():
+            average.has_begun = has_begun and label in saved
+            if label not in saved:
+                average.shadow.num_updates = 0
+        self._averages = averages
+
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: without the tie to the model in training."""
-        return {**self.__dict__, '_model': None}
+        # The shadows share their updates, so they are copied together.
+        averages = {label: dataclasses.replace(each, shadow=None) for label, each in self._averages.items()}
+        return {**self.__dict__, '_model': None, '_averages': averages}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.__dict__.update(state)
+        for label, average in self._averages.items():
+            average.shadow = self._built[label]

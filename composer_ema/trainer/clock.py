@@ -31,17 +31,26 @@ class TimeArgument:
     Args:
         name: of the argument.
         span: its value.
+        label: of the average that it is for, where the argument is a mapping. Default: None.
 
     Example:
         >>> str(TimeArgument('half_life', Span(9, 'tok')))
         "half_life='9tok'"
+        >>> str(TimeArgument('half_life', Span(9, 'tok'), label='long'))
+        "half_life['long']='9tok'"
     """
 
     name: str
     span: Span
+    label: str | None = None
+
+    @property
+    def written(self) -> str:
+        """The argument as a user reads it, without its value."""
+        return self.name if self.label is None else f'{self.name}[{self.label!r}]'
 
     def __str__(self) -> str:
-        return f"{self.name}='{self.span}'"
+        return f"{self.written}='{self.span}'"
 
     def resolve(self, state: State) -> Span:
         """The span in a unit that the clock counts; see :func:`resolve_share`."""

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any, Literal
 
 from composer.core import State, Time
 from torch import nn
 from typing_extensions import Unpack
 
-from composer_ema.averages import UPDATES, Exponential, HalfLife, Moment, Power, Profile, Smoothing
+from composer_ema.averages import UPDATES, Exponential, Moment, WarmedUp
 from composer_ema.model.sharding import canonical_name
+from composer_ema.profiles import Kind
 from composer_ema.settings import TrainerSettings, takes_settings
 from composer_ema.shadow.shadow_model import ShadowModel
 from composer_ema.spans import Span
-from composer_ema.trainer import limits
-from composer_ema.trainer.clock import TimeArgument
+from composer_ema.trainer import labelled, limits
+from composer_ema.trainer.labelled import Asked
 from composer_ema.trainer.weight_average import WeightAverage
+from composer_ema.wording import suggestion
+
+#: The arguments that choose profiles.
+_OF_PROFILES = ('half_life', 'smoothing', 'power', 'gamma', 'average', 'warmup', 'bias_correction')
 
 
 class _Default(str):
@@ -88,61 +94,67 @@ class EMA(WeightAverage):
     """
 
     name = 'ema'
-    compared = ('half_life', 'smoothing', 'power', 'avg_fn', 'multi_avg_fn')
-    rivals = (WeightAverage,)
+    compared = (*_OF_PROFILES, 'avg_fn', 'multi_avg_fn')
+    rivals = ()
 
     def __init__(
         self,
-        half_life: str | Time | None = _DEFAULT_HALF_LIFE,
-        smoothing: float | None = None,
+        half_life: str | Time | Mapping[str, str | Time] | None = _DEFAULT_HALF_LIFE,
+        smoothing: float | Mapping[str, float] | None = None,
         ema_start: str | Time = '0.0dur',
         update_interval: str | Time | None = None,
         *,
-        power: float | None = None,
-        evaluate_with: Mapping[str, Literal['ema', 'training']] | None = None,
+        power: float | Mapping[str, float] | None = None,
+        gamma: float | Mapping[str, float] | None = None,
+        average: Kind | Mapping[str, Literal['equal']] = 'exponential',
+        warmup: float | Mapping[str, float] | None = None,
+        bias_correction: bool | Mapping[str, bool] = False,
+        evaluate_with: Mapping[str, str] | None = None,
         log_interval: str | Time | None = '1ep',
-        export_weights: Literal['ema', 'training'] = 'training',
+        export_weights: str = 'training',
         **settings: Unpack[TrainerSettings],
     ) -> None:
         has_function = settings.get('avg_fn') is not None or settings.get('multi_avg_fn') is not None
-        #: The half-life; None if a smoothing, a power or a function takes its place.
-        self.half_life = _half_life(half_life, smoothing=smoothing, power=power, has_function=has_function)
-        profile: Profile | None = None
-        if self.half_life is not None:
-            profile = HalfLife(self.half_life.value, self.half_life.unit)
-        elif smoothing is not None:
-            profile = Smoothing(smoothing)
-        elif power is not None:
-            profile = Power(power, 'ba')
+        others = {'smoothing': smoothing, 'power': power, 'gamma': gamma, 'average': average}
+        is_replaced = has_function or any(value not in (None, 'exponential') for value in others.values())
+        if half_life is _DEFAULT_HALF_LIFE and is_replaced:
+            half_life = None
+        arguments = {'half_life': half_life, **others, 'warmup': warmup, 'bias_correction': bias_correction}
+        self._asked = labelled.read(self.name, arguments, has_function=has_function)
         super().__init__(
-            profile,
-            {
-                'half_life': None if self.half_life is None else str(self.half_life),
-                'smoothing': None if smoothing is None else float(smoothing),
-                'power': None if power is None else float(power),
-            },
-            horizon=None if self.half_life is None else TimeArgument('half_life', self.half_life),
+            self._asked.kept,
+            {**{name: _plain(value) for name, value in arguments.items()}, 'half_life': _half_life_of(self._asked)},
             start=ema_start,
-            update_interval=_interval(update_interval, self.half_life),
+            update_interval=_interval(update_interval, self._asked),
             evaluate_with=evaluate_with,
             log_interval=log_interval,
             export_weights=export_weights,
             settings=settings,
         )
-        self._profile = profile
-        if self.half_life is None:
+        if half_life is None:
             self._implied.add('half_life')
         if update_interval is None:
             self._implied.add('update_interval')
         #: Whether to say at the start of training that updates are as rare as epochs or iterations.
         self._warns_of_rare_updates = update_interval is None and self.update_interval.unit != 'ba'
 
+    @classmethod
+    def labels_of(cls, arguments: Mapping[str, Any]) -> tuple[str, ...]:
+        """The labels that averages will have if an EMA is built with ``arguments``."""
+        return labelled.labels_in(cls.name, arguments)
+
     def _check_run(self, state: State) -> None:
         super()._check_run(state)
         if self._warns_of_rare_updates:
-            assert self._horizon is not None  # the interval has its unit
-            limits.warn_of_rare_updates(self._horizon, self._interval, state)
+            [(_, horizon)] = self._kept.values()
+            assert horizon is not None  # the interval has its unit
+            limits.warn_of_rare_updates(horizon, self._interval, state)
             self._warns_of_rare_updates = False
+
+    @property
+    def half_life(self) -> Span | dict[str, Span] | None:
+        """The half-life; None if something else makes the average. With labels, that of each average that has one."""
+        return dict(self._asked.half_lives) if self._asked.is_labelled else self._asked.half_lives.get(self.name)
 
     @property
     def ema_start(self) -> Span:
@@ -155,12 +167,23 @@ class EMA(WeightAverage):
         return self._has_started
 
     @property
-    def ema_model(self) -> ShadowModel | None:
-        """The average. Setting it takes over a shadow, or copies whatever has named parameters and buffers."""
+    def ema_model(self) -> Any:
+        """The average, a :class:`~composer_ema.ShadowModel`; None before the Trainer is built.
+
+        With labels, a dictionary of the averages by label. Setting it takes over a shadow, or copies whatever has named
+        parameters and buffers; it replaces a single average that has no label of its own.
+        """
+        if self._asked.is_labelled:
+            return {label: average.shadow for label, average in self._averages} or None
         return self._averages.shadow(self.name)
 
     @ema_model.setter
     def ema_model(self, average: Any) -> None:
+        if self._asked.is_labelled and average is not None:
+            raise ValueError(
+                f'this EMA keeps averages by label, {", ".join(map(repr, self.labels))}, and ema_model replaces a '
+                'single one. Load into one of them: ema.ema_model[label].load_state_dict(state).'
+            )
         if average is not None and not isinstance(average, ShadowModel):
             average = ShadowModel.from_tensors(
                 {canonical_name(name): tensor for name, tensor in average.named_parameters()},
@@ -184,58 +207,64 @@ class EMA(WeightAverage):
         return self._averages.lent is not None
 
     @property
-    def smoothing(self) -> float | None:
-        """Share of the old average that an update keeps after one ``update_interval``; None where that differs."""
-        if not isinstance(self._profile, Exponential):
-            return None
-        if self._profile.unit == UPDATES:
-            return 1.0 - self._profile.weight_at(0)
-        interval = self.update_interval
-        if self._profile.unit != interval.unit and self.half_life != Span(0, self._profile.unit):
-            return None
-        return math.exp(self._profile.log_smoothing(Moment(interval.value, interval.value, 0)))
+    def smoothing(self) -> float | dict[str, float | None] | None:
+        """Share of the old average that an update keeps after one ``update_interval``; None where that differs.
 
-    def get_ema_model(self, model: nn.Module) -> nn.Module:
-        """Puts the average into ``model`` and returns it.
+        With labels, that of each average.
+        """
+        if self._asked.is_labelled:
+            return {label: self._smoothing_of(label) for label in self.labels}
+        return self._smoothing_of(self.name)
+
+    def _smoothing_of(self, label: str) -> float | None:
+        profile, horizon = self._kept[label]
+        if not isinstance(profile, Exponential) or isinstance(profile, WarmedUp):
+            return None
+        if profile.unit == UPDATES:
+            return 1.0 - profile.weight_at(0)
+        interval = self.update_interval
+        if profile.unit != interval.unit and (horizon is None or horizon.span.value != 0):
+            return None
+        return math.exp(profile.log_smoothing(Moment(interval.value, interval.value, 0)))
+
+    def get_ema_model(self, model: nn.Module, average: str | None = None) -> nn.Module:
+        """Puts an average into ``model`` and returns it.
 
         The model in training keeps its training weights in a stash, and gets them back from
         :meth:`get_training_model` or when training goes on. Any other model of the architecture is overwritten.
+
+        Args:
+            model: the model in training, or another of its architecture.
+            average: the label of the average. Default: the first.
+
+        Raises:
+            RuntimeError: there is no average yet.
+            ValueError: there is none of that label, or ``model`` does not fit. Nothing is written then.
         """
-        return self._averages.put(self.name, model)
+        if average is not None and average not in self.labels:
+            remedy = suggestion(average, self.labels, 'The averages are')
+            raise ValueError(f'there is no average called {average!r}. {remedy}')
+        return self._averages.put(average or self.labels[0], model)
 
 
-def _half_life(half_life: str | Time | None, *, has_function: bool, **others: float | None) -> Span | None:
-    """The half-life, or None if another argument or a function takes its place.
-
-    Raises:
-        ValueError: none or several of them are given.
-    """
-    is_given = half_life is not None and half_life is not _DEFAULT_HALF_LIFE
-    given = {'half_life': repr(str(half_life))} if is_given else {}
-    given |= {name: str(value) for name, value in others.items() if value is not None}
-    written = [f'{name}={value}' for name, value in given.items()]
-    if has_function and given:
-        raise ValueError(
-            f'avg_fn and multi_avg_fn decide how much of the average is kept, so {written[0]} has no effect. '
-            'Leave it out.'
-        )
-    if len(given) > 1:
-        raise ValueError(
-            f'pass either {" or ".join(given)}, got {" and ".join(written)}. To replace the half-life of a recipe, '
-            'write half_life: null there.'
-        )
-    if has_function or (given and not is_given):
-        return None
-    if half_life is None:
-        raise ValueError(
-            f"one of half_life, {' and '.join(others)} must be given, got None for all. Pass half_life='1000ba'."
-        )
-    return Span.parse(half_life, name='half_life', units=('ba', 'ep', 'sp', 'tok', 'iter', 'dur'))
-
-
-def _interval(update_interval: str | Time | None, half_life: Span | None) -> Span:
-    """The time between two updates; by default one batch, epoch or iteration, as the half-life counts."""
+def _interval(update_interval: str | Time | None, asked: Asked) -> Span:
+    """The time between two updates; by default one batch, or what the half-life of a single average counts."""
     if update_interval is not None:
         return Span.parse(update_interval, name='update_interval', positive=True)
-    unit = half_life.unit if half_life is not None else 'ba'
-    return Span(1, unit if unit in ('ba', 'ep', 'iter') else 'ba')
+    units = [] if asked.is_labelled else [span.unit for span in asked.half_lives.values()]
+    return Span(1, units[0] if units and units[0] in ('ep', 'iter') else 'ba')
+
+
+def _half_life_of(asked: Asked) -> str | dict[str, str] | None:
+    """The argument ``half_life`` as a state keeps it."""
+    written = {label: str(span) for label, span in asked.half_lives.items()}
+    return (written if asked.is_labelled else next(iter(written.values()), None)) or None
+
+
+def _plain(value: Any) -> Any:
+    """An argument as a state keeps it: a string, a number, None, or a dictionary of them by label."""
+    if isinstance(value, Mapping):
+        return {label: _plain(each) for label, each in value.items()}
+    if value is None or isinstance(value, bool | str):
+        return str(value) if isinstance(value, str) else value
+    return float(value) if isinstance(value, Real) else str(value)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from composer.core import Event, State
+
+from composer_ema.spans import ArgumentError
 
 #: What an evaluator asks for that wants the training weights.
 TRAINING = 'training'
@@ -25,9 +28,12 @@ class Evaluation:
     Composer brackets the evaluators of one moment in a pass. Inside a pass each evaluator gets the weights that its
     label asks for, also after a callback ran a prediction of its own.
 
+    Where several algorithms of a Trainer lend averages, an evaluator sees what the one that names it says. An evaluator
+    that none of them names sees the first average of the first algorithm.
+
     Args:
-        default: what an evaluator sees that ``evaluate_with`` does not name: the label of an average.
-        evaluate_with: ``default`` or ``'training'`` by evaluator label. Default: none.
+        labels: of the averages that may be lent. An evaluator that ``evaluate_with`` does not name sees the first.
+        evaluate_with: one of ``labels`` or ``'training'`` by evaluator label. Default: none.
 
     Attributes:
         evaluate_with: as given, a copy.
@@ -36,10 +42,31 @@ class Evaluation:
         TypeError, ValueError: ``evaluate_with`` does not map labels to weights.
     """
 
-    def __init__(self, default: str, evaluate_with: Mapping[str, str] | None) -> None:
-        self.evaluate_with = _check_evaluate_with(evaluate_with, default)
-        self._default = default
+    def __init__(self, labels: Sequence[str], evaluate_with: Mapping[str, str] | None) -> None:
+        self.evaluate_with = _check_evaluate_with(evaluate_with, labels)
+        self._default = labels[0]
+        self._of_all: Sequence[Evaluation] = (self,)
         self._open_passes = 0
+
+    def stand_beside(self, others: Sequence[Evaluation]) -> None:
+        """Shares the evaluators of a Trainer with the evaluations of other algorithms.
+
+        Args:
+            others: of all algorithms that lend averages, this one among them, in the order of the algorithms.
+
+        Raises:
+            ValueError: two of them want an evaluator to see different weights.
+        """
+        wanted: dict[str, str] = {}
+        for each in others:
+            for label, weights in each.evaluate_with.items():
+                if wanted.setdefault(label, weights) != weights:
+                    raise ArgumentError(
+                        f'evaluate_with gives the evaluator {label!r} {wanted[label]!r} in one algorithm and '
+                        f'{weights!r} in another, and it sees one. Name it in one of them.',
+                        'evaluate_with',
+                    )
+        self._of_all = tuple(others)
 
     @property
     def is_open(self) -> bool:
@@ -68,26 +95,49 @@ class Evaluation:
         return TRAINING
 
     def _weights_for(self, label: str | None) -> str:
-        return self.evaluate_with.get(label or '', self._default)
+        """What this algorithm does for an evaluator: the average to lend, or the training weights."""
+        owner = next((each for each in self._of_all if label in each.evaluate_with), self._of_all[0])
+        return owner.evaluate_with.get(label or '', owner._default) if owner is self else TRAINING
 
     def _weights_for_pass(self, state: State) -> str:
-        """What callbacks see before the first evaluator starts: the average, unless no evaluator wants it."""
+        """What callbacks see before the first evaluator starts: the first average that an evaluator wants."""
         labels = [evaluator.label for evaluator in state.evaluators]
-        return TRAINING if labels and all(self._weights_for(each) == TRAINING for each in labels) else self._default
+        if not labels:
+            return self._weights_for(None)
+        for label in labels:
+            for each in self._of_all:
+                if (weights := each._weights_for(label)) != TRAINING:
+                    return weights if each is self else TRAINING
+        return TRAINING
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and deepcopy: a copy stands beside no others."""
+        return {name: value for name, value in self.__dict__.items() if name != '_of_all'}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._of_all = (self,)
 
 
-def _check_evaluate_with(evaluate_with: Mapping[str, str] | None, default: str) -> dict[str, str]:
+def _check_evaluate_with(evaluate_with: Mapping[str, str] | None, labels: Sequence[str]) -> dict[str, str]:
     if evaluate_with is None:
         return {}
     if not isinstance(evaluate_with, Mapping):
         raise TypeError(
-            f"evaluate_with must map labels to weights, such as {{'eval': {default!r}}}, got {evaluate_with!r}."
+            f"evaluate_with must map labels to weights, such as {{'eval': {labels[0]!r}}}, got {evaluate_with!r}."
         )
     for label, weights in evaluate_with.items():
         if not isinstance(label, str):
             raise TypeError(
                 f'evaluate_with maps labels, which are strings, got {label!r}. Pass the label of an evaluator.'
             )
-        if weights not in (default, TRAINING):
-            raise ValueError(f"evaluate_with[{label!r}] must be {default!r} or 'training', got {weights!r}.")
+        check_weights(f'evaluate_with[{label!r}]', weights, labels)
     return dict(evaluate_with)
+
+
+def check_weights(name: str, weights: Any, labels: Sequence[str]) -> None:
+    """Raises a ValueError unless ``weights``, the argument ``name``, is one of ``labels`` or ``'training'``."""
+    legal = [*labels, TRAINING]
+    if weights not in legal:
+        listed = ', '.join(map(repr, labels))
+        raise ArgumentError(f"{name} must be {listed} or 'training', got {weights!r}.", name.partition('[')[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +86,7 @@ def _warn_if_longer(time: TimeArgument, effect: str, state: State) -> None:
     if length is not None and span.value > length:
         warn(
             f'{time} is longer than the run of {counted(length, NOUNS[span.unit])}: {effect}. '
-            f"Pass a shorter {time.name}, for example a share of the run such as {time.name}='0.1dur'."
+            f"Pass a shorter {time.written}, for example a share of the run such as {time.written}='0.1dur'."
         )
 
 
@@ -192,17 +192,40 @@ def refuse_rivals(algorithm: Algorithm, rivals: tuple[type[Algorithm], ...], sta
     name = type(algorithm).__qualname__
     namesakes = [each for each in state.algorithms if type(each).__qualname__ == name]
     if len(namesakes) > 1:
+        remedy = (
+            "Pass one with several half-lives: EMA(half_life={'short': '100ba', 'long': '1ep'})."
+            if name == 'EMA'
+            else 'Pass one.'
+        )
         raise ValueError(
             f'{len(namesakes)} algorithms called {name} in one Trainer, {namesakes}: '
-            'a checkpoint would keep the state of only one. Pass one.'
+            f'a checkpoint would keep the state of only one. {remedy}'
         )
     found = [each for each in state.algorithms if each is not algorithm and isinstance(each, rivals)]
     if found:
         raise ValueError(
             f'{name} and {type(found[0]).__module__}.{type(found[0]).__qualname__} in one Trainer: both keep an '
-            'average, and an evaluation could use only one. Pass one to the Trainer, and for a second average keep a '
-            'composer_ema.ShadowModel in a callback of yours.'
+            'average, and an evaluation could use only one. Pass EMA and SWA of composer_ema, which take turns.'
         )
+
+
+def refuse_equal_labels(labels: Mapping[str, Sequence[str]]) -> None:
+    """Raises a ValueError if two algorithms call an average the same; ``labels`` are theirs by name."""
+    owners: dict[str, str] = {}
+    for name, own in labels.items():
+        for label in own:
+            if owners.setdefault(label, name) != name:
+                raise ValueError(
+                    f'{owners[label]} and {name} in one Trainer both call an average {label!r}. Label it by another '
+                    "name, as in EMA(half_life={'short': '100ba'})."
+                )
+
+
+def refuse_two_exports(export_weights: Mapping[str, str]) -> None:
+    """Raises a ValueError if two algorithms ask for their averages to be exported, by name."""
+    if len(export_weights) > 1:
+        said = ' and '.join(f'{weights!r} of {name}' for name, weights in export_weights.items())
+        raise ArgumentError(f'export_weights asks for {said}, and an export holds one. Keep one.', 'export_weights')
 
 
 def refuse_sharded(state: State) -> None:

@@ -7,7 +7,7 @@ does, so ``model.state_dict()`` and exports still show what the model holds.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from composer.core import State
@@ -27,19 +27,21 @@ class Lender(Protocol):
         ...
 
 
-def save_training_weights(state: State, lender: Lender) -> None:
+def save_training_weights(state: State, lenders: Sequence[Lender]) -> None:
     """Makes ``state`` save the training weights as its model also while the model holds an average.
 
-    The state of ``lender`` then needs no stash. While the model holds its own weights, ``state`` saves what it would
-    save without this. A second call replaces the first.
+    The states of ``lenders``, all algorithms of the run that lend averages, then need no stash. While the model holds
+    its own weights, ``state`` saves what it would save without this. A second call replaces the first.
     """
-    state.get_model_state_dict = functools.partial(_model_state_dict, state, lender)
-    state.state_dict = functools.partial(_state_dict, state, lender)
+    state.get_model_state_dict = functools.partial(_model_state_dict, state, lenders)
+    state.state_dict = functools.partial(_state_dict, state, lenders)
 
 
-def _model_state_dict(state: State, lender: Lender) -> dict[str, Any]:
+def _model_state_dict(state: State, lenders: Sequence[Lender]) -> dict[str, Any]:
     saved = type(state).get_model_state_dict(state)
-    stash = lender.stashed_weights(state.model)
+    stash: dict[str, Tensor] = {}
+    for lender in lenders:
+        stash = {**lender.stashed_weights(state.model), **stash}
     if stash:
         aliases = Inventory.of(unwrap(state.model)).aliases
         for key, held in saved.items():
@@ -51,9 +53,9 @@ def _model_state_dict(state: State, lender: Lender) -> dict[str, Any]:
     return saved
 
 
-def _state_dict(state: State, lender: Lender) -> dict[str, Any]:
+def _state_dict(state: State, lenders: Sequence[Lender]) -> dict[str, Any]:
     saved = type(state).state_dict(state)
     for algorithm, (_, of_algorithm) in zip(state.algorithms, saved.get('algorithms', ()), strict=False):
-        if algorithm is lender:
+        if any(algorithm is lender for lender in lenders):
             of_algorithm.pop(formats.STASH, None)  # the model slot holds it
     return saved

@@ -91,7 +91,7 @@ class SWA(WeightAverage):
 
     name = 'swa'
     compared = ('update_interval', 'swa_lr', 'avg_fn', 'multi_avg_fn')
-    rivals = (WeightAverage, ComposerEMA, ComposerSWA)
+    rivals = (ComposerEMA, ComposerSWA)
 
     def __init__(
         self,
@@ -118,7 +118,7 @@ class SWA(WeightAverage):
         self._refresh = Refresh(refresh_batchnorm)
         has_function = settings.get('avg_fn') is not None or settings.get('multi_avg_fn') is not None
         super().__init__(
-            None if has_function else Equal(),
+            {self.name: (None if has_function else Equal(), None)},
             {
                 'anneal_strategy': check_strategy(anneal_strategy),
                 'swa_lr': list(swa_lr) if isinstance(swa_lr, (list, tuple)) else swa_lr,
@@ -228,6 +228,7 @@ class SWA(WeightAverage):
         Raises:
             ValueError: names, shapes, or a version that do not fit, all listed. Nothing is changed then.
         """
+        _check_label(state, self.name)
         annealed, refreshed_at = _check_own(state)
         super().load_state_dict(state, strict)
         if not self._averages:  # loaded when the Trainer is built
@@ -263,6 +264,19 @@ def _refuse_composers(
             f'anneal_steps={anneal_steps} counts updates; here the way to swa_lr has a length of its own. Write '
             f"anneal_length='{length}' in its place, or leave it out where there is no swa_lr."
         )
+
+
+def _check_label(state: Mapping[str, Any], label: str) -> None:
+    averages = state.get('averages') if isinstance(state, Mapping) else None
+    if isinstance(averages, Mapping) and averages and set(averages) != {label} and _are_mappings(averages):
+        held = ', '.join(map(str, averages))
+        raise ValueError(
+            f'the saved SWA state holds the averages {held}, not {label!r}. Load what an SWA of composer_ema has saved.'
+        )
+
+
+def _are_mappings(averages: Mapping[str, Any]) -> bool:
+    return all(isinstance(average, Mapping) for average in averages.values())
 
 
 def _check_own(state: Mapping[str, Any]) -> tuple[Mapping[str, Any] | None, list[int] | None]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
@@ -17,20 +17,21 @@ from composer.core import Algorithm, Event, State, Time
 from composer.loggers import Logger
 from torch import Tensor, nn
 
-from composer_ema.averages import Exponential, Profile
-from composer_ema.checkpoints import formats
+from composer_ema.averages import BiasCorrected, Exponential
+from composer_ema.checkpoints import formats, labels
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import listed
 from composer_ema.model.sharding import unwrap
 from composer_ema.settings import Settings, settings_of
 from composer_ema.shadow import loan
 from composer_ema.shadow.interrupts import Block
+from composer_ema.shadow.shadow_model import ShadowModel
 from composer_ema.spans import Span
 from composer_ema.trainer import evaluation, limits
-from composer_ema.trainer.average import Averages
-from composer_ema.trainer.clock import Look, TimeArgument
+from composer_ema.trainer.average import Averages, Kept
+from composer_ema.trainer.clock import Look
 from composer_ema.trainer.due import Interval, Start, first_update
-from composer_ema.trainer.evaluation import TRAINING, Evaluation
+from composer_ema.trainer.evaluation import TRAINING, Evaluation, check_weights
 from composer_ema.trainer.exporting import lend_to_exporters
 from composer_ema.trainer.limits import Limit, warn
 from composer_ema.trainer.saving import save_training_weights
@@ -64,18 +65,21 @@ class WeightAverage(Algorithm):
     :class:`composer_ema.EMA` and :class:`composer_ema.SWA` choose the profile; everything else is here.
 
     Args:
-        profile: chooses the weight of each update. None if a function among the ``settings`` makes the average.
+        kept: by label, for each average the profile, which chooses the weight of each update, and the argument that
+            gives the profile its unit of time. Without such an argument the profile counts updates; without a profile a
+            function among the ``settings`` makes the average. The first one is evaluated where nothing else is said.
         arguments: what only the subclass takes, in plain types, for the state and the representation.
-        horizon: the argument that gives the profile its unit of time. Default: the profile counts updates.
         start: time string before which nothing is averaged.
         update_interval: time between two updates.
         evaluate_with, log_interval, export_weights: as for :class:`composer_ema.EMA`, with ``name`` for ``'ema'``.
         settings: which tensors are averaged and how; see :class:`composer_ema.settings.Settings`.
+        hidden: averages that are updated and saved beside the others, but not evaluated, exported or logged, for a
+            second holder; see :class:`~composer_ema.trainer.average.Averages`. Default: none.
 
     Attributes:
-        name: what metrics, evaluators and the state call the average: ``'ema'``.
+        name: what metrics, evaluators and the state call a single average: ``'ema'``.
         compared: arguments whose values are compared with those of a loaded checkpoint.
-        rivals: algorithms that cannot be in one Trainer with this one.
+        rivals: algorithms of other packages that cannot be in one Trainer with this one.
         update_seconds: seconds of host time spent in updates and distances so far, their whole cost on a CPU.
     """
 
@@ -85,16 +89,16 @@ class WeightAverage(Algorithm):
 
     def __init__(
         self,
-        profile: Profile | None,
+        kept: Mapping[str, Kept],
         arguments: Mapping[str, Any],
         *,
-        horizon: TimeArgument | None = None,
         start: str | Time,
         update_interval: Span,
         evaluate_with: Mapping[str, str] | None,
         log_interval: str | Time | None,
         export_weights: str,
         settings: Mapping[str, Any],
+        hidden: Mapping[str, Kept] = {},
     ) -> None:
         start_name = f'{self.name}_start'
         self._start = Start(start_name, Span.parse(start, name=start_name, units=('ba', 'ep', 'sp', 'tok', 'dur')))
@@ -103,12 +107,13 @@ class WeightAverage(Algorithm):
         if log_interval is not None:
             self._log_interval = Interval('log_interval', Span.parse(log_interval, name='log_interval', positive=True))
         self._settings = Settings.of(settings)
-        self._evaluation = Evaluation(self.name, evaluate_with)
-        if export_weights not in (self.name, TRAINING):
-            raise ValueError(f"export_weights must be {self.name!r} or 'training', got {export_weights!r}.")
+        self._evaluation = Evaluation(list(kept), evaluate_with)
+        check_weights('export_weights', export_weights, list(kept))
         self.export_weights = export_weights
-        self._horizon = horizon
-        self._averages = Averages({self.name: (profile, horizon)}, self._settings)
+        self._kept = dict(kept)
+        self._averages = Averages(kept, self._settings, hidden=hidden)
+        #: All algorithms of the Trainer that keep averages, in their order.
+        self._of_all: Sequence[WeightAverage] = (self,)
         self._arguments = {
             **arguments,
             start_name: str(self._start.span),
@@ -136,6 +141,21 @@ class WeightAverage(Algorithm):
     def log_interval(self) -> Span | None:
         """The time between two logged distances; None for none."""
         return None if self._log_interval is None else self._log_interval.span
+
+    @classmethod
+    def labels_of(cls, arguments: Mapping[str, Any]) -> tuple[str, ...]:
+        """The labels that averages will have if an algorithm of this class is built with ``arguments``."""
+        del arguments
+        return (cls.name,)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What evaluators, metrics, exports and checkpoints call the averages, the one seen by default first."""
+        return self._averages.labels
+
+    def shadow(self, label: str) -> ShadowModel | None:
+        """The average of that label; None before the Trainer is built."""
+        return self._averages.shadow(label)
 
     @property
     def evaluate_with(self) -> dict[str, str]:
@@ -175,7 +195,7 @@ class WeightAverage(Algorithm):
             self._steps.begin()
         elif event in _TRAINING_GOES_ON:
             self._evaluation.abandon()
-            self._use(TRAINING, state.model)
+            self._take_back(state.model)
             if event in _TRAINING_STARTS:
                 loan.refuse(unwrap(state.model))  # nobody may train the average of a callback
             if event is Event.FIT_START:
@@ -189,6 +209,7 @@ class WeightAverage(Algorithm):
 
     def _create(self, state: State) -> None:
         limits.refuse_rivals(self, self.rivals, state)
+        self._stand_beside([each for each in state.algorithms if isinstance(each, WeightAverage)] or [self])
         limits.refuse_sharded(state)
         if left_in := loan.recall(state.model):
             warn(
@@ -198,7 +219,7 @@ class WeightAverage(Algorithm):
         # Composer's SWA writes the weights at the event that updates the average, while a side stream may read them.
         overlap = not any(isinstance(algorithm, ComposerSWA) for algorithm in state.algorithms)
         self._averages.build(state.model, overlap=overlap)
-        save_training_weights(state, self)
+        save_training_weights(state, self._of_all)
         self._steps.release()
         self._has_started, self.update_seconds = False, 0.0
         self._evaluation.abandon()
@@ -206,6 +227,19 @@ class WeightAverage(Algorithm):
         if self._state_for_init is not None:
             loaded, self._state_for_init = self._state_for_init, None
             self.load_state_dict(loaded)
+
+    def _stand_beside(self, of_all: Sequence[WeightAverage]) -> None:
+        """Shares evaluators and the export with the other algorithms that keep averages.
+
+        Raises:
+            ValueError: labels or wishes that contradict each other.
+        """
+        limits.refuse_equal_labels({type(each).__qualname__: each.labels for each in of_all})
+        limits.refuse_two_exports(
+            {type(each).__qualname__: each.export_weights for each in of_all if each.export_weights != TRAINING}
+        )
+        self._evaluation.stand_beside([each._evaluation for each in of_all])
+        self._of_all = tuple(of_all)
 
     def _prepare_fit(self, state: State) -> None:
         if not self._averages:
@@ -219,14 +253,14 @@ class WeightAverage(Algorithm):
             limits.warn_without_exporter(self.export_weights)
         self._averages.live = state.model
         look = Look(state)
-        for _, average in self._averages:
-            if self._has_started and average.first_update is None and self._start.span.value > 0:
+        for average in self._averages.all().values():
+            if average.has_begun and average.first_update is None and self._start.span.value > 0:
                 average.first_update = first_update(self._start, self._interval, look, average.started_at)
         self._averages.follow_clock(look)
         self._steps.watch(state)
-        for _, average in self._averages:
+        for label, average in self._averages.all().items():
             profile = 'a function' if average.profile is None else average.profile
-            log.info('%s with %s: %s', type(self).__name__, profile, average.shadow)
+            log.info('%s %s with %s: %s', type(self).__name__, label, profile, average.shadow)
 
     def _check_run(self, state: State) -> None:
         """Refuses settings that cannot work in this run, and warns of those that have no effect."""
@@ -239,9 +273,9 @@ class WeightAverage(Algorithm):
             Limit(self._interval, limits.effect_of_rare_updates(self._interval, state)),
             Limit(self._start, 'no average will be kept'),
         ]
-        if self._horizon is not None:
-            effect = 'the average will keep more than half of its start'
-            found.insert(0, Limit(self._horizon, effect, measured_at=self._interval))
+        effect = 'the average will keep more than half of its start'
+        horizons = [horizon for _, horizon in self._kept.values() if horizon is not None]
+        found[:0] = [Limit(horizon, effect, measured_at=self._interval) for horizon in horizons]
         if self._log_interval is not None:
             is_default = str(self.log_interval) == '1ep'
             found.append(Limit(self._log_interval, None if is_default else 'no distance will be logged'))
@@ -260,7 +294,7 @@ class WeightAverage(Algorithm):
             return False
         if not self._has_started:
             return self._start.has_come(look)
-        for _, average in self._averages:
+        for average in self._averages.all().values():
             if self._interval.has_passed(look, average.last_update, average.first_update):
                 return True
         return False
@@ -285,18 +319,16 @@ class WeightAverage(Algorithm):
         state = look.state
         if not self._averages:
             self._create(state)
+        is_from_start = self._start.span.value == 0 and not self._has_started
+        weights = self._averages.update(state.model, look, self._interval, is_from_start=is_from_start)
         metrics: dict[str, float] = {}
         for label, average in self._averages:
-            if self._has_started:
-                weight = average.update(state.model, look, self._interval)
-            else:
-                is_from_start = self._start.span.value == 0
-                weight = average.begin(state.model, look, self._interval, is_from_start=is_from_start)
-            if weight is not None and isinstance(average.profile, Exponential):
+            weight = weights[label]
+            if weight is not None and isinstance(average.profile, Exponential | BiasCorrected):
                 metrics[f'{label}/smoothing'] = 1.0 - weight
             metrics[f'{label}/num_updates'] = average.shadow.num_updates
-            if self._settings.skip_nonfinite:
-                metrics[f'{label}/skipped_elements'] = average.shadow.poll_skipped()
+        if self._settings.skip_nonfinite:
+            metrics[f'{self.name}/skipped_elements'] = self._averages.poll_skipped()
         self._has_started = True
         logger.log_metrics(metrics)
 
@@ -313,7 +345,9 @@ class WeightAverage(Algorithm):
                 else.
             ValueError: ``model`` lacks a tracked name or has it in another shape. Nothing is written then.
         """
-        return self._averages.put_training_weights(self.name, model)
+        if self._averages.live is unwrap(model):
+            self._take_back(model)
+        return self._averages.put_training_weights(self.labels[0], model)
 
     def stashed_weights(self, model: nn.Module) -> dict[str, Tensor]:
         """The training weights that ``model`` has in a stash while it holds an average, whoever lent it.
@@ -331,8 +365,15 @@ class WeightAverage(Algorithm):
         """Makes ``model`` hold the training weights, or the average called ``weights`` once there is one."""
         if weights == TRAINING:
             self._averages.take_back(model)
-        elif self._has_average and self._averages.lent is None:
+        elif self._has_average and self._averages[weights].has_begun:
             self._averages.lend(weights, model)
+        else:
+            self._averages.take_back(model)
+
+    def _take_back(self, model: nn.Module) -> None:
+        """Makes ``model`` hold the training weights, whichever algorithm of this package has lent it an average."""
+        for each in self._of_all:
+            each._averages.take_back(model)
 
     def _lending(self, state: State) -> AbstractContextManager[None]:
         """Lends what an export asks for, unless the model holds an average already."""
@@ -353,7 +394,8 @@ class WeightAverage(Algorithm):
             formats.VERSION_KEY: formats.VERSION,
             'config': dict(self._arguments),
             'started': self._has_started,
-            'averages': {label: average.state_dict() for label, average in self._averages},
+            'averages': self._averages.state_dict(only_begun=self._has_started),
+            **({formats.HIDDEN: list(self._averages.hidden)} if self._averages.hidden else {}),
         }
         for average in state['averages'].values():
             if formats.STASH in average:
@@ -383,18 +425,36 @@ class WeightAverage(Algorithm):
         upgraded = formats.upgrade(
             state,
             model_slot={name: tensor.detach() for name, tensor in inventory.tensors().items()},
-            tracked={name for _, average in self._averages for name, _ in average.shadow.named_parameters()},
+            tracked={name for each in self._averages.all().values() for name, _ in each.shadow.named_parameters()},
             buffers=inventory.buffers,
-            labels=[label for label, _ in self._averages],
             what=what,
         )
-        saved = upgraded['averages']
+        saved, hidden = upgraded['averages'], upgraded.get(formats.HIDDEN, ())
         if not saved:
             return
-        stash = {formats.STASH: upgraded[formats.STASH]} if formats.STASH in upgraded else {}
-        for label, average in self._averages:
-            average.load_state_dict({**saved[label], **stash}, what)
-        self._has_started, self._loaded_config = upgraded['started'], upgraded['config']
+        shown = {label: each['profile']['description'] for label, each in saved.items() if label not in hidden}
+        wanted = {label: average.description for label, average in self._averages}
+        continuation = labels.continued(shown, wanted, what)
+        config = upgraded['config']
+        if continuation.remark:
+            warn(continuation.remark)
+            config = {key: value for key, value in config.items() if key not in self.compared}  # it said so
+        sources = {**continuation.sources, **{label: label for label in self._averages.hidden if label in hidden}}
+        self._averages.load_state_dict(
+            {label: saved[source] for label, source in sources.items()},
+            what,
+            has_begun=upgraded['started'],
+            stash=upgraded.get(formats.STASH),
+        )
+        self._has_started, self._loaded_config = upgraded['started'], config
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and deepcopy: a copy stands beside no other algorithms."""
+        return {name: value for name, value in self.__dict__.items() if name != '_of_all'}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        vars(self).update(state)
+        self._of_all = (self,)
 
     def __repr__(self) -> str:
         shown = {name: value for name, value in self._arguments.items() if name not in self._implied}
