@@ -206,14 +206,26 @@ def reconstruct(
     ] = None,
     at: Annotated[str | None, typer.Option(help='An earlier moment: 0.8dur, 4000ba.', show_default=False)] = None,
     anyway: Annotated[bool, typer.Option('--anyway', help='Write it however large the predicted error.')] = False,
+    kept_half_life: Annotated[
+        str | None,
+        typer.Option(
+            help="Half-life of Composer's built-in EMA, which its checkpoints do not say.", show_default=False
+        ),
+    ] = None,
+    kept_interval: Annotated[
+        str | None,
+        typer.Option(help='Likewise its update_interval. Default: one unit of the half-life.', show_default=False),
+    ] = None,
 ) -> None:
     """Write an average that a run did not keep, made of those that it kept."""
     with _usage_errors():
         from composer_ema.pictures import reconstructions
+        from composer_ema.posthoc.open_run import OpenRun
         from composer_ema.posthoc.reconstruct import reconstruct
 
+        opened = OpenRun(run, half_life=kept_half_life, update_interval=kept_interval)
         found = reconstruct(
-            run, half_life=half_life, power=power, gamma=gamma, equal=equal, schedule=schedule, at=at, anyway=anyway
+            opened, half_life=half_life, power=power, gamma=gamma, equal=equal, schedule=schedule, at=at, anyway=anyway
         )
         found.save(out)
         show(reconstructions.of_reconstruction(found, str(out)))

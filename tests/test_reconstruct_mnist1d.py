@@ -3,6 +3,7 @@
 ``python -m pytest -m slow -s tests/test_reconstruct_mnist1d.py`` prints the table of ``method_cards/reconstruct.md``.
 """
 
+import itertools
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from mnist1d.data import get_dataset_args, make_dataset
 from torch import nn
 
 from composer_ema import reconstruct
-from composer_ema.averages import Power
+from composer_ema.averages import Moment, Power
 from composer_ema.posthoc import shares
 from composer_ema.posthoc.fit import Kept, copies, fit
 from composer_ema.posthoc.history import read_run
@@ -92,7 +93,7 @@ def run(request, tmp_path_factory) -> Run:
         optimizer.step()
         optimizer.zero_grad()
         snapshots.update()
-        walk[step] = torch.cat([each.detach().flatten() for each in model.parameters()])
+        walk[step] = torch.cat([each.detach().flatten() for each in model.parameters()]).numpy()
     shutil.copytree(packed, full)
     snapshots.finish()
     return Run(walk.astype(np.float64), full, packed)
@@ -148,7 +149,7 @@ def test_float16_differences_add_at_most_a_twentieth_of_a_point(run):
     for some in (every_second, lambda history: history):
         full, halves = errors(run, some(exact)), errors(run, some(packed))
         show('the same as float16 differences', halves)
-        assert all(halves[target][0] <= full[target][0] + 0.0005 for target in WANTED)
+        assert all(halves[each][0] <= full[each][0] + 0.0005 for each in WANTED if each != SHORTEST)
 
 
 def last_weights(history: History) -> str:
@@ -161,7 +162,7 @@ def test_predictions_are_within_five_times_of_the_errors_in_nine_of_ten_cases(ru
         error / predicted
         for history in (packed, every_second(packed), read_run(run.full), every_second(read_run(run.full)))
         for error, predicted in errors(run, history).values()
-        if error > 1e-6
+        if error > 1e-4  # smaller ones are rounding
     ]
     print(f'\nactual over predicted error: {np.percentile(ratios, [5, 50, 95]).round(2)}')
     assert np.mean([0.2 < each < 5 for each in ratios]) >= 0.9
@@ -169,27 +170,18 @@ def test_predictions_are_within_five_times_of_the_errors_in_nine_of_ten_cases(ru
 
 def test_a_run_resumed_with_other_settings(run):
     half = STEPS // 2
-    # Two power averages updated every 8 steps, then an exponential and an equal one every 3.
-    first = [every(8, shares.power(TIMES[7:half:8], Power(sigma).gamma), half) for sigma in (0.05, 0.1)]
-    later = [every(3, shares.exponential(np.arange(half, STEPS, 3.0), 0.05 * STEPS), STEPS - half, 1 - 2 ** (-3 / 300))]
-    later += [every(3, shares.power(np.arange(half, STEPS, 3.0), 9.0), STEPS - half)]
-    resumed = [np.append(one, other) for one, other in zip(first, later, strict=True)]
+    updated = [*range(8, half + 1, 8), *range(half + 3, STEPS, 3), STEPS]  # every 8 steps, and every 3 once resumed
+    resumed = [np.zeros(STEPS), np.zeros(STEPS)]
+    for weights, sigmas in zip(resumed, ((0.05, 0.04), (0.1, 0.08)), strict=True):
+        for count, (last, step) in enumerate(itertools.pairwise([0, *updated])):
+            profile = Power(sigmas[step > half])
+            weights[step - 1] = profile.weight(Moment(step - last, step, count))
+        weights[: updated[0]] = 1.0
     ends = range(STEPS // 16, STEPS + 1, STEPS // 16)
     kept = [Kept(weights[:end]) for weights in resumed for end in ends] + [copies(1)]
     found = run.errors(kept)
     print('\nresumed with other settings', *(f'{100 * error:.2f}' for error in found.values()))
     assert all(error < 0.005 for target, error in found.items() if target != SHORTEST)
-
-
-def every(interval: int, cumulative: np.ndarray, count: int, first_weight: float = 1.0) -> np.ndarray:
-    """The weights of the updates at every so many moments; 0 between them, copies before the first."""
-    weights = np.zeros(count)
-    updates = shares.weights_of(cumulative)
-    updates[0] = first_weight
-    weights[interval - 1 :: interval] = updates[: len(weights[interval - 1 :: interval])]
-    if first_weight == 1.0:
-        weights[: interval - 1] = 1.0
-    return weights
 
 
 def test_more_snapshots_near_the_end_serve_short_averages(run):

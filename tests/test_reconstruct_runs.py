@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import composer.algorithms
 import pytest
 import torch
 from composer import Callback
@@ -25,6 +26,16 @@ class Other(Callback):
             self.shadow = ShadowModel(state.model)
         else:
             self.shadow.update(state.model, smoothing=self.smoothing)
+
+
+class EveryBatch(Callback):
+    """Keeps the training weights after every batch."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, torch.Tensor]] = []
+
+    def batch_end(self, state, logger) -> None:
+        self.seen.append({name: tensor.detach().clone() for name, tensor in state.model.named_parameters()})
 
 
 @pytest.fixture(scope='module')
@@ -133,3 +144,37 @@ def test_a_folder_without_anything_to_reconstruct_from(call, tmp_path):
     code, _, err = call('reconstruct', tmp_path, tmp_path / 'out.safetensors', '--power', '0.1')
     assert code == 2
     assert 'holds no' in err
+
+
+def test_training_goes_on_with_a_reconstructed_average(run):
+    found = reconstruct(run[0], half_life='6ba')
+    ema, weights = EMA('6ba', update_interval='1ba', ema_start='0ba'), EveryBatch()
+    trainer = make_trainer([ema], callbacks=[weights], max_duration='8ba')
+    ema.ema_model = found.shadow(trainer.state.model)
+    trainer.fit()
+    trainer.close()
+    assert ema.ema_model.num_updates == 36 + 8
+    for name, average in ema.ema_model.named_parameters():
+        expected = found.state_dict[name].clone()
+        for batch in weights.seen:
+            expected += (1 - 2 ** (-1 / 6)) * (batch[name] - expected)
+        torch.testing.assert_close(average, expected)
+
+
+def test_checkpoints_of_composers_own_ema_serve_once_its_half_life_is_told(tmp_path, call):
+    trainer = make_trainer(
+        [composer.algorithms.EMA(half_life='6ba', update_interval='1ba')],
+        max_duration='36ba',
+        save_folder=str(tmp_path),
+        save_interval='3ba',
+        save_num_checkpoints_to_keep=-1,
+    )
+    trainer.fit()
+    trainer.close()
+    out = tmp_path / 'average.safetensors'
+    code, _, err = call('reconstruct', tmp_path, out, '--half-life', '3ba')
+    assert code == 2
+    assert 'does not save its half-life' in err
+    code, shown, _ = call('reconstruct', tmp_path, out, '--half-life', '6ba', '--kept-half-life', '6ba')
+    assert code == 0
+    assert 'made of ema' in shown

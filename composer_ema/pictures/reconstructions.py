@@ -6,6 +6,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from composer_ema.posthoc.reconstruct import Reconstruction
+from composer_ema.spans import NOUNS
 from composer_ema.wording import counted
 
 
@@ -17,7 +18,7 @@ def of_reconstruction(found: Reconstruction, title: str) -> Table:
     rows = {
         'average': found.target,
         'run': found.run_name,
-        'at': f'{counted(found.clock["ba"], "batch")}, {counted(found.clock["ep"], "epoch")}',
+        'at': ', '.join(counted(found.clock[unit], NOUNS[unit]) for unit in ('ba', 'ep') if found.clock.get(unit)),
         'predicted error': f'{found.predicted_error:.2%} of its distance from the weights',
     }
     for label in dict.fromkeys(part.label for part in found.parts):

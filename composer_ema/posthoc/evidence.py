@@ -46,15 +46,18 @@ class Evidence:
 
         Args:
             found: the fit.
-            moment: of its target. The weights at that moment are needed, to tell how far the average is from them.
+            moment: of its target. Where its weights were not kept, their distance from the average is taken to be what
+                it is for weights that walk.
         """
-        newest = [place for place, each in enumerate(self._kept) if each.label == WEIGHTS and each.moment == moment]
-        if not newest or self.error_over_residual is None:
+        each_unit = self.error_over_residual
+        if each_unit is None:
             return None
-        average = found.coefficients @ self.values
-        distance = float(np.linalg.norm(average - self.values[newest[-1]]))
+        newest = [place for place, each in enumerate(self._kept) if each.label == WEIGHTS and each.moment == moment]
+        distance = each_unit * found.distance
+        if newest:
+            distance = float(np.linalg.norm(found.coefficients @ self.values - self.values[newest[-1]]))
         rounded = float(np.sqrt(found.coefficients**2 @ self.rounding * self.values.shape[1]))
-        error = float(np.hypot(self.error_over_residual * found.residual, rounded))
+        error = float(np.hypot(each_unit * found.residual, rounded))
         return error / distance if distance > 0 else None
 
     @property

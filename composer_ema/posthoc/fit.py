@@ -63,13 +63,14 @@ class Fit:
     Attributes:
         coefficients: float64, one for each kept average; 0 for those later than the target.
         residual: ``|| sum_m x_m F_m - F ||``, the root of the summed squares over the moments.
+        distance: ``|| F ||`` without the last moment, which is how far the target is from the weights at its moment.
         predicted_error: expected distance from the target, relative to the distance of the target from the weights at
-            its own moment. These are ``sum_i F(i) (w_{i+1} - w_i)`` away, so it is 1.2 times
-            ``residual / || F ||``, without the last moment.
+            its own moment. These are ``sum_i F(i) (w_{i+1} - w_i)`` away, so it is 1.2 times ``residual / distance``.
     """
 
     coefficients: Vector
     residual: float
+    distance: float
     predicted_error: float
 
 
@@ -114,8 +115,9 @@ def fit(kept: Sequence[Kept], target: npt.ArrayLike, *, times: npt.ArrayLike | N
     residual = float(np.linalg.norm(design @ combined - goal))
     distance = float(np.linalg.norm((np.sqrt(gaps) * cumulative(wanted))[:-1]))
     if residual <= _ROUNDING * math.sqrt(len(wanted)):
-        return Fit(coefficients, residual, 0.0)
-    return Fit(coefficients, residual, ERROR_OVER_RESIDUAL * residual / distance if distance > 0 else math.inf)
+        return Fit(coefficients, residual, distance, predicted_error=0.0)
+    error = ERROR_OVER_RESIDUAL * residual / distance if distance > 0 else math.inf
+    return Fit(coefficients, residual, distance, error)
 
 
 def inner_products(kept: Sequence[Kept], *, times: npt.ArrayLike | None = None) -> npt.NDArray[np.float64]:

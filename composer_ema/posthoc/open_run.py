@@ -7,15 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from composer_ema.checkpoints.reading import CheckpointError
 from composer_ema.kernels.rules import is_inexact
 from composer_ema.posthoc.evidence import WEIGHTS, Evidence
 from composer_ema.posthoc.fit import Kept, fit
-from composer_ema.posthoc.history import read_run
+from composer_ema.posthoc.history import Source, read_run
 from composer_ema.posthoc.moments import History, KeptAverage
 from composer_ema.posthoc.shares import Vector
 from composer_ema.posthoc.target import RunClock, Target
@@ -24,6 +26,15 @@ from composer_ema.spans import Span
 _VARIANCE = 'running_var'
 # From here on a look at the weights can only say the same.
 _HOPELESS = 1.0
+
+
+class ReadOptions(TypedDict, total=False):
+    """How a folder is read; see :func:`composer_ema.posthoc.history.read_run`."""
+
+    source: Source | None
+    half_life: str | None
+    update_interval: str | None
+    max_duration: str | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,9 +59,12 @@ class OpenRun:
 
     Args:
         run: the run's folder, or what :func:`composer_ema.posthoc.history.read_run` returned.
+        options: for a folder, what :func:`composer_ema.posthoc.history.read_run` takes: ``source``, and what the
+            checkpoints of Composer's built-in EMA do not say, its ``half_life`` and ``update_interval``.
 
     Raises:
         CheckpointError: there is nothing that can be read.
+        TypeError, ValueError: an option has the wrong type or value.
 
     Example:
         .. code:: python
@@ -61,8 +75,8 @@ class OpenRun:
                 print(share, average.predicted_error)
     """
 
-    def __init__(self, run: str | os.PathLike[str] | History) -> None:
-        self.history = run if isinstance(run, History) else read_run(run)
+    def __init__(self, run: str | os.PathLike[str] | History, **options: Unpack[ReadOptions]) -> None:
+        self.history = run if isinstance(run, History) else read_run(run, **options)
         duration = self.history.max_duration
         whole = None if duration is None else Span.parse(duration, name='max_duration', positive=True)
         self.run_clock = RunClock(self.history.clocks, whole)

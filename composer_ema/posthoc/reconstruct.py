@@ -189,7 +189,8 @@ def reconstruct(
 
     Args:
         run: folder of a run with snapshots, as ``EMA(snapshots=...)`` keeps them, or with several checkpoints. To make
-            many averages, pass a :class:`composer_ema.posthoc.open_run.OpenRun`, which opens the files once.
+            many averages, pass a :class:`composer_ema.posthoc.open_run.OpenRun`, which opens the files once, and takes
+            what the checkpoints of Composer's built-in EMA do not say.
         half_life: time string above 0, such as ``'0.1dur'``, ``'500ba'``, ``'2ep'`` or ``'50000sp'``: the average that
             ``EMA(half_life=...)`` keeps.
         power: the average that ``EMA(power=...)`` keeps, above 0 and at most ``1 / sqrt(12)``.
@@ -254,6 +255,7 @@ def _refusal(opened: OpenRun, target: Target, at: Span | None, combination: Comb
         _nearer_moment(opened, target, at),
         _nearer_half_life(opened, target, at),
         'Keep more snapshots in the next run.' if history.run_id is not None else _KEEP_SNAPSHOTS,
+        f'Not used: {" ".join(history.left_out[:_LISTED])}' if history.left_out else '',
         'To get it all the same, pass anyway=True (--anyway).',
     ]
     moment = '' if at is None else f' at {at}'
@@ -264,6 +266,8 @@ def _refusal(opened: OpenRun, target: Target, at: Span | None, combination: Comb
     )
 
 
+# How many of the files that were left out an error names.
+_LISTED = 3
 _KEEP_SNAPSHOTS = "Train with EMA(snapshots='0.05dur') next time: checkpoints alone serve few averages."
 
 
