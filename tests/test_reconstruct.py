@@ -31,6 +31,9 @@ def by_power(sigma: float) -> np.ndarray:
     return shares.weights_of(shares.power(BATCHES, Power(sigma).gamma))
 
 
+FLOATING = ('0.weight', '0.bias', '1.weight', '1.bias', '2.weight', '2.bias')
+
+
 class Walk:
     """A run whose weights walk at random, and what it kept of averages whose updates had given weights.
 
@@ -38,9 +41,17 @@ class Walk:
         kept: label to the weights of the updates; ``'weights'`` for the weights themselves.
         moments: at which they are kept, counted from 1, by label.
         rounded: as the tensors in the files are.
+        bits: of the differences to the last weights that the files keep. Default: files keep the values.
     """
 
-    def __init__(self, kept: Mapping[str, np.ndarray], moments: Mapping[str, list[int]], seed=0, rounded=torch.float32):
+    def __init__(
+        self,
+        kept: Mapping[str, np.ndarray],
+        moments: Mapping[str, list[int]],
+        seed: int = 0,
+        rounded: torch.dtype = torch.float32,
+        bits: int | None = None,
+    ) -> None:
         generator = np.random.default_rng(seed)
         model = network()
         self.states = {
@@ -50,7 +61,7 @@ class Walk:
         self.states['1.running_var'] = 1 + 0.1 * abs(self.states['1.running_var'])
         self.states['1.num_batches_tracked'] = BATCHES[:, None]
         self.shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        self.rounded, self.was_read = rounded, []
+        self.rounded, self.bits, self.was_read = rounded, bits, []
         self._made: dict[tuple[str, Path], np.ndarray] = {}
         self.alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
         self.most_alive = 0
@@ -68,13 +79,25 @@ class Walk:
             if name == '1.num_batches_tracked':
                 return torch.tensor(int(BATCHES[moment - 1]))
             if (name, path) not in self._made:
-                self._made[name, path] = self.average(name, weights)
+                self._made[name, path] = self._written(name, weights)
             found = torch.tensor(self._made[name, path]).to(self.rounded).reshape(self.shapes[name])
             self.alive.add(found)
             self.most_alive = max(self.most_alive, len(self.alive))
             return found
 
-        return KeptAverage(label, weights, path, {'ba': BATCHES[moment - 1]}, lambda: list(self.shapes), tensor)
+        def rounding() -> float:
+            pairs = [(self._written(name, weights), self.average(name, weights)) for name in FLOATING]
+            return float(np.mean(np.concatenate([(one - other) ** 2 for one, other in pairs])))
+
+        clock = {'ba': BATCHES[moment - 1]}
+        return KeptAverage(label, weights, path, clock, lambda: list(self.shapes), tensor, rounding)
+
+    def _written(self, name: str, weights: np.ndarray) -> np.ndarray:
+        average, last = self.average(name, weights), self.states[name][-1]
+        if self.bits is None:
+            return average
+        unit = 2.0 ** (np.floor(np.log2(np.maximum(abs(average - last), 1e-30))) - self.bits)
+        return last + np.round((average - last) / unit) * unit
 
     def history(self, **changes) -> History:
         newest = self.kept[-1]
@@ -115,10 +138,9 @@ def walk() -> Walk:
 
 def error_of(found: composer_ema.posthoc.reconstruct.Reconstruction, walk: Walk, weights: np.ndarray) -> float:
     """The distance from the true average, relative to the distance of that from the last weights."""
-    names = [name for name in walk.states if name not in ('1.num_batches_tracked', '1.running_mean', '1.running_var')]
-    true = [walk.average(name, weights) for name in names]
-    made = [found.state_dict[name].double().numpy().ravel() for name in names]
-    last = [walk.states[name][len(weights) - 1] for name in names]
+    true = [walk.average(name, weights) for name in FLOATING]
+    made = [found.state_dict[name].double().numpy().ravel() for name in FLOATING]
+    last = [walk.states[name][len(weights) - 1] for name in FLOATING]
     error, move = (np.concatenate([a - b for a, b in zip(x, true, strict=True)]) for x in (made, last))
     return float(np.linalg.norm(error) / np.linalg.norm(move))
 
@@ -311,3 +333,14 @@ def test_rounded_files_keep_the_coefficients_small_and_the_prediction_honest(wal
     error = error_of(coarse, rounded, by_half_life(40))
     assert coarse.predicted_error / 4 < error < 4 * coarse.predicted_error
     assert coarse.predicted_error > exact.predicted_error
+
+
+@pytest.mark.parametrize('target', ['power=0.05', 'power=0.1', 'half_life=0.03dur'])
+def test_files_of_rounded_differences_are_predicted_to_be_as_good_as_they_are(target):
+    name, value = target.split('=')
+    walk = sixteen_of_two(bits=6)
+    found = reconstruct(walk.history(), **{name: float(value) if name == 'power' else value})
+    weights = by_power(float(value)) if name == 'power' else by_half_life(60)
+    error = error_of(found, walk, weights)
+    assert error > 0.001
+    assert found.predicted_error / 2.5 < error < 2.5 * found.predicted_error

@@ -112,11 +112,23 @@ class Evidence:
     @cached_property
     def rounding(self) -> Vector:
         """The mean squared rounding of each kept average, float64[kept]."""
-        # All files of a run are written alike, and each is read as a whole to tell.
-        middle = len(self._averages) // 2
-        written = max((each.rounding() for each in self._averages[middle : middle + 2]), default=0.0)
         squares = np.array([float(np.mean(values**2)) if values.size else 0.0 for values in self.values])
-        return written + _OF_INTERVAL * squares * np.array(self._eps) ** 2 * _OF_EPS
+        in_memory = _OF_INTERVAL * squares * np.array(self._eps) ** 2 * _OF_EPS
+        return in_memory + self._rounding_of_files()
+
+    def _rounding_of_files(self) -> Vector:
+        """What was rounded when the files were written: differences to the last weights, each by a share of itself."""
+        # All files of a run are written alike. One in the middle is read as a whole to tell how.
+        middle = len(self._averages) // 2
+        written = self._averages[middle].rounding()
+        end = max(each.moment for each in self._kept)
+        last = [place for place, each in enumerate(self._kept) if each.label == WEIGHTS and each.moment == end]
+        if not written or not last:
+            return np.full(len(self._kept), written)
+        differences = np.mean((self.values - self.values[last[0]]) ** 2, axis=1)
+        if not differences[middle] > 0:
+            return np.full(len(self._kept), written)
+        return written * differences / differences[middle]
 
     @property
     def values(self) -> npt.NDArray[np.float64]:
