@@ -359,7 +359,10 @@ def sweep(
     ] = False,
     out: Annotated[
         Path | None,
-        typer.Option(help='The picture, as for plot. Default: sweep in the run folder.', show_default=False),
+        typer.Option(
+            help='The picture, as for plot. Default: sweep in the run folder, with _power and _test behind it.',
+            show_default=False,
+        ),
     ] = None,
 ) -> None:
     """Find the best half-life of a finished run: evaluate averages of it, reconstructed from its snapshots.
@@ -372,12 +375,13 @@ def sweep(
         from composer_ema.recipe.sweep import POINTS, Asked
         from composer_ema.recipe.swept import sweep_run
 
-        check_out(out := out or run / sweeps.SWEEP)
-        if half_lives is not None and (power or powers):
+        family = 'power' if power or powers else 'half_life'
+        check_out(out := out or run / sweeps.picture_name(family, on_test=on_test))
+        if half_lives is not None and family == 'power':
             raise typer.BadParameter('--half-lives and power function averages are two sweeps. Leave out one.')
         asked = Asked(
-            family='power' if power or powers else 'half_life',
-            values=_split(powers if power or powers else half_lives),
+            family=family,
+            values=_split(powers if family == 'power' else half_lives),
             points=POINTS if points is None else points,
             metric=metric,
             num_batches=limit,

@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from composer_ema import EMA, CheckpointError, cli
+from composer_ema import EMA, CheckpointError, Snapshots, cli
 from composer_ema.pictures import sweeps
 from composer_ema.posthoc.target import RunClock
 from composer_ema.recipe import run, schema
@@ -29,7 +29,7 @@ from composer_ema.recipe.arguments import RecipeError
 from composer_ema.recipe.choice import choose, difference
 from composer_ema.recipe.measuring import measure_of, recipe_of
 from composer_ema.recipe.sweep import Asked, Sweep, grid, in_unit_of, overrides, sweep
-from composer_ema.recipe.swept import Simulated, sweep_run
+from composer_ema.recipe.swept import Opened, Simulated, sweep_run
 from composer_ema.recipe.trials import TRAINING, Measured, Trial, TrialsFile
 from composer_ema.spans import ArgumentError, Span
 from composer_ema.trainer.average import Average
@@ -574,6 +574,22 @@ class TestOfARun:
     def test_a_folder_without_a_recipe_is_refused(self, tmp_path):
         with pytest.raises(CheckpointError, match=r'has no recipe\.yaml'):
             sweep_run(tmp_path, Asked())
+
+    def test_a_run_that_has_not_ended_is_refused(self, tmp_path):
+        model = torch.nn.Linear(1, 1)
+        snapshots = Snapshots(model, tmp_path / 'snapshots', every=2, num_steps=8)
+        for _ in range(5):
+            snapshots.update()
+        with pytest.raises(
+            CheckpointError, match=r'has not ended\. Train the rest with autoresume=true'
+        ):
+            Opened(tmp_path)
+        for _ in range(3):
+            snapshots.update()
+        snapshots.finish()
+        opened = Opened(tmp_path)
+        assert opened.clock['ba'] == 8
+        assert all(torch.equal(each, opened.training()[name]) for name, each in model.state_dict().items())
 
     def test_a_metric_that_is_not_there_is_refused(self, again):
         with pytest.raises(ArgumentError, match=r"no metric 'CrossEntrop'\. Did you mean 'CrossEntropy'"):

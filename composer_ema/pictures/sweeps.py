@@ -13,15 +13,13 @@ from composer_ema.pictures.style import BLACK, BLUE, GREY, RC, VERMILION
 from composer_ema.recipe.choice import UNRELIABLE, Choice
 from composer_ema.recipe.outputs import Array
 from composer_ema.recipe.sweep import Sweep, rounded
-from composer_ema.recipe.trials import Trial
+from composer_ema.recipe.trials import Family, Trial
 
 if TYPE_CHECKING:  # matplotlib takes a second to import
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-#: The name of the picture and of the table in the run folder, without the ending.
-SWEEP = 'sweep'
 #: A picture shows so many metrics at most.
 _PANELS = 3
 #: Values further from the best than so many times the gain over the training weights are cut off: they would make the
@@ -30,6 +28,16 @@ _GAINS_SHOWN = 1.6
 _TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 _AS_GOOD_COLOUR = '0.93'
 _ON_TEST = 'CHOSEN ON THE TEST SET'
+
+
+def picture_name(family: Family, *, on_test: bool) -> str:
+    """The name of the picture in the run folder, without the ending; each kind of sweep has its own.
+
+    Example:
+        >>> picture_name('half_life', on_test=False), picture_name('power', on_test=True)
+        ('sweep', 'sweep_power_test')
+    """
+    return '_'.join(['sweep', *(['power'] if family == 'power' else []), *(['test'] if on_test else [])])
 
 
 def table(sweep: Sweep) -> Table:
