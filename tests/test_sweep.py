@@ -209,8 +209,9 @@ class TestWhatToWrite:
         assert overrides({'algorithms': {'ema': ema}}, 'half_life', 0.0707, FakeKept.clock) == written
 
     def test_a_power(self):
-        recipe = {'algorithms': {'EMA': {'half_life': '100ba'}}}
-        assert overrides(recipe, 'power', 0.1, {}) == '~algorithms.EMA.half_life algorithms.EMA.power=0.1'
+        recipe = {'algorithms': {'EMA': {'half_life': '100ba', 'warmup': 0.1, 'bias_correction': False}}}
+        dropped = '~algorithms.EMA.half_life ~algorithms.EMA.warmup'
+        assert overrides(recipe, 'power', 0.1, {}) == f'{dropped} algorithms.EMA.power=0.1'
 
     def test_recipes_take_it(self, tmp_path):
         path = tmp_path / 'a.yaml'
@@ -580,9 +581,7 @@ class TestOfARun:
         snapshots = Snapshots(model, tmp_path / 'snapshots', every=2, num_steps=8)
         for _ in range(5):
             snapshots.update()
-        with pytest.raises(
-            CheckpointError, match=r'has not ended\. Train the rest with autoresume=true'
-        ):
+        with pytest.raises(CheckpointError, match=r'has not ended\. Train the rest with autoresume=true'):
             Opened(tmp_path)
         for _ in range(3):
             snapshots.update()

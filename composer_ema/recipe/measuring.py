@@ -34,7 +34,7 @@ PARTS = 50
 #: What of a recipe decides what an evaluation gives. The rest starts, steers and records training.
 _KEPT = (
     'variables', 'model', 'data', 'optimizer', 'algorithms', 'max_duration', 'seed', 'precision', 'precision_config',
-    'device', 'device_train_microbatch_size', 'eval_subset_num_batches', 'train_subset_num_batches', 'report',
+    'device', 'device_train_microbatch_size', 'train_subset_num_batches', 'report',
 )  # fmt: skip
 #: Where data lie and how they are read. Whatever else describes them decides which samples were held out.
 _MAY_DIFFER = ('root', 'eval_batch_size', 'num_workers')

@@ -27,6 +27,8 @@ _REFINEMENTS = 2
 _DIGITS = 3
 # Arguments of EMA of which one chooses the average.
 _RIVALS = ('half_life', 'smoothing', 'power', 'gamma', 'average')
+# Those that change an exponential average, and that a power function refuses.
+_CHANGES = ('warmup', 'bias_correction')
 
 
 class Kept(Protocol):
@@ -252,7 +254,8 @@ def overrides(recipe: Mapping[str, Any], family: Family, value: float, clock: Ma
         '~algorithms.ema.power algorithms.ema.half_life=0.1dur'
     """
     name, own = _arguments(recipe)
-    dropped = [f'~algorithms.{name}.{key}' for key in _RIVALS if key != family and own.get(key) is not None]
+    unfit = [key for key in _RIVALS if key != family] + (list(_CHANGES) if family == 'power' else [])
+    dropped = [f'~algorithms.{name}.{key}' for key in unfit if own.get(key)]
     written = in_unit_of(own.get('half_life'), value, clock) if family == 'half_life' else f'{rounded(value):g}'
     return ' '.join([*dropped, f'algorithms.{name}.{family}={written}'])
 
@@ -281,7 +284,7 @@ def forgetting(recipe: Mapping[str, Any]) -> dict[str, Any]:
         {'warmup': 0.1}
     """
     own = _arguments(recipe)[1]
-    found = {name: own.get(name) for name in ('warmup', 'bias_correction')}
+    found = {name: own.get(name) for name in _CHANGES}
     plain = {
         name: next(iter(value.values()), None) if isinstance(value, Mapping) else value for name, value in found.items()
     }
