@@ -345,7 +345,7 @@ class TestPicture:
         ]
         assert 'predicted error above 5 %' not in texts(swept(tmp_path, values=[0.05, 0.1]))
         broad = swept(tmp_path / 'broad', measure=FakeMeasure(noise=0.03), points=5)
-        assert texts(broad)[-1] == 'CrossEntropy as good as the best, within sampling error'
+        assert texts(broad)[-1] == 'CrossEntropy as good, within sampling error'
 
     def test_a_loss_that_jumps_leaves_the_valley_and_the_training_weights_in_view(self, tmp_path):
         class Steep(FakeMeasure):

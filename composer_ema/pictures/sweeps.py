@@ -224,7 +224,7 @@ def _legend(sweep: Sweep, *, is_cut: bool) -> list[tuple[Line2D, str]]:
         entries.append((star, f'best {sweep.metric}: {_named(sweep, sweep.choice.best)}'))
         if len(sweep.choice.as_good) > 1:
             band = Line2D([], [], color=_AS_GOOD_COLOUR, linewidth=10)
-            entries.append((band, f'{sweep.metric} as good as the best, within sampling error'))
+            entries.append((band, f'{sweep.metric} as good, within sampling error'))
     return entries
 
 
