@@ -447,6 +447,12 @@ class TestMeasure:
         for name, value in first.metrics.items():
             assert np.mean(first.parts[name]) == pytest.approx(value, abs=1e-6)
 
+    def test_algorithms_that_may_change_the_model_stay_and_averages_and_files_go(self, folder):
+        with measure_of(recipe_of(folder)) as measure:
+            state = measure._run.trainer.state
+            assert [type(each).__name__ for each in state.algorithms] == ['GradientClipping']
+            assert not any(type(each).__name__ in ('CheckpointSaver', 'LRMonitor') for each in state.callbacks)
+
     def test_weights_of_another_model_are_refused_by_name(self, folder):
         said = r'does not fit the model.*missing.*The recipe in its folder builds'
         with measure_of(recipe_of(folder)) as measure, pytest.raises(ValueError, match=said):
