@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import os
@@ -35,8 +34,6 @@ from composer_ema.spans import ArgumentError, Span
 from composer_ema.trainer.average import Average
 from composer_ema.trainer.refresh import Refresh
 
-#: Until EMA takes them.
-needs_warmup = pytest.mark.skipif('warmup' not in inspect.signature(EMA).parameters, reason='EMA has no warmup yet')
 NOISE = np.random.default_rng(0).normal(size=50)
 
 
@@ -544,7 +541,6 @@ class TestOfARun:
         assert after.keys() - watched.before.keys() == {watched.folder / 'sweep.jsonl'}
         assert {path: after[path] for path in watched.before} == watched.before
 
-    @needs_warmup
     def test_averages_forget_their_start_as_the_recipe_says(self, again):
         recipe = yaml.safe_load((again / 'recipe.yaml').read_text())
         asked = Asked(values=['0.5dur'], num_batches=1)
@@ -555,16 +551,15 @@ class TestOfARun:
         assert corrected.trials[-1].metrics != plain.trials[-1].metrics
         assert 'all of these averages have bias_correction=True, as in the recipe' in sweeps.conclusion(corrected)
 
-    @needs_warmup
     @pytest.mark.parametrize('changes', [{'bias_correction': True}, {'warmup': 0.5}])
     def test_simulated_weights_are_those_of_the_algorithm(self, trainer, monkeypatch, changes):
-        weights, original = [], Average._update
+        weights, original = [], Average.record
 
-        def update(self, *arguments: Any, **named: Any) -> float | None:
-            weights.append(original(self, *arguments, **named))
-            return weights[-1]
+        def record(self, look: Any, weight: float, moment: Any) -> None:
+            weights.append(weight)
+            original(self, look, weight, moment)
 
-        monkeypatch.setattr(Average, '_update', update)
+        monkeypatch.setattr(Average, 'record', record)
         trainer([EMA(half_life='2ba', **changes)]).fit()
         simulated = Simulated(Span(2, 'ba'), changes).weights(RunClock({'ba': np.arange(1.0, 7.0)}))
         assert simulated.tolist() == pytest.approx(weights, rel=1e-12)
