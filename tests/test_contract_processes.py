@@ -13,6 +13,7 @@ import toy
 from contract import (
     BATCHES,
     SCRIPTS,
+    free_port,
     saved_bits,
 )
 from toy import make_trainer, snapshot
@@ -38,14 +39,6 @@ def two_processes(tmp_path_factory) -> list[dict[str, Any]]:
     )  # fmt: skip
     assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-6000:]
     return [{'folder': folder, **torch.load(folder / f'rank{rank}.pt', weights_only=False)} for rank in (0, 1)]
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        return probe.getsockname()[1]
 
 
 def test_two_processes_end_with_the_same_bits_on_both_ranks(two_processes):

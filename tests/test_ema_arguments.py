@@ -69,11 +69,14 @@ EVERY_ARGUMENT = [
     {'shadow_device': 'cpu'},
     {'shadow_device': torch.device('cpu')},
     {'skip_nonfinite': True},
+    {'compensated': True},
     {'shadow_dtype': 'bfloat16', 'rounding': 'stochastic', 'seed': 7},
     {'evaluate_with': {'eval': 'ema', 'eval_training': 'training'}},
     {'export_weights': 'ema'},
     {'log_interval': None},
     {'log_interval': '5ba'},
+    {'snapshots': '0.05dur'},
+    {'snapshots': {'every': Time(10, 'ba'), 'power': 0.1, 'halvings': 0, 'folder': 'runs/{run_name}'}},
     {'half_life': '2ep', 'update_interval': '10ba', 'ema_start': '8sp', 'buffers': 'copy', 'log_interval': '2ep'},
 ]
 

@@ -42,7 +42,8 @@ def of_run(outcome: Outcome, show: Callable[[Any], None]) -> Result:
     result = report.result(outcome)
     if result.points:
         show(report.epochs_table(result))
-    show(f'{report.summary(result)}\nrun folder: {outcome.folder}'.lstrip())
+    lines = [report.summary(result), outcome.snapshots, f'run folder: {outcome.folder}']
+    show('\n'.join(filter(None, lines)))
     return result
 
 

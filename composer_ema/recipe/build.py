@@ -14,6 +14,7 @@ from composer import Evaluator, Trainer
 from composer.core import Algorithm, Callback
 from composer.utils import dist, get_device, reproducibility
 
+from composer_ema.posthoc.history import SNAPSHOT_FOLDER
 from composer_ema.recipe import groups
 from composer_ema.recipe.arguments import Place, RecipeError, said, signature
 from composer_ema.recipe.fitting import Fitted, fit
@@ -24,6 +25,7 @@ from composer_ema.recipe.progress import other_progress_may_resume, progress_of
 from composer_ema.recipe.recorder import Recorder
 from composer_ema.recipe.scheduled import Length, Scheduled
 from composer_ema.recipe.schema import Plan, Recipe, plan
+from composer_ema.trainer.weight_average import WeightAverage
 from composer_ema.wording import counted
 from composer_ema.zoo.dataset import Data
 
@@ -84,7 +86,7 @@ def build(recipe: Recipe, *, scratch: Path | None = None, callbacks: Sequence[Ca
     # Before the data are touched, unless nothing else tells the length of an epoch.
     extent = checked.extent()
     stepped = _fit(checked, extent.batches, model, optimizer) if extent is not None else None
-    algorithms = [_algorithm(each, checked) for each in checked.algorithms]
+    algorithms = [_algorithm(each, checked, scratch or folder) for each in checked.algorithms]
     callbacks = [*(each.build() for each in checked.callbacks), *callbacks]
     loggers = [each.build() for each in checked.loggers]
 
@@ -249,7 +251,14 @@ def _remarks(
     return remarks
 
 
-def _algorithm(named: Named, checked: Plan) -> Algorithm:
+def _algorithm(named: Named, checked: Plan, folder: Path) -> Algorithm:
+    algorithm = _built(named, checked)
+    if isinstance(algorithm, WeightAverage) and algorithm.snapshots is not None:
+        algorithm.snapshots.default_folder = folder / SNAPSHOT_FOLDER
+    return algorithm
+
+
+def _built(named: Named, checked: Plan) -> Algorithm:
     if named not in checked.averages.values() or not checked.evaluate:
         return named.build()
     own = {'training', *(label for label, algorithm in checked.averages.items() if algorithm is named)}

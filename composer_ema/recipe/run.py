@@ -17,6 +17,7 @@ from composer_ema.files import write_beside
 from composer_ema.recipe.build import Run, build, refused
 from composer_ema.recipe.outputs import RECIPE_FILE
 from composer_ema.recipe.schema import Recipe
+from composer_ema.trainer.weight_average import WeightAverage
 from composer_ema.wording import counted
 
 
@@ -32,6 +33,7 @@ class Outcome:
         evaluations: The lines of the metrics file that hold metrics of an evaluator, oldest first.
         update_share: Share of step time spent on averaging, in [0, 1]; None if nothing was averaged.
         num_batches: Number of batches over which ``update_share`` was measured.
+        snapshots: Where the run's snapshots lie and how large they are, in a sentence; None if it wrote none.
     """
 
     run_name: str
@@ -41,6 +43,7 @@ class Outcome:
     evaluations: list[dict[str, Any]]
     update_share: float | None
     num_batches: int
+    snapshots: str | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,7 @@ def train(recipe: Recipe, show: Callable[[Any], None], *, callbacks: Sequence[Ca
         evaluations=run.recorder.evaluations,
         update_share=run.recorder.update_share,
         num_batches=run.recorder.num_batches,
+        snapshots=' '.join(_disk_uses(run)) or None,
     )
 
 
@@ -142,6 +146,9 @@ def _fit(run: Run, show: Callable[[Any], None]) -> None:
         return
     start = state.timestamp.batch
     try:
+        for algorithm in state.algorithms:
+            if isinstance(algorithm, WeightAverage) and (remark := algorithm.disk_of_snapshots(state)):
+                show(remark)
         run.trainer.fit()
     except FileExistsError as error:
         raise (run.plan.place / 'save_folder').error(
@@ -152,6 +159,13 @@ def _fit(run: Run, show: Callable[[Any], None]) -> None:
             raise
         # A setting that cannot work in this run is refused before the first batch: a half-life of 2ep in 10ba.
         raise refused(run.plan, error) from error
+
+
+def _disk_uses(run: Run) -> Iterator[str]:
+    for algorithm in run.trainer.state.algorithms:
+        snapshots = algorithm.snapshots if isinstance(algorithm, WeightAverage) else None
+        if snapshots is not None and (said := snapshots.disk_use()):
+            yield said
 
 
 def _for_seed(recipe: Recipe, seed: int) -> Recipe:

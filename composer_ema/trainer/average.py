@@ -324,7 +324,7 @@ class Averages:
 
     def update(
         self, model: nn.Module, look: Look, interval: Interval, *, is_from_start: bool
-    ) -> dict[str, float | None]:
+    ) -> dict[str, tuple[float | None, Moment | None]]:
         """Moves every average, hidden ones too, towards the weights of ``model`` in one update.
 
         Args:
@@ -334,7 +334,7 @@ class Averages:
             is_from_start: of averages whose first update this is; see :meth:`Average.next_weight`.
 
         Returns:
-            The weight of the update by label; None if a function made the average.
+            The weight and the moment of the update by label; None for both if a function made the average.
         """
         moves = {
             label: average.next_weight(look, interval, is_from_start=is_from_start)
@@ -346,7 +346,7 @@ class Averages:
             self._built.update(model, weight={label: weight for label, (weight, _) in moves.items()})  # pyright: ignore[reportArgumentType]: without a function there are weights
         for label, average in self._averages.items():
             average.record(look, *moves[label])
-        return {label: weight for label, (weight, _) in moves.items()}
+        return moves
 
     def follow_surgery(self, model: nn.Module, *, may_rebuild: bool) -> None:
         """Pairs the averages with ``model``, in which another algorithm may have replaced layers.

@@ -19,6 +19,7 @@ from composer_ema.shadow.shadow_model import ShadowModel
 from composer_ema.spans import Span
 from composer_ema.trainer import labelled, limits
 from composer_ema.trainer.labelled import Asked
+from composer_ema.trainer.snapshots import AskedSnapshots, RunSnapshots
 from composer_ema.trainer.weight_average import WeightAverage
 from composer_ema.wording import suggestion
 
@@ -65,6 +66,12 @@ class EMA(WeightAverage):
             host wait for the device once. Default: ``'1ep'``.
         export_weights: ``'ema'`` or ``'training'``: what Composer's ``ExportForInferenceCallback`` writes at the end of
             training. Default: ``'training'``.
+        snapshots: time string between two files from which any other average can be made after the run, such as
+            ``'0.05dur'``; see :func:`composer_ema.reconstruct`. Each holds two power function averages of their own,
+            which this algorithm keeps beside its averages. Or a mapping: ``every``, the time; ``power``, the widths of
+            these averages, by default 0.05 and 0.10; ``halvings``, how many more files halve what is left before the
+            end, by default 5; ``folder``, where they go, by default ``snapshots`` in the folder of a
+            recipe's run, else beside the Trainer's checkpoints. Default: None, no files.
         settings: which tensors are averaged and how: ``buffers``, ``include``, ``exclude``, ``shadow_dtype``,
             ``shadow_device``, ``skip_nonfinite``, ``rounding``, ``compensated``, ``seed``, and ``avg_fn`` or
             ``multi_avg_fn`` in place of ``half_life``; see :class:`composer_ema.settings.Settings`.
@@ -112,6 +119,7 @@ class EMA(WeightAverage):
         evaluate_with: Mapping[str, str] | None = None,
         log_interval: str | Time | None = '1ep',
         export_weights: str = 'training',
+        snapshots: str | Time | Mapping[str, Any] | None = None,
         **settings: Unpack[TrainerSettings],
     ) -> None:
         has_function = settings.get('avg_fn') is not None or settings.get('multi_avg_fn') is not None
@@ -121,15 +129,21 @@ class EMA(WeightAverage):
             half_life = None
         arguments = {'half_life': half_life, **others, 'warmup': warmup, 'bias_correction': bias_correction}
         self._asked = labelled.read(self.name, arguments, has_function=has_function)
+        asked = AskedSnapshots.of(snapshots, has_function=has_function)
         super().__init__(
             self._asked.kept,
-            {**{name: _plain(value) for name, value in arguments.items()}, 'half_life': _half_life_of(self._asked)},
+            {
+                **{name: _plain(value) for name, value in arguments.items()},
+                'half_life': _half_life_of(self._asked),
+                'snapshots': None if asked is None else asked.as_plain(),
+            },
             start=ema_start,
             update_interval=_interval(update_interval, self._asked),
             evaluate_with=evaluate_with,
             log_interval=log_interval,
             export_weights=export_weights,
             settings=settings,
+            snapshots=None if asked is None else RunSnapshots(asked),
         )
         if half_life is None:
             self._implied.add('half_life')

@@ -35,9 +35,13 @@ from composer_ema.trainer.evaluation import TRAINING, Evaluation, check_weights
 from composer_ema.trainer.exporting import lend_to_exporters
 from composer_ema.trainer.limits import Limit, warn
 from composer_ema.trainer.saving import save_training_weights
+from composer_ema.trainer.snapshots import Moves, RunSnapshots
 from composer_ema.trainer.steps import Steps
 
 log = logging.getLogger(__name__)
+
+# A key of the state, beside those of ``formats``.
+_SNAPSHOTS = 'snapshots'
 
 _UPDATES_AT = frozenset({Event.BATCH_END, Event.EPOCH_END, Event.ITERATION_END})
 # Training or saving goes on: the model must hold the training weights, also after an evaluation that raised.
@@ -73,8 +77,8 @@ class WeightAverage(Algorithm):
         update_interval: time between two updates.
         evaluate_with, log_interval, export_weights: as for :class:`composer_ema.EMA`, with ``name`` for ``'ema'``.
         settings: which tensors are averaged and how; see :class:`composer_ema.settings.Settings`.
-        hidden: averages that are updated and saved beside the others, but not evaluated, exported or logged, for a
-            second holder; see :class:`~composer_ema.trainer.average.Averages`. Default: none.
+        snapshots: what writes averages of its own during the run, which are updated and saved beside the others, but
+            not evaluated, exported or logged. Default: nothing.
 
     Attributes:
         name: what metrics, evaluators and the state call a single average: ``'ema'``.
@@ -98,7 +102,7 @@ class WeightAverage(Algorithm):
         log_interval: str | Time | None,
         export_weights: str,
         settings: Mapping[str, Any],
-        hidden: Mapping[str, Kept] = {},
+        snapshots: RunSnapshots | None = None,
     ) -> None:
         start_name = f'{self.name}_start'
         self._start = Start(start_name, Span.parse(start, name=start_name, units=('ba', 'ep', 'sp', 'tok', 'dur')))
@@ -111,7 +115,9 @@ class WeightAverage(Algorithm):
         check_weights('export_weights', export_weights, list(kept))
         self.export_weights = export_weights
         self._kept = dict(kept)
-        self._averages = Averages(kept, self._settings, hidden=hidden)
+        #: What writes snapshots of the run; None for nothing.
+        self.snapshots = snapshots
+        self._averages = Averages(kept, self._settings, hidden={} if snapshots is None else snapshots.hidden)
         #: All algorithms of the Trainer that keep averages, in their order.
         self._of_all: Sequence[WeightAverage] = (self,)
         self._arguments = {
@@ -201,7 +207,7 @@ class WeightAverage(Algorithm):
             if event is Event.FIT_START:
                 self._prepare_fit(state)
             elif event is Event.FIT_END:
-                self._end_fit()
+                self._end_fit(state)
             elif event in _UPDATES_AT:
                 self._update_and_log(event, state, logger)
         else:
@@ -222,6 +228,8 @@ class WeightAverage(Algorithm):
         save_training_weights(state, self._of_all)
         self._steps.release()
         self._has_started, self.update_seconds = False, 0.0
+        if self.snapshots is not None:
+            self.snapshots.forget()
         self._evaluation.abandon()
         self._loaded_config = {}
         if self._state_for_init is not None:
@@ -258,6 +266,8 @@ class WeightAverage(Algorithm):
                 average.first_update = first_update(self._start, self._interval, look, average.started_at)
         self._averages.follow_clock(look)
         self._steps.watch(state)
+        if self.snapshots is not None:
+            self.snapshots.begin(state, self._averages)
         for label, average in self._averages.all().items():
             profile = 'a function' if average.profile is None else average.profile
             log.info('%s %s with %s: %s', type(self).__name__, label, profile, average.shadow)
@@ -281,13 +291,15 @@ class WeightAverage(Algorithm):
             found.append(Limit(self._log_interval, None if is_default else 'no distance will be logged'))
         return found
 
-    def _end_fit(self) -> None:
+    def _end_fit(self, state: State) -> None:
         self._steps.release()
         if self._averages:
             # This waits for the last update, too, so that the weights may be written once training has ended.
             self._averages.share_buffers()
             if not self._has_started:
                 limits.warn_of_no_update(self._start, self._interval)
+            if self.snapshots is not None:
+                self.snapshots.end(state, self._averages)
 
     def _is_update_due(self, event: Event, look: Look) -> bool:
         if event is not self._interval.event:
@@ -304,26 +316,28 @@ class WeightAverage(Algorithm):
         return interval is not None and event is interval.event and self._has_average and interval.has_passed(look)
 
     def _update_and_log(self, event: Event, state: State, logger: Logger) -> None:
-        began, look = time.perf_counter(), Look(state)
+        began, look, moves = time.perf_counter(), Look(state), None
         if self._steps.skipped and event is Event.BATCH_END:
             self._averages.pass_over_batch(look)
         elif self._is_update_due(event, look):
-            self._update(look, logger)
+            moves = self._update(look, logger)
         if self._is_log_due(event, look):
             for label, average in self._averages:
                 distance = average.shadow.relative_distance(state.model).item()
                 logger.log_metrics({f'{label}/relative_distance': distance})
         self.update_seconds += time.perf_counter() - began
+        if self.snapshots is not None and moves is not None:
+            self.snapshots.after_update(look, moves, self._averages)
 
-    def _update(self, look: Look, logger: Logger) -> None:
+    def _update(self, look: Look, logger: Logger) -> Moves:
         state = look.state
         if not self._averages:
             self._create(state)
         is_from_start = self._start.span.value == 0 and not self._has_started
-        weights = self._averages.update(state.model, look, self._interval, is_from_start=is_from_start)
+        moves = self._averages.update(state.model, look, self._interval, is_from_start=is_from_start)
         metrics: dict[str, float] = {}
         for label, average in self._averages:
-            weight = weights[label]
+            weight, _ = moves[label]
             if weight is not None and isinstance(average.profile, Exponential | BiasCorrected):
                 metrics[f'{label}/smoothing'] = 1.0 - weight
             metrics[f'{label}/num_updates'] = average.shadow.num_updates
@@ -331,6 +345,17 @@ class WeightAverage(Algorithm):
             metrics[f'{self.name}/skipped_elements'] = self._averages.poll_skipped()
         self._has_started = True
         logger.log_metrics(metrics)
+        return moves
+
+    def disk_of_snapshots(self, state: State) -> str | None:
+        """How much disk the snapshots of the run will take, in a sentence, once the Trainer is built; None for none.
+
+        Raises:
+            ArgumentError: they have no place, or are due at times that the run does not count.
+        """
+        if self.snapshots is None or not self._averages:
+            return None
+        return self.snapshots.announcement(state, self._averages)
 
     # Loans
 
@@ -396,6 +421,7 @@ class WeightAverage(Algorithm):
             'started': self._has_started,
             'averages': self._averages.state_dict(only_begun=self._has_started),
             **({formats.HIDDEN: list(self._averages.hidden)} if self._averages.hidden else {}),
+            **({} if self.snapshots is None else {_SNAPSHOTS: self.snapshots.state_dict()}),
         }
         for average in state['averages'].values():
             if formats.STASH in average:
@@ -440,12 +466,16 @@ class WeightAverage(Algorithm):
             warn(continuation.remark)
             config = {key: value for key, value in config.items() if key not in self.compared}  # it said so
         sources = {**continuation.sources, **{label: label for label in self._averages.hidden if label in hidden}}
+        if self.snapshots is not None:
+            self.snapshots.check(upgraded.get(_SNAPSHOTS))
         self._averages.load_state_dict(
             {label: saved[source] for label, source in sources.items()},
             what,
             has_begun=upgraded['started'],
             stash=upgraded.get(formats.STASH),
         )
+        if self.snapshots is not None:
+            self.snapshots.load_state_dict(upgraded.get(_SNAPSHOTS))
         self._has_started, self._loaded_config = upgraded['started'], config
 
     def __getstate__(self) -> dict[str, Any]:

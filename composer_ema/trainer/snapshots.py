@@ -1,0 +1,259 @@
+"""Snapshots of a Composer run: from the argument of EMA and the events of the run to files in a folder."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from composer.callbacks import CheckpointSaver
+from composer.core import State, Time
+from composer.utils import dist
+from composer.utils.file_helpers import format_name_with_dist
+
+from composer_ema.averages import Moment, Power
+from composer_ema.posthoc.history import SNAPSHOT_FOLDER
+from composer_ema.posthoc.snapshots import (
+    DEFAULT_POWER,
+    averages_in,
+    check_contents,
+    check_halvings,
+    facts_of,
+    profiles_of,
+    sizes_of,
+    weights_in,
+)
+from composer_ema.posthoc.writer import SnapshotWriter, Spacing, spacing_of
+from composer_ema.spans import UNITS, ArgumentError, Span
+from composer_ema.trainer.average import Averages, Kept
+from composer_ema.trainer.clock import Look
+from composer_ema.wording import suggestion
+
+log = logging.getLogger(__name__)
+
+#: The weight and the moment of an update by label; None for both where a function makes the average.
+Moves = Mapping[str, tuple[float | None, Moment | None]]
+_CHECKPOINTS = 'checkpoints'
+_KEYS = ('every', 'power', 'halvings', 'folder')
+
+
+@dataclass(frozen=True)
+class AskedSnapshots:
+    """What the argument ``snapshots`` asks for.
+
+    Args:
+        every: time between two files, maybe a share of the run.
+        power: widths of the averages to keep.
+        halvings: see :class:`composer_ema.Snapshots`.
+        folder: for the files; may hold ``{run_name}``, as Composer's ``save_folder``. None chooses one.
+    """
+
+    every: Span
+    power: tuple[float, ...] = DEFAULT_POWER
+    halvings: int | None = None
+    folder: str | None = None
+
+    @classmethod
+    def of(cls, snapshots: str | Time | Mapping[str, Any] | None, *, has_function: bool) -> AskedSnapshots | None:
+        """Reads a time string, or a mapping of ``every``, ``power``, ``halvings`` and ``folder``; None stays None.
+
+        Args:
+            snapshots: what the user passed.
+            has_function: whether a function makes the averages of the run, beside which no other can be kept.
+
+        Raises:
+            TypeError, ArgumentError: another key, a value out of range, or a function.
+        """
+        if snapshots is None:
+            return None
+        if has_function:
+            raise ArgumentError(
+                'snapshots keep power averages, and avg_fn or multi_avg_fn makes every average of this algorithm. '
+                'Leave one of them out.',
+                'snapshots',
+            )
+        given = dict(snapshots) if isinstance(snapshots, Mapping) else {'every': snapshots}
+        for key in given:
+            if key not in _KEYS:
+                raise ArgumentError(f'snapshots takes no {key!r}. {suggestion(key, _KEYS, "It takes")}', 'snapshots')
+        if given.get('every') is None:
+            raise ArgumentError("snapshots needs every, the time between two files: every='0.05dur'.", 'snapshots')
+        every = Span.parse(given['every'], name='snapshots', positive=True)
+        if every.unit == 'dur' and every.value > 1:
+            raise ArgumentError(f'snapshots must come within the run, 1dur, got every {every}.', 'snapshots')
+        folder = given.get('folder')
+        if folder is not None and not isinstance(folder, str):
+            raise TypeError(f'the folder of snapshots must be a string, got {folder!r}.')
+        try:
+            power = tuple(profile.sigma_rel for profile in profiles_of(given.get('power') or DEFAULT_POWER).values())
+            halvings = check_halvings(given.get('halvings'))
+        except ValueError as error:
+            raise ArgumentError(f'snapshots: {error}', 'snapshots') from error
+        return cls(every, power, halvings, folder)
+
+    def as_plain(self) -> str | dict[str, Any]:
+        """The argument in plain types, for the state of the algorithm: what differs from the defaults."""
+        if self == AskedSnapshots(self.every):
+            return str(self.every)
+        power = list(self.power)
+        return {'every': str(self.every), 'power': power, 'halvings': self.halvings, 'folder': self.folder}
+
+
+class RunSnapshots:
+    """Writes the snapshots of a Composer run, on rank 0, whose state is the one that checkpoints keep.
+
+    Args:
+        asked: what the user wants.
+
+    Attributes:
+        default_folder: where the files go if the user names no folder; None for the place of the checkpoints. A recipe
+            sets it to a folder of the run.
+    """
+
+    def __init__(self, asked: AskedSnapshots) -> None:
+        self.asked = asked
+        self.default_folder: Path | None = None
+        self._profiles: dict[str, Power] = profiles_of(asked.power)
+        self._writer: SnapshotWriter | None = None
+        self._loaded: Mapping[str, Any] | None = None
+
+    @property
+    def hidden(self) -> dict[str, Kept]:
+        """The averages to keep, by label, beside those that the run shows."""
+        return {label: (profile, None) for label, profile in self._profiles.items()}
+
+    def forget(self) -> None:
+        """Starts anew, for another run."""
+        self._writer = self._loaded = None
+
+    # Events
+
+    def begin(self, state: State, averages: Averages) -> None:
+        """Prepares the folder, and says how much disk the run will take.
+
+        Args:
+            state: when training starts.
+            averages: those of the run, built.
+
+        Raises:
+            ArgumentError: no place for the files, another run's files in it, or a time that the run does not count.
+        """
+        problems: list[str | None] = [None]
+        if self._writer is None:
+            folder, spacing = self.folder_in(state), self._spacing(state)
+            self._writer = self._new_writer(folder, state.run_name)
+            if self._loaded is not None:
+                self._writer.load_state_dict(self._loaded)
+        else:
+            spacing = self._spacing(state)
+        whole = _whole(state)
+        if dist.get_global_rank() == 0:
+            try:
+                check_contents(state.model)
+                self._writer.begin(
+                    spacing,
+                    Look(state).now,
+                    max_duration=None if whole is None else str(whole),
+                    overwrite=any(saver.overwrite for saver in _savers(state)),
+                )
+                log.info('%s', self.announcement(state, averages))
+            except ValueError as error:
+                problems[0] = str(error)
+        # All processes must stop together.
+        dist.broadcast_object_list(problems)
+        if problems[0] is not None:
+            raise ArgumentError(problems[0], 'snapshots')
+
+    def after_update(self, look: Look, moves: Moves, averages: Averages) -> None:
+        """Records an update of the averages, and writes a file if one is due.
+
+        Args:
+            look: at the clock, at the update.
+            moves: label to the weight and the moment of the update.
+            averages: those of the run, updated.
+        """
+        writer = self._writer
+        if writer is None or dist.get_global_rank() != 0:
+            return
+        made = {label: (weight, moves[label][1]) for label in self._profiles if (weight := moves[label][0]) is not None}
+        writer.record(look.now, made)
+        if writer.is_due():
+            model = look.state.model
+            writer.write(averages_in(self._shadows(averages)), weights_in(model), facts_of(model))
+
+    def end(self, state: State, averages: Averages) -> None:
+        """Writes the last averages and the last weights, and packs all files."""
+        if self._writer is None or dist.get_global_rank() != 0:
+            return
+        self._writer.finish(
+            Look(state).now, averages_in(self._shadows(averages)), weights_in(state.model), facts_of(state.model)
+        )
+        log.info('%s', self.disk_use())
+
+    # What it takes
+
+    def folder_in(self, state: State) -> Path:
+        """Where the files of the run go.
+
+        Raises:
+            ArgumentError: nothing says it.
+        """
+        if self.asked.folder is not None:
+            return Path(format_name_with_dist(self.asked.folder, state.run_name))
+        if self.default_folder is not None:
+            return self.default_folder
+        for saver in _savers(state):
+            folder = Path(format_name_with_dist(saver.folder, state.run_name))
+            return (folder.parent if folder.name == _CHECKPOINTS else folder) / SNAPSHOT_FOLDER
+        raise ArgumentError(
+            f"snapshots='{self.asked.every}' has no folder to write to, since the Trainer has no save_folder. Pass "
+            f"save_folder, or snapshots={{'every': '{self.asked.every}', 'folder': 'runs/{{run_name}}/snapshots'}}.",
+            'snapshots',
+        )
+
+    def announcement(self, state: State, averages: Averages) -> str:
+        """How much disk the snapshots will take, in a sentence."""
+        writer = self._writer
+        if writer is None:
+            writer = self._new_writer(self.folder_in(state), state.run_name)
+        return writer.announcement(self._spacing(state), *sizes_of(self._shadows(averages), state.model))
+
+    def disk_use(self) -> str | None:
+        """Where the snapshots lie and what they take, in a sentence; None before training."""
+        return None if self._writer is None else self._writer.disk_use()
+
+    def _spacing(self, state: State) -> Spacing:
+        return spacing_of(self.asked.every, _whole(state), self.asked.halvings)
+
+    def _new_writer(self, folder: Path, run_name: str) -> SnapshotWriter:
+        return SnapshotWriter(folder, run_name, {label: str(profile) for label, profile in self._profiles.items()})
+
+    def _shadows(self, averages: Averages) -> dict[str, Any]:
+        return {label: averages[label].shadow for label in self._profiles}
+
+    # State
+
+    def state_dict(self) -> Mapping[str, Any] | None:
+        """The identity of the run and its updates, in plain types; None before training."""
+        return self._loaded if self._writer is None else self._writer.state_dict()
+
+    def check(self, state: Any) -> None:
+        """Raises a ValueError unless ``state`` is one of :meth:`state_dict`; None is, too."""
+        if state is not None:
+            self._new_writer(Path(), '').load_state_dict(state)
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Goes on with the run that :meth:`state_dict` is of; None is a run that wrote none so far."""
+        self._writer, self._loaded = None, state
+
+
+def _savers(state: State) -> list[CheckpointSaver]:
+    return [callback for callback in state.callbacks if isinstance(callback, CheckpointSaver)]
+
+
+def _whole(state: State) -> Span | None:
+    """The length of the run; None where it is not counted, but timed."""
+    end = state.max_duration
+    return None if end is None or end.unit.value not in UNITS else Span(end.value, end.unit.value)
