@@ -175,10 +175,9 @@ def warn_of_a_single_update(start: Start, interval: Interval, state: State) -> N
     first = begin.value / until_start * whole
     if interval.event is not Event.BATCH_END:
         first = max(1, math.ceil(first - 1e-9))
+    second = first + span.value
     if begin.value == 0:  # the interval counts from the start of training, not from the first update
         second = (math.floor(first / span.value + 1e-9) + 1) * span.value
-    else:
-        second = first + span.value
     if first > 0 and second > whole * (1 + 1e-9):
         warn(
             f'{start} with {interval} takes a single moment of this run into the average, which is then the training '
