@@ -105,12 +105,15 @@ def train(
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     every = steps // counts[-1]
     run = Run(steps, [name for name, _ in model.named_parameters()], list(range(every, steps + 1, every)), folder)
-    snapshots = {
-        count: Snapshots(model, folder / f'ours-{count}', every=steps // count, num_steps=steps, power=KEPT)
-        for count in counts
-    }
+    snapshots = {}
+    for count in counts:
+        apart, name = steps // count, f'ours-{count}'
+        # By default further files are written shortly before the end.
+        snapshots[name] = Snapshots(model, folder / name, every=apart, num_steps=steps, power=KEPT)
+        even = f'{name}-even'
+        snapshots[even] = Snapshots(model, folder / even, every=apart, num_steps=steps, power=KEPT, halvings=0)
     peers = _peers(model, run, every, result)
-    updates: dict[str, Callable[[], object]] = {f'ours-{count}': each.update for count, each in snapshots.items()}
+    updates: dict[str, Callable[[], object]] = {name: each.update for name, each in snapshots.items()}
     updates |= {name: peer.update for name, peer in peers.items()}
     spent = dict.fromkeys(updates, 0.0)
 
@@ -239,8 +242,9 @@ def measure(run: Run, peers: dict[str, Callable[..., nn.Module]], count: int) ->
     add('ours, checkpoints with one average', lambda target: _fitted(run, kept, target), 4 * size * len(kept), None)
     kept = [*both, *ends]
     add('ours, snapshots in float32', lambda target: _fitted(run, kept, target), 4 * size * len(kept), None)
-    folder = run.folder / f'ours-{count}'
-    add('ours, snapshots', lambda target: _of_snapshots(run, folder, target), _bytes_in(folder), f'ours-{count}')
+    for title, name in (('ours, snapshots evenly apart', f'ours-{count}-even'), ('ours, snapshots', f'ours-{count}')):
+        folder = run.folder / name
+        add(title, lambda target, folder=folder: _of_snapshots(run, folder, target), _bytes_in(folder), name)
     return rows
 
 

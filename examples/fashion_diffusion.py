@@ -58,7 +58,7 @@ def train(options: argparse.Namespace, images: Tensor) -> None:
     torch.manual_seed(options.seed)
     model = UNet()
     optimizer = torch.optim.Adam(model.parameters(), lr=options.lr)
-    snapshots = Snapshots(model, options.out / 'snapshots', every='0.03125dur', num_steps=options.steps)
+    snapshots = Snapshots(model, options.out / 'snapshots', every='0.03125dur', halvings=0, num_steps=options.steps)
     checkpoint = options.out / 'training.pt'
     step = 0
     if checkpoint.exists():

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from composer_ema import CheckpointError, export, load_average, merge
+from composer_ema import CheckpointError, Snapshots, export, load_average, merge
 from composer_ema.posthoc import coefficients, shares
 from composer_ema.posthoc import merge as merging
 from composer_ema.posthoc.merge import Merged
@@ -385,11 +385,13 @@ class TestRefusals:
         assert not (tmp_path / 'ran').exists()
 
     def test_of_a_snapshot_that_may_hold_differences(self, tmp_path):
-        metadata = {'composer_ema_snapshot': '{}', 'written_by': 'composer_ema 0'}
-        for i in range(2):
-            safetensors.torch.save_file({'a': torch.ones(1)}, tmp_path / f'{i}.safetensors', metadata=metadata)
+        snapshots = Snapshots(plain.One(1.0), tmp_path / 'run', every=1)
+        for _ in range(3):
+            snapshots.update()
+        files = sorted((tmp_path / 'run').glob('averages*'))
+        assert len(files) == 2
         with pytest.raises(CheckpointError, match=r'is a snapshot.*composer-ema reconstruct'):
-            merge([tmp_path / f'{i}.safetensors' for i in range(2)], tmp_path / 'out.pt', equal=True)
+            merge(files, tmp_path / 'out.pt', equal=True)
 
 
 @pytest.mark.skipif(importlib.util.find_spec('typer') is None, reason='needs the commands')

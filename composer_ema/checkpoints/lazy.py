@@ -21,7 +21,9 @@ from composer_ema.checkpoints.reading import (
     check_texts,
     has_averages,
     is_of_composer,
+    is_safetensors,
     mapping_in,
+    metadata_of,
     path_of,
     read_file,
     run_name_of,
@@ -60,7 +62,7 @@ class LazyWeights:
         self._tensors, self.extra_state, self.weights = self._chosen(held)
         self.names = tuple(self._tensors)
         self._described = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in self._tensors.items()}
-        self.metadata = dict(states.exported_with(held) or {})
+        self.metadata = metadata_of(path) if is_safetensors(path) else dict(states.exported_with(held) or {})
         try:
             self.trained = _trained(held, self.metadata)
             self.run_name = run_name_of(held['state']) if is_of_composer(held) else self.metadata.get('run_name')

@@ -471,6 +471,12 @@ def is_safetensors(path: Path) -> bool:
     return path.suffix == '.safetensors' or is_like
 
 
+def metadata_of(path: Path) -> dict[str, str]:
+    """The texts that a safetensors file keeps beside its tensors."""
+    with safetensors.safe_open(path, framework='pt') as file:
+        return file.metadata() or {}
+
+
 def _load_safetensors(path: Path) -> Any:
     """Tensors by name, with what ``export`` wrote beside them in an attribute; see ``states.exported_with``."""
     with safetensors.safe_open(path, framework='pt') as file:

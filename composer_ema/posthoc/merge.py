@@ -22,6 +22,7 @@ from composer_ema.checkpoints.reading import CheckpointError, check_texts, path_
 from composer_ema.checkpoints.writing import refuse_overwriting, write_weights
 from composer_ema.model.names import listed
 from composer_ema.posthoc import coefficients, shares
+from composer_ema.posthoc.snapshot_files import is_snapshot
 from composer_ema.spans import NOUNS, ArgumentError, Span
 from composer_ema.version import __version__
 from composer_ema.wording import counted, suggestion
@@ -31,7 +32,6 @@ _AT_ONCE = 64 * 2**20
 # Beyond this, coefficients that the user typed do not sum to 1.
 _ROUNDING = 1e-9
 _MEAN, _VARIANCE = 'running_mean', 'running_var'
-_KIND_OF_SNAPSHOT = 'composer_ema_snapshot'
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class _File:
         cls, path: Path, average: str | None, key: str | None, place: int, times: Sequence[float] | None, unit: str
     ) -> _File:
         source = open_weights(path, average, key)
-        if _KIND_OF_SNAPSHOT in source.metadata:
+        if is_snapshot(source.metadata):
             raise CheckpointError(
                 f'{path} is a snapshot, which may hold differences to other weights. Pass its folder to '
                 'composer-ema reconstruct.'

@@ -123,7 +123,7 @@ class Header:
         Raises:
             CheckpointError: the file is no snapshot, a newer one, or damaged.
         """
-        if _KEY not in metadata:
+        if not is_snapshot(metadata):
             raise CheckpointError(f'{path} is no snapshot of a run.')
         try:
             plain = json.loads(metadata[_KEY])
@@ -254,6 +254,11 @@ class SnapshotFile:
     def _whole(self, key: str, packing: Packing) -> Entry:
         _, shape = self._tensors.outline(key)
         return Entry(getattr(torch, packing.dtypes[key]), shape, lambda: self._restored(key, packing))
+
+
+def is_snapshot(metadata: Mapping[str, str]) -> bool:
+    """Whether these texts stand beside the tensors of a snapshot."""
+    return _KEY in metadata
 
 
 def name_of(header: Header) -> str:
