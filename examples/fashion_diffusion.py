@@ -357,7 +357,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.add_argument('--save-every', type=at_least_one, default=200, help='steps between two checkpoints')
     options.add_argument('--train-only', action='store_true', help='stop after training')
     options.add_argument('--half-lives', type=float, nargs='+', default=HALF_LIVES, help='as shares of the run')
-    options.add_argument('--images', type=at_least_one, default=2000, help='images that each average draws')
+    options.add_argument('--images', type=at_least_one, default=1000, help='images that each average draws')
     options.add_argument('--sampler-steps', type=at_least_one, default=12, help='two looks at the model each')
     options.add_argument('--classifier-batches', type=at_least_one, default=1200, help='of 100 images, at most 1800')
     return options.parse_args(arguments)
