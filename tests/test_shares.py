@@ -95,6 +95,11 @@ def test_by_hand():
     assert shares.decayed([0, 1, 2, 3], shares.linear, 2).tolist() == [0, 0, 0.5, 1]
 
 
+def test_a_learning_rate_that_rises_by_a_rounding_error_is_one_that_stays():
+    rates = np.array([1.0, 0.5, 0.5 + 1e-15, 0.0])
+    assert shares.decayed(np.arange(4.0), lambda progress: rates, 3.0).tolist() == [0.0, 0.5, 0.5, 1.0]
+
+
 @pytest.mark.parametrize(('sigma', 'half'), [(0.05, 0.038), (0.10, 0.084), (0.25, 0.33)])
 def test_half_of_a_power_average_lies_where_its_card_says(sigma, half):
     found = shares.power(np.linspace(0, 1, 10001), Power(sigma).gamma)
