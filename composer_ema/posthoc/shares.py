@@ -225,7 +225,7 @@ def decayed(times: npt.ArrayLike, schedule: Callable[[Vector], Vector], span: fl
         [0.0, 0.25, 0.5, 0.75, 1.0]
     """
     # Where a learning rate hardly falls, its rounding may rise.
-    return 1.0 - schedule(latest(times, span))
+    return np.maximum.accumulate(1.0 - schedule(latest(times, span)))
 
 
 def _since_end(times: npt.ArrayLike) -> Vector:
