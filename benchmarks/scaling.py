@@ -2,26 +2,34 @@
 
 - tensors: a fixed number of floats in 10 to 10,000 tensors, a whole update and the prepared step alone;
 - parameters: 1 million to 1 billion floats in 100 tensors, the prepared step;
-- averages: k averages of the same weights by one prepared step, beside k steps of one average each.
+- averages: k averages of the same weights by one step and by one ShadowModels, beside k separate ShadowModels and k
+  instances of each peer. The target is (4 + 8 k) / 12 limits: the weights are read once, and each average is read and
+  written;
+- guard: an update of a model with ``skip_nonfinite``, beside one without.
 
-The limit is a flat ``lerp_`` over the same memory; for k averages, k of them.
+The limit is one flat ``lerp_`` over the memory of one average.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks import common
-from composer_ema import ShadowModel, kernels
+from benchmarks import common, peers
+from composer_ema import ShadowModel, ShadowModels, kernels
 
 _WEIGHT = 1 - common.SMOOTHING
 LIMIT = 'limit'
+PLAIN, GUARDED = 'ShadowModel.update', 'ShadowModel.update, skip_nonfinite'
+#: Peers of which k instances average beside our k averages.
+PEERS = ('ema-pytorch, use_foreach', 'timm ModelEmaV3')
 #: Bytes for each float that a sweep holds: the weights and one average.
 _BYTES = 8
 # Share of the memory that is free which a sweep may take.
@@ -37,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> common.Result:
     options.add_argument('--parameters', default='1e6,1e7,1e8,1e9')
     options.add_argument('--averages', default='1,2,4,8')
     options.add_argument('--average-floats', type=float, default=25e6, help='floats of each of the averages')
+    options.add_argument('--guarded', default='shufflenet_v2_x0_5,resnet50,vit_b_16', help='torchvision models')
     options.add_argument('--rounds', type=int, default=25, help='at most, for each size')
     options.add_argument('--seconds', type=float, default=20.0, help='no round is begun after these, for each size')
     parsed = options.parse_args(arguments)
@@ -50,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> common.Result:
         sweep.parameters(floats)
     for count in _numbers(parsed.averages):
         sweep.averages(count, int(parsed.average_floats))
+    for name in filter(None, parsed.guarded.split(',')):
+        sweep.guard(name)
     _show(result)
     return result
 
@@ -97,30 +108,61 @@ class Sweep:
 
     def averages(self, count: int, floats: int) -> None:
         """``count`` averages of ``floats`` each, in a hundred tensors."""
-        if not self._fits('averages', count, 4 * (count + 1) * floats):
+        kinds = 3 + len(PEERS)  # each of which holds as many averages
+        if not self._fits('averages', count, 4 * (kinds * count + 2) * floats):
             return
-        source = torch.ones(floats, device=self._device)
-        flats = [torch.zeros(floats, device=self._device) for _ in range(count)]
-        views, *sets = ([*t.tensor_split(_TENSORS_IN_PARAMETER_SWEEP)] for t in (source, *flats))
-        together, one_by_one = kernels.prepare(sets, views), [kernels.prepare([s], views) for s in sets]
+        source, flat = torch.ones(floats, device=self._device), torch.zeros(floats, device=self._device)
+        views = list(source.tensor_split(_TENSORS_IN_PARAMETER_SWEEP))
+        model = nn.Module()
+        model.weights = nn.ParameterList(views)
+        sets = [[torch.zeros_like(view) for view in views] for _ in range(count)]
+        step = kernels.prepare(sets, views)
         weights = [_WEIGHT / (k + 1) for k in range(count)]
-        self._measure(
-            'averages',
-            count,
-            floats,
-            {
-                LIMIT: lambda: [flat.lerp_(source, _WEIGHT) for flat in flats],
-                'one step for all': lambda: together(weights),
-                'a step for each': lambda: [step((weight,)) for step, weight in zip(one_by_one, weights, strict=True)],
-            },
-        )
+        together = ShadowModels(model, [f'average {k}' for k in range(count)])
+        by_label = dict(zip(together, weights, strict=True))
+        apart = [ShadowModel(model) for _ in range(count)]
+        calls: dict[str, Callable[[], object]] = {
+            LIMIT: lambda: flat.lerp_(source, _WEIGHT),
+            'prepared step': lambda: step(weights),
+            'ShadowModels.update': lambda: together.update(model, weight=by_label),
+            f'{count} x ShadowModel.update': lambda: [
+                shadow.update(model, weight=weight) for shadow, weight in zip(apart, weights, strict=True)
+            ],
+        }
+        for contestant in peers.CONTESTANTS:
+            if contestant.name in PEERS:
+                built = [peers.build_one(contestant, model, self._result) for _ in range(count)]
+                updates = [average.update for average in built if average is not None]
+                if updates:
+                    calls[f'{count} x {contestant.name}'] = partial(_call_each, updates)
+        target = (4 + 8 * count) / 12
+        for row in self._measure('averages', count, floats, calls):
+            row.update(target=target, over_target=row['ratio'] / target)
+        self._result.save()
 
-    def _measure(self, sweep: str, size: int, floats: int, calls: dict[str, Callable[[], object]]) -> None:
+    def guard(self, name: str) -> None:
+        """An update of a torchvision model with and without ``skip_nonfinite``."""
+        model = common.make_model(name, self._device)
+        floats = sum(tensor.numel() for tensor in common.floating(itertools.chain(model.parameters(), model.buffers())))
+        flat, source = torch.zeros(floats, device=self._device), torch.ones(floats, device=self._device)
+        plain, guarded = ShadowModel(model), ShadowModel(model, skip_nonfinite=True)
+        calls = {
+            LIMIT: lambda: flat.lerp_(source, _WEIGHT),
+            PLAIN: lambda: plain.update(model, weight=_WEIGHT),
+            GUARDED: lambda: guarded.update(model, weight=_WEIGHT),
+        }
+        self._measure('guard', name, floats, calls, base=PLAIN)
+
+    def _measure(
+        self, sweep: str, size: int | str, floats: int, calls: dict[str, Callable[[], object]], base: str | None = None
+    ) -> list[dict[str, Any]]:
+        """Adds a row for each call, and returns them; with ``base``, a call, how much longer than it each took."""
         for call in calls.values():
             for _ in range(2):
                 call()
         parsed = self._parsed
         samples = common.interleave(calls, self._timer, rounds=parsed.rounds, seconds=parsed.seconds)
+        rows = []
         for name, taken in samples.items():
             row = {
                 'key': f'{sweep} {size} / {name}',
@@ -132,11 +174,15 @@ class Sweep:
                 **common.medians(taken),
                 'ratio': common.ratio(taken, samples[LIMIT]),
             }
+            if base is not None:
+                row['over_plain'] = common.ratio(taken, samples[base])
             if self._device.type == 'cuda':
                 row['device_ratio'] = common.ratio(taken, samples[LIMIT], 'device_ms')
-            self._result.rows.append(row)
+            rows.append(row)
+        self._result.rows.extend(rows)
         self._result.save()
         common.free(self._device)
+        return rows
 
     def _fits(self, sweep: str, size: int, needed: int) -> bool:
         available = _free_memory(self._device)
@@ -163,15 +209,28 @@ def _numbers(text: str) -> list[int]:
     return [int(float(part)) for part in text.split(',') if part]
 
 
+def _call_each(calls: Sequence[Callable[[], object]]) -> None:
+    for call in calls:
+        call()
+
+
 def _show(result: common.Result) -> None:
     on_cuda = result.device.type == 'cuda'
-    keys = ['size', 'call', 'ms', 'ratio', *(['host_ms', 'device_ms', 'device_ratio'] if on_cuda else [])]
-    for sweep in ('tensors', 'parameters', 'averages'):
-        rows = [[row[key] for key in keys] for row in result.rows if row['sweep'] == sweep]
-        if rows:
-            floats = next(row['floats'] for row in result.rows if row['sweep'] == sweep)
-            title = f'number of {sweep}' + ('' if sweep == 'parameters' else f', {floats:,} floats')
-            common.show(title, [sweep, *(key.replace('_', ' ') for key in keys[1:])], rows)
+    titles = {
+        'tensors': 'number of tensors',
+        'parameters': 'number of parameters',
+        'averages': 'number of averages, in limits of one',
+        'guard': 'skip_nonfinite',
+    }
+    more = {'averages': ['target', 'over_target'], 'guard': ['over_plain']}
+    for sweep, title in titles.items():
+        keys = ['size', 'call', 'ms', 'ratio', *more.get(sweep, [])]
+        keys += ['host_ms', 'device_ms', 'device_ratio'] if on_cuda else []
+        of_sweep = [row for row in result.rows if row['sweep'] == sweep]
+        if of_sweep:
+            sizes = f', {of_sweep[0]["floats"]:,} floats' if sweep in ('tensors', 'averages') else ''
+            columns = ['model' if sweep == 'guard' else sweep, *(key.replace('_', ' ') for key in keys[1:])]
+            common.show(title + sizes, columns, [[row[key] for key in keys] for row in of_sweep])
 
 
 if __name__ == '__main__':

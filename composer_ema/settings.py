@@ -64,8 +64,9 @@ class Settings:
             average itself, as its dtype holds it.
         seed: key of the random bits, at least 0; kept in the state, so that a resumed run draws the same.
         backend: ``'fused'``, ``'foreach'``, ``'blocked'``, ``'reference'``, or ``'auto'``: for each tensor the first of
-            them that can take it. ``'blocked'`` is for compensated averages, ``'foreach'`` for all others. Skipping and
-            random rounding are fast on CUDA only, where they are fused; elsewhere the float64 reference does them.
+            them that can take it. ``'blocked'`` is for compensated averages, ``'foreach'`` for all others. On CUDA
+            the fused one also skips and rounds at random; on a CPU foreach skips, and the slow float64 reference
+            rounds at random.
         avg_fn: a function that makes the average in place of the formula: ``avg_fn(averaged, current, num_averaged)``
             returns the new average of a tensor, of the same shape and dtype, as for
             ``torch.optim.swa_utils.AveragedModel``. The first update copies; ``num_averaged`` counts the updates so

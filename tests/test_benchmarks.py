@@ -135,13 +135,27 @@ def test_the_published_figures_are_all_there() -> None:
 
 
 def test_scaling_writes_each_sweep_and_leaves_out_what_does_not_fit(tmp_path) -> None:
+    from benchmarks import scaling
+
     small = ['--tensors', '10', '--tensor-floats', '1000', '--averages', '2', '--average-floats', '1000']
+    small += ['--guarded', MODEL, '--seconds', '1']
     result = run('scaling', tmp_path / 'scaling.json', *small, '--parameters', '1e3,1e15', '--rounds', '1')
     check_head(result, 'scaling')
     assert {(row['sweep'], row['size']) for row in result['rows']} == {
-        ('tensors', 10), ('parameters', 1000), ('averages', 2),
+        ('tensors', 10), ('parameters', 1000), ('averages', 2), ('guard', MODEL),
     }  # fmt: skip
-    assert [entry['name'] for entry in result['missing']] == ['parameters 1000000000000000']
+    missing = {entry['name'] for entry in result['missing']}
+    assert missing - set(scaling.PEERS) == {'parameters 1000000000000000'}
+    of_two = {row['call']: row for row in result['rows'] if row['sweep'] == 'averages'}
+    several = {'prepared step', 'ShadowModels.update', '2 x ShadowModel.update'}
+    assert set(of_two) == {scaling.LIMIT} | several | {f'2 x {name}' for name in scaling.PEERS if name not in missing}
+    assert all(row['target'] == pytest.approx(20 / 12) for row in of_two.values())
+    plain, guarded = (
+        next(row for row in result['rows'] if row['sweep'] == 'guard' and row['call'] == call)
+        for call in (scaling.PLAIN, scaling.GUARDED)
+    )
+    assert plain['over_plain'] == 1
+    assert guarded['over_plain'] == pytest.approx(guarded['ms'] / plain['ms'])
 
 
 def test_host_writes_match_and_what_is_beyond_the_kernel(tmp_path) -> None:

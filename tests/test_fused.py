@@ -216,12 +216,12 @@ def test_a_pair_that_cannot_be_fused_is_refused_in_words_and_goes_elsewhere(shad
     assert (shadow == 0.5).all()
 
 
-def test_foreach_refuses_what_would_take_a_second_pass_and_the_description_says_so():
-    shadow, source = torch.zeros(2), torch.ones(2)
-    said = kernels.describe([[shadow]], [source], rules=Rules(skip_nonfinite=True))
+def test_foreach_refuses_to_round_at_random_and_the_description_says_so():
+    shadow, source = torch.zeros(2, dtype=torch.bfloat16), torch.ones(2)
+    said = kernels.describe([[shadow]], [source], rules=Rules(stochastic=True))
     assert said == (
         '1 tensor by reference (no fused: Triton runs on CUDA devices, not on cpu, '
-        'no foreach: skipping non-finite weights would take a second pass)'
+        'no foreach: foreach kernels round to the nearest)'
     )
 
 

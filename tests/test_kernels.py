@@ -9,10 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from composer_ema import kernels
 from composer_ema.kernels import foreach, fused, reference
 from composer_ema.kernels.backend import Backend
+from composer_ema.kernels.layout import SMALL, side_by_side
 
 DEVICES = [
     'cpu',
@@ -75,6 +77,7 @@ def _small_scratch(monkeypatch):
     """So that a tensor of a hundred elements already goes through in several chunks."""
     monkeypatch.setattr(foreach, '_CHUNK_CPU', 32)
     monkeypatch.setattr(foreach, '_CHUNK_ACCELERATOR', 32)
+    monkeypatch.setattr(foreach, '_GATHERED', 16)
 
 
 def lerp_(shadows, sources, weight, **options):
@@ -213,14 +216,13 @@ def test_the_reference_rounds_once_into_the_shadow():
 
 
 def test_no_chunk_of_scratch_exceeds_its_limit(monkeypatch):
-    seen = []
-    cast_then_lerp = foreach._cast_then_lerp
+    seen, carve = [], foreach.carve
 
-    def spy(shadows, sources, casts, weight):
-        seen.append(sum(cast.numel() for cast in casts))
-        cast_then_lerp(shadows, sources, casts, weight)
+    def spy(scratch, shadows):
+        seen.append(sum(shadow.numel() for shadow in shadows))
+        return carve(scratch, shadows)
 
-    monkeypatch.setattr(foreach, '_cast_then_lerp', spy)
+    monkeypatch.setattr(foreach, 'carve', spy)
     sizes = [100, 1, 31, 32, 33, 5]
     shadows, sources = [torch.zeros(n) for n in sizes], [torch.ones(n, dtype=torch.float64) for n in sizes]
     lerp_(shadows, sources, 0.5)
@@ -235,7 +237,7 @@ def test_a_step_allocates_nothing():
     step((0.5,))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step((0.5,))
-    assert [e.name for e in profile.events() if e.cpu_memory_usage > 0] == []
+    assert [e.name for e in profile.events() or () if e.cpu_memory_usage > 0] == []
 
 
 def test_auto_takes_the_fast_path(monkeypatch):
@@ -287,8 +289,177 @@ def test_several_averages_take_one_weight_each(backend):
     step = kernels.prepare([[shadow] for shadow in shadows], [source], backend=backend)
     step((0.5, 0.25))
     assert [shadow.tolist() for shadow in shadows] == [[4.0] * 3, [2.0] * 3]
-    with pytest.raises(ValueError, match='zip'):
+    with pytest.raises(ValueError, match=r'zip|one for each of 2 averages, got 1'):
         step((0.5,))
+
+
+def _averages_of(sources, dtypes, generator):
+    """Shadows of each dtype, side by side as a model's are, some elements not finite."""
+    averages = []
+    for dtype in dtypes:
+        shadows = [torch.empty_like(source, dtype=dtype).normal_(generator=generator) for source in sources]
+        for shadow in shadows[::3]:
+            shadow.view(-1)[:1] = torch.inf
+        averages.append(side_by_side(shadows))
+    return averages
+
+
+@given(data=st.data())
+@settings(max_examples=50, deadline=None)
+def test_several_averages_have_the_bits_of_separate_ones(data):
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    sizes = data.draw(st.lists(st.one_of(st.integers(0, 100), st.just(SMALL + 50)), max_size=6))
+    kinds = [torch.float32, torch.bfloat16, torch.float64]
+    sources = [torch.empty(n, dtype=data.draw(st.sampled_from(kinds))).normal_(generator=generator) for n in sizes]
+    for source in sources[::2]:
+        source[-1:] = data.draw(st.sampled_from([1.0, torch.nan, -torch.inf]))
+    dtypes = data.draw(st.lists(st.sampled_from(kinds), min_size=2, max_size=4))
+    weights = [data.draw(st.sampled_from([0.0, 1e-3, 0.3, 0.5, 0.9, 1.0])) for _ in dtypes]
+    mended = [index for index in range(len(sizes)) if data.draw(st.booleans())]
+    rules = kernels.Rules(skip_nonfinite=data.draw(st.booleans()))
+    together = _averages_of(sources, dtypes, generator)
+    apart = [[shadow.clone() for shadow in shadows] for shadows in together]
+    kernels.prepare(together, sources, mended=mended, rules=rules)(weights)
+    for average, shadows, weight in zip(together, apart, weights, strict=True):
+        kernels.prepare([shadows], sources, mended=mended, rules=rules)((weight,))
+        for one, other in zip(average, shadows, strict=True):
+            assert torch.equal(one.nan_to_num(nan=7.0), other.nan_to_num(nan=7.0))
+
+
+@pytest.fixture
+def spied(monkeypatch):
+    """Records the calls of torch's functions that read or move: name, elements of the first list, last argument."""
+    calls = []
+
+    def spy(name, call):
+        def record(first, *arguments, **options):
+            calls.append((name, sum(tensor.numel() for tensor in first), arguments[-1] if arguments else None))
+            return call(first, *arguments, **options)
+
+        return record
+
+    for name in ('_foreach_lerp_', '_foreach_copy_', 'cat'):
+        monkeypatch.setattr(torch, name, spy(name, getattr(torch, name)))
+    return calls
+
+
+def test_averages_take_turns_on_one_piece_of_the_sources(spied):
+    shadows = [[torch.zeros(70)] for _ in range(3)]
+    step = kernels.prepare(shadows, [torch.ones(70)])
+    step((0.5, 0.0, 0.25))
+    turns = [(32, 0.5), (32, 0.25), (32, 0.5), (32, 0.25), (6, 0.5), (6, 0.25)]
+    assert spied == [('_foreach_lerp_', *turn) for turn in turns]
+
+
+def test_one_average_is_not_cut(spied):
+    kernels.prepare([[torch.zeros(70), torch.zeros(3, 50)]], [torch.ones(70), torch.ones(3, 50)])((0.5,))
+    assert spied == [('_foreach_lerp_', 220, 0.5)]
+
+
+@pytest.mark.parametrize('weights', [(0.5, 0.25, 0.5), (0.0, 0.0, 0.0)])
+def test_sources_are_cast_and_gathered_once_for_all_averages(spied, weights):
+    sources = [torch.ones(30, dtype=torch.bfloat16), torch.ones(2), torch.ones(3)]
+    averages = [side_by_side([torch.zeros(30), torch.zeros(2), torch.zeros(3)]) for _ in range(3)]
+    spied.clear()
+    kernels.prepare(averages, sources)(weights)
+    reads = [(name, elements) for name, elements, _ in spied if name != '_foreach_lerp_']
+    assert reads == ([('_foreach_copy_', 30), ('cat', 5)] if any(weights) else [])
+
+
+@pytest.mark.parametrize('skip_nonfinite', [False, True])
+@pytest.mark.parametrize('count', [1, 2])
+def test_a_small_vector_is_followed_whatever_reads_it(count, skip_nonfinite):
+    """Alone, in a bundle, and looked at: keeps_address() says that no step holds on to its memory."""
+    sources = [nn.Parameter(torch.ones(n)) for n in (4, 3, 5)]
+    averages = [[torch.zeros(4), *side_by_side([torch.zeros(3), torch.zeros(5)])] for _ in range(count)]
+    step = kernels.prepare(averages, sources, rules=kernels.Rules(skip_nonfinite=skip_nonfinite))
+    for source in sources:
+        source.data = torch.full_like(source, 5.0)
+    step((1.0,) * count)
+    sources[0].data = torch.full_like(sources[0], torch.nan)
+    step((0.5,) * count)
+    for first, *others in averages:
+        assert first.isfinite().all() if skip_nonfinite else first.isnan().all()
+        assert all((shadow == 5).all() for shadow in others)
+
+
+class TestSkipping:
+    """Sources that are NaN or infinite leave their averages alone."""
+
+    @pytest.mark.parametrize('dtypes', DTYPES, ids=str)
+    @pytest.mark.parametrize('weight', [0.0, 0.25, 0.75, 1.0])
+    @pytest.mark.parametrize('mended', [False, True])
+    def test_the_rest_has_the_bits_of_a_plain_update(self, dtypes, weight, mended):
+        torch.manual_seed(0)
+        shadows = [torch.randn(size, dtype=dtypes[0]) for size in ((), (7,), (9, 11), (SMALL + 3,))]
+        sources = [torch.randn(shadow.shape, dtype=dtypes[1]) for shadow in shadows]
+        bad = [torch.rand(source.shape) < 0.3 for source in sources]
+        for source, places in zip(sources, bad, strict=True):
+            source[places] = torch.nan
+        shadows[1][1] = torch.inf  # where the average is not finite, it is left alone, too
+        bad[1][1], sources[1][1] = True, -torch.inf
+        plain, before = [shadow.clone() for shadow in shadows], [shadow.clone() for shadow in shadows]
+        options = {'backend': 'foreach', 'mended': range(4) if mended else ()}
+        skipped = torch.tensor(0)
+        rules = kernels.Rules(skip_nonfinite=True, skipped=skipped)
+        kernels.prepare([shadows], sources, rules=rules, **options)((weight,))
+        kernels.prepare([plain], sources, **options)((weight,))
+        for shadow, places, other, old in zip(shadows, bad, plain, before, strict=True):
+            assert torch.equal(shadow, torch.where(places, old, other))
+        assert skipped == sum(places.sum() for places in bad) > 0
+
+    @pytest.mark.parametrize('make', [lambda n: torch.ones(n), lambda n: torch.ones(2 * n)[::2]], ids=['flat', 'gaps'])
+    @pytest.mark.parametrize('bad', [0, 1, 2])
+    def test_small_and_large_sources_are_looked_at_whether_or_not_they_are_gathered(self, bad, make):
+        sources = [make(4), make(5), make(20)]
+        shadows = [torch.zeros_like(source) for source in sources]
+        sources[bad][2] = torch.nan
+        lerp_(shadows, sources, 0.5, rules=kernels.Rules(skip_nonfinite=True))
+        assert [(shadow == 0).nonzero().tolist() for shadow in shadows] == [[[2]] if n == bad else [] for n in range(3)]
+
+    @pytest.mark.parametrize('dtypes', [[torch.float32] * 3, [torch.float32, torch.float64, torch.bfloat16]])
+    @pytest.mark.parametrize('backend', BACKENDS)
+    def test_an_element_is_counted_once_for_all_averages(self, backend, dtypes):
+        skipped, source = torch.tensor(0), torch.ones(100)
+        source[::10] = torch.nan
+        rules = kernels.Rules(skip_nonfinite=True, skipped=skipped)
+        averages = [[torch.zeros(100, dtype=dtype)] for dtype in dtypes]
+        step = kernels.prepare(averages, [source], backend=backend, rules=rules)
+        step((0.5, 1.0, 0.5))
+        assert skipped == 10
+        assert [(shadow == 0).sum().item() for (shadow,) in averages] == [10] * 3
+
+    def test_finite_weights_that_add_up_to_infinity_are_not_skipped(self):
+        big = torch.finfo(torch.float32).max
+        shadow, skipped = torch.zeros(40), torch.tensor(0)
+        rules = kernels.Rules(skip_nonfinite=True, skipped=skipped)
+        lerp_([shadow], [torch.full((40,), big)], 1.0, rules=rules)
+        assert (shadow == big).all()
+        assert skipped == 0
+
+    def test_a_weight_that_only_the_cast_makes_infinite_is_not_skipped(self):
+        """As in the reference: what counts is the weight itself."""
+        shadow, skipped = torch.zeros(2), torch.tensor(0)
+        rules = kernels.Rules(skip_nonfinite=True, skipped=skipped)
+        lerp_([shadow], [torch.tensor([1e300, 1.0], dtype=torch.float64)], 1.0, rules=rules)
+        assert shadow.tolist() == [torch.inf, 1.0]
+        assert skipped == 0
+
+    def test_on_a_cpu_it_is_foreach_that_skips_and_it_allocates_nothing_where_all_is_finite(self):
+        dtypes = (torch.float32, torch.float32, torch.bfloat16)
+        shadows, sources = [torch.zeros(70, 70) for _ in dtypes], [torch.ones(70, 70, dtype=dtype) for dtype in dtypes]
+        rules = kernels.Rules(skip_nonfinite=True, skipped=torch.tensor(0))
+        assert kernels.describe([shadows], sources, rules=rules).startswith('3 tensors by foreach')
+        step = kernels.prepare([shadows], sources, rules=rules)
+        step((0.5,))
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            step((0.5,))
+        assert [e.name for e in profile.events() or () if e.cpu_memory_usage > 0] == []
+
+    def test_a_device_is_not_asked_since_the_host_would_wait(self):
+        shadow = torch.zeros(2, device='meta')
+        assert 'host would wait' in str(foreach.refusal(shadow, shadow, kernels.Rules(skip_nonfinite=True)))
+        assert foreach.refusal(shadow, shadow, kernels.Rules()) is None
 
 
 @pytest.mark.parametrize('name', [name for name in vars(Backend) if not name.startswith('_')])

@@ -37,7 +37,7 @@ def test_a_bundle_ends_where_threads_would_begin():
     placed = side_by_side([torch.zeros(SMALL) for _ in range(BUNDLE // SMALL + 1)])
     storages = {tensor.untyped_storage().data_ptr() for tensor in placed}
     assert len(storages) == 2
-    assert len(split_bundles(placed, placed)[0]) == 1  # the last has an allocation of its own
+    assert len(split_bundles(zip(placed, placed, strict=True))[0]) == 1  # the last has an allocation of its own
 
 
 def test_each_dtype_has_allocations_of_its_own():
@@ -75,14 +75,14 @@ def test_an_update_of_a_bundle_has_the_bits_of_one_tensor_at_a_time(kinds, weigh
 def test_a_source_that_lies_otherwise_than_its_shadow_is_left_out_of_the_bundle():
     shadows = side_by_side(_counted([(2, 3), (3,), (2,)]))
     sources = [torch.ones(3, 2).t(), torch.ones(3), torch.ones(2)]
-    bundles, singles = split_bundles(shadows, sources)
-    assert [bundle.tolist() for bundle, _ in bundles] == [[0.0, 1.0, 2.0, 0.0, 1.0]]
-    assert [tuple(shadow.shape) for shadow in singles[0]] == [(2, 3)]
+    bundles, singles = split_bundles(zip(shadows, sources, strict=True))
+    assert [bundle.tolist() for (bundle,), _ in bundles] == [[0.0, 1.0, 2.0, 0.0, 1.0]]
+    assert [tuple(shadow.shape) for shadow, _ in singles] == [(2, 3)]
 
 
 def test_neighbours_in_another_order_are_no_bundle():
     first, second = side_by_side(_counted([(2,), (3,)]))
-    assert split_bundles([second, first], [second, first])[0] == []
+    assert split_bundles([(second, second), (first, first)])[0] == []
 
 
 def test_counters_are_copied_as_one_tensor_and_follow_the_model():
@@ -113,7 +113,7 @@ class TestInAShadow:
         for shadow in (ShadowModel(model), copy.deepcopy(ShadowModel(model))):
             assert len({tensor.untyped_storage().data_ptr() for tensor in shadow.parameters()}) == 1
             pairs = [(tensor, tensor) for tensor in shadow.parameters()]
-            assert len(split_bundles(*zip(*pairs, strict=True))[0]) == 1
+            assert len(split_bundles(pairs)[0]) == 1
 
     def test_a_source_that_moves_to_other_memory_is_followed(self, model):
         shadow = ShadowModel(model)

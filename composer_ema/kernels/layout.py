@@ -19,6 +19,8 @@ _K = TypeVar('_K', bound=Hashable)
 
 #: A tensor that is written, and the source that it averages or copies.
 Pair = tuple[Tensor, Tensor]
+#: The shadows of one tensor in each of k averages, and last the tensor itself, their source. A pair is a row of one.
+Row = tuple[Tensor, ...]
 
 #: Largest tensor, in elements, that a CPU gathers faster than it makes a separate call.
 SMALL = 2**11
@@ -56,41 +58,47 @@ def can_be_bundled(shadow: Tensor, source: Tensor) -> bool:
     return lie_alike and _is_small(shadow) and _is_small(source)
 
 
-def split_bundles(
-    shadows: Sequence[Tensor], sources: Sequence[Tensor]
-) -> tuple[list[tuple[Tensor, list[Tensor]]], tuple[list[Tensor], list[Tensor]]]:
-    """Finds the pairs whose shadows lie :func:`side_by_side` and have the dtype and strides of their sources.
+def split_bundles(rows: Iterable[Row]) -> tuple[list[tuple[list[Tensor], list[Tensor]]], list[Row]]:
+    """Finds the rows whose shadows lie :func:`side_by_side` and have the dtype and strides of their sources.
 
     Returns:
-        The bundles, and the shadows and sources that are in none. A bundle is one flat view of several shadows, and the
-        sources whose concatenation it corresponds to: vectors themselves, flat views of other sources.
+        The bundles, and the rows that are in none. A bundle is one flat view of several shadows for each average, and
+        the sources whose concatenation it corresponds to: vectors themselves, flat views of other sources.
     """
-    bundles: list[tuple[Tensor, list[Tensor]]] = []
-    singles: list[Pair] = []
-    candidates: defaultdict[torch.dtype, list[Pair]] = defaultdict(list)
-    for shadow, source in zip(shadows, sources, strict=True):
-        (candidates[shadow.dtype] if can_be_bundled(shadow, source) else singles).append((shadow, source))
+    bundles: list[tuple[list[Tensor], list[Tensor]]] = []
+    singles: list[Row] = []
+    candidates: defaultdict[torch.dtype, list[Row]] = defaultdict(list)
+    for row in rows:
+        *shadows, source = row
+        is_candidate = all(can_be_bundled(shadow, source) for shadow in shadows)
+        (candidates[source.dtype] if is_candidate else singles).append(row)
     for run in itertools.chain.from_iterable(map(_runs, candidates.values())):
         if len(run) > 1:
-            size = sum(shadow.numel() for shadow, _ in run)
-            parts = [source if source.dim() == 1 else _flattened(source) for _, source in run]
-            bundles.append((run[0][0].as_strided((size,), (1,)), parts))
+            *firsts, _ = run[0]
+            *_, sources = columns(run)
+            size = sum(source.numel() for source in sources)
+            bundles.append(([first.as_strided((size,), (1,)) for first in firsts], list(map(as_part, sources))))
         else:
             singles.extend(run)
-    return bundles, unzip(singles)
+    return bundles, singles
 
 
-def pieces(shadow: Tensor, source: Tensor, limit: int) -> Iterator[Pair]:
-    """Cuts the pair into flat views of at most ``limit`` elements, if both lie densely in the same order.
+def as_part(source: Tensor) -> Tensor:
+    """Returns what ``torch.cat`` is to gather: a vector itself, a flat view in memory order of a dense other tensor."""
+    return source if source.dim() == 1 else _flattened(source)
 
-    Otherwise yields the pair as it is.
+
+def pieces(row: Row, limit: int) -> Iterator[Row]:
+    """Cuts the row into flat views of at most ``limit`` elements, if all its tensors lie densely in the same order.
+
+    Otherwise yields the row as it is.
     """
-    if shadow.stride() == source.stride() and (flat_shadow := flat(shadow)) is not None:
-        flat_source = flat(source)
-        assert flat_source is not None
-        yield from zip(flat_shadow.split(limit), flat_source.split(limit), strict=True)
+    *shadows, source = row
+    lie_alike = all(shadow.stride() == source.stride() for shadow in shadows)
+    if lie_alike and flat(source) is not None:
+        yield from zip(*(_flattened(tensor).split(limit) for tensor in row), strict=True)
     else:
-        yield shadow, source
+        yield row
 
 
 def carve(scratch: Tensor, shadows: list[Tensor]) -> list[Tensor]:
@@ -124,8 +132,13 @@ def resolved(target: Tensor, value: Tensor) -> Pair:
     return target, value
 
 
+def columns(rows: Iterable[Row]) -> list[list[Tensor]]:
+    """Returns the shadows of each average, and last the sources, as lists. There must be at least one row."""
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
 def unzip(pairs: Iterable[Pair]) -> tuple[list[Tensor], list[Tensor]]:
-    """Returns the first tensors of all pairs and the second ones, as two lists."""
+    """Returns the first tensors of all pairs and the second ones, as two lists, which may be empty."""
     pairs = list(pairs)
     return [first for first, _ in pairs], [second for _, second in pairs]
 
@@ -169,15 +182,16 @@ def _flattened(tensor: Tensor) -> Tensor:
     return view
 
 
-def _runs(pairs: list[Pair]) -> Iterator[list[Pair]]:
-    """Splits pairs where a shadow does not lie right behind the one before, and where a bundle is full."""
+def _runs(rows: list[Row]) -> Iterator[list[Row]]:
+    """Splits rows where a shadow does not lie right behind the one before, and where a bundle is full."""
     run, size = [], 0
-    for pair in pairs:
-        if run and not (size + pair[0].numel() <= BUNDLE and _lies_behind(run[-1][0], pair[0])):
+    for row in rows:
+        *shadows, source = row
+        if run and not (size + source.numel() <= BUNDLE and all(map(_lies_behind, run[-1], shadows))):
             yield run
             run, size = [], 0
-        run.append(pair)
-        size += pair[0].numel()
+        run.append(row)
+        size += source.numel()
     if run:
         yield run
 

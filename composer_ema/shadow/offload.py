@@ -20,7 +20,7 @@ from torch import Tensor
 
 from composer_ema import kernels
 from composer_ema.kernels.backend import Steps
-from composer_ema.kernels.layout import Pair, carve, packed, pieces, unzip
+from composer_ema.kernels.layout import Pair, Row, carve, columns, packed, pieces
 
 #: Elements in a chunk: 16 MiB of float32, which take a PCI Express link about 0.7 ms.
 CHUNK = 2**22
@@ -182,11 +182,11 @@ class HostAverage:
         limit: int = _NO_LIMIT,
     ) -> Iterator[_Chunk]:
         """Groups pairs by the source's dtype. Every second chunk of a group is copied to the same memory."""
-        by_dtype: defaultdict[torch.dtype, list[Pair]] = defaultdict(list)
+        by_dtype: defaultdict[torch.dtype, list[Row]] = defaultdict(list)
         for shadow, source in pairs:
-            by_dtype[source.dtype].extend(pieces(shadow.detach(), source.detach(), limit))
+            by_dtype[source.dtype].extend(pieces((shadow.detach(), source.detach()), limit))
         for dtype, of_dtype in by_dtype.items():
-            chunks = [unzip(chunk) for chunk in packed(of_dtype, lambda pair: pair[0].numel(), limit)]
+            chunks = [columns(chunk) for chunk in packed(of_dtype, lambda pair: pair[0].numel(), limit)]
             size = max(sum(shadow.numel() for shadow in shadows) for shadows, _ in chunks)
             memory = [self._new_memory(size, dtype) for _ in chunks[:2]]
             for index, (shadows, sources) in enumerate(chunks):
