@@ -469,9 +469,10 @@ class TestMeasure:
 
 @pytest.fixture(scope='module')
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run with a checkpoint every other batch."""
+    """The folder of a finished run with snapshots, whose last two batches made no update."""
     folder = tmp_path_factory.mktemp('runs')
-    values = {**TINY, 'runs_folder': str(folder), 'run_name': 'tiny', 'save_interval': '2ba', 'max_duration': '4ep'}
+    ema = {'half_life': '6ba', 'update_interval': '3ba', 'snapshots': '0.1dur'}
+    values = {**TINY, 'runs_folder': str(folder), 'run_name': 'tiny', 'max_duration': '4ep', 'algorithms': {'ema': ema}}
     (folder / 'tiny.yaml').write_text(yaml.safe_dump(values))
     run.train(schema.load(folder / 'tiny.yaml'), lambda _: None)
     return folder / 'tiny'
@@ -515,8 +516,8 @@ class TestOfARun:
     def test_it_gives_what_the_run_itself_saw(self, watched):
         last = [json.loads(line) for line in (watched.folder / 'metrics.jsonl').read_text().splitlines()][-1]
         found = watched.found
-        own = next(each for each in found.trials if each.value == 0.0938)
-        assert found.own == [3 / 32]
+        own = next(each for each in found.trials if each.value == 0.188)
+        assert found.own == [6 / 32]
         for name, value in found.training.metrics.items():
             assert value == pytest.approx(last[f'metrics/eval_training/{name}'], rel=1e-6)
         assert own.predicted_error < 0.05
@@ -529,7 +530,7 @@ class TestOfARun:
             (1, 9, 'training'),
             (2, 9, 'half_life=0.01dur'),
             (3, 9, 'half_life=0.0707dur'),
-            (4, 9, 'half_life=0.0938dur'),
+            (4, 9, 'half_life=0.188dur'),
             (5, 9, 'half_life=0.5dur'),
         ]
 
@@ -570,7 +571,7 @@ class TestOfARun:
             return [json.loads(line)['target'] for line in (again / 'sweep.jsonl').read_text().splitlines()]
 
         first = targets()
-        os.utime(max((again / 'checkpoints').glob('*ba32*.pt')))
+        os.utime(max((again / 'snapshots').glob('*')))
         assert targets() == first * 2
 
     def test_a_folder_without_a_recipe_is_refused(self, tmp_path):

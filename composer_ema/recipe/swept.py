@@ -152,12 +152,14 @@ class Opened:
                 f'{history.folder} has no weights of the end of the run, so it has not ended. Train the rest with '
                 'autoresume=true, then sweep it.'
             )
-        self._has_last = has_last
 
     @property
     def clock(self) -> dict[str, float]:
-        """Unit to the time at the end of the run."""
-        return self._run.clock
+        """Unit to the time at the end of the run, which may lie after its last update."""
+        last, planned = self._run.clock, self._run.history.max_duration
+        whole = None if planned is None else Span.parse(planned, name='max_duration')
+        factor = whole.value / last[whole.unit] if whole is not None and last.get(whole.unit, 0) > 0 else 1.0
+        return {unit: round(time * factor, 9) for unit, time in last.items()}
 
     @property
     def files(self) -> list[Path]:
@@ -166,8 +168,8 @@ class Opened:
 
     def training(self) -> dict[str, Tensor]:
         """The weights that the optimizer left."""
-        # The last weights of a run whose last batch made no update are no average of updates, but the newest there is.
-        return self._run.training() if self._has_last else self._run.history.completed({})
+        # Those of a last batch that made no update are no average of updates, but the newest that there is.
+        return self._run.history.completed({})
 
     def average(self, family: Family, value: float) -> tuple[Mapping[str, Tensor], float]:
         """An average at the end of the run, and its predicted error."""
