@@ -163,8 +163,8 @@ class Opened:
 
     @property
     def files(self) -> list[Path]:
-        """The files that averages are made from."""
-        return self._run.files
+        """The files that averages and the last weights are read from."""
+        return [path for path in self._run.history.folder.iterdir() if path.is_file()]
 
     def training(self) -> dict[str, Tensor]:
         """The weights that the optimizer left."""
