@@ -231,7 +231,7 @@ def _legend(sweep: Sweep, *, is_cut: bool) -> list[tuple[Line2D, str]]:
 def _headings(sweep: Sweep) -> list[str]:
     first = ['half-life', _unit_heading(sweep)] if sweep.family == 'half_life' else ['power']
     metrics = [f'{name} %' if _is_share(name) else name for name in sweep.lower_is_better]
-    return [*filter(None, first), *metrics, 'predicted error %', '']
+    return [*filter(None, first), *metrics, 'predicted error %', 'note']
 
 
 def _cells(sweep: Sweep, trial: Trial) -> list[str]:
