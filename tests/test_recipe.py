@@ -108,7 +108,7 @@ REFUSED = [
     (
         'algorithms.ema.half_life=3',
         'algorithms.ema.half_life',
-        'must be a time string or null, got 3 (an integer). A bare number has no unit: write',
+        'must be a time string or a mapping or null, got 3 (an integer). A bare number has no unit: write',
     ),
     ('algorithms.ema.ema_start=0.5', 'algorithms.ema.ema_start', 'write the unit behind it, as in 0.5dur.'),
     ('algorithms.ema.update_interval=1.5', 'algorithms.ema.update_interval', 'write the unit behind it, as in 1.5ep.'),

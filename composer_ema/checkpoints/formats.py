@@ -148,14 +148,18 @@ def kind(config: State, profile: str) -> str:
 
 def config_of(config: State, label: str) -> dict[str, Any]:
     """The algorithm's arguments as they are for one average: of those given by label, its own value or none."""
-    return {
+    own = {
         name: value.get(label) if name in _BY_LABEL and isinstance(value, Mapping) else value
         for name, value in config.items()
     }
+    if any(isinstance(config.get(name), Mapping) for name in _BY_LABEL) and not any(map(own.get, _EXPONENTIAL)):
+        own |= dict.fromkeys(_OF_EXPONENTIAL & own.keys())  # one value for all exponential averages, which this is not
+    return own
 
 
-# Arguments that may map labels to values.
-_BY_LABEL = ('half_life', 'smoothing', 'power', 'gamma', 'average', 'warmup', 'bias_correction')
+# Arguments that may map labels to values; those that make an exponential average, and those that are for such a one.
+_EXPONENTIAL, _OF_EXPONENTIAL = ('half_life', 'smoothing'), {'warmup', 'bias_correction'}
+_BY_LABEL = (*_EXPONENTIAL, 'power', 'gamma', 'average', *_OF_EXPONENTIAL)
 
 
 def check_plain(settings: State, what: str) -> None:

@@ -36,7 +36,8 @@ def of_checkpoint(found: Description, *, all_tensors: bool = False) -> Iterator[
     tensors = _every_tensor if all_tensors else _summary
     for average in found.averages:
         where = f' under {average.key}' if average.key and len(found.averages) > 1 else ''
-        yield tensors(f'tensors of the average by {average.algorithm}{where}', average.tensors)
+        name = f'{average.label} ' if average.label and len(found.averages) > 1 else ''
+        yield tensors(f'tensors of the average {name}by {average.algorithm}{where}', average.tensors)
     if not found.averages:
         yield tensors('tensors of the model', found.tensors)
 
@@ -54,7 +55,7 @@ def _overview(found: Description) -> Table:
         slot += '; saved while a model held the average, but they are the stash'
     _add(table, 'model slot', slot)
     for average in found.averages:
-        _add_average(table, average)
+        _add_average(table, average, is_one_of_several=len(found.averages) > 1)
     if not found.averages:
         _add(table, 'average', 'none')
     _add(table, 'state of', ', '.join([*found.optimizers, *found.schedulers, *found.algorithms, *found.callbacks]))
@@ -63,11 +64,13 @@ def _overview(found: Description) -> Table:
     return table
 
 
-def _add_average(table: Table, average: AverageInfo) -> None:
-    horizon = [f'{name}={average.config[name]}' for name in _HORIZON if average.config.get(name) is not None]
+def _add_average(table: Table, average: AverageInfo, *, is_one_of_several: bool) -> None:
+    horizon = [f'{name}={value}' for name in _HORIZON if (value := average.config.get(name)) not in (None, False)]
     is_foreign = average.written_as.startswith(average.algorithm)
     _add(table, 'key', average.key)
-    _add(table, 'average', f'{"" if is_foreign else f"{average.algorithm}, "}written by {average.written_as}')
+    label = f'{average.label} of ' if average.label and is_one_of_several else ''
+    written_by = f'{"" if is_foreign else f"{average.algorithm}, "}written by {average.written_as}'
+    _add(table, 'average', f'{label}{written_by}')
     _add(table, '  horizon', ', '.join(horizon) or 'not kept by this format')
     if not average.is_started:
         _add(table, '  updates', 'none yet')

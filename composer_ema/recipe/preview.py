@@ -18,6 +18,7 @@ from composer.core import Event, State, TimeUnit, ensure_time
 from composer.devices import DeviceCPU
 from torch import nn
 
+from composer_ema.checkpoints.formats import config_of
 from composer_ema.recipe.named import Named
 from composer_ema.recipe.outline import Outline
 from composer_ema.recipe.outputs import Array, Curve, curves_by_group, momenta
@@ -25,7 +26,6 @@ from composer_ema.recipe.recorder import step_settings
 from composer_ema.recipe.schema import Plan, Recipe, plan
 from composer_ema.settings import settings_of
 from composer_ema.trainer.clock import resolve_share, run_length
-from composer_ema.trainer.labelled import own_arguments
 from composer_ema.trainer.weight_average import WeightAverage
 from composer_ema.zoo.dataset import Extent
 
@@ -230,13 +230,14 @@ class _Probe:
         """The result for each average; none where the run is too short for a first update."""
         for label, weights in self.weights.items():
             if weights:
-                own = own_arguments(self.settings, label)
+                own = config_of(self.settings, label)
                 yield Profile(
                     name=label,
                     batch=np.asarray(self.batches, dtype=np.float64),
                     share=shares(weights),
                     batches=batches,
-                    settings=', '.join(f'{name}={value}' for name, value in own.items()) or 'defaults',
+                    settings=', '.join(f'{name}={value}' for name, value in own.items() if value is not None)
+                    or 'defaults',
                     half_life_share=self._half_life_share(label),
                 )
 

@@ -393,6 +393,8 @@ def _trainer_arguments(values: Mapping[str, Any], names: Collection[str], place:
 def _refuse_tokens(arguments: Mapping[str, Any], place: Place) -> None:
     """Refuses times in tokens: no data set of a recipe counts tokens, so such a time would never pass."""
     for key, value in arguments.items():
+        if isinstance(value, dict):
+            _refuse_tokens(value, place / key)
         if isinstance(value, str) and re.fullmatch(r'[\d.eE+-]+tok', value):
             raise (place / key).error(
                 f'{value!r} counts tokens, and the data sets of a recipe report none. Write samples, batches or '

@@ -47,6 +47,11 @@ class EMA(WeightAverage):
     model in a checkpoint of the Trainer holds the training weights, this algorithm's state the average, also if a
     callback saves during an evaluation.
 
+    For several averages pass ``half_life``, ``smoothing``, ``power``, ``gamma`` or ``average`` as a mapping from labels
+    to values: ``EMA(half_life={'short': '100ba', 'long': '1ep'}, power={'wide': 0.1})``. All move in one update. The
+    first label, in the order of these arguments, is what an evaluator sees that ``evaluate_with`` does not name.
+    ``warmup`` and ``bias_correction`` are then for all exponential averages, or mappings too.
+
     Args:
         half_life: time string after which a weight's share in the average has halved: ``'1000ba'``, ``'1.5ep'``,
             ``'50000sp'``, ``'1000000tok'``, ``'2iter'``, or ``'0.1dur'`` as a share of the run. ``'0ba'`` averages
@@ -56,16 +61,22 @@ class EMA(WeightAverage):
         power: instead of ``half_life``, the width of a power function average as a share of the time trained so far,
             above 0 and at most 0.2887: 0.05, 0.10 and 0.25 put half of the average into the last 3.8, 8.4 and 33 % of
             the run. See :class:`composer_ema.averages.Power`. Default: None.
+        gamma: instead of ``power``, the exponent of the power function, at least 0. Default: None.
+        average: ``'equal'`` for the mean of all updates in place of an exponential average. Default: ``'exponential'``.
+        warmup: upper limit of the half-life as a share of the time since the start, above 0, so that the average soon
+            forgets where it started. Default: None, no limit.
+        bias_correction: whether an exponential average forgets where it started by correction, as Adam does. Default:
+            False.
         ema_start: time string (ba, ep, sp, tok, dur) before which nothing is averaged. Later updates are due whenever
             another ``update_interval`` has passed since the first one. Default: ``'0.0dur'``.
         update_interval: time string between two updates. Its unit may differ from the half-life's. Default: one batch,
-            or one epoch or iteration for a half-life in those, as in Composer's own, with a warning.
-        evaluate_with: ``'ema'`` or ``'training'`` by evaluator label. Evaluators that it does not name, and predictions
-            (label ``'predict'``), see the average. Default: None.
+            or one epoch or iteration for a single half-life in those, as in Composer's own, with a warning.
+        evaluate_with: ``'ema'``, or the label of an average, or ``'training'`` by evaluator label. Evaluators that it
+            does not name, and predictions (label ``'predict'``), see the first average. Default: None.
         log_interval: time string between two values of ``ema/relative_distance``; None logs none. Each value makes the
             host wait for the device once. Default: ``'1ep'``.
-        export_weights: ``'ema'`` or ``'training'``: what Composer's ``ExportForInferenceCallback`` writes at the end of
-            training. Default: ``'training'``.
+        export_weights: ``'ema'``, or the label of an average, or ``'training'``: what Composer's
+            ``ExportForInferenceCallback`` writes at the end of training. Default: ``'training'``.
         snapshots: time string between two files from which any other average can be made after the run, such as
             ``'0.05dur'``; see :func:`composer_ema.reconstruct`. Each holds two power function averages of their own,
             which this algorithm keeps beside its averages. Or a mapping: ``every``, the time; ``power``, the widths of
@@ -77,7 +88,8 @@ class EMA(WeightAverage):
             ``multi_avg_fn`` in place of ``half_life``; see :class:`composer_ema.settings.Settings`.
 
     Attributes:
-        ema_model: the :class:`~composer_ema.ShadowModel`; None before the Trainer is built.
+        ema_model: the :class:`~composer_ema.ShadowModel`, with labels a dictionary of them; None before the Trainer is
+            built.
         ema_started: whether ``ema_start`` has come.
         ema_weights_active: whether the model holds the average now.
         smoothing: share of the old average that an update keeps after exactly one ``update_interval``; None where that
@@ -88,7 +100,8 @@ class EMA(WeightAverage):
         TypeError, ValueError: an argument out of range, when built; a setting that cannot work in this run, when the
             Trainer is built or training starts.
 
-    Logs ``ema/smoothing``, unless a function makes the average, and ``ema/num_updates`` at every update.
+    Logs ``ema/smoothing`` of an exponential average and ``ema/num_updates`` at every update, with the label of the
+    average for ``ema``.
 
     Example:
         .. code:: python

@@ -76,15 +76,6 @@ def labels_in(name: str, arguments: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(label for values in by_label for label in values)) or (name,)
 
 
-def own_arguments(arguments: Mapping[str, Any], label: str) -> dict[str, Any]:
-    """The arguments as they are for one average: of those given by label its own value, where it has one."""
-    own = {
-        key: value.get(label) if key in (*_MAKERS, *_CHANGES) and isinstance(value, Mapping) else value
-        for key, value in arguments.items()
-    }
-    return {key: value for key, value in own.items() if value is not None}
-
-
 def _several(given: Mapping[str, Any]) -> Asked:
     own: dict[str, dict[str, Any]] = {}
     for maker in _MAKERS:
