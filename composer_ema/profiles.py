@@ -224,24 +224,29 @@ def check_start_share(value: Any, what: str) -> float | None:
     return float(value)
 
 
-def start_remedy(share: float, *, average: str = 'the average', shorten: str = 'half_life') -> str | None:
-    """What a user should know of an average at the end of a run; None where it holds no more than a hundredth.
+def start_remedy(share: float, *, average: str = 'the average', shorten: str = 'half_life', ahead: bool = False) -> str:
+    """What a user should know of an average that holds much of its start at the end of a run; '' if it does not.
+
+    Much is more than a hundredth, :data:`NEGLIGIBLE_START`.
 
     Args:
         share: of the start in the average.
         average: what to call the average. Default: ``'the average'``.
         shorten: the argument that a smaller value of would help. Default: ``'half_life'``.
+        ahead: whether the end of the run is still to come. Default: False.
 
     Example:
         >>> start_remedy(0.312)
         'the average still holds 31 % of the initial weights. Pass warmup=0.1 or a shorter half_life.'
         >>> start_remedy(0.01)
+        ''
     """
     if not share > NEGLIGIBLE_START:
-        return None
+        return ''
     percent = f'{100 * share:.2g}' if share < 0.995 else f'{100 * share:.0f}'
     smaller = 'shorter' if shorten == 'half_life' else 'smaller'
-    return f'{average} still holds {percent} % of the initial weights. Pass warmup=0.1 or a {smaller} {shorten}.'
+    holds, then = ('will still hold', ' at the end') if ahead else ('still holds', '')
+    return f'{average} {holds} {percent} % of the initial weights{then}. Pass warmup=0.1 or a {smaller} {shorten}.'
 
 
 def _refuse_forgetting_twice(warmup: float | None, bias_correction: bool) -> None:

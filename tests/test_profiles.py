@@ -232,8 +232,12 @@ class TestWords:
 
     @pytest.mark.parametrize('share', [0.0, 0.01])
     def test_a_hundredth_is_no_harm(self, share):
-        assert profiles.start_remedy(share) is None
+        assert not profiles.start_remedy(share)
 
     def test_the_average_and_the_argument_have_the_names_of_the_door(self):
         said = profiles.start_remedy(0.5, average="the average 'long'", shorten='decay')
         assert said == "the average 'long' still holds 50 % of the initial weights. Pass warmup=0.1 or a smaller decay."
+
+    def test_before_the_end_it_is_told_as_what_will_be(self):
+        said = profiles.start_remedy(0.5, ahead=True)
+        assert said.startswith('the average will still hold 50 % of the initial weights at the end. Pass')

@@ -33,6 +33,7 @@ from composer_ema.trainer.clock import Look
 from composer_ema.trainer.due import Interval, Start, first_update
 from composer_ema.trainer.evaluation import TRAINING, Evaluation, check_weights
 from composer_ema.trainer.exporting import lend_to_exporters
+from composer_ema.trainer.harm import Harm
 from composer_ema.trainer.limits import Limit, warn
 from composer_ema.trainer.saving import save_training_weights
 from composer_ema.trainer.snapshots import Moves, RunSnapshots
@@ -134,6 +135,7 @@ class WeightAverage(Algorithm):
 
         self.update_seconds = 0.0
         self._steps = Steps()
+        self._harm = Harm(self.name)
         self._has_started = False
         self._state_for_init: Mapping[str, Any] | None = None
         self._loaded_config: Mapping[str, Any] = {}
@@ -265,6 +267,7 @@ class WeightAverage(Algorithm):
             if average.has_begun and average.first_update is None and self._start.span.value > 0:
                 average.first_update = first_update(self._start, self._interval, look, average.started_at)
         self._averages.follow_clock(look)
+        self._harm.foresee(self._averages, self._start, self._interval, state)
         self._steps.watch(state)
         if self.snapshots is not None:
             self.snapshots.begin(state, self._averages)
@@ -283,9 +286,8 @@ class WeightAverage(Algorithm):
             Limit(self._interval, limits.effect_of_rare_updates(self._interval, state)),
             Limit(self._start, 'no average will be kept'),
         ]
-        effect = 'the average will keep more than half of its start'
         horizons = [horizon for _, horizon in self._kept.values() if horizon is not None]
-        found[:0] = [Limit(horizon, effect, measured_at=self._interval) for horizon in horizons]
+        found[:0] = [Limit(horizon, measured_at=self._interval) for horizon in horizons]
         if self._log_interval is not None:
             is_default = str(self.log_interval) == '1ep'
             found.append(Limit(self._log_interval, None if is_default else 'no distance will be logged'))
@@ -300,6 +302,7 @@ class WeightAverage(Algorithm):
                 limits.warn_of_no_update(self._start, self._interval)
             if self.snapshots is not None:
                 self.snapshots.end(state, self._averages)
+            self._harm.tell(self._averages)
 
     def _is_update_due(self, event: Event, look: Look) -> bool:
         if event is not self._interval.event:
@@ -392,6 +395,7 @@ class WeightAverage(Algorithm):
             self._averages.take_back(model)
         elif self._has_average and self._averages[weights].has_begun:
             self._averages.lend(weights, model)
+            self._harm.lent(weights, self._averages[weights])
         else:
             self._averages.take_back(model)
 

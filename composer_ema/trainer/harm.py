@@ -1,0 +1,130 @@
+"""No silent harm: an average that still holds much of its start when it is used at the end of a run is warned of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from composer.core import Event, State
+
+from composer_ema.averages import HalfLife, Smoothing
+from composer_ema.profiles import start_remedy
+from composer_ema.spans import NOUNS, Span
+from composer_ema.trainer.average import Average
+from composer_ema.trainer.clock import Look, resolve_share, run_length
+from composer_ema.trainer.due import Interval, Start
+from composer_ema.trainer.limits import warn
+from composer_ema.wording import counted
+
+
+class Harm:
+    """Warns of each average once: before a run that will leave too much of its start, or else when it is used after.
+
+    Args:
+        label: of an average that a message need not name, as it is the only one.
+    """
+
+    def __init__(self, label: str) -> None:
+        self._label = label
+        self._warned: set[str] = set()
+        self._is_training = False
+
+    def foresee(self, averages: Iterable[tuple[str, Average]], start: Start, interval: Interval, state: State) -> None:
+        """Warns, when training begins, of averages that will hold too much of their start when it ends."""
+        self._is_training = True
+        for label, average in averages:
+            share = expected_share(average, start, interval, state)
+            if share is not None:
+                self._warn(label, average, share, ahead=_in_a_run_of(average, state))
+
+    def tell(self, averages: Iterable[tuple[str, Average]]) -> None:
+        """Warns, when training has ended, of averages that hold too much of their start."""
+        self._is_training = False
+        for label, average in averages:
+            self._look_at(label, average)
+
+    def lent(self, label: str, average: Average) -> None:
+        """Warns if an average is lent that holds too much of its start. During training it is too early to say so."""
+        if not self._is_training:
+            self._look_at(label, average)
+
+    def _look_at(self, label: str, average: Average) -> None:
+        if average.start.value is not None and average.has_begun:
+            self._warn(label, average, average.start.value)
+
+    def _warn(self, label: str, average: Average, share: float, *, ahead: str = '') -> None:
+        if label in self._warned:
+            return
+        shorten = 'smoothing' if average.profile is None or 'smoothing=' in str(average.profile) else 'half_life'
+        name = 'the average' if label == self._label else f'the average {label!r}'
+        if said := start_remedy(share, average=name, shorten=shorten, ahead=bool(ahead)):
+            self._warned.add(label)
+            warn(f'{ahead}{said}' if ahead else f'{said[0].upper()}{said[1:]}')
+
+
+def _in_a_run_of(average: Average, state: State) -> str:
+    """The argument that is too long, and the length of the run."""
+    horizon = average.horizon
+    unit = 'ba' if horizon is None else horizon.resolve(state).unit
+    length = run_length(unit, state)
+    run = 'this run' if length is None else f'a run of {counted(length, NOUNS[unit])}'
+    return f'{horizon or average.profile} in {run}: '
+
+
+def expected_share(average: Average, start: Start, interval: Interval, state: State) -> float | None:
+    """How much of an average will be its start when training ends.
+
+    Args:
+        average: now, perhaps in the middle of a resumed run.
+        start: of the average.
+        interval: of its updates.
+        state: of the run.
+
+    Returns:
+        The share; None where it cannot be known yet: the length of the run is not known in the units that it takes, the
+        profile does not shrink the start at a constant pace, or nobody knows what the average started from.
+    """
+    profile, so_far = average.profile, average.start.value
+    if not isinstance(profile, HalfLife | Smoothing) or so_far is None:
+        return None
+    span = interval.resolve(state)
+    whole = run_length(span.unit, state)
+    first = _position(average, start, interval, state)
+    if not whole or first is None:
+        return None
+    begin = 0.0 if start.span.value == 0 else first
+    if average.first_update is not None:
+        begin = average.first_update[span.unit]
+    updates = _multiples(whole - begin, span.value) - _multiples(first - begin, span.value)
+    if not average.has_begun:
+        so_far = 1.0
+    if updates <= 0:
+        return so_far
+    if isinstance(profile, Smoothing):
+        return so_far * profile.smoothing**updates
+    half_life = resolve_share(Span(profile.half_life, profile.unit), state, 'half_life')
+    length = run_length(half_life.unit, state)
+    if length is None:
+        return None
+    last = begin + _multiples(whole - begin, span.value) * span.value
+    elapsed = (last - first) / whole * length
+    return so_far * 2 ** (-elapsed / half_life.value) if half_life.value > 0 else 0.0
+
+
+def _position(average: Average, start: Start, interval: Interval, state: State) -> float | None:
+    """The clock at the last update, or at the first one to come, in the unit of the interval."""
+    unit = interval.resolve(state).unit
+    if average.has_begun:
+        return (average.last_update or Look(state).now)[unit]
+    whole, begin = run_length(unit, state), start.resolve(state)
+    until, batches = run_length(begin.unit, state), run_length('ba', state)
+    if not whole or not until or not batches:
+        return None
+    first = begin.value / until * whole
+    if interval.event is not Event.BATCH_END:
+        return max(1, math.ceil(first - 1e-9))
+    return max(first, whole / batches)
+
+
+def _multiples(time: float, interval: float) -> int:
+    return math.floor(time / interval + 1e-9)

@@ -1,0 +1,135 @@
+"""No silent harm: an average that still holds much of its start is warned of, once, with the share and the remedy."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Any
+
+import pytest
+import toy
+from composer import Callback
+
+from composer_ema import EMA, SWA
+
+pytestmark = pytest.mark.filterwarnings('error:.* of the initial weights')
+
+REMEDY = r'Pass warmup=0\.1 or a shorter half_life\.$'
+
+
+class Start(Callback):
+    """Replaces the loss so that nothing moves, and counts how often a warning names the start."""
+
+
+def told(run: Any, *fits: dict[str, Any]) -> list[str]:
+    """The warnings about the start that the fits of a run give."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        for fit in fits or ({},):
+            run.fit(**fit)
+    return [str(each.message) for each in caught if 'initial weights' in str(each.message)]
+
+
+def share_of(algorithm: Any) -> float | None:
+    return algorithm.state_dict()['averages'][algorithm.name]['start_share']
+
+
+# The toy's run has two epochs of three batches; the first update copies, so five later ones shrink the start.
+@pytest.mark.parametrize(
+    ('arguments', 'share'),
+    [
+        ({'half_life': '2ba'}, 2 ** (-5 / 2)),
+        ({'half_life': '1000ba'}, 2 ** (-5 / 1000)),
+        ({'half_life': '1ep', 'update_interval': '1ba'}, 2 ** (-5 / 3)),
+        ({'half_life': '8sp'}, 2 ** (-(20 - 4) / 8)),
+        ({'half_life': '0.2dur'}, 2 ** (-(5 / 6) / 0.2)),
+        ({'half_life': '2ba', 'ema_start': '3ba'}, 2 ** (-3 / 2)),
+        ({'half_life': '2ba', 'ema_start': '0.5dur', 'update_interval': '2ba'}, 2 ** (-2 / 2)),
+        ({'half_life': '2ba', 'update_interval': '4ba'}, 2 ** (-3 / 2)),
+        ({'half_life': '1ep', 'update_interval': '1ep'}, 2**-1),
+        ({'smoothing': 0.6}, 0.6**5),
+        ({'smoothing': 0.6, 'update_interval': '2ba'}, 0.6**3),
+    ],
+    ids=lambda value: ' '.join(map(str, value.values())) if isinstance(value, dict) else '',
+)  # fmt: skip
+def test_the_share_at_the_end_is_foretold_when_training_begins(trainer, arguments, share):
+    ema = EMA(**arguments)
+    [said] = told(trainer([ema]))
+    assert share_of(ema) == pytest.approx(share)
+    percent = f'{100 * share:.2g}' if share < 0.995 else '100'
+    assert f'the average will still hold {percent} % of the initial weights at the end. Pass warmup=0.1' in said
+    name = 'smoothing' if 'smoothing' in arguments else 'half_life'
+    assert said.startswith(f'{name}=')
+    assert 'in a run of ' in said
+
+
+@pytest.mark.parametrize(
+    'algorithm',
+    [lambda: EMA('0ba'), lambda: EMA(smoothing=0.3), lambda: EMA('2sp'), lambda: EMA(power=0.1), lambda: SWA('3ba')],
+)
+def test_an_average_that_forgets_its_start_warns_of_nothing(trainer, algorithm):
+    run = trainer([algorithm()], eval_dataloader=toy.make_evaluator())
+    assert told(run) == []
+    run.eval()
+
+
+def test_a_hundredth_is_the_limit(trainer):
+    assert told(trainer([EMA(smoothing=0.01 ** (1 / 5) * 0.999)])) == []
+    assert len(told(trainer([EMA(smoothing=0.01 ** (1 / 5) * 1.001)]))) == 1
+
+
+def test_it_is_told_once_however_often_the_run_goes_on_and_evaluates(trainer):
+    run = trainer([EMA('1000ba')], eval_dataloader=toy.make_evaluator(interval='1ba'))
+    assert len(told(run, {'duration': '1ep'}, {'duration': '1ep'})) == 1
+    run.eval()
+
+
+def test_what_could_not_be_foretold_is_told_at_the_end(trainer, tmp_path):
+    # A run that was stopped by hand ends before its half-lives have passed.
+    class Stop(Callback):
+        def batch_end(self, state, logger) -> None:
+            if int(state.timestamp.batch) == 2:
+                state.stop_training()
+
+    ema = EMA(smoothing=0.3)
+    [said] = told(trainer([ema], callbacks=[Stop()]))
+    assert said == 'The average still holds 30 % of the initial weights. Pass warmup=0.1 or a smaller smoothing.'
+
+
+def test_an_evaluation_of_a_loaded_checkpoint_tells(trainer, tmp_path):
+    run = trainer([EMA('1000ba')], save_folder=str(tmp_path), save_overwrite=True)
+    told(run)
+    run = trainer([EMA('1000ba')], load_path=str(tmp_path / 'latest-rank0.pt'), eval_dataloader=toy.make_evaluator())
+    with pytest.warns(UserWarning, match=rf'^The average still holds 100 % of the initial weights\. {REMEDY}'):
+        run.eval()
+    run.eval()
+
+
+def test_a_resumed_run_counts_on(trainer, tmp_path):
+    run = trainer([EMA('1ba')], save_folder=str(tmp_path), save_interval='1ba', save_filename='ba{batch}.pt')
+    assert len(told(run)) == 1
+    ema = EMA('1ba')
+    [said] = told(trainer([ema], load_path=str(tmp_path / 'ba4.pt')))
+    assert share_of(ema) == 2**-5
+    assert 'will still hold 3.1 % of the initial weights' in said
+    assert told(trainer([EMA('1ba')], load_path=str(tmp_path / 'ba4.pt'), max_duration='3ep')) == []
+
+
+def test_nothing_is_told_of_an_average_whose_start_nobody_knows(trainer):
+    ema = EMA('1000ba')
+    run = trainer([ema])
+    ema.ema_model = toy.make_model(seed=1)
+    assert told(run) == []
+    assert share_of(ema) is None
+
+
+def test_a_function_of_the_users_tells_nothing(trainer):
+    ema = EMA(avg_fn=lambda average, weights, count: average)
+    assert told(trainer([ema])) == []
+    assert share_of(ema) is None
+
+
+def test_the_words_of_a_long_half_life_name_it_and_the_run(trainer):
+    [said] = told(trainer([EMA('3ep', update_interval='1ba')]))
+    assert re.match(r"half_life='3ep' in a run of 2 epochs: the average will still hold 6\d % of the init", said)
+    assert re.search(REMEDY, said)
