@@ -7,10 +7,8 @@ not averaged.
 from __future__ import annotations
 
 import functools
-import re
 import warnings
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from numbers import Real
 from typing import Any, Literal
@@ -20,41 +18,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Unpack
 
-from composer_ema.averages import (
-    BiasCorrected,
-    CopiesFirst,
-    Equal,
-    HalfLife,
-    Moment,
-    Power,
-    Profile,
-    Smoothing,
-    check_numbers,
-)
-from composer_ema.kernels.rules import is_inexact
-from composer_ema.model.inventory import Inventory
-from composer_ema.model.names import listed
 from composer_ema.model.sharding import refuse_sharded, unwrap
 from composer_ema.model.untraced import aside, is_traced, untraced
+from composer_ema.optimizer_average import StepAverage, check_covered, tensor_of
 from composer_ema.settings import OptimizerSettings, Settings, takes_settings
-from composer_ema.shadow import state as states
 from composer_ema.shadow.interrupts import Block
 from composer_ema.shadow.shadow_model import ShadowModel
 from composer_ema.wording import counted
 from composer_ema.wrapper import OptimizerWrapper, ParameterGroups
 
-#: Version of what :meth:`EMAOptimizer.ema_state_dict` returns. Version 1 is still read.
-EMA_STATE_VERSION = 2
-
 DEFAULT_DECAY = 0.9999
 
 _EMA = 'ema'
-_VERSION, _NUM_STEPS, _LAST_UPDATE, _STARTED_AT, _SETTINGS, _PROFILE, _AVERAGE = (
-    'version', 'num_steps', 'last_update', 'started_at', 'settings', 'profile', 'average'
-)  # fmt: skip
-_POSITION = re.compile(r'\d+\.\d+', re.ASCII)
-# Settings that a state of version 1 may lack, and the values that were in force then.
-_DEFAULT_SETTINGS = {'average': 'exponential', 'start': 0}
 
 
 @takes_settings
@@ -166,7 +141,7 @@ class EMAOptimizer(OptimizerWrapper):
             'start': _check_start(start),
         }
         self._module = ParameterGroups(optimizer) if model is None else unwrap(model)
-        self._average = _StepAverage(arguments, kept, self._module, optimizer.param_groups)
+        self._average = StepAverage(arguments, kept, self._module, optimizer.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group to the wrapped optimizer. Its parameters join the average at the next update, at their value.
@@ -181,9 +156,9 @@ class EMAOptimizer(OptimizerWrapper):
         parameters = param_group['params']
         # A list, since a generator can be read only once.
         parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-        refuse_sharded({f'{len(self.param_groups)}.{i}': _tensor_of(entry) for i, entry in enumerate(parameters)})
+        refuse_sharded({f'{len(self.param_groups)}.{i}': tensor_of(entry) for i, entry in enumerate(parameters)})
         if not isinstance(self._module, ParameterGroups):
-            _check_covered(self._module, [*self.param_groups, {'params': parameters}])
+            check_covered(self._module, [*self.param_groups, {'params': parameters}])
         super().add_param_group({**param_group, 'params': parameters})
 
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -381,290 +356,6 @@ class EMAOptimizer(OptimizerWrapper):
         self._average.reset()
 
 
-class _StepAverage:
-    """The average that follows an optimizer: it counts the steps and updates the shadow when an update is due.
-
-    Args:
-        arguments: EMAOptimizer's own, checked; they stand in the state.
-        kept: what the shadow keeps and how.
-        module: the parameters to average.
-        groups: the optimizer's groups, whose parameters ``module`` must have.
-    """
-
-    def __init__(
-        self, arguments: dict[str, Any], kept: Settings, module: nn.Module, groups: Sequence[Mapping[str, Any]]
-    ) -> None:
-        self.arguments = arguments
-        self._kept = kept
-        self._rule = self._new_rule()
-        self._module = module
-        _check_covered(module, groups)
-        self.shadow = ShadowModel(module, overlap=True, **kept.as_arguments())
-        self.num_steps = 0
-        self._last_update = 0
-        self._started_at = 0
-        #: Training weights that a loaded state has put back into the model, until the next step.
-        self._returned: dict[str, Tensor] | None = None
-        self._has_warned = False
-
-    def start(self) -> None:
-        """Before the first step, makes the average the weights, whenever those were loaded."""
-        if self.num_steps > 0:
-            return
-        self._refresh_groups()
-        if self.shadow.num_updates > 0:
-            return  # the shadow was given an average, perhaps another library's, which goes on
-        self._copy_weights()
-        self.shadow.resolve(self._module)  # stochastic rounding counts from the num_updates of this moment
-
-    @untraced
-    def refresh(self) -> None:
-        """Makes the average the weights, unless it has started."""
-        if self.num_steps == 0:
-            self.start()
-        elif self._has_to_start:
-            self._copy_weights()
-
-    def follow(self) -> None:
-        """Counts a step, and updates the average if an update is due."""
-        self.num_steps += 1
-        interval = self.arguments['every_n_steps']
-        if self.num_steps % interval or self.num_steps < self.arguments['start']:
-            return
-        self._refresh_groups()
-        if self._has_to_start:
-            # The first update stands for as much time as each later one.
-            self._last_update = self._started_at = self.num_steps - interval
-        since_start = max(self.num_steps - self._started_at, self.num_steps - self._last_update)
-        moment = Moment(self.num_steps - self._last_update, since_start, self.shadow.num_updates)
-        self._rule.update(self.shadow, self._module, moment)
-        self._last_update = self.num_steps
-
-    def reset(self) -> None:
-        """Forgets the average; a new one starts from the weights before the next step."""
-        self.num_steps, self._last_update, self._started_at, self._rule = 0, 0, 0, self._new_rule()
-        self.shadow.num_updates = 0
-        self._returned = None
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the average and its counters; see :meth:`EMAOptimizer.ema_state_dict`."""
-        if not self.shadow.is_swapped:
-            self.refresh()
-        return {
-            _VERSION: EMA_STATE_VERSION,
-            _NUM_STEPS: self.num_steps,
-            _LAST_UPDATE: self._last_update,
-            _STARTED_AT: self._started_at,
-            _SETTINGS: dict(self.arguments),
-            _PROFILE: self._rule.state_dict(),
-            _AVERAGE: self.shadow.state_dict(),
-        }
-
-    def checked(self, state: Mapping[str, Any]) -> tuple[Mapping[str, Any], _ByProfile | _ByFunction, list[str]]:
-        """Returns ``state`` in the current version, the rule that continues from it, and the buffers it lacked.
-
-        Raises:
-            ValueError: it does not fit.
-        """
-        state = _upgraded(state)
-        _check_state(state)
-        self._refresh_groups()
-        if isinstance(self._module, ParameterGroups):
-            state = {**state, _AVERAGE: _renamed(state[_AVERAGE], self._module.positions)}
-        rule = self._new_rule()
-        if state[_SETTINGS] == self.arguments or state[_PROFILE].keys() == rule.state_dict().keys():
-            _load_profile(rule, state[_PROFILE])
-        else:  # written by another kind of profile
-            rule.catch_up(state[_LAST_UPDATE])
-        # A shadow without memory finds out whether the average fits, before the real one takes any value.
-        outline = self.shadow.outline(self._module)
-        outline.leave_out(self._still_to_join(outline, state[_AVERAGE]))
-        _check_naming(state[_AVERAGE], [name for name, _ in outline.named_parameters()], self._module)
-        average, lacking = self._with_buffers(state[_AVERAGE], outline)
-        outline.load_state_dict(average)
-        return {**state, _AVERAGE: average}, rule, lacking
-
-    def _with_buffers(self, average: Mapping[str, Any], outline: ShadowModel) -> tuple[Mapping[str, Any], list[str]]:
-        """A saved average with the model's buffers if it has none, and those of them that are averaged.
-
-        An optimizer without ``model`` knows no buffers, so its state has none.
-        """
-        inventory = Inventory() if isinstance(self._module, ParameterGroups) else Inventory.of(self._module)
-        tracked = {name for name, _ in outline.named_buffers()} & inventory.persistent
-        averaged = [
-            name
-            for name, buffer in inventory.buffers.items()
-            if name in tracked
-            and is_inexact(buffer)
-            and self._kept.averages_buffer(name, is_statistic=name in inventory.statistics)
-        ]
-        if not averaged or average.get('buffers') != {}:
-            return average, []
-        buffers = {name: buffer.detach() for name, buffer in inventory.buffers.items() if name in tracked}
-        filled = {**average, 'buffers': buffers}
-        stash = average.get(states.TRAINING_WEIGHTS)
-        if isinstance(stash, Mapping):
-            filled[states.TRAINING_WEIGHTS] = {**buffers, **stash}
-        return filled, averaged
-
-    def assign(
-        self, state: Mapping[str, Any], rule: _ByProfile | _ByFunction, lacking: Sequence[str], stacklevel: int
-    ) -> None:
-        """Takes over what :meth:`checked` returned. Warnings, at ``stacklevel``, name what differs and what lacked."""
-        saved = {name: state[_SETTINGS].get(name) for name in self.arguments}
-        if saved != self.arguments:
-            warnings.warn(
-                f'the saved average used {saved}, this one uses {self.arguments}, and will from here on. '
-                'Pass the saved settings to continue as before.',
-                stacklevel=stacklevel,
-            )
-        if lacking:
-            warnings.warn(
-                f'the saved average has no buffers, since it was saved by an optimizer without model=: the average of '
-                f'{listed(lacking)} starts at the values that the model has now. '
-                'update_bn(model, loader, shadow=optimizer.shadow) recomputes the statistics of BatchNorm for the '
-                'average.',
-                stacklevel=stacklevel,
-            )
-        outline = self.shadow.outline(self._module)
-        still_to_join = self._still_to_join(outline, state[_AVERAGE])
-        if isinstance(self._module, ParameterGroups) and not self._module.has_names and not self._has_warned:
-            self._has_warned = self._warn_of_positions(stacklevel + 1)
-        self.shadow.resolve(self._module, joining=True)
-        self.shadow.leave_out(still_to_join)
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # the check has given these warnings already
-            self.shadow.load_state_dict(state[_AVERAGE])
-        self.num_steps, self._last_update, self._rule = state[_NUM_STEPS], state[_LAST_UPDATE], rule
-        self._started_at = state[_STARTED_AT]
-        self._returned = None
-        if states.TRAINING_WEIGHTS in state[_AVERAGE]:
-            self.shadow.swap_out(self._module)
-            tracked = self.shadow.training_weights(self._module)
-            self._returned = {name: tracked[name].clone() for name, _ in self.shadow.named_parameters()}
-
-    def _warn_of_positions(self, stacklevel: int) -> bool:
-        """Warns where the shapes do not tell whether the saved parameters had the same order."""
-        shapes = Counter(tuple(tensor.shape) for tensor in self.shadow.parameters())
-        alike = sum(count for count in shapes.values() if count > 1)
-        if alike:
-            warnings.warn(
-                f'the saved average is taken over by position, and {alike} of {shapes.total()} parameters share their '
-                'shape with others: in another order than in the saved run, each would get the average of another. '
-                'To go by name, build EMAOptimizer with model=, or the wrapped optimizer from model.named_parameters() '
-                '(torch 2.6).',
-                stacklevel=stacklevel,
-            )
-        return alike > 0
-
-    def refuse_overwritten(self) -> None:
-        """Raises if the model has got the average again after a loaded state had put the training weights back."""
-        returned, self._returned = self._returned, None
-        if returned is None:
-            return
-        live = self.shadow.training_weights(self._module)
-        average = {name: tensor.to(live[name]) for name, tensor in self.shadow.named_parameters() if name in live}
-        if _are_equal(live, average) and not _are_equal(live, returned):
-            self._returned = returned
-            raise RuntimeError(
-                'the model holds the average, not its training weights: the checkpoint was saved while the average was '
-                'swapped in, and the optimizer, which put the training weights back, was loaded before the model. Load '
-                'the model first, then the optimizer.'
-            )
-
-    def _still_to_join(self, outline: ShadowModel, average: Mapping[str, Any]) -> set[str]:
-        """What the next update will take in, and the saved average does not know either."""
-        kinds = [average.get(kind) for kind in ('parameters', 'buffers')]
-        saved = {name for kind in kinds if isinstance(kind, Mapping) for name in kind}
-        tracked = {name for name, _ in (*self.shadow.named_parameters(), *self.shadow.named_buffers())}
-        return {n for n, _ in (*outline.named_parameters(), *outline.named_buffers())} - tracked - saved
-
-    @property
-    def _has_to_start(self) -> bool:
-        """Whether the average starts with its first update, and that is still to come."""
-        is_exponential = self.arguments['average'] == 'exponential' and not self._kept.has_function
-        return (self.arguments['start'] > 0 or not is_exponential) and self.shadow.num_updates == 0
-
-    def _new_rule(self) -> _ByProfile | _ByFunction:
-        return _ByFunction() if self._kept.has_function else _ByProfile(_profile_of(self.arguments))
-
-    def _copy_weights(self) -> None:
-        self._refresh_groups()
-        self._returned = None  # the average is made of the weights, so they hold no other
-        self.shadow.num_updates = 0  # the update of a user's function copies then
-        self._rule.copy(self.shadow, self._module)
-        self.shadow.num_updates = 0
-
-    def _refresh_groups(self) -> None:
-        if isinstance(self._module, ParameterGroups):
-            self._module.refresh()
-
-
-class _ByProfile:
-    """Updates with the weights that a profile chooses."""
-
-    def __init__(self, profile: Profile) -> None:
-        self._profile = profile
-
-    def copy(self, shadow: ShadowModel, module: nn.Module) -> None:
-        """Makes the average the weights."""
-        shadow.update(module, weight=1.0)
-
-    def update(self, shadow: ShadowModel, module: nn.Module, moment: Moment) -> None:
-        """Updates the average; the profile records it."""
-        shadow.update(module, weight=self._profile.weight(moment))
-        self._profile.record(moment)
-
-    def catch_up(self, num_steps: int) -> None:
-        """Continues an average of ``num_steps`` steps that another profile has made, as if by this one."""
-        self._profile.record(Moment(num_steps, num_steps, 0))
-
-    def state_dict(self) -> dict[str, float]:
-        """Returns what the profile remembers."""
-        return self._profile.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Loads what :meth:`state_dict` returned, or raises a ValueError."""
-        self._profile.load_state_dict(state)
-
-
-class _ByFunction:
-    """Updates by the user's function, which needs no weight: the shadow passes it the number of updates."""
-
-    def copy(self, shadow: ShadowModel, module: nn.Module) -> None:
-        """Makes the average the weights; ``shadow.num_updates`` must be 0."""
-        shadow.update(module)
-
-    def update(self, shadow: ShadowModel, module: nn.Module, moment: Moment) -> None:
-        """Updates the average."""
-        del moment
-        shadow.update(module)
-
-    def catch_up(self, num_steps: int) -> None:
-        """Does nothing: a function sees the average itself."""
-
-    def state_dict(self) -> dict[str, float]:
-        """Returns an empty state."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises a ValueError unless ``state`` is empty."""
-        check_numbers(state, ())
-
-
-def _profile_of(arguments: Mapping[str, Any]) -> Profile:
-    if arguments['average'] == 'equal':
-        return Equal('steps')
-    if arguments['power'] is not None:
-        return Power(arguments['power'], 'steps')
-    if arguments['half_life'] is None:
-        exponential = Smoothing(arguments['decay'], 'steps', 'decay')
-    else:
-        exponential = HalfLife(arguments['half_life'], 'steps')
-    profile = BiasCorrected(exponential) if arguments['bias_correction'] else exponential
-    return CopiesFirst(profile) if arguments['start'] > 0 else profile
-
-
 def _check_average(average: str, function: str | None, without_effect: Mapping[str, Any]) -> None:
     """Raises unless ``average`` is known, and comes without what has no effect on it."""
     if average not in ('exponential', 'equal'):
@@ -711,119 +402,3 @@ def _check_interval(every_n_steps: int) -> int:
     if every_n_steps < 1:
         raise ValueError(f'every_n_steps must be at least 1, got {every_n_steps}. To freeze the average pass decay=1.')
     return every_n_steps
-
-
-def _check_covered(module: nn.Module, groups: Sequence[Mapping[str, Any]]) -> None:
-    """Raises unless ``module`` has every parameter of ``groups``, unsharded."""
-    refuse_sharded(dict(module.named_parameters()))
-    known = {id(parameter) for parameter in module.parameters()}
-    unknown = [
-        f'{index}.{position}'
-        for index, group in enumerate(groups)
-        for position, entry in enumerate(group['params'])
-        if id(_tensor_of(entry)) not in known
-    ]
-    if unknown:
-        raise ValueError(
-            f"{len(unknown)} of the optimizer's parameters are not in the model, by group and position: "
-            f'{listed(unknown)}. Pass the model that the optimizer was built for, or leave model out.'
-        )
-
-
-def _are_equal(live: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
-    return all(name in live and torch.equal(live[name], other.to(live[name])) for name, other in others.items())
-
-
-def _tensor_of(entry: Tensor | tuple[str, Tensor]) -> Tensor:
-    """The tensor of an entry of ``params``, which may come with its name."""
-    return entry[1] if isinstance(entry, tuple) else entry
-
-
-def _upgraded(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns ``state`` in the current version, or raises a ValueError. Version 1 had one number for all profiles."""
-    version = state.get(_VERSION) if isinstance(state, Mapping) else None
-    if type(version) is not int or version not in (1, EMA_STATE_VERSION):
-        raise ValueError(
-            f'the state has format version {version!r}, this release reads 1 and {EMA_STATE_VERSION}. '
-            'Nothing was loaded.'
-            + (' Pass what ema_state_dict() returned; this is something else.' if version is None else '')
-        )
-    if version == EMA_STATE_VERSION:
-        return state
-    log_kept, settings = state.get('log_kept'), state.get(_SETTINGS)
-    if not isinstance(log_kept, float) or not log_kept <= 0:
-        raise ValueError(f"the state's 'log_kept' is {log_kept!r}, not a number of at most 0. Nothing was loaded.")
-    if not isinstance(settings, Mapping):
-        raise ValueError(f"the state's 'settings' is a {type(settings).__name__}, not a Mapping. Nothing was loaded.")
-    return {
-        **{name: value for name, value in state.items() if name != 'log_kept'},
-        _VERSION: EMA_STATE_VERSION,
-        _STARTED_AT: 0,  # the age of an average does not matter to the profiles of version 1
-        _SETTINGS: {**_DEFAULT_SETTINGS, **settings},
-        _PROFILE: {'log_kept': log_kept} if settings.get('bias_correction') else {},
-    }
-
-
-def _check_state(state: Mapping[str, Any]) -> None:
-    """Raises a ValueError unless every entry of ``state`` has the right kind and range; the average checks itself."""
-    kinds: dict[str, Any] = dict.fromkeys((_NUM_STEPS, _LAST_UPDATE, _STARTED_AT), int)
-    kinds |= dict.fromkeys((_SETTINGS, _PROFILE, _AVERAGE), Mapping)
-    for key, kind in kinds.items():
-        if not isinstance(value := state.get(key), kind) or isinstance(value, bool):
-            raise ValueError(
-                f"the state's {key!r} is a {type(value).__name__}, not a {kind.__name__}. Nothing was loaded."
-            )
-    if not 0 <= state[_LAST_UPDATE] <= state[_NUM_STEPS]:
-        raise ValueError(
-            f'the state has its last update at step {state[_LAST_UPDATE]} of {state[_NUM_STEPS]}; the update must lie '
-            'in [0, steps]. Nothing was loaded.'
-        )
-    if not 0 <= state[_STARTED_AT] <= state[_LAST_UPDATE]:
-        raise ValueError(
-            f'the state has its start at step {state[_STARTED_AT]} and its last update at step {state[_LAST_UPDATE]}; '
-            'the start must lie in [0, last update]. Nothing was loaded.'
-        )
-
-
-def _check_naming(average: Mapping[str, Any], names: Sequence[str], module: nn.Module) -> None:
-    """Raises a ValueError if names are loaded where there is only position, or positions where there are names."""
-    saved = average.get('parameters')
-    if not isinstance(saved, Mapping) or not saved or not names or not saved.keys().isdisjoint(names):
-        return
-    is_numbered = all(isinstance(name, str) and _POSITION.fullmatch(name) for name in saved)
-    shown = listed(sorted(map(str, saved)), limit=3)
-    if isinstance(module, ParameterGroups) and not module.has_names and not is_numbered:
-        raise ValueError(
-            f'the saved average has the names of its parameters, {shown}, and this optimizer knows only their order. '
-            'Build EMAOptimizer with model=, or the wrapped optimizer from model.named_parameters() (torch 2.6). '
-            'Nothing was loaded.'
-        )
-    if not isinstance(module, ParameterGroups) and is_numbered:
-        raise ValueError(
-            f'the saved average has no names, only group and position, {shown}: it was saved by an optimizer without '
-            'model=, and this one goes by name. Build the wrapped optimizer from model.named_parameters() (torch 2.6) '
-            'and leave model= out, which takes it over by position; what that saves has names. Nothing was loaded.'
-        )
-
-
-def _renamed(average: Mapping[str, Any], positions: Mapping[str, str]) -> Mapping[str, Any]:
-    """A saved average under the names of now, where it was saved under group and position."""
-    saved = average.get('parameters')
-    if (
-        not isinstance(saved, Mapping)
-        or saved.keys() <= set(positions.values())
-        or not saved.keys() <= positions.keys()
-    ):
-        return average
-    kinds = [kind for kind in ('parameters', states.TRAINING_WEIGHTS) if isinstance(average.get(kind), Mapping)]
-    return {
-        **average,
-        **{kind: {positions.get(name, name): tensor for name, tensor in average[kind].items()} for kind in kinds},
-    }
-
-
-def _load_profile(rule: _ByProfile | _ByFunction, state: Mapping[str, Any]) -> None:
-    try:
-        rule.load_state_dict(state)
-    except ValueError as error:
-        raise ValueError(f'{error} Nothing was loaded.') from error

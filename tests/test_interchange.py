@@ -18,7 +18,7 @@ from composer_ema import CheckpointError, EMAOptimizer, ShadowModel, export, loa
 from composer_ema.averages import Equal
 from composer_ema.checkpoints import states
 from composer_ema.checkpoints.inspection import ALIAS, describe
-from composer_ema.optimizer import EMA_STATE_VERSION
+from composer_ema.optimizer_state import EMA_STATE_VERSION
 from composer_ema.shadow import foreign
 
 FIXTURES = Path(__file__).parent / 'fixtures'

@@ -26,6 +26,8 @@ HOUSE = (
     'zoo',
     'trainer',
     'optimizer',
+    'optimizer_average',
+    'optimizer_state',
     'wrapper',
     'functional',
     'batchnorm',
