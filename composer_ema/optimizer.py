@@ -18,16 +18,24 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Unpack
 
+from composer_ema.averages import CopiesFirst, Profile
+from composer_ema.labelled import CHANGES, by_label
 from composer_ema.model.sharding import refuse_sharded, unwrap
 from composer_ema.model.untraced import aside, is_traced, untraced
-from composer_ema.optimizer_average import StepAverage, check_covered, tensor_of
+from composer_ema.optimizer_average import StepAverages, check_covered, tensor_of
+from composer_ema.optimizer_state import SINGLE
+from composer_ema.profiles import Kind, check_kind, choose, refuse_without_effect
 from composer_ema.settings import OptimizerSettings, Settings, takes_settings
 from composer_ema.shadow.interrupts import Block
 from composer_ema.shadow.shadow_model import ShadowModel
-from composer_ema.wording import counted
+from composer_ema.shadow.shadow_models import ShadowModels
+from composer_ema.wording import counted, suggestion
 from composer_ema.wrapper import OptimizerWrapper, ParameterGroups
 
 DEFAULT_DECAY = 0.9999
+# Values that say that an argument was not given, and those that a state keeps then where that is not None.
+_NOT_GIVEN: Mapping[str, Any] = {'decay': DEFAULT_DECAY, 'average': 'exponential', 'bias_correction': False}
+_NOT_KEPT: Mapping[str, Any] = {'average': 'exponential', 'bias_correction': False}
 
 _EMA = 'ema'
 
@@ -63,17 +71,24 @@ class EMAOptimizer(OptimizerWrapper):
             group, and the order of the parameters must be the same when a state is loaded.
         power: width of a power function average as a share of the steps so far, above 0 and at most 0.2887. Replaces
             ``decay``; see :class:`composer_ema.averages.Power`. The first update copies.
+        gamma: instead of ``power``, the exponent that it stands for, at least 0.
+        warmup: upper limit of the half-life as a share of the steps so far, above 0: 0.1 is a good value. The average
+            soon forgets where it started, however long the half-life. Default: None, no limit.
         bias_correction: divides each weight by one minus the product of all decays so far. The average forgets where
-            it started, and the first update copies. Default: False.
+            it started, and the first update copies. Excludes ``warmup``, which does the same. Default: False.
         average: ``'exponential'``, or ``'equal'`` for the mean of the weights after every ``every_n_steps`` steps:
             ``average += (weights - average) / (n + 1)``, where n counts earlier updates. The first update copies.
-            ``'equal'`` excludes ``decay``, ``half_life``, ``power`` and ``bias_correction``. Default:
-            ``'exponential'``.
-        start: the first step to average, at least 0; if no update is due then, the next step that is due. The first
-            update copies, and until then the average is the weights. Default: 0, an average from the beginning.
+            ``'equal'`` excludes all of the above that choose or change an average. Default: ``'exponential'``.
+        start: the first step to average, at least 0; the next update comes ``every_n_steps`` later. The first update
+            copies, and until then the average is the weights. Default: 0, an average from the beginning.
         settings: which tensors to average and how: ``buffers``, ``include``, ``exclude``, ``dtype``,
             ``skip_nonfinite``, ``rounding``, ``compensated``, ``seed``, ``backend``, and ``avg_fn`` or ``multi_avg_fn``
             in place of ``average``; see :class:`composer_ema.settings.Settings`.
+
+    To keep several averages, map labels to values: ``half_life={'short': 100, 'long': 1000}``, in any of ``decay``,
+    ``half_life``, ``power``, ``gamma`` and ``average`` at once; ``warmup`` and ``bias_correction`` are for all
+    exponential ones, or for some by label. The weights are read once for all. ``swap_ema_weights(average='long')``,
+    ``averaged_state_dict('long')`` and ``shadows['long']`` take one of them; without a label they take the first.
 
     Raises:
         NotImplementedError: a parameter is sharded by FSDP or tensor parallelism.
@@ -98,14 +113,16 @@ class EMAOptimizer(OptimizerWrapper):
         self,
         optimizer: Optimizer,
         device: torch.device | str | None = None,
-        decay: float = DEFAULT_DECAY,
+        decay: float | Mapping[str, float] = DEFAULT_DECAY,
         every_n_steps: int = 1,
         *,
-        half_life: float | None = None,
-        power: float | None = None,
+        half_life: float | Mapping[str, float] | None = None,
+        power: float | Mapping[str, float] | None = None,
+        gamma: float | Mapping[str, float] | None = None,
         model: nn.Module | None = None,
-        bias_correction: bool = False,
-        average: Literal['exponential', 'equal'] = 'exponential',
+        warmup: float | Mapping[str, float] | None = None,
+        bias_correction: bool | Mapping[str, bool] = False,
+        average: Kind | Mapping[str, Literal['equal']] = 'exponential',
         start: int = 0,
         **settings: Unpack[OptimizerSettings],
     ) -> None:
@@ -116,32 +133,17 @@ class EMAOptimizer(OptimizerWrapper):
             )
         super().__init__(optimizer)
         kept = Settings.of({'device': device, **settings})
-        _check_average(average, kept.function_name, {
-            'decay': None if decay == DEFAULT_DECAY else decay,
-            'half_life': half_life,
-            'power': power,
-            'bias_correction': bias_correction or None,
-        })  # fmt: skip
-        if half_life is not None and decay != DEFAULT_DECAY:
-            raise ValueError(f'pass either half_life or decay, got half_life={half_life} and decay={decay}.')
-        if power is not None:
-            _check_power_alone(power, None if decay == DEFAULT_DECAY else decay, half_life, bias_correction)
-        if not isinstance(bias_correction, bool):
-            raise TypeError(f'bias_correction must be True or False, got {bias_correction!r}.')
         if model is None and kept.buffers != 'statistics':
             raise ValueError(f'buffers={kept.buffers!r} has no effect: without a model there are none. Pass model=.')
-        is_by_decay = half_life is None and power is None and average == 'exponential' and not kept.has_function
-        arguments = {
-            'decay': _plain(decay) if is_by_decay else None,
-            'half_life': _plain(half_life),
-            'power': _plain(power),
-            'every_n_steps': _check_interval(every_n_steps),
-            'bias_correction': bias_correction,
-            'average': kept.function_name or average,
-            'start': _check_start(start),
-        }
+        profile_arguments = {
+            'half_life': half_life, 'decay': decay, 'power': power, 'gamma': gamma, 'average': average,
+            'warmup': warmup, 'bias_correction': bias_correction,
+        }  # fmt: skip
+        start = _check_start(start)
+        profiles, chosen = _profiles(profile_arguments, kept.function_name, copies_first=start > 0)
+        arguments = {**chosen, 'every_n_steps': _check_interval(every_n_steps), 'start': start}
         self._module = ParameterGroups(optimizer) if model is None else unwrap(model)
-        self._average = StepAverage(arguments, kept, self._module, optimizer.param_groups)
+        self._averages = StepAverages(arguments, profiles, kept, self._module, optimizer.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group to the wrapped optimizer. Its parameters join the average at the next update, at their value.
@@ -184,73 +186,93 @@ class EMAOptimizer(OptimizerWrapper):
 
     def wait(self) -> None:
         """Orders the current stream after the last update; see :meth:`ShadowModel.wait`. Does nothing on a CPU."""
-        self._average.shadow.wait()
+        self._averages.shadows.wait()
 
     @property
     def num_steps(self) -> int:
-        """Number of steps that the average has followed; skipped steps do not count."""
-        return self._average.num_steps
+        """Number of steps that the averages have followed; skipped steps do not count."""
+        return self._averages.num_steps
+
+    @property
+    def shadows(self) -> ShadowModels:
+        """All averages by label; a single one without a label is called ``'ema'``. See :attr:`shadow`."""
+        if not self._averages.is_swapped:
+            self._averages.refresh()
+        return self._averages.shadows
 
     @property
     def shadow(self) -> ShadowModel:
-        """The average. Before the first step, and before ``start``, it holds the current weights."""
-        if not self._average.shadow.is_swapped:
-            self._average.refresh()
-        return self._average.shadow
+        """The average, the first of several. Before the first step, and before ``start``, it holds the weights."""
+        return next(iter(self.shadows.values()))
 
     @untraced
-    def swap_ema_weights(self, enabled: bool = True) -> AbstractContextManager[None]:
-        """Puts the average into the model for the block, then restores every bit of the training weights.
+    def swap_ema_weights(self, enabled: bool = True, *, average: str | None = None) -> AbstractContextManager[None]:
+        """Puts an average into the model for the block, then restores every bit of the training weights.
 
         After an interrupt, too; see :meth:`ShadowModel.swapped`.
 
         Args:
             enabled: whether to swap at all. Default: True.
+            average: label of the average. Default: the first, or only, one.
 
         Raises:
-            RuntimeError: the model holds the average already.
+            RuntimeError: the model holds an average of this optimizer already.
+            ValueError: no average is called so.
+
+        Warns:
+            UserWarning: the average still holds more than a hundredth of its start. Said once.
         """
         if not enabled:
             return nullcontext()
-        shadow = self._average.shadow
-        lent = shadow.swapped(self._module)
+        label = self._label(average)
+        lent = self._averages.shadows[label].swapped(self._module)
 
         def enter() -> None:
-            if shadow.is_swapped:
+            if self._averages.is_swapped:
                 raise RuntimeError(
                     'the model holds the average already. Leave the outer swap_ema_weights block first, or pass '
                     'enabled=False to the inner one.'
                 )
-            self._average.refresh()
+            self._averages.refresh()
+            self._averages.tell_of_start(label)
             lent.__enter__()
 
         return Block(enter, functools.partial(lent.__exit__, None, None, None))
 
     @untraced
     def ema_state_dict(self) -> dict[str, Any]:
-        """Returns the average and its counters in plain types; tensors alias the average.
+        """Returns the averages and their counters in plain types; tensors alias the averages.
 
         For checkpoints that keep only ``state`` and ``param_groups`` of an optimizer, as those of
-        ``torch.distributed.checkpoint.state_dict`` do. While the model holds the average, the training weights are in
-        the state too, aliased.
+        ``torch.distributed.checkpoint.state_dict`` do. While the model holds an average, the training weights are in
+        the state too, aliased. Several averages stand in it under ``'averages'`` by their labels.
         """
-        return self._average.state_dict()
+        return self._averages.state_dict()
 
-    def averaged_state_dict(self) -> dict[str, Any]:
-        """The state dict that the model would have with the average in it; all copies, with the model's own names.
+    def averaged_state_dict(self, average: str | None = None) -> dict[str, Any]:
+        """The state dict that the model would have with an average in it; all copies, with the model's own names.
 
         See :meth:`ShadowModel.averaged_state_dict`. The optimizer must have been built with ``model``, whose names
         these are.
 
+        Args:
+            average: label of the average. Default: the first, or only, one.
+
         Raises:
-            ValueError: it was built without.
+            ValueError: it was built without, or no average is called so.
+
+        Warns:
+            UserWarning: the average still holds more than a hundredth of its start. Said once.
         """
         if isinstance(self._module, ParameterGroups):
             raise ValueError(
                 'without the model the optimizer does not know the names of the parameters. Build it as '
                 'EMAOptimizer(optimizer, model=model), or copy model.state_dict() inside swap_ema_weights().'
             )
-        return self.shadow.averaged_state_dict(self._module)
+        label = self._label(average)
+        shadow = self.shadows[label]
+        self._averages.tell_of_start(label)
+        return shadow.averaged_state_dict(self._module)
 
     @untraced
     def load_ema_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -267,8 +289,8 @@ class EMAOptimizer(OptimizerWrapper):
             ValueError: the state does not fit. Nothing was loaded.
         """
         self._refuse_while_swapped('load_ema_state_dict()')
-        self._average.shadow.refuse_on_loan(self._module)
-        self._average.assign(*self._average.checked(state), stacklevel=4)
+        self._averages.shadows.refuse_on_loan(self._module)
+        self._averages.assign(self._averages.checked(state), stacklevel=4)
 
     @untraced
     def state_dict(self) -> dict[str, Any]:
@@ -299,7 +321,7 @@ class EMAOptimizer(OptimizerWrapper):
             ValueError: the state does not fit.
         """
         self._refuse_while_swapped('load_state_dict()')
-        self._average.shadow.refuse_on_loan(self._module)
+        self._averages.shadows.refuse_on_loan(self._module)
         super().load_state_dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -309,11 +331,20 @@ class EMAOptimizer(OptimizerWrapper):
         return super().__getstate__()
 
     def __repr__(self) -> str:
-        arguments = ', '.join(f'{name}={value}' for name, value in self._average.arguments.items() if value is not None)
+        arguments = ', '.join(
+            f'{name}={value}' for name, value in self._averages.arguments.items() if value is not None
+        )
         return f'{type(self).__name__} ({arguments}, {counted(self.num_steps, "step")}) of {self._optimizer!r}'
 
+    def _label(self, average: str | None) -> str:
+        """The label that was given, or that of the first average."""
+        labels = list(self._averages.shadows)
+        if average is not None and average not in labels:
+            raise ValueError(f'no average is called {average!r}. {suggestion(average, labels, "The averages are")}')
+        return labels[0] if average is None else average
+
     def _refuse_while_swapped(self, what: str) -> None:
-        if self._average.shadow.is_swapped:
+        if self._averages.is_swapped:
             raise RuntimeError(
                 f'{what} needs the training weights, but the model holds the average. '
                 'Leave the swap_ema_weights block first.'
@@ -324,28 +355,28 @@ class EMAOptimizer(OptimizerWrapper):
             aside(EMAOptimizer._before_step, self)
             return
         self._refuse_while_swapped('step()')
-        self._average.shadow.refuse_on_loan(self._module)
-        self._average.refuse_overwritten()
-        self._average.start()
+        self._averages.shadows.refuse_on_loan(self._module)
+        self._averages.refuse_overwritten()
+        self._averages.start()
 
     def _before_write(self) -> None:
-        self._average.shadow.wait_for_reads()
+        self._averages.shadows.wait_for_reads()
 
     def _after_step(self) -> None:
         if is_traced():
             aside(EMAOptimizer._after_step, self)
             return
-        self._average.follow()
+        self._averages.follow()
 
     def _saved(self) -> dict[str, Any]:
         return {**super()._saved(), _EMA: self.ema_state_dict()}
 
     def _load(self, state: dict[str, Any]) -> None:
         ema = state.pop(_EMA, None)
-        checked = None if ema is None else self._average.checked(ema)
+        checked = None if ema is None else self._averages.checked(ema)
         super()._load(state)
         if checked is not None:
-            self._average.assign(*checked, stacklevel=6)
+            self._averages.assign(checked, stacklevel=6)
             return
         warnings.warn(
             'the loaded state has no average: it was saved by a bare optimizer, or without its ema_state_dict(). '
@@ -353,38 +384,58 @@ class EMAOptimizer(OptimizerWrapper):
             'load_ema_state_dict().',
             stacklevel=5,
         )
-        self._average.reset()
+        self._averages.reset()
 
 
-def _check_average(average: str, function: str | None, without_effect: Mapping[str, Any]) -> None:
-    """Raises unless ``average`` is known, and comes without what has no effect on it."""
-    if average not in ('exponential', 'equal'):
-        raise ValueError(
-            f"average must be 'exponential' or 'equal', got {average!r}. For any other pass avg_fn or multi_avg_fn."
-        )
-    if function is None and average == 'exponential':
-        return
-    if function is not None and average != 'exponential':
-        raise ValueError(f'pass either average={average!r} or a function, got both.')
-    kind = 'an average by a function of yours' if function is not None else 'an equal average'
-    for name, value in without_effect.items():
-        if value is not None:
-            raise ValueError(f'{name}={value} has no effect on {kind}. Leave it out.')
+def _profiles(
+    arguments: Mapping[str, Any], function: str | None, *, copies_first: bool
+) -> tuple[dict[str, Profile | None], dict[str, Any]]:
+    """The profiles by label that the arguments ask for, and the arguments as a state keeps them.
+
+    Args:
+        arguments: those that choose profiles, in the order in which averages stand.
+        function: the user's function that makes the average in place of a profile; None if there is none.
+        copies_first: whether the first update copies whatever the profile says.
+    """
+    given: dict[str, Any] = {
+        name: value
+        for name, value in arguments.items()
+        if value is not None and (isinstance(value, Mapping) or value != _NOT_GIVEN.get(name))
+    }
+    kept = {name: _plain(given.get(name, _NOT_KEPT.get(name))) for name in arguments}
+    if function is not None:
+        average = given.pop('average', None)
+        if average is not None:
+            check_kind(average)
+            raise ValueError(f'pass either average={average!r} or a function, got both.')
+        refuse_without_effect(given, 'an average by a function of yours')
+        return {SINGLE: None}, {**kept, 'average': function}
+    own = by_label(given)
+    if own is None:
+        if given.keys() <= set(CHANGES):
+            given['decay'] = kept['decay'] = _plain(arguments['decay'])
+        own = {SINGLE: dict(given)}
+    profiles: dict[str, Profile | None] = {}
+    for label, chosen in own.items():
+        try:
+            profile = _chosen(chosen)
+        except (TypeError, ValueError) as error:
+            if label == SINGLE:
+                raise
+            raise type(error)(f'{label}: {error}') from error
+        profiles[label] = CopiesFirst(profile) if copies_first else profile
+    return profiles, kept
 
 
-def _check_power_alone(power: float, decay: float | None, half_life: float | None, bias_correction: bool) -> None:
-    for name, value in (('decay', decay), ('half_life', half_life)):
-        if value is not None:
-            raise ValueError(f'pass either power or {name}, got power={power} and {name}={value}.')
-    if bias_correction:
-        raise ValueError(
-            f'bias_correction has no effect on a power average, got power={power}: it forgets where it started anyway. '
-            'Leave bias_correction out.'
-        )
+def _chosen(arguments: Mapping[str, Any]) -> Profile:
+    named = {'smoothing' if name == 'decay' else name: value for name, value in arguments.items()}
+    return choose(unit='steps', smoothing_name='decay', **named)
 
 
 def _plain(number: Any) -> Any:
     """A number of another library as Python's own, so that ``torch.load(weights_only=True)`` reads it."""
+    if isinstance(number, Mapping):
+        return {str(label): _plain(each) for label, each in number.items()}
     return float(number) if isinstance(number, Real) and not isinstance(number, int) else number
 
 

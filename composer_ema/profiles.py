@@ -24,7 +24,6 @@ from composer_ema.averages import (
     Smoothing,
     WarmedUp,
 )
-from composer_ema.wording import suggestion
 
 #: What ``average=`` may be.
 Kind = Literal['exponential', 'equal']
@@ -118,8 +117,7 @@ def check_kind(average: Any) -> None:
     kinds = get_args(Kind)
     if average not in kinds:
         raise ValueError(
-            f"average must be 'exponential' or 'equal', got {average!r}. {suggestion(average, kinds)} For any other "
-            'average pass avg_fn or multi_avg_fn.'
+            f"average must be 'exponential' or 'equal', got {average!r}. For any other pass avg_fn or multi_avg_fn."
         )
 
 

@@ -205,7 +205,7 @@ class TestOtherAverages:
         kept = []
         for step, value in enumerate(values, 1):
             step_to(optimizer, model, value)
-            if step % interval == 0 and step >= start:
+            if step >= start and (step - start) % interval == 0:
                 kept.append(model.weight.item())
         expected = sum(kept) / len(kept) if kept else None
         assert optimizer.shadow.num_updates == len(kept)

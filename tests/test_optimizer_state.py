@@ -118,7 +118,7 @@ class TestSaving:
     @pytest.mark.parametrize(
         ('change', 'message'),
         [
-            (lambda s: s['ema'].update(version=3), r'format version 3, this release reads 1 and 2\.'),
+            (lambda s: s['ema'].update(version=99), r'format version 99, this release reads 1 to 3\.'),
             (lambda s: s['ema'].update(version=True), 'format version True'),
             (lambda s: s['ema'].update(version=1), r"'log_kept' is None, not a number of at most 0"),
             (lambda s: s['ema'].update(num_steps='3'), "'num_steps' is a str"),
@@ -199,9 +199,11 @@ class TestSaving:
         train(model, optimizer, range(5))
         state = optimizer.ema_state_dict()
         assert list(state) == [
-            'version', 'num_steps', 'last_update', 'started_at', 'settings', 'profile', 'average'
+            'version', 'num_steps', 'last_update', 'settings', 'started_at', 'start_share', 'description', 'profile',
+            'average',
         ]  # fmt: skip
-        assert (state['version'], state['num_steps'], state['last_update']) == (2, 5, 4)
+        assert (state['version'], state['num_steps'], state['last_update']) == (3, 5, 4)
+        assert (state['start_share'], state['description']) == (0.0, 'decay=0.75,bias_correction')
         assert state['profile'] == {'log_kept': pytest.approx(4 * math.log(0.75))}
         assert state['settings']['decay'] == 0.75
         assert {type(value) for value in state['settings'].values()} <= {float, int, bool, str, type(None)}
@@ -295,11 +297,11 @@ class TestVersion1:
         assert optimizer.shadow.num_updates == expected['num_updates']
 
     @pytest.mark.parametrize('kind', KINDS)
-    def test_saved_anew_it_is_version_2_and_loads_to_the_same_bits(self, kind):
+    def test_saved_anew_it_is_version_3_and_loads_to_the_same_bits(self, kind):
         _, _, first, fixture = self.resumed(kind)
         first.load_state_dict(fixture['state'])
         state = saved(first.state_dict())
-        assert state['ema']['version'] == 2
+        assert state['ema']['version'] == 3
         assert ('log_kept' in state['ema']['profile']) == (kind == 'corrected')
         assert 'log_kept' not in state['ema']
         _, _, second, _ = self.resumed(kind)

@@ -357,7 +357,7 @@ class Journal:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, optimizer: EMAOptimizer) -> None:
         self.lines: list[str] = []
-        shadow, inner = optimizer.shadow, optimizer.optimizer
+        shadow, inner = optimizer.shadows, optimizer.optimizer
         update, wait, step = shadow.update, shadow.wait_for_reads, inner.step
         monkeypatch.setattr(shadow, 'update', lambda *a, **k: self.note('fork') or update(*a, **k))
         monkeypatch.setattr(shadow, 'wait_for_reads', lambda: self.note('join') or wait())

@@ -36,6 +36,7 @@ HOUSE = (
     'shadow',
     'kernels',
     'model',
+    'labelled',
     'profiles',
     'averages',
     'settings',

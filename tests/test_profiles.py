@@ -83,7 +83,6 @@ class TestChoose:
             ({'average': 'equal', 'warmup': 0.1}, r'warmup=0\.1 has no effect on an equal average'),
             ({'average': 'equal', 'bias_correction': True}, 'bias_correction=True has no effect on an equal average'),
             ({'average': 'mean', 'half_life': 5}, "average must be 'exponential' or 'equal', got 'mean'"),
-            ({'average': 'equals', 'half_life': 5}, "Did you mean 'equal'"),
             ({'power': 0.1, 'warmup': 0.1}, r'warmup has no effect on a power average, .* Leave it out'),
             ({'gamma': 1, 'bias_correction': True}, r'bias_correction has no effect on a power average'),
             ({'half_life': 5, 'warmup': 0.1, 'bias_correction': True}, 'pass either warmup or bias_correction'),

@@ -142,7 +142,7 @@ def kind(config: State, profile: str) -> str:
     function = config.get('avg_fn') or config.get('multi_avg_fn')
     if function is not None:
         return f'average by {function}'
-    kinds = {'equal': 'equal average', 'power': 'power function average'}
+    kinds = {'equal': 'equal average', **dict.fromkeys(('power', 'gamma'), 'power function average')}
     return kinds.get(profile.partition('=')[0], 'exponential moving average')
 
 

@@ -12,17 +12,18 @@ from torch import Tensor
 
 from composer_ema.checkpoints import formats
 from composer_ema.model.names import listed
+from composer_ema.profiles import check_start_share
 from composer_ema.shadow import state as shadow_state
 from composer_ema.shadow.foreign import is_extra_state
 
 #: The newest state of EMAOptimizer that is read.
-OPTIMIZER_VERSION = 2
+OPTIMIZER_VERSION = 3
 EXPORTED_KEY = 'composer_ema'
-_OF_OPTIMIZER = {'version', 'num_steps', 'settings', 'average'}
+_OF_OPTIMIZER = {'version', 'num_steps', 'settings'}
 _OF_SHADOW = {'version', 'num_updates', 'parameters', 'buffers'}
 _BY_POSITION = re.compile(r'(\d+)\.(\d+)', re.ASCII)
 # Of the settings of EMAOptimizer, those that say how it averages.
-_TOLD = ('decay', 'half_life', 'power', 'every_n_steps', 'bias_correction', 'start')
+_TOLD = ('decay', 'half_life', 'power', 'gamma', 'warmup', 'every_n_steps', 'bias_correction', 'start')
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def recognise(state: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], list[Av
     if exported_with(state) is not None:
         return _read_exported
     keys = {key for key in state if isinstance(key, str)}
-    if keys >= _OF_OPTIMIZER:
+    if keys >= _OF_OPTIMIZER and not keys.isdisjoint({'average', 'averages'}):
         return _read_optimizer
     if keys >= {'version', 'averages'}:
         return _read_algorithm
@@ -112,26 +113,40 @@ def _read_optimizer(state: Mapping[str, Any]) -> list[Average]:
     if type(steps) is not int:
         raise ValueError(f"'num_steps' of {what} is a {type(steps).__name__}, not an int.")
     formats.check_count(steps, 'num_steps', what)
-    [shadow] = _read_shadow(_mapping(state, 'average', what))
-    last_update = state.get('last_update')
+    if 'averages' not in state:
+        return [_of_optimizer(state, state, None, version)]
+    averages = _mapping(state, 'averages', what)
+    return [_of_optimizer(_mapping(averages, label, what), state, label, version) for label in averages]
+
+
+def _of_optimizer(own: Mapping[str, Any], state: Mapping[str, Any], label: str | None, version: int) -> Average:
+    """One of the averages of an EMAOptimizer, from what the state holds of it alone and of all."""
+    what = 'the state of EMAOptimizer'
+    [shadow] = _read_shadow(_mapping(own, 'average', what))
+    settings, last_update = state['settings'], state.get('last_update')
     config = {name: settings[name] for name in _TOLD if settings.get(name) not in (None, False)}
+    if label is not None:
+        config = {name: value[label] if isinstance(value, Mapping) else value for name, value in config.items()
+                  if not isinstance(value, Mapping) or label in value}  # fmt: skip
+    facts = {**config, 'num_steps': state['num_steps']}
+    share = check_start_share(own.get('start_share'), f"'start_share' of {what}")
     positional = bool(shadow.parameters) and all(map(_BY_POSITION.fullmatch, shadow.parameters))
-    return [
-        Average(
-            'EMAOptimizer',
-            shadow.parameters,
-            shadow.buffers,
-            shadow.aliases,
-            shadow.num_updates,
-            written_as=f'composer_ema, version {version}' + (', which numbers the parameters' if positional else ''),
-            kind=_kind_of(settings),
-            config=config,
-            facts={**config, 'num_steps': steps},
-            last_update={'steps': last_update} if type(last_update) is int else None,
-            stash=shadow.stash,
-            has_names=not positional,
-        )
-    ]
+    description = own.get('description')
+    return Average(
+        'EMAOptimizer',
+        shadow.parameters,
+        shadow.buffers,
+        shadow.aliases,
+        shadow.num_updates,
+        written_as=f'composer_ema, version {version}' + (', which numbers the parameters' if positional else ''),
+        kind=_kind_of(settings) if label is None else formats.kind({}, str(description)),
+        label=label,
+        config=config,
+        facts=facts if share is None else {**facts, 'start_share': share},
+        last_update={'steps': last_update} if type(last_update) is int else None,
+        stash=shadow.stash,
+        has_names=not positional,
+    )
 
 
 def _kind_of(settings: Mapping[str, Any]) -> str:
@@ -140,7 +155,8 @@ def _kind_of(settings: Mapping[str, Any]) -> str:
         return 'equal average'
     if average != 'exponential':
         return f'average by {average}'
-    return 'exponential moving average' if settings.get('power') is None else 'power function average'
+    is_power = settings.get('power') is not None or settings.get('gamma') is not None
+    return 'power function average' if is_power else 'exponential moving average'
 
 
 def _read_shadow(state: Mapping[str, Any]) -> list[Average]:

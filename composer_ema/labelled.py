@@ -1,0 +1,108 @@
+"""Arguments that are one value, or one for each label: the arguments of each average that they ask for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from composer_ema.profiles import check_kind
+from composer_ema.wording import suggestion
+
+_LABEL = re.compile(r'[A-Za-z_][\w-]*')
+_AVERAGE = 'average'
+#: Arguments that change an exponential average. All others make one.
+CHANGES = ('warmup', 'bias_correction')
+_OTHERS = ('power', 'gamma', _AVERAGE)
+
+
+def by_label(given: Mapping[str, Any], *, reserved: Collection[str] = ()) -> dict[str, dict[str, Any]] | None:
+    """The arguments of each average by its label, in the order of the arguments and of the labels in each.
+
+    Args:
+        given: the arguments of a door that choose profiles, without those that were not given. An argument that makes
+            averages maps labels to values if one of them does; ``warmup`` and ``bias_correction`` are for all
+            exponential ones, or map labels of some to values.
+        reserved: what no average may be called.
+
+    Returns:
+        None where no argument that makes averages has labels.
+
+    Raises:
+        TypeError, ValueError: an argument without labels beside others that have them, a label that cannot be one or
+            that two arguments give, or an argument without effect.
+
+    Example:
+        >>> by_label({'half_life': {'short': 10, 'long': 100}, 'power': {'wide': 0.25}, 'warmup': {'long': 0.1}})
+        {'short': {'half_life': 10}, 'long': {'half_life': 100, 'warmup': 0.1}, 'wide': {'power': 0.25}}
+    """
+    makers = {name: value for name, value in given.items() if name not in CHANGES}
+    changes = {name: value for name, value in given.items() if name in CHANGES}
+    if not any(isinstance(value, Mapping) for value in makers.values()):
+        for name, value in changes.items():
+            if isinstance(value, Mapping):
+                raise ValueError(
+                    f'{name}={value!r} names averages by label, and the only average has none. Pass a single value, or '
+                    "label the average, as in half_life={'long': 1000}."
+                )
+        return None
+    own: dict[str, dict[str, Any]] = {}
+    for maker, values in makers.items():
+        if not isinstance(values, Mapping):
+            raise ValueError(
+                f'{maker}={values!r} has no label, and other averages have. Give it one, as in '
+                f"{maker}={{'other': {values!r}}}, or leave it out."
+            )
+        if not values:
+            raise ValueError(f"{maker} maps no label to a value. Pass for example {maker}={{'long': ...}}.")
+        for label, value in values.items():
+            _check_label(maker, label, own, reserved)
+            _check_value(maker, label, value)
+            own[label] = {maker: value}
+    for change, value in changes.items():
+        _give_out(change, value, own)
+    return own
+
+
+def _give_out(change: str, value: Any, own: Mapping[str, dict[str, Any]]) -> None:
+    """Adds ``warmup`` or ``bias_correction`` to the arguments of the averages that it is for."""
+    if not isinstance(value, Mapping):
+        exponential = [label for label, arguments in own.items() if arguments.keys().isdisjoint(_OTHERS)]
+        if not exponential:
+            raise ValueError(f'{change}={value!r} has no effect: no average is exponential. Leave it out.')
+        value = dict.fromkeys(exponential, value)
+    for label, each in value.items():
+        if label not in own:
+            remedy = suggestion(label, own, 'The averages are')
+            raise ValueError(f'{change} names the average {label!r}, which there is not. {remedy}')
+        if each is not None:
+            own[label][change] = each
+
+
+def _check_value(maker: str, label: str, value: Any) -> None:
+    if value is None:
+        raise ValueError(
+            f'{maker}[{label!r}] is None, which makes no average. Leave the label out, or give it a value.'
+        )
+    if maker != _AVERAGE:
+        return
+    check_kind(value)
+    if value != 'equal':
+        raise ValueError(
+            f'{maker}[{label!r}]={value!r} does not say which exponential average. Write the label under half_life '
+            'instead.'
+        )
+
+
+def _check_label(maker: str, label: Any, own: Mapping[str, Any], reserved: Collection[str]) -> None:
+    if not isinstance(label, str) or not _LABEL.fullmatch(label):
+        raise ValueError(
+            f"{maker} must map labels to values, got the label {label!r}. A label consists of letters, digits, '_' and "
+            "'-', as 'long'."
+        )
+    if label in reserved:
+        raise ValueError(f'{maker} calls an average {label!r}, which has another meaning. Pass another label.')
+    if label in own:
+        raise ValueError(
+            f'{maker} and {next(iter(own[label]))} both make an average {label!r}. Give each its own label.'
+        )
