@@ -36,6 +36,8 @@ LOG_SIGMA = (-1.2, 1.2)
 #: Noise levels of the sampler, from the highest to the lowest, and how they are spaced.
 SIGMA_MAX, SIGMA_MIN, RHO = 80.0, 0.01, 7.0
 TRAINING_WEIGHTS = 'training weights'
+#: Averages whose predicted error is larger are drawn hollow.
+LARGEST_ERROR = 0.05
 HALF_LIVES = (0.002, 0.005, 0.01, 0.02, 0.04, 0.07, 0.12, 0.2, 0.35)
 
 
@@ -314,17 +316,22 @@ def draw(options: argparse.Namespace, distances: dict[str, dict[str, float]]) ->
 
     shares = sorted(float(name) for name in distances if name != TRAINING_WEIGHTS)
     averages = [distances[str(share)] for share in shares]
-    best = min(zip(averages, shares, strict=True), key=lambda pair: pair[0]['distance'])[1]
+    # Where the average itself is uncertain, so is its distance.
+    certain = [share for share in shares if distances[str(share)]['predicted_error'] <= LARGEST_ERROR] or shares
+    best = min(certain, key=lambda share: distances[str(share)]['distance'])
     baseline = distances[TRAINING_WEIGHTS]['distance']
 
     figure, axes = pyplot.subplots(figsize=(6, 3.6), layout='constrained')
     axes.axhline(baseline, color='0.45', linestyle='--', label=TRAINING_WEIGHTS)
     axes.plot([100 * share for share in shares], [each['distance'] for each in averages], color='C0')
     for share, each in zip(shares, averages, strict=True):
-        filled = 'C0' if each['predicted_error'] <= 0.05 else 'white'
+        filled = 'C0' if each['predicted_error'] <= LARGEST_ERROR else 'white'
         axes.plot(100 * share, each['distance'], 'o', color='C0', markerfacecolor=filled)
     axes.plot(100 * best, distances[str(best)]['distance'], '*', markersize=14, color='C3', label=f'best: {best:.1%}')
     axes.set(xscale='log', yscale='log', xlabel='half-life, % of the run', ylabel='Fréchet distance')
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter('{x:g}')
+    axes.yaxis.set_minor_formatter('{x:g}')
     axes.legend(frameon=False)
     figure.savefig(options.out / 'diffusion_sweep.png', dpi=150)
     pyplot.close(figure)
