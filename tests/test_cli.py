@@ -462,7 +462,7 @@ class TestInspect:
         rows = [' '.join(line.replace('│', ' ').split()) for line in out.splitlines()]
         assert 'trained 2 epochs, 20 batches, 160 samples' in rows
         assert 'model slot training weights' in rows
-        assert 'average EMA, written by composer_ema, version 2' in rows
+        assert 'average EMA, written by composer_ema, version 3' in rows
         assert 'horizon half_life=3ba, ema_start=0.0dur, update_interval=1ba' in rows
         assert 'updates 20' in rows
         assert any(re.fullmatch(r'distance 0\.\d+ of the norm of the training weights', row) for row in rows)
