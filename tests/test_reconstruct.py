@@ -352,3 +352,14 @@ def test_files_of_rounded_differences_are_predicted_to_be_as_good_as_they_are(ta
     error = error_of(found, walk, weights)
     assert error > 0.001
     assert found.predicted_error / 2.5 < error < 2.5 * found.predicted_error
+
+
+def test_rounded_files_close_to_the_end_spoil_no_prediction_and_no_file_is_blamed():
+    moments = sorted({*EVENLY, 388, 394, 397, 398, 399})
+    kept = {'short': by_power(0.05), 'long': by_power(0.1), 'weights': np.ones(MOMENTS)}
+    walk = Walk(kept, {'short': moments, 'long': moments, 'weights': [1, MOMENTS]}, bits=6)
+    run = OpenRun(walk.history())
+    assert run.combine(composer_ema.posthoc.target.choose(power=0.2)).odd_file is None
+    found = reconstruct(run, half_life='0.01dur', anyway=True)
+    error = error_of(found, walk, by_half_life(20))
+    assert error / 2 < found.predicted_error < 2 * error

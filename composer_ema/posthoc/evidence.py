@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -81,11 +81,25 @@ class Evidence:
 
     @cached_property
     def _left_out(self) -> dict[int, float]:
-        """The error over the residual for averages that were left out."""
+        """The error over the residual for averages that were left out.
+
+        What rounding explains is taken off, and those of whose error it explains more than half are passed over: they
+        tell how files were rounded, not how the weights move. Where too few remain, all count in full.
+        """
+        found, explained = {}, {}
+        for place, made, others in self._fits_without():
+            squared = float(np.sum((made.coefficients @ self.values[others] - self.values[place]) ** 2))
+            rounded = float(made.coefficients**2 @ self.rounding[others] + self.rounding[place]) * self.values.shape[1]
+            found[place] = squared**0.5 / made.residual
+            if rounded < squared / 2:
+                explained[place] = (squared - rounded) ** 0.5 / made.residual
+        return explained if len(explained) >= _FEWEST else found
+
+    def _fits_without(self) -> Iterator[tuple[int, Fit, list[int]]]:
+        """Some kept averages, each with its fit from those of the others that are not later, and the places of these."""
         first = self._kept[0].moment
         last = max(each.moment for each in self._kept)
         places = [place for place, each in enumerate(self._kept) if each.moment > first + (last - first) / 5]
-        found = {}
         for place in places[:: max(1, len(places) // _LEFT_OUT)]:
             weights = self._kept[place].weights
             others = [each for each in range(len(self._kept)) if each != place]
@@ -93,9 +107,7 @@ class Evidence:
             if others:
                 made = fit([self._kept[each] for each in others], weights, times=self._times, ridge=self.ridge)
                 if made.residual > _EXACT * len(weights) ** 0.5:
-                    error = np.linalg.norm(made.coefficients @ self.values[others] - self.values[place])
-                    found[place] = float(error) / made.residual
-        return found
+                    yield place, made, others
 
     @cached_property
     def ridge(self) -> float:
