@@ -194,6 +194,19 @@ class TestRuns:
         assert by_name['module.1.running_mean'] == BUFFER
         assert by_name['module.1.num_batches_tracked'] == COPY
 
+    def test_several_averages_have_their_settings_and_share_a_table(self, trainer, tmp_path):
+        ema = EMA(half_life={'short': '1ba', 'long': '4ba'}, power={'wide': 0.1}, warmup=0.2)
+        built = trainer([ema], max_duration='2ba')
+        built.fit()
+        path = tmp_path / 'a.pt'
+        built.save_checkpoint(str(path))
+        assert 'half_life=4ba, warmup=0.2' in printed(path)
+        assert re.search(r'power=0.1, ema_start', printed(path))
+        assert printed(path).count('tensors of the average ') == 3, 'each has distances of its own'
+        counted = printed(path, all_tensors=False)
+        assert 'tensors of the averages short by EMA, long by EMA, wide by EMA' in counted
+        assert counted.count('tensors of the average') == 1
+
     def test_a_checkpoint_taken_while_swapped_holds_the_training_weights(self, trainer, tmp_path):
         ema = EMA(half_life='2ba')
         run = trainer([ema], max_duration='1ep')

@@ -318,6 +318,23 @@ class TestRecipes:
         assert [text.split('\n')[0] for text in legend_of(figure)] == LONG
         assert all('effective number of steps' in text for text in legend_of(figure))
 
+    def test_each_of_several_averages_has_a_line_of_its_own_in_the_legend(self):
+        one, other = make_preview(), make_preview(weight=0.02)
+        several = dataclasses.replace(
+            one, profiles=[one.profiles[0], dataclasses.replace(other.profiles[0], name='long')]
+        )
+        figure = draw_previews([several])
+        assert [text.partition(':')[0] for text in legend_of(figure)] == ['ema', 'long']
+        assert len({line.get_color() for line in figure.legends[0].get_lines()}) == 2
+        beside = draw_previews([several, make_preview('b')])
+        assert [text.partition(':')[0].partition('\n')[0] for text in legend_of(beside)] == [
+            'recipe',
+            'ema',
+            'long',
+            'b',
+        ]
+        assert len({line.get_linestyle() for line in beside.legends[0].get_lines()[1:3]}) == 2
+
     @pytest.mark.parametrize(('steps', 'said'), [([1.0], '1 of 1'), ([1.0] + [0.001] * 9999, '1,999 of 10,000')])
     def test_numbers_are_rounded_for_reading(self, steps, said):
         profile = Profile('ema', np.arange(1.0, len(steps) + 1), shares(steps), len(steps), 'smoothing=0.999')

@@ -53,6 +53,13 @@ def profile(**ema: Any) -> Profile:
     return found
 
 
+def test_a_warm_up_limits_the_half_life_at_the_end():
+    # 14 batches, the first update after the first of them
+    assert profile(half_life='7ba').half_life_share == pytest.approx(0.5)
+    assert profile(half_life='7ba', warmup=0.1).half_life_share == pytest.approx(0.1 * 13 / 14)
+    assert profile(half_life='1ba', warmup=0.5).half_life_share == pytest.approx(1 / 14)
+
+
 class TestShares:
     def test_by_hand(self):
         assert shares([1.0, 0.5, 0.5]).tolist() == [0.25, 0.25, 0.5]

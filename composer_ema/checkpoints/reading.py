@@ -354,10 +354,11 @@ def _choose(saved: Sequence[_Saved], label: str | None, path: Path) -> _Saved:
     chosen = [each for each in saved if (not each.is_hidden if label is None else each.label == label)]
     if len(chosen) == 1:
         return chosen[0]
-    names = ', '.join(f'{each.label!r} of {each.algorithm}' for each in saved)
+    names = ', '.join(f'{each.label!r} of {each.algorithm}' for each in chosen or saved)
     if chosen:
         raise CheckpointError(
-            f'{path} holds {len(saved)} averages: {names}. Say which to take, for example average={saved[0].label!r}.'
+            f'{path} holds {len(chosen)} averages: {names}. Say which to take, for example '
+            f'average={chosen[0].label!r} (--average {chosen[0].label}).'
         )
     raise CheckpointError(f'{path} holds no average called {label!r}, but {names}.')
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
@@ -12,9 +13,10 @@ from composer_ema.checkpoints.inspection import AverageInfo, Description, Tensor
 
 # Settings that decide how far back an average reaches, in the order in which they are shown.
 _HORIZON = (
-    'half_life', 'smoothing', 'decay', 'power', 'bias_correction', 'ema_start', 'swa_start', 'start',
-    'update_interval', 'every_n_steps', 'avg_fn', 'multi_avg_fn',
+    'half_life', 'smoothing', 'decay', 'power', 'gamma', 'average', 'warmup', 'bias_correction', 'ema_start',
+    'swa_start', 'start', 'update_interval', 'every_n_steps', 'avg_fn', 'multi_avg_fn',
 )  # fmt: skip
+_NOT_SAID = (None, False, 'exponential')
 _SLOT = {
     inspection.TRAINING_WEIGHTS: 'training weights',
     inspection.AVERAGE: 'the average; the training weights are in the stash beside the average',
@@ -34,12 +36,28 @@ def of_checkpoint(found: Description, *, all_tensors: bool = False) -> Iterator[
     """
     yield _overview(found)
     tensors = _every_tensor if all_tensors else _summary
-    for average in found.averages:
-        where = f' under {average.key}' if average.key and len(found.averages) > 1 else ''
-        name = f'{average.label} ' if average.label and len(found.averages) > 1 else ''
-        yield tensors(f'tensors of the average {name}by {average.algorithm}{where}', average.tensors)
+    for alike in _alike(found.averages, all_tensors=all_tensors):
+        names = ', '.join(_name(average, is_one_of_several=len(found.averages) > 1) for average in alike)
+        yield tensors(f'tensors of the {"average" if len(alike) == 1 else "averages"} {names}', alike[0].tensors)
     if not found.averages:
         yield tensors('tensors of the model', found.tensors)
+
+
+def _alike(averages: Sequence[AverageInfo], *, all_tensors: bool) -> list[list[AverageInfo]]:
+    """The averages whose tables of tensors would be the same, together; with all tensors, each has its distances."""
+    if all_tensors:
+        return [[average] for average in averages]
+    groups: dict[tuple[Any, ...], list[AverageInfo]] = {}
+    for average in averages:
+        groups.setdefault(tuple(inspection.summarise(average.tensors)), []).append(average)
+    return list(groups.values())
+
+
+def _name(average: AverageInfo, *, is_one_of_several: bool) -> str:
+    if not is_one_of_several:
+        return f'by {average.algorithm}'
+    where = f' under {average.key}' if average.key else ''
+    return f'{f"{average.label} " if average.label else ""}by {average.algorithm}{where}'
 
 
 def _overview(found: Description) -> Table:
@@ -65,7 +83,7 @@ def _overview(found: Description) -> Table:
 
 
 def _add_average(table: Table, average: AverageInfo, *, is_one_of_several: bool) -> None:
-    horizon = [f'{name}={value}' for name in _HORIZON if (value := average.config.get(name)) not in (None, False)]
+    horizon = [f'{name}={value}' for name in _HORIZON if (value := average.config.get(name)) not in _NOT_SAID]
     is_foreign = average.written_as.startswith(average.algorithm)
     _add(table, 'key', average.key)
     label = f'{average.label} of ' if average.label and is_one_of_several else ''

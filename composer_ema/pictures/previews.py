@@ -11,7 +11,7 @@ import numpy as np
 from composer_ema.pictures import canvas
 from composer_ema.pictures.canvas import LARGE_RATIO, WIDE_PANEL_CHARACTERS, Panel, note
 from composer_ema.pictures.rates import MOMENTA, RATES
-from composer_ema.pictures.style import BLUE, DASHES, MARKED_POINTS, covered_if_few, with_pens
+from composer_ema.pictures.style import BLUE, DASHES, MARKED_POINTS, Pen, covered_if_few, with_pens
 from composer_ema.recipe.outputs import Array, Axis
 
 if TYPE_CHECKING:  # both take seconds to import
@@ -96,12 +96,25 @@ def _draw_cumulated_profiles(axes: Axes, previews: Sequence[Preview], axis: Axis
 def _profiles(previews: Sequence[Preview], axis: Axis) -> Iterator[tuple[Profile, Array, dict[str, Any]]]:
     """Every profile, the position of its updates along the axis, and how it is drawn."""
     for preview, pen in with_pens(previews):
-        for dashes, profile in zip(cycle(DASHES), preview.profiles, strict=False):
+        for (profile, own), style in zip(with_pens(preview.profiles), _styles(preview, pen, previews), strict=True):
             x = profile.batch / (preview.batches_per_epoch if axis == 'epoch' else 1)
-            style: dict[str, Any] = {'color': BLUE if len(previews) == 1 else pen.colour, 'linestyle': dashes}
-            if len(previews) > 1:
-                style |= {'marker': pen.marker, **pen.sparse(len(x))}
+            if 'marker' in style:
+                style |= (pen if len(previews) > 1 else own).sparse(len(x))
             yield profile, x, style
+
+
+def _styles(preview: Preview, pen: Pen, previews: Sequence[Preview]) -> list[dict[str, Any]]:
+    """How the averages of a recipe are drawn: each in a colour if it is the only recipe, else in the recipe's pen."""
+    dashes = [dashes for dashes, _ in zip(cycle(DASHES), preview.profiles, strict=False)]
+    if len(previews) > 1:
+        return [{'color': pen.colour, 'linestyle': each, 'marker': pen.marker} for each in dashes]
+    if len(preview.profiles) == 1:
+        return [{'color': BLUE, 'linestyle': '-'}]
+    pens = with_pens(preview.profiles)
+    return [
+        {'color': own.colour, 'linestyle': each, 'marker': own.marker}
+        for (_, own), each in zip(pens, dashes, strict=True)
+    ]
 
 
 _PANELS: tuple[tuple[Panel[Any], ...], ...] = (
@@ -129,11 +142,16 @@ def _legend(previews: Sequence[Preview]) -> list[tuple[Line2D, str]]:
 
     entries = []
     for preview, pen in with_pens(previews):
-        said = '; '.join([*map(describe, preview.profiles), *preview.remarks])
-        if len(previews) > 1:
-            line = Line2D([], [], color=pen.colour, marker=pen.marker, markersize=4.5)
-            name = f'{preview.name}{_equal_to(preview, previews)}'
-            entries.append((line, f'{name}\n{said}' if said else name))
-        elif said:
-            entries.append((Line2D([], [], color=BLUE), said))
+        name = [f'{preview.name}{_equal_to(preview, previews)}'] if len(previews) > 1 else []
+        described, remarks = [*map(describe, preview.profiles)], '; '.join(preview.remarks)
+        styles = [{'markersize': 4.5, **style} for style in _styles(preview, pen, previews)]
+        if len(described) > 1:
+            own = [(Line2D([], [], **style), said) for style, said in zip(styles, described, strict=True)]
+            heading = '\n'.join(filter(None, [*name, remarks]))
+            entries += [(Line2D([], [], linestyle='none'), heading), *own] if heading else own
+            continue
+        said = '; '.join(filter(None, [*described, remarks]))
+        style = styles[0] if styles else {'color': pen.colour if name else BLUE, 'marker': pen.marker if name else None}
+        if name or said:
+            entries.append((Line2D([], [], **style), '\n'.join(filter(None, [*name, said]))))
     return entries

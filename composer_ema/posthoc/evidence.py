@@ -96,7 +96,7 @@ class Evidence:
         return explained if len(explained) >= _FEWEST else found
 
     def _fits_without(self) -> Iterator[tuple[int, Fit, list[int]]]:
-        """Some kept averages, each with its fit from those of the others that are not later, and the places of these."""
+        """Some kept averages, each with its fit from the others that are not later, and the places of these."""
         first = self._kept[0].moment
         last = max(each.moment for each in self._kept)
         places = [place for place, each in enumerate(self._kept) if each.moment > first + (last - first) / 5]

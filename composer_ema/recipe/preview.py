@@ -43,7 +43,7 @@ class Profile:
         share: The share of each update in the average at the end; they sum to 1.
         batches: Length of the run.
         settings: The arguments that decide the weights, such as ``'half_life=100ba'``.
-        half_life_share: The half-life as a share of the run; None without a half-life.
+        half_life_share: The half-life at the end, which a warm-up may limit, as a share of the run; None without one.
     """
 
     name: str
@@ -238,10 +238,10 @@ class _Probe:
                     batches=batches,
                     settings=', '.join(f'{name}={value}' for name, value in own.items() if value is not None)
                     or 'defaults',
-                    half_life_share=self._half_life_share(label),
+                    half_life_share=self._half_life_share(label, own.get('warmup'), batches),
                 )
 
-    def _half_life_share(self, label: str) -> float | None:
+    def _half_life_share(self, label: str, warmup: float | None, batches: int) -> float | None:
         half_life = getattr(self.algorithm, 'half_life', None)
         if isinstance(half_life, dict):
             half_life = half_life.get(label)
@@ -249,7 +249,10 @@ class _Probe:
             return None
         half_life = resolve_share(half_life, self.state, 'half_life')
         length = run_length(half_life.unit, self.state)
-        return None if not length else half_life.value / length
+        share = None if not length else half_life.value / length
+        if share is None or warmup is None:
+            return share
+        return min(share, warmup * (1 - self.batches[0] / batches))
 
     def _averages(self) -> tuple[dict[str, float], int]:
         """The averages by label, and the number of updates; none before the algorithm is built."""
