@@ -60,8 +60,15 @@ def train(options: argparse.Namespace, images: Tensor) -> None:
     torch.manual_seed(options.seed)
     model = UNet()
     optimizer = torch.optim.Adam(model.parameters(), lr=options.lr)
-    snapshots = Snapshots(model, options.out / 'snapshots', every='0.03125dur', halvings=0, num_steps=options.steps)
     checkpoint = options.out / 'training.pt'
+    snapshots = Snapshots(
+        model,
+        options.out / 'snapshots',
+        every='0.03125dur',
+        halvings=0,
+        num_steps=options.steps,
+        overwrite=not checkpoint.exists(),  # what a run left that was killed before its first checkpoint
+    )
     step = 0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)

@@ -37,6 +37,12 @@ class EveryBatch(Callback):
         self.weights.append({name: t.detach().clone() for name, t in state.model.state_dict().items()})
 
 
+class KilledAt10(Callback):
+    def batch_end(self, state, logger) -> None:
+        if state.timestamp.batch == 10:
+            raise KeyboardInterrupt
+
+
 def trained(folder: Path, algorithm: Any = None, **arguments: Any) -> tuple[Trainer, EveryBatch]:
     """A run of 12 batches with a snapshot every third."""
     batches = EveryBatch()
@@ -190,6 +196,22 @@ class TestResumed:
         joined = next(each for each in history.kept if each.label == 'power=0.2')
         assert list(joined.weights)[:7] == [1] * 7
 
+    def test_run_that_takes_an_average_up_again_keeps_what_it_had_of_it(self, whole, tmp_path):
+        folder = copied(whole, tmp_path)
+        ten = {**QUARTERS, 'power': [0.1]}
+        load = {'save_overwrite': True, 'save_interval': '1ba'}
+        six, nine = (str(folder / 'checkpoints' / f'ba{batch}.pt') for batch in (6, 9))
+        trained(folder, EMA('3ba', snapshots=ten), load_path=six, **load)
+        trained(folder, load_path=nine, **load)
+        history = read_run(folder)
+        assert history.left_out == []
+        assert moments(history, FIVE) == [3, 6, 12]
+        assert moments(history, TEN) == [3, 6, 9, 12]
+        early = {key: value for key, value in values(read_run(whole[0])).items() if key[1] <= 6}
+        assert {key: value for key, value in values(history).items() if key[1] <= 6} == early
+        six, twelve = (each.weights for each in history.kept if each.label == FIVE and len(each.weights) > 3)
+        assert list(six) != list(twelve[:6])
+
     def test_run_that_wrote_none_before_begins_now(self, tmp_path):
         trained(tmp_path, EMA('3ba'), max_duration='2ep')
         trained(tmp_path, load_path=str(tmp_path / 'checkpoints' / 'ba6.pt'))
@@ -230,6 +252,17 @@ class TestPlace:
             trained(folder, run_name='other')
         trained(folder, run_name='other', save_overwrite=True)
         assert read_run(folder, source='snapshots').run_name == 'other'
+
+    @pytest.mark.parametrize('batch', [None, 6])
+    def test_keeps_every_file_where_a_checkpoint_in_the_way_stops_the_run(self, tmp_path, batch):
+        with pytest.raises(KeyboardInterrupt):
+            trained(tmp_path, save_interval='1ba', callbacks=[KilledAt10()])
+        before = {path.name: path.read_bytes() for path in (tmp_path / 'snapshots').iterdir()}
+        assert len(before) == 4
+        load = {} if batch is None else {'load_path': str(tmp_path / 'checkpoints' / f'ba{batch}.pt')}
+        with pytest.raises(FileExistsError):
+            trained(tmp_path, **load)
+        assert {path.name: path.read_bytes() for path in (tmp_path / 'snapshots').iterdir()} == before
 
     def test_of_a_recipe_is_its_run_folder_and_its_size_is_said(self, tmp_path):
         recipe = tmp_path / 'tiny.yaml'

@@ -387,10 +387,26 @@ class TestIdentity:
         Run(tmp_path, run_name='two', overwrite=True).steps(1)
         assert read_run_name(tmp_path) == 'two'
 
-    def test_a_start_that_was_killed_makes_room_for_the_next_of_its_name(self, tmp_path):
-        Run(tmp_path).steps(8)
+    def test_a_start_that_was_killed_before_its_first_averages_makes_room_for_the_next_of_its_name(self, tmp_path):
+        Run(tmp_path).steps(4)
         Run(tmp_path).steps(5)
         assert [len(each.weights) for each in read_run(tmp_path).kept] == [1, 5, 5]
+
+    def test_a_start_that_was_killed_later_is_kept(self, tmp_path):
+        Run(tmp_path).steps(8)
+        before = sorted(os.listdir(tmp_path))
+        with pytest.raises(ArgumentError, match='Give another folder, or remove them'):
+            Run(tmp_path).steps(1)
+        assert sorted(os.listdir(tmp_path)) == before
+
+    def test_what_a_kill_left_unfinished_is_cleared_at_the_next_update(self, tmp_path):
+        run = Run(tmp_path).steps(7)
+        unfinished = tmp_path / '.averages-00000010.safetensors.x1y2'
+        kept = tmp_path / '.notes.safetensors.x1y2'
+        for path in (unfinished, kept):
+            path.write_bytes(b'half')
+        Run(tmp_path).load(run.state()).steps(7, 8)
+        assert (unfinished.exists(), kept.exists()) == (False, True)
 
     def test_a_run_that_has_ended_does_not(self, tmp_path):
         Run(tmp_path).steps(8).snapshots.finish()

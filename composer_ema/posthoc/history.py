@@ -122,13 +122,13 @@ def _of_one_course(files: list[SnapshotFile], left_out: list[str]) -> tuple[list
         return [], None
     newest = max(files, key=_age)
     head = max(
-        (file for file in files if newest.header.updates.is_beginning_of(file.header.updates)),
+        (file for file in files if newest.header.updates.is_earlier_than(file.header.updates)),
         key=lambda file: (file.num_updates, file.header.is_last, file.header.clock['ba']),
     )
     for file in files:
-        if not file.header.updates.is_beginning_of(head.header.updates):
+        if not file.header.updates.is_earlier_than(head.header.updates):
             left_out.append(f'{file.path} is of a course that the run left when it was resumed from an earlier moment.')
-    found = [file for file in files if file.header.updates.is_beginning_of(head.header.updates)]
+    found = [file for file in files if file.header.updates.is_earlier_than(head.header.updates)]
     return sorted(found, key=lambda file: (file.num_updates, file.path.name)), head
 
 
@@ -155,7 +155,7 @@ class _Course:
         return [
             KeptAverage(
                 label=label,
-                weights=self._of(label)[: file.num_updates],
+                weights=self._of(label, file),
                 path=file.path,
                 clock=header.clock,
                 _names=lambda label=label: file.names(label),
@@ -165,10 +165,14 @@ class _Course:
             for label in file.labels
         ]
 
-    def _of(self, label: str) -> Array:
+    def _of(self, label: str, file: SnapshotFile) -> Array:
+        """The weights up to the moment of a file, which share the memory of those of later files."""
+        if label != WEIGHTS and not file.header.updates.is_beginning_of(self._longest[label].header.updates):
+            # An average that was dropped and taken up again later began anew.
+            return file.header.updates.weights(label)
         if label not in self._weights:
             self._weights[label] = self._longest[label].header.updates.weights(label)
-        return self._weights[label]
+        return self._weights[label][: file.num_updates]
 
 
 def _newest(files: Sequence[SnapshotFile]) -> dict[str, Callable[[], Tensor]]:

@@ -54,7 +54,8 @@ class Snapshots:
         halvings: how many more files to write towards the end, half of ``every`` before it, a quarter, and so on, as
             averages over a hundredth of the run need them. Default: 5 if the end is known, else 0.
         run_name: what to call the run in the files. Default: the name of the folder.
-        overwrite: whether to remove the snapshots of another run from ``folder``. Default: False.
+        overwrite: whether to remove the snapshots of another run from ``folder``, or those of an earlier start that
+            this one does not go on from. Default: False; a start that was killed before it wrote averages is removed.
         overlap, settings: as for :class:`composer_ema.ShadowModel`. Averages by a function of yours are not possible.
 
     Attributes:

@@ -99,11 +99,14 @@ class Updates:
         self._weights = {label: self._weights.get(label, copy.copy(joined)) for label in profiles}
         self.profiles = dict(profiles)
 
+    def is_earlier_than(self, other: Updates) -> bool:
+        """Whether ``other`` is of the same updates and maybe more, whichever averages they moved."""
+        return all(_is_beginning(_as_pieces(self._clock[unit]), _as_pieces(other._clock[unit])) for unit in CLOCK_UNITS)
+
     def is_beginning_of(self, other: Updates) -> bool:
         """Whether ``other`` goes on where this list ends, as far as both have the same averages."""
-        pairs = [(_as_pieces(self._clock[unit]), _as_pieces(other._clock[unit])) for unit in CLOCK_UNITS]
-        pairs += [(self._weights[label], other._weights[label]) for label in self._weights if label in other._weights]
-        return all(_is_beginning(one, two) for one, two in pairs)
+        pairs = [(self._weights[label], other._weights[label]) for label in self._weights if label in other._weights]
+        return self.is_earlier_than(other) and all(_is_beginning(one, two) for one, two in pairs)
 
     def as_plain(self) -> dict[str, Any]:
         """The list as plain dictionaries, lists, strings and numbers, for JSON and for checkpoints."""

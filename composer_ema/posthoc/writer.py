@@ -19,11 +19,13 @@ from composer_ema.averages import Moment
 from composer_ema.checkpoints.reading import CheckpointError
 from composer_ema.model.names import listed
 from composer_ema.posthoc.snapshot_files import (
+    SUFFIX,
     WEIGHTS,
     Header,
     Identity,
     SnapshotFile,
     files_in,
+    is_unfinished,
     pack,
     referenced_bases,
     unpack,
@@ -135,6 +137,7 @@ class SnapshotWriter:
         self._last_update: dict[str, float] | None = None
         self._last_written: dict[str, float] | None = None
         self._spacing: Spacing | None = None
+        self._stale: tuple[list[SnapshotFile], Mapping[str, float]] | None = None
 
     # The run
 
@@ -145,14 +148,20 @@ class SnapshotWriter:
         *,
         max_duration: str | None = None,
         overwrite: bool = False,
+        may_restart: bool = False,
     ) -> None:
-        """Makes the folder fit for the run: removes what an earlier start left, and what lies after ``now``.
+        """Checks that the folder is fit for the run. The first update then removes what lies after ``now``.
+
+        Nothing is removed before that update, because something else may still stop the run, such as a checkpoint
+        that is in its way.
 
         Args:
             spacing: when files are due.
             now: the clock of the run, which a resumed one goes on from.
             max_duration: of the run, for those who read the files.
             overwrite: whether files of other runs may be removed.
+            may_restart: whether those of an unfinished run of the same name may be, since it left no checkpoint that
+                this one could have resumed from.
 
         Raises:
             ArgumentError: the folder holds the snapshots of another run. Nothing is changed.
@@ -166,30 +175,42 @@ class SnapshotWriter:
                 log.warning('snapshots: %s It is left alone.', error)
                 continue
             (own if file.header.identity.run_id == self.identity.run_id else others).append(file)
-        self._remove_others(others, overwrite=overwrite)
-        self._remove_later(own, now)
+        if others and not overwrite:
+            self._check_replaceable(others, may_restart=may_restart)
+        self._stale = [*own, *others], dict(now)
 
-    def _remove_others(self, others: list[SnapshotFile], *, overwrite: bool) -> None:
-        if not others:
-            return
-        # A run that was killed before its first checkpoint starts anew under its name.
+    def _check_replaceable(self, others: list[SnapshotFile], *, may_restart: bool) -> None:
+        """Raises unless others are what an earlier start of this run left that came to nothing."""
         is_ended = any(file.header.is_last for file in others)
         is_namesake = all(file.header.identity.run_name == self.identity.run_name for file in others)
-        if not overwrite and (is_ended or not is_namesake):
+        has_averages = any(not file.header.holds_weights for file in others)
+        if is_ended or not is_namesake or (has_averages and not may_restart):
             names = listed(sorted({str(file.header.identity) for file in others}))
             raise ArgumentError(
                 f'{self.folder} holds {counted(len(others), "snapshot")} of another run: {names}. Give another folder, '
                 'or remove them.',
                 'snapshots',
             )
-        log.warning('snapshots: removed %s of an earlier start from %s', counted(len(others), 'file'), self.folder)
-        _remove(others)
+
+    def _remove_stale(self) -> None:
+        """Makes the folder fit for the run, at its first update."""
+        if self._stale is None:
+            return
+        (files, now), self._stale = self._stale, None
+        others = [file for file in files if file.header.identity.run_id != self.identity.run_id]
+        if others:
+            log.warning('snapshots: removed %s of an earlier start from %s', counted(len(others), 'file'), self.folder)
+            _remove(others)
+        self._remove_later([file for file in files if file not in others], now)
+        for path in self.folder.glob(f'.*{SUFFIX}.*'):
+            if is_unfinished(path):
+                path.unlink(missing_ok=True)
 
     def _remove_later(self, own: list[SnapshotFile], now: Mapping[str, float]) -> None:
         later = [
             file
             for file in own
-            if file.header.clock['ba'] > now['ba'] or not file.header.updates.is_beginning_of(self.updates)
+            if file.header.clock['ba'] > now['ba'] or not file.header.updates.is_earlier_than(self.updates)
         ]
         names = {file.path.name for file in later}
         for file in own:
@@ -205,6 +226,7 @@ class SnapshotWriter:
 
     def record(self, clock: Mapping[str, float], made: Mapping[str, tuple[float, Moment | None]]) -> None:
         """Records an update of every average; see :meth:`composer_ema.posthoc.updates.Updates.append`."""
+        self._remove_stale()
         self.updates.append(clock, made)
         self._last_update = dict(clock)
 
@@ -245,6 +267,7 @@ class SnapshotWriter:
         """
         if self._last_update is None:
             return
+        self._remove_stale()
         if self._last_written != self._last_update:
             self.write(averages, weights, facts)
         is_update = self._last_update['ba'] == now['ba']

@@ -157,6 +157,8 @@ class RunSnapshots:
                     Look(state).now,
                     max_duration=None if whole is None else str(whole),
                     overwrite=any(saver.overwrite for saver in _savers(state)),
+                    # A saver stops a run that is not resumed where there is a checkpoint.
+                    may_restart=bool(_savers(state)),
                 )
                 log.info('%s', self.announcement(state, averages))
             except ValueError as error:
