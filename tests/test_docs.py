@@ -18,6 +18,7 @@ def blocks(path, language):
     return re.findall(rf'^```{language}\n(.*?)^```', path.read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
+@pytest.mark.filterwarnings('error:.* of the initial weights')
 @pytest.mark.parametrize('path', DOCUMENTS, ids=_IDS)
 def test_python_blocks_run_one_after_the_other(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

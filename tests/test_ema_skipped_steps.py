@@ -99,7 +99,7 @@ def test_an_update_at_the_end_of_an_epoch_counts_the_steps_in_it(trainer):
 
     def update(*args, **options):
         weights = original(*args, **options)
-        smoothings.append(1 - weights['ema'])
+        smoothings.append(1 - weights['ema'][0])
         return weights
 
     ema._averages.update = update

@@ -62,7 +62,20 @@ ARGUMENTS = {
         """,
 }
 #: Takes the place of another one of the arguments above.
-INSTEAD = {EMA: ['smoothing: 0.99', 'power: 0.1'], SWA: ['swa_lr: 0.05']}
+INSTEAD = {
+    EMA: [
+        'smoothing: 0.99',
+        'power: 0.1',
+        'gamma: 6.9',
+        'average: equal',
+        'warmup: 0.1',
+        'bias_correction: true',
+        'compensated: true',
+        'half_life: {short: 10ba, long: 1ep}',
+        'snapshots: 0.1dur',
+    ],
+    SWA: ['swa_lr: 0.05', 'compensated: true'],
+}
 #: Functions, for programs, and what only refuses the arguments of Composer's own SWA.
 NOT_IN_YAML = {'avg_fn', 'multi_avg_fn', 'swa_end', 'schedule_swa_lr', 'anneal_steps'}
 

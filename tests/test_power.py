@@ -53,7 +53,7 @@ def test_an_optimizer_follows_a_power_function(every_n_steps, start):
     for step in range(1, 13):
         model.weight.grad = torch.randn(2, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
         optimizer.step()
-        if step % every_n_steps == 0 and step >= start:
+        if step in range(start or every_n_steps, 13, every_n_steps):
             values.append(model.weight.detach().clone())
             times.append(step)
     first = times[0] - every_n_steps

@@ -183,7 +183,7 @@ def test_labels_are_checked(arguments, message):
 
 
 def test_a_horizon_too_long_for_the_run_names_its_label(trainer):
-    with pytest.warns(UserWarning, match=r"half_life\['long'\]='9ep' is longer than the run"):
+    with pytest.warns(UserWarning, match=r"half_life\['long'\]='9ep' in a run of 2 epochs: the average 'long' will"):
         trainer([EMA(half_life={'short': '2ba', 'long': '9ep'})]).fit()
 
 
