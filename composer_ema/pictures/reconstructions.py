@@ -35,7 +35,7 @@ def remarks(found: Reconstruction) -> list[str]:
     said = list(found.left_out)
     if found.has_statistics:
         said.append(
-            'The running statistics are averages, too. For those that fit these weights call update_bn(model, '
-            'train_dataloader) after loading them.'
+            "The running statistics are averages, too, as EMA's are. If the average is longer than a fifth of the run, "
+            'compute those that fit it: update_bn(model, train_dataloader) after loading it.'
         )
     return said
