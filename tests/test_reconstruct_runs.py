@@ -11,6 +11,9 @@ from toy import make_model, make_trainer
 
 from composer_ema import EMA, ShadowModel, cli, load_average, reconstruct
 
+# Runs of a few batches, as in conftest.py.
+pytestmark = pytest.mark.filterwarnings('ignore:.* still hold.* of the initial weights:UserWarning')
+
 Answer = tuple[int, str, str]
 
 

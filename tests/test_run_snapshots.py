@@ -23,6 +23,9 @@ from composer_ema.posthoc.moments import History
 from composer_ema.recipe import run, schema
 from composer_ema.spans import ArgumentError
 
+# Runs of a few batches, as in conftest.py.
+pytestmark = pytest.mark.filterwarnings('ignore:.* still hold.* of the initial weights:UserWarning')
+
 FIVE, TEN = 'power=0.05', 'power=0.1'
 QUARTERS = {'every': '0.25dur', 'halvings': 0}
 
