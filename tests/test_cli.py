@@ -359,6 +359,7 @@ def test_killed_run_continues_where_its_last_checkpoint_was(call, recipe, tmp_pa
     assert killed_after < len(lines_of(tmp_path / 'runs/whole')), 'it was killed in the middle'
 
 
+@pytest.mark.slow
 def test_two_processes_of_composers_launcher_write_one_run(recipe, tmp_path):
     command = ['composer.cli.launcher', '-n', '2', '-m', 'composer_ema.cli', 'train', recipe, 'max_duration=1ep']
     process = spawn('-m', *command, cwd=tmp_path)

@@ -77,6 +77,7 @@ def progress(checkpoint: Path) -> tuple[int, int]:
     return state['epoch'], state['done']
 
 
+@pytest.mark.slow
 def test_plain_loop_killed_twice_ends_with_the_bits_of_an_uninterrupted_run(tmp_path):
     whole, killed = tmp_path / 'whole.pt', tmp_path / 'folder' / 'killed.pt'
     epochs = 12
@@ -122,6 +123,7 @@ def test_plain_loop_takes_no_number_below_one(tmp_path):
     assert '--save-every: must be at least 1, got 0' in errors
 
 
+@pytest.mark.slow
 def test_plain_loop_learns_fashion_mnist_and_the_average_is_evaluated(tmp_path):
     from composer_ema.zoo import fetch
 

@@ -281,6 +281,7 @@ class TestMake:
         assert len(trained_names) == num_trained
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_it_keeps_what_is_finished_and_goes_on(folder, trained_names, monkeypatch):
     for name in ('fast', 'slow'):
         text = (folder / f'{name}.yaml').read_text()
