@@ -64,6 +64,16 @@ def test_the_weights_of_every_update_come_back_from_checkpoints(tmp_path, algori
         assert_made_of(kept, batches)
 
 
+def test_an_average_that_starts_at_the_end_of_an_epoch_after_its_checkpoint_is_followed(tmp_path):
+    batches = EveryBatch()
+    train(tmp_path, EMA('1ep', update_interval='1ep'), batches, save_interval='3ba')
+    history = read_run(tmp_path)
+    assert not history.left_out
+    assert [len(kept.weights) for kept in history.kept if kept.label == 'ema'] == [6, 9, 12]
+    for kept in history.kept:
+        assert_made_of(kept, batches)
+
+
 def test_composers_own_average_is_followed_once_its_half_life_is_told(tmp_path):
     batches = EveryBatch()
     train(tmp_path, composer.algorithms.EMA('3ba'), batches)
@@ -143,3 +153,10 @@ def test_what_is_not_averaged_is_that_of_the_newest_checkpoint(tmp_path):
     assert whole.keys() == newest.keys()
     assert whole['module.1.num_batches_tracked'].item() == 12
     assert whole['module.0.weight'].tolist() == [0]
+    assert history.copied == {'module.1.num_batches_tracked'}
+
+
+def test_buffers_that_the_average_copied_are_told_apart(tmp_path):
+    train(tmp_path, EMA('5ba', buffers='copy'), EveryBatch())
+    statistics = {'module.1.running_mean', 'module.1.running_var'}
+    assert read_run(tmp_path).copied == statistics | {'module.1.num_batches_tracked'}

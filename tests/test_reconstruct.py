@@ -1,5 +1,6 @@
 """Averages made after the run from what it kept: right, predicted, refused where they would be wrong."""
 
+import dataclasses
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import composer_ema
-from composer_ema import CheckpointError, load_average, reconstruct
+from composer_ema import CheckpointError, Snapshots, load_average, reconstruct
 from composer_ema.averages import Power
 from composer_ema.posthoc import shares
 from composer_ema.posthoc.moments import History, KeptAverage
@@ -363,3 +364,49 @@ def test_rounded_files_close_to_the_end_spoil_no_prediction_and_no_file_is_blame
     found = reconstruct(run, half_life='0.01dur', anyway=True)
     error = error_of(found, walk, by_half_life(20))
     assert error / 2 < found.predicted_error < 2 * error
+
+
+class Masked(nn.Linear):
+    """A layer with a mask, which is infinite, and a temperature, which it changes itself."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+        self.register_buffer('mask', torch.tensor([0.0, -torch.inf]))
+        self.register_buffer('temperature', torch.tensor(1.0))
+
+
+class TestValues:
+    def run(self, folder: Path, *, nan_from: int = 1000) -> Masked:
+        torch.manual_seed(0)
+        model = Masked()
+        snapshots = Snapshots(model, folder, every=5, num_steps=100)
+        for step in range(1, 101):
+            with torch.no_grad():
+                model.weight += 0.1 * torch.randn(2, 2)
+                model.temperature *= 0.99
+                if step >= nan_from:
+                    model.weight[0, 0] = torch.nan
+            snapshots.update()
+        snapshots.finish()
+        return model
+
+    def test_that_averages_copy_are_the_newest(self, tmp_path):
+        model = self.run(tmp_path)
+        found = reconstruct(tmp_path, half_life='20ba').state_dict
+        assert torch.equal(found['temperature'], model.temperature)
+        assert torch.equal(found['mask'], model.mask)
+
+    def test_that_are_not_finite_are_named_and_an_earlier_average_can_be_made(self, tmp_path):
+        self.run(tmp_path / 'whole')
+        self.run(tmp_path / 'diverged', nan_from=83)
+        with pytest.raises(ReconstructionError, match=r'values that are not finite are in .*averages-00000085'):
+            reconstruct(tmp_path / 'diverged', half_life='20ba')
+        one, other = (reconstruct(tmp_path / name, half_life='20ba', at='80ba') for name in ('whole', 'diverged'))
+        torch.testing.assert_close(one.state_dict['weight'], other.state_dict['weight'], rtol=1e-3, atol=1e-3)
+
+    def test_that_no_look_noticed_stop_the_average(self, walk):
+        odd = walk.kept[3]
+        broken = dataclasses.replace(odd, _tensor=lambda name: odd.tensor(name) * torch.nan)
+        run = OpenRun(walk.history(kept=[*walk.kept[:3], broken, *walk.kept[4:]]))
+        with pytest.raises(CheckpointError, match=f'0.weight holds values that are not finite in {odd.path}'):
+            run.tensor('0.weight', np.ones(len(run.kept)))

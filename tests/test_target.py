@@ -38,6 +38,11 @@ def test_a_power_average_is_that_of_its_exponent(clock):
     np.testing.assert_allclose(cumulative(clock, gamma=1)[9], 0.25)
 
 
+def test_a_power_average_counts_from_the_start_of_the_averages(clock):
+    late = RunClock({unit: times[9:] for unit, times in clock.times.items()})
+    np.testing.assert_allclose(cumulative(late, gamma=1), ((late.times['ba'] - 45) / 55) ** 2)
+
+
 def test_an_equal_average_of_the_last_so_much(clock):
     for equal in ('20ba', '0.2dur', '0.8ep'):
         found = shares.shares(target.choose(equal=equal).weights(clock))

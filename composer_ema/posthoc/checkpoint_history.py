@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -34,11 +34,13 @@ from composer_ema.posthoc.moments import History, KeptAverage
 from composer_ema.posthoc.snapshot_files import WEIGHTS
 from composer_ema.posthoc.updates import CLOCK_UNITS, Array
 from composer_ema.profiles import of_description
+from composer_ema.settings import Settings
 from composer_ema.spans import Span
 
 _IN_RUN, _RECIPE = 'checkpoints', 'recipe.yaml'
 _MAX_DURATION = re.compile(r'^max_duration:\s*[\'"]?([^\s\'"#]+)', re.MULTILINE)
 _COUNTERS = {'ba': 'batch', 'sp': 'sample', 'tok': 'token'}
+_STATISTICS = ('.running_mean', '.running_var')
 _BUILTIN = "Composer's own"
 # In these, updates after a late start came at multiples of the interval since the start of training.
 _COUNT_FROM_START = ('composer_ema, version 1', 'composer_ema, version 2')
@@ -131,10 +133,20 @@ def read_checkpoints(folder: Path, paths: Sequence[Path], given: Ordinary) -> Hi
         max_duration=max_duration,
         is_finished=False,
         aliases=aliases,
-        statistics=frozenset(name for name in newest.model if name.endswith(('.running_mean', '.running_var'))),
+        statistics=frozenset(name for name in newest.model if name.endswith(_STATISTICS)),
         newest={name: partial(_same, tensor) for name, tensor in newest.model.items()},
         left_out=left_out,
+        copied=frozenset(_copied(newest)),
     )
+
+
+def _copied(checkpoint: _Checkpoint) -> Iterator[str]:
+    """Names of the buffers that averages of this package copied; Composer's own averages them all."""
+    for label in checkpoint.averages.keys() - checkpoint.are_builtin:
+        settings = Settings(buffers=checkpoint.configs[label].get('buffers') or 'statistics')
+        for name in checkpoint.averages[label]['buffers']:
+            if not settings.averages_buffer(name, is_statistic=name.endswith(_STATISTICS)):
+                yield name
 
 
 def _same(tensor: Tensor) -> Tensor:
@@ -264,17 +276,20 @@ def _follow(
 ) -> list[KeptAverage]:
     """The averages of one label, as far as the weights of their updates come out as the checkpoints counted them."""
     course = _Course(np.zeros(found[-1].batch))
-    kept, start, problem, unused, is_before_end = [], 0, '', [], False
+    kept, start, problem, unused, is_before_end, had_none = [], 0, '', [], False, False
     for checkpoint in found:
         average, stop = checkpoint.averages.get(label), checkpoint.batch
         if average is None:
-            course, start = _Course(course.weights), stop
+            course, start, had_none = _Course(course.weights), stop, True
             continue
         if not problem:
             try:
                 made = _made_by(checkpoint, label, given, max_duration, clocks)
                 # Saved after the last batch of an epoch, and before what the end of the epoch does.
                 is_before_end = made.is_at_ends and checkpoint.clock['batch_in_epoch'] > 0
+                if had_none and made.is_at_ends:
+                    start -= 1  # the end of the epoch came after that checkpoint
+                had_none = False
                 _simulate(course, made, start, stop - is_before_end)
                 _check(course, average, is_builtin=label in checkpoint.are_builtin)
             except _Unknown as error:

@@ -143,6 +143,11 @@ class Evidence:
         return written * differences / differences[middle]
 
     @property
+    def not_finite(self) -> list[int]:
+        """The places of kept averages with values that are not finite, except where all of them are infinite."""
+        return np.flatnonzero(~np.isfinite(self.values).all(axis=1)).tolist()
+
+    @property
     def values(self) -> npt.NDArray[np.float64]:
         """The elements, float64[kept, elements]."""
         return self._read[0]
@@ -160,7 +165,9 @@ class Evidence:
             dtypes = [each.dtype for each in parts] or [torch.float32]
             eps.append(max(torch.finfo(dtype).eps for dtype in dtypes))
             rows.append(np.concatenate([np.zeros(0), *(each.double().numpy() for each in parts)]))
-        return np.stack(rows), eps
+        values = np.stack(rows)
+        # What is infinite everywhere, as a mask may be, tells nothing.
+        return values[:, ~np.isinf(values).all(axis=0)], eps
 
     def _chosen(self) -> list[str]:
         """Names, drawn the same each time, whose tensors together are not too large; the smallest one at least."""

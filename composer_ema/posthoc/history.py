@@ -13,7 +13,7 @@ from torch import Tensor
 from composer_ema.checkpoints.reading import CheckpointError, path_of
 from composer_ema.posthoc.checkpoint_history import Ordinary, checkpoints_in, read_checkpoints
 from composer_ema.posthoc.moments import History, KeptAverage
-from composer_ema.posthoc.snapshot_files import WEIGHTS, SnapshotFile, files_in
+from composer_ema.posthoc.snapshot_files import COPIED, WEIGHTS, SnapshotFile, files_in
 from composer_ema.posthoc.updates import CLOCK_UNITS, Array
 
 #: Where a run keeps its snapshots, in its folder.
@@ -98,6 +98,7 @@ def _read_snapshots(paths: Sequence[Path]) -> History:
         statistics=frozenset(header.statistics),
         newest=_newest(files),
         left_out=left_out,
+        copied=frozenset(name for file in averages for name in file.names(COPIED)),
     )
 
 

@@ -64,6 +64,7 @@ class History:
         newest: name to a function that reads the newest value of that tensor, for every tensor that the model saves:
             what a reconstructed average takes for frozen parameters and whole numbers.
         left_out: every file, or average in one, that could not be used, in a sentence each.
+        copied: names of what averages hold as the model did, such as counters and masks.
     """
 
     folder: Path
@@ -77,6 +78,7 @@ class History:
     statistics: frozenset[str]
     newest: Mapping[str, Callable[[], Tensor]]
     left_out: Sequence[str]
+    copied: frozenset[str] = frozenset()
 
     @property
     def num_moments(self) -> int:

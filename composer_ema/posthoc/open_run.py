@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TypedDict
+from typing import NoReturn, TypedDict
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from typing_extensions import Unpack
 
 from composer_ema.checkpoints.reading import CheckpointError
 from composer_ema.kernels.rules import is_inexact
+from composer_ema.model.names import listed
 from composer_ema.posthoc.evidence import WEIGHTS, Evidence
 from composer_ema.posthoc.fit import Kept, fit
 from composer_ema.posthoc.history import Source, read_run
@@ -77,6 +79,7 @@ class OpenRun:
 
     def __init__(self, run: str | os.PathLike[str] | History, **options: Unpack[ReadOptions]) -> None:
         self.history = run if isinstance(run, History) else read_run(run, **options)
+        self._all = self.history.kept
         duration = self.history.max_duration
         whole = None if duration is None else Span.parse(duration, name='max_duration', positive=True)
         self.run_clock = RunClock(self.history.clocks, whole)
@@ -99,10 +102,10 @@ class OpenRun:
 
     @cached_property
     def names(self) -> list[str]:
-        """Names of the tensors with fractions that every kept average has, in the order of the newest."""
-        newest = self.kept[-1]
+        """Names of the tensors that every kept average has and that are averaged, in the order of the newest."""
+        newest, copied = self.kept[-1], self.history.copied
         common = set.intersection(*(set(each.names()) for each in self.kept))
-        return [name for name in newest.names() if name in common and is_inexact(newest.tensor(name))]
+        return [name for name in newest.names() if name in common - copied and is_inexact(newest.tensor(name))]
 
     def training(self) -> dict[str, Tensor]:
         """The newest weights of training that were kept: every tensor that the model saves.
@@ -110,7 +113,7 @@ class OpenRun:
         Raises:
             CheckpointError: the run kept averages only.
         """
-        weights = [each for each in self.kept if each.label == WEIGHTS]
+        weights = [each for each in self._all if each.label == WEIGHTS]
         if not weights:
             raise CheckpointError(f'{self.history.folder} holds averages, and no weights of training.')
         return self.history.completed({name: weights[-1].tensor(name) for name in weights[-1].names()})
@@ -139,6 +142,8 @@ class OpenRun:
             )
         found = fit(self._kept, weights, times=times)
         if found.predicted_error < _HOPELESS:
+            if self._leave_out_not_finite():
+                return self.combine(target, at)
             found = fit(self._kept, weights, times=times, ridge=self._evidence.ridge)
         error = found.predicted_error
         if not error < _HOPELESS:
@@ -160,13 +165,15 @@ class OpenRun:
         """One tensor of a combination, summed in float64 and rounded once to the dtype of the kept averages.
 
         Each element of a running variance, which negative coefficients could take below zero, is at least the smallest
-        one that was kept.
+        one that was kept. What is infinite in every file, as a mask may be, is that of the newest.
 
         Raises:
-            CheckpointError: its shape differs from file to file.
+            CheckpointError: its shape differs from file to file, or some hold values in it that are not finite.
         """
         total: Tensor | None = None
         least: Tensor | None = None
+        newest: Tensor | None = None
+        is_mask: Tensor | None = None
         dtype = torch.float32
         for average, coefficient in zip(self.kept, coefficients, strict=True):
             if coefficient == 0:
@@ -182,10 +189,42 @@ class OpenRun:
                 )
             dtype = torch.promote_types(dtype, own.dtype)
             total += float(coefficient) * wide
+            newest = wide
+            is_mask = wide.isinf() if is_mask is None else is_mask & wide.isinf()
             if name.endswith(_VARIANCE):
                 least = wide if least is None else torch.minimum(least, wide)
         assert total is not None
+        assert newest is not None
+        assert is_mask is not None
+        broken = ~total.isfinite()
+        if name not in self.history.statistics and bool((broken & ~is_mask).any()):
+            self._raise_not_finite(name, coefficients)
+        total = torch.where(broken, newest, total)
         return (total if least is None else torch.maximum(total, least)).to(dtype)
+
+    def _raise_not_finite(self, name: str, coefficients: Vector) -> NoReturn:
+        used = [average for average, x in zip(self.kept, coefficients, strict=True) if x != 0]
+        paths = dict.fromkeys(str(each.path) for each in used if not bool(each.tensor(name).isfinite().all()))
+        raise CheckpointError(
+            f'{name} holds values that are not finite in {listed(list(paths))}. Move these files out of the folder, or '
+            'ask for an average at an earlier moment with at= (--at).'
+        )
+
+    def _leave_out_not_finite(self) -> bool:
+        """Whether some of what was kept is not finite, as weights of a run that diverged, which is now left out."""
+        places = self._evidence.not_finite
+        if not places:
+            return False
+        paths = list(dict.fromkeys(str(self.kept[place].path) for place in places))
+        reason = f'values that are not finite are in {listed(paths)}.'
+        kept = [each for place, each in enumerate(self.kept) if place not in places]
+        if not kept:
+            raise CheckpointError(f'{self.history.folder} holds no average that is finite.')
+        self.history = dataclasses.replace(self.history, kept=kept, left_out=[*self.history.left_out, reason])
+        self._kept = [Kept(each.weights, each.label) for each in kept]
+        for name in ('names', '_evidence'):
+            self.__dict__.pop(name, None)
+        return True
 
     def state_dict(self, combination: Combination) -> dict[str, Tensor]:
         """A combination as a state dict, read and summed tensor by tensor. What is not averaged is the newest."""

@@ -1,8 +1,9 @@
 """One file of a run's snapshots: averages of one moment, or the weights themselves, with all that tells what they are.
 
-A file is safetensors. Its tensors are called ``label/name``, with the label of an average or ``weights``. Whole
-numbers, which all averages of a moment share, are called ``copied/name``. While a run goes on its files hold full
-tensors. When it has ended, each is rewritten with float16 differences to the last weights. Both kinds read the same.
+A file is safetensors. Its tensors are called ``label/name``, with the label of an average or ``weights``. Buffers that
+all averages of a moment copy from the model, such as counters, are called ``copied/name``. While a run goes on, its
+files hold full tensors. When it has ended, each is rewritten with float16 differences to the last weights. Both kinds
+read the same.
 """
 
 from __future__ import annotations
@@ -272,7 +273,7 @@ def write_snapshot(folder: Path, header: Header, tensors: Mapping[str, Mapping[s
     Args:
         folder: of the run's snapshots.
         header: what they are.
-        tensors: label to tensors by canonical name.
+        tensors: label to tensors by canonical name; under :data:`COPIED` those that no average changes.
 
     Returns:
         The file.

@@ -17,6 +17,7 @@ from composer_ema.averages import Moment, Power
 from composer_ema.checkpoints.reading import path_of
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.sharding import canonical_name, unwrap
+from composer_ema.posthoc.snapshot_files import COPIED
 from composer_ema.posthoc.tensor_files import check_writable
 from composer_ema.posthoc.writer import SnapshotWriter, Tensors, spacing_of
 from composer_ema.settings import ShadowSettings, takes_settings
@@ -237,13 +238,20 @@ def check_halvings(halvings: Any) -> int | None:
 
 
 def averages_in(shadows: Mapping[str, ShadowModel]) -> dict[str, Tensors]:
-    """For each label, what a file holds of an average: the parameters, and the buffers that the model saves."""
-    return {label: functools.partial(_averages_of, shadow) for label, shadow in shadows.items()}
+    """What a file holds: for each label what is averaged, and once the buffers that all of them copy from the model."""
+    averages: dict[str, Tensors] = {label: functools.partial(_averages_of, shadow) for label, shadow in shadows.items()}
+    return averages | {COPIED: functools.partial(_copies_in, next(iter(shadows.values())))}
 
 
 def _averages_of(shadow: ShadowModel) -> dict[str, Tensor]:
-    state = shadow.state_dict()
-    return {**state['parameters'], **state['buffers']}
+    state, copied = shadow.state_dict(), shadow.copied_buffers
+    buffers = {name: tensor for name, tensor in state['buffers'].items() if name not in copied}
+    return {**state['parameters'], **buffers}
+
+
+def _copies_in(shadow: ShadowModel) -> dict[str, Tensor]:
+    copied = shadow.copied_buffers
+    return {name: tensor for name, tensor in shadow.state_dict()['buffers'].items() if name in copied}
 
 
 def weights_in(model: nn.Module) -> Tensors:

@@ -81,6 +81,17 @@ class RunClock:
         return RunClock({unit: each[:count] for unit, each in self.times.items()}, duration)
 
 
+def start_of(times: Vector) -> float:
+    """When the averages of a run started: one interval before their first update, and not before the run did.
+
+    Example:
+        >>> start_of(np.array([1.0, 3.0, 6.0])), start_of(np.array([150.0, 157.0, 164.0]))
+        (0.0, 143.0)
+    """
+    interval = times[1] - times[0] if len(times) > 1 else times[0]
+    return max(0.0, float(times[0] - interval))
+
+
 class Target(ABC):
     """An average that is wanted at the last moment of a clock."""
 
@@ -112,12 +123,13 @@ class ByHalfLife(Target):
 
 @dataclass(frozen=True)
 class ByPower(Target):
-    """A power function average since the start of the run."""
+    """A power function average since the averages of the run started; see :func:`start_of`."""
 
     profile: Power
 
     def cumulative(self, clock: RunClock) -> Vector:
-        return shares.power(clock.times['ba'], self.profile.gamma)
+        times = clock.times['ba']
+        return shares.power(times - start_of(times), self.profile.gamma)
 
     def __str__(self) -> str:
         return str(self.profile)

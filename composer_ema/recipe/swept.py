@@ -17,7 +17,7 @@ from composer_ema.checkpoints.reading import CheckpointError
 from composer_ema.posthoc import shares
 from composer_ema.posthoc.open_run import OpenRun
 from composer_ema.posthoc.shares import Vector
-from composer_ema.posthoc.target import RunClock, Target, choose
+from composer_ema.posthoc.target import RunClock, Target, choose, start_of
 from composer_ema.recipe.measuring import measure_of, recipe_of
 from composer_ema.recipe.outputs import RECIPE_FILE, SWEEP_FILE
 from composer_ema.recipe.sweep import Asked, Sweep, check_metric, forgetting, own_values, sweep
@@ -111,8 +111,7 @@ class Simulated(Target):
         """The weights of the updates, each as EMA would choose it at that moment."""
         times, half_life = clock.within(self.half_life, 'half_life')
         profile = CopiesFirst(profiles.choose(unit='updates', half_life=half_life, **self.changes))
-        # An average starts one interval before its first update.
-        steps = np.diff(times, prepend=times[0] - (times[1] - times[0] if len(times) > 1 else 1.0))
+        steps = np.diff(times, prepend=start_of(times))
         found = np.empty(len(times))
         since_start = 0.0
         for update, elapsed in enumerate(steps.tolist()):

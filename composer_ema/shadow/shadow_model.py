@@ -121,6 +121,11 @@ class ShadowModel(LendableAverage):
         return shadow
 
     @property
+    def copied_buffers(self) -> frozenset[str]:
+        """The canonical names of the buffers that are copied from the model, not averaged."""
+        return frozenset(name for name in self._storage.buffers if not self._storage.is_averaged(name))
+
+    @property
     def num_updates(self) -> int:
         """Updates made so far."""
         return self._storage.num_updates
