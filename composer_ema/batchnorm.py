@@ -130,7 +130,11 @@ def update_bn(
     if shadow is not None and not isinstance(shadow, ShadowModel):
         raise TypeError(
             f'shadow must be a ShadowModel, got {type(shadow).__name__}. '
-            'Pass optimizer.shadow of an EMAOptimizer, ema.ema_model of EMA, or swa.swa_model of SWA.'
+            + (
+                f'Pass one of the averages, shadow[{next(iter(shadow))!r}].'
+                if isinstance(shadow, Mapping) and shadow
+                else 'Pass optimizer.shadow of an EMAOptimizer, ema.ema_model of EMA, or swa.swa_model of SWA.'
+            )
         )
     if num_batches is not None and (type(num_batches) is not int or num_batches < 1):
         raise ValueError(f'num_batches must be a whole number above 0, got {num_batches!r}. Leave it out for all.')

@@ -9,7 +9,7 @@ from typing import Any
 from composer_ema.profiles import check_kind
 from composer_ema.wording import suggestion
 
-_LABEL = re.compile(r'[A-Za-z_][\w-]*')
+_LABEL = re.compile(r'[A-Za-z_][\w-]{0,63}', re.ASCII)
 _AVERAGE = 'average'
 #: Arguments that change an exponential average. All others make one.
 CHANGES = ('warmup', 'bias_correction')
@@ -53,10 +53,9 @@ def by_label(given: Mapping[str, Any], *, reserved: Collection[str] = ()) -> dic
                 f'{maker}={values!r} has no label, and other averages have. Give it one, as in '
                 f"{maker}={{'other': {values!r}}}, or leave it out."
             )
-        if not values:
-            raise ValueError(f"{maker} maps no label to a value. Pass for example {maker}={{'long': ...}}.")
+        refuse_empty(maker, values)
         for label, value in values.items():
-            _check_label(maker, label, own, reserved)
+            check_label(maker, label, own, reserved)
             _check_value(maker, label, value)
             own[label] = {maker: value}
     for change, value in changes.items():
@@ -66,7 +65,9 @@ def by_label(given: Mapping[str, Any], *, reserved: Collection[str] = ()) -> dic
 
 def _give_out(change: str, value: Any, own: Mapping[str, dict[str, Any]]) -> None:
     """Adds ``warmup`` or ``bias_correction`` to the arguments of the averages that it is for."""
-    if not isinstance(value, Mapping):
+    if isinstance(value, Mapping):
+        refuse_empty(change, value)
+    else:
         exponential = [label for label, arguments in own.items() if arguments.keys().isdisjoint(_OTHERS)]
         if not exponential:
             raise ValueError(f'{change}={value!r} has no effect: no average is exponential. Leave it out.')
@@ -94,11 +95,27 @@ def _check_value(maker: str, label: str, value: Any) -> None:
         )
 
 
-def _check_label(maker: str, label: Any, own: Mapping[str, Any], reserved: Collection[str]) -> None:
+def refuse_empty(name: str, values: Mapping[str, Any]) -> None:
+    """Raises a ValueError if an argument maps no label to a value."""
+    if not values:
+        raise ValueError(
+            f'{name}={{}} names no average, so it has no effect. Give it a label and a value, or leave it out.'
+        )
+
+
+def check_label(maker: str, label: Any, own: Mapping[str, Any], reserved: Collection[str]) -> None:
+    """Raises a ValueError unless an average may have this label.
+
+    Args:
+        maker: the argument that gives it.
+        label: any object.
+        own: the arguments of each average by label, so far.
+        reserved: what no average may be called.
+    """
     if not isinstance(label, str) or not _LABEL.fullmatch(label):
         raise ValueError(
-            f"{maker} must map labels to values, got the label {label!r}. A label consists of letters, digits, '_' and "
-            "'-', as 'long'."
+            f'{maker} must map labels to values, got the label {_shortened(label)}. A label starts with a letter and '
+            "has at most 64 letters, digits, '_' and '-', as 'long' or 'ba_100'."
         )
     if label in reserved:
         raise ValueError(f'{maker} calls an average {label!r}, which has another meaning. Pass another label.')
@@ -106,3 +123,8 @@ def _check_label(maker: str, label: Any, own: Mapping[str, Any], reserved: Colle
         raise ValueError(
             f'{maker} and {next(iter(own[label]))} both make an average {label!r}. Give each its own label.'
         )
+
+
+def _shortened(label: Any) -> str:
+    shown = repr(label)
+    return shown if len(shown) <= 80 else f'{shown[:77]}...'

@@ -190,8 +190,7 @@ class StepAverages:
         if share is None or label in self._told or self.shadows[label].num_updates == 0:
             return
         name = 'the average' if len(self.shadows) == 1 else f'the average {label!r}'
-        shorten = 'decay' if 'decay=' in str(self._followed[label]) else 'half_life'
-        if said := start_remedy(share, average=name, shorten=shorten):
+        if said := start_remedy(share, self._followed[label].profile, average=name):
             self._told.add(label)
             warnings.warn(f'After {counted(self.num_steps, "step")} {said}', stacklevel=_level_of_caller())
 
@@ -231,7 +230,10 @@ class StepAverages:
         sources, remark = {label: label for label in wanted}, ''
         if saved.keys() != wanted.keys():
             continuation = continued(
-                {label: each[DESCRIPTION] for label, each in saved.items()}, wanted, 'the saved state of EMAOptimizer'
+                {label: each[DESCRIPTION] for label, each in saved.items()},
+                wanted,
+                'the saved state of EMAOptimizer',
+                to_start_anew="call state.pop('ema') before load_state_dict(state)",
             )
             sources, remark = continuation.sources, continuation.remark
         followed, averages, lacking = {}, {}, []

@@ -99,8 +99,10 @@ def check_state(state: Mapping[str, Any]) -> None:
             )
         for key, kind in ((STARTED_AT, int), (DESCRIPTION, str), (PROFILE, Mapping), (AVERAGE, Mapping)):
             _expect(average, key, kind)
+        if START_SHARE not in average:
+            raise ValueError(f"the state's average {label!r} lacks {START_SHARE!r}. Nothing was loaded.")
         try:
-            check_start_share(average.get(START_SHARE), "the state's 'start_share'")
+            check_start_share(average[START_SHARE], "the state's 'start_share'")
         except ValueError as error:
             raise ValueError(f'{error} Nothing was loaded.') from error
         if not 0 <= average[STARTED_AT] <= state[LAST_UPDATE]:

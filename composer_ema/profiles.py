@@ -222,15 +222,17 @@ def check_start_share(value: Any, what: str) -> float | None:
     return float(value)
 
 
-def start_remedy(share: float, *, average: str = 'the average', shorten: str = 'half_life', ahead: bool = False) -> str:
+def start_remedy(
+    share: float, profile: Profile | None = None, *, average: str = 'the average', ahead: bool = False
+) -> str:
     """What a user should know of an average that holds much of its start at the end of a run; '' if it does not.
 
     Much is more than a hundredth, :data:`NEGLIGIBLE_START`.
 
     Args:
         share: of the start in the average.
+        profile: of the average; None where nobody knows. Default: None.
         average: what to call the average. Default: ``'the average'``.
-        shorten: the argument that a smaller value of would help. Default: ``'half_life'``.
         ahead: whether the end of the run is still to come. Default: False.
 
     Example:
@@ -242,9 +244,21 @@ def start_remedy(share: float, *, average: str = 'the average', shorten: str = '
     if not share > NEGLIGIBLE_START:
         return ''
     percent = f'{100 * share:.2g}' if share < 0.995 else f'{100 * share:.0f}'
-    smaller = 'shorter' if shorten == 'half_life' else 'smaller'
     holds, then = ('will still hold', ' at the end') if ahead else ('still holds', '')
-    return f'{average} {holds} {percent} % of the initial weights{then}. Pass warmup=0.1 or a {smaller} {shorten}.'
+    return f'{average} {holds} {percent} % of the initial weights{then}. {_start_forgotten_by(profile, share)}'
+
+
+def _start_forgotten_by(profile: Profile | None, share: float) -> str:
+    """What makes an average of this profile forget its start sooner."""
+    if isinstance(profile, CopiesFirst):
+        profile = profile.profile
+    is_frozen = isinstance(profile, Smoothing) and profile.smoothing == 1
+    if share == 1 and not is_frozen:
+        return 'It has a single update, which copies. Update it more often, or start it earlier.'
+    if isinstance(profile, WarmedUp):
+        return 'Pass warmup=0.1.' if profile.ratio > 0.1 else 'Update it more often, or start it earlier.'
+    smaller = f'smaller {profile.name}' if isinstance(profile, Smoothing) else 'shorter half_life'
+    return f'Pass a {smaller}.' if is_frozen else f'Pass warmup=0.1 or a {smaller}.'
 
 
 def _refuse_forgetting_twice(warmup: float | None, bias_correction: bool) -> None:

@@ -74,7 +74,7 @@ class Span:
             ArgumentError: it does not parse, its unit is not in ``units``, or its value is out of range.
         """
         value, unit = _split(time, name)
-        example = f"Pass for example {name}='{_example(value, unit, units, positive=positive)}'."
+        example = f'Pass for example {_given(name, _example(value, unit, units, positive=positive))}.'
         if unit not in units:
             legal = ', '.join(f'{unit} ({UNITS[unit]})' for unit in units)
             raise ArgumentError(f'{name} takes the units {legal}, got {str(time)!r}. {example}', name)
@@ -101,6 +101,12 @@ def _example(value: float, unit: str, units: Collection[str], *, positive: bool)
         return f'{int(value)}{legal}'
     # Intervals are short.
     return '2ba' if positive and legal == 'ba' else _EXAMPLES[legal]
+
+
+def _given(name: str, time: str) -> str:
+    """The argument as it is written; ``name`` may be that of one label, as in ``half_life['long']``."""
+    argument, _, label = name.removesuffix(']').partition('[')
+    return f"{argument}={{{label}: '{time}'}}" if label else f"{name}='{time}'"
 
 
 def _split(time: Any, name: str) -> tuple[float, str]:

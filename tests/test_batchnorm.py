@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import swa_utils
 from torch.utils.data import DataLoader, TensorDataset
 
-from composer_ema import ShadowModel, update_bn
+from composer_ema import ShadowModel, ShadowModels, update_bn
 from composer_ema.model import rollback
 
 needs_composer = pytest.mark.skipif(importlib.util.find_spec('composer') is None, reason='needs Composer')
@@ -912,6 +912,12 @@ def test_statistics_of_an_average_in_float32_of_a_bfloat16_model_keep_their_dtyp
 def test_what_is_no_shadow_is_refused(shadow):
     with pytest.raises(TypeError, match=r'shadow must be a ShadowModel, got .* Pass optimizer\.shadow'):
         update_bn(network(), images(), shadow=shadow)
+
+
+def test_of_several_averages_one_is_asked_for():
+    model = network()
+    with pytest.raises(TypeError, match=r"got ShadowModels\. Pass one of the averages, shadow\['short'\]\.$"):
+        update_bn(model, images(), shadow=ShadowModels(model, ['short', 'long']))
 
 
 def test_a_shadow_without_the_statistics_is_refused_by_name():

@@ -7,6 +7,7 @@ import warnings
 from typing import Any
 
 import pytest
+import torch
 import toy
 from composer import Callback
 
@@ -130,3 +131,51 @@ def test_the_words_of_a_long_half_life_name_it_and_the_run(trainer):
     [said] = told(trainer([EMA('3ep', update_interval='1ba')]))
     assert re.match(r"half_life='3ep' in a run of 2 epochs: the average will still hold 6\d % of the init", said)
     assert re.search(REMEDY, said)
+
+
+@pytest.mark.parametrize('average', [{'warmup': 0.1}, {'power': 0.1}], ids=str)
+def test_an_average_that_a_resumed_run_begins_counts_its_age_from_there(trainer, tmp_path, average):
+    trainer(save_folder=str(tmp_path), save_interval='1ba', save_filename='ba{batch}.pt').fit()
+    ema, late = EMA(**average), EMA(**average, ema_start='3ba')
+    run = trainer([ema], load_path=str(tmp_path / 'ba3.pt'))
+    assert told(run) == []
+    told(trainer([late]))
+    # The first update is that of batch 4 here, and of batch 3 there; each stands for one batch.
+    state = ema.state_dict()['averages']['ema']
+    assert state['started_at']['ba'] == 3
+    whole = EMA(**average)
+    shorter = trainer([whole], max_duration='3ba')
+    told(shorter)
+    assert state['start_share'] == pytest.approx(share_of(whole))
+
+
+def test_an_average_that_a_resumed_run_begins_is_foretold(trainer, tmp_path):
+    trainer(save_folder=str(tmp_path), save_interval='1ba', save_filename='ba{batch}.pt').fit()
+    ema = EMA(smoothing=0.3)
+    [said] = told(trainer([ema], load_path=str(tmp_path / 'ba3.pt')))
+    assert share_of(ema) == pytest.approx(0.09)
+    assert said.startswith('smoothing=0.3 in a run of 6 batches: the average will still hold 9 %')
+
+
+def test_before_its_first_update_an_average_goes_on_from_where_its_age_counts(trainer, tmp_path):
+    def make() -> EMA:
+        return EMA('2ba', warmup=0.2, update_interval='1ep')
+
+    whole = make()
+    told(trainer([whole], save_folder=str(tmp_path), save_interval='1ba', save_filename='ba{batch}.pt'))
+    state = torch.load(tmp_path / 'ba2.pt', weights_only=False)
+    [(_, algorithm)] = state['state']['algorithms']
+    assert algorithm['averages']['ema']['started_at']['ba'] == 0
+    algorithm['averages']['ema']['started_at'] = None  # as earlier releases wrote it
+    torch.save(state, tmp_path / 'old.pt')
+    for name in ('ba2.pt', 'old.pt'):
+        resumed = make()
+        told(trainer([resumed], load_path=str(tmp_path / name)))
+        assert (
+            resumed.state_dict()['averages']['ema']['started_at'] == whole.state_dict()['averages']['ema']['started_at']
+        )
+        assert share_of(resumed) == share_of(whole)
+
+
+def test_an_average_without_an_update_holds_no_start(trainer):
+    assert told(trainer([EMA('9ba', ema_start='50ba')])) == []

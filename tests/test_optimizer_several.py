@@ -109,6 +109,27 @@ class TestSeveral:
         assert same_bits(averages(back)['ema'], before)
         assert back.ema_state_dict()['start_share'] == pytest.approx(2 ** (-3 / 20))
 
+    def test_averages_that_none_continues_are_refused_and_the_remedy_works(self):
+        model, twin = Net(), Net()
+        two = EMAOptimizer(sgd(model), model=model, half_life={'short': 2, 'long': 20})
+        train(model, two, range(3))
+        other = EMAOptimizer(sgd(twin), model=twin, half_life=9)
+        state = saved(two.state_dict())
+        with pytest.raises(ValueError, match=r"call state\.pop\('ema'\) before load_state_dict\(state\)\.$"):
+            other.load_state_dict(state)
+        state.pop('ema')
+        with pytest.warns(UserWarning, match='A new average starts'):
+            other.load_state_dict(state)
+
+    def test_a_state_without_the_share_of_the_start_is_refused(self):
+        model = Net()
+        optimizer = several(model)
+        train(model, optimizer, range(3))
+        state = saved(optimizer.ema_state_dict())
+        del state['averages']['wide']['start_share']
+        with pytest.raises(ValueError, match=r"average 'wide' lacks 'start_share'\. Nothing was loaded"):
+            optimizer.load_ema_state_dict(state)
+
     def test_a_new_label_starts_at_the_weights_and_the_others_go_on(self):
         model = Net()
         optimizer = EMAOptimizer(sgd(model), model=model, half_life={'short': 2})
@@ -139,7 +160,11 @@ class TestSeveral:
             ({'half_life': {'a': 1}, 'decay': 0.9}, 'decay=0.9 has no label, and other averages have'),
             ({'half_life': {'a': 1}, 'power': {'a': 0.1}}, "power and half_life both make an average 'a'"),
             ({'half_life': {'a': 1, 'b': None}}, r"half_life\['b'\] is None, which makes no average"),
-            ({'half_life': {}}, 'half_life maps no label to a value'),
+            ({'half_life': {}}, 'half_life={} names no average'),
+            ({'half_life': {'a': 1}, 'power': {}}, 'power={} names no average'),
+            ({'half_life': {'a': 1}, 'warmup': {}}, 'warmup={} names no average'),
+            ({'half_life': {'1a': 1}}, 'label .1a.. A label starts with a letter'),
+            ({'half_life': {'a' * 65: 1}}, 'at most 64 letters'),
             ({'half_life': {'a b': 1}}, "got the label 'a b'"),
             ({'half_life': {'a': -1}}, 'a: half_life must be finite'),
             ({'average': {'a': 'exponential'}}, 'does not say which exponential average'),

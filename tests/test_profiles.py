@@ -234,8 +234,25 @@ class TestWords:
         assert not profiles.start_remedy(share)
 
     def test_the_average_and_the_argument_have_the_names_of_the_door(self):
-        said = profiles.start_remedy(0.5, average="the average 'long'", shorten='decay')
+        said = profiles.start_remedy(0.5, Smoothing(0.9, 'steps', 'decay'), average="the average 'long'")
         assert said == "the average 'long' still holds 50 % of the initial weights. Pass warmup=0.1 or a smaller decay."
+
+    @pytest.mark.parametrize(
+        ('profile', 'share', 'remedy'),
+        [
+            (WarmedUp(HalfLife(9, 'ba'), 5), 0.5, 'Pass warmup=0.1.'),
+            (WarmedUp(HalfLife(9, 'ba'), 0.1), 0.5, 'Update it more often, or start it earlier.'),
+            (
+                HalfLife(9, 'ba'),
+                1.0,
+                'It has a single update, which copies. Update it more often, or start it earlier.',
+            ),
+            (CopiesFirst(Smoothing(1.0)), 1.0, 'Pass a smaller smoothing.'),
+        ],
+        ids=str,
+    )
+    def test_the_remedy_is_one_that_was_not_taken_yet(self, profile, share, remedy):
+        assert profiles.start_remedy(share, profile).endswith(f'initial weights. {remedy}')
 
     def test_before_the_end_it_is_told_as_what_will_be(self):
         said = profiles.start_remedy(0.5, ahead=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from composer_ema import EMAOptimizer, ShadowModel
+from composer_ema import EMAOptimizer, ShadowModel, ShadowModels
 from composer_ema.averages import Equal
 from composer_ema.shadow import rounding
 from tests import plain
@@ -95,3 +95,10 @@ def test_an_average_that_keeps_its_updates_says_nothing(settings, weight, caplog
     model = nn.Linear(2, 1)
     ShadowModel(model, **settings).update(model, weight=weight)
     assert logged(caplog) == []
+
+
+def test_among_several_averages_the_warning_names_the_one_it_is_of():
+    model = nn.Linear(2, 2)
+    shadows = ShadowModels(model, ['short', 'long'])
+    with pytest.warns(UserWarning, match="the average 'long' is kept in float32, which rounds updates of weight 2e-05"):
+        shadows.update(model, weight={'short': 0.1, 'long': 2e-5})

@@ -159,8 +159,12 @@ def test_what_cannot_stand_together_is_refused_with_a_remedy(trainer):
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        ({'half_life': {'long': '1'}}, r"half_life\['long'\] takes the units"),
-        ({'half_life': {}}, 'half_life maps no label to a value'),
+        ({'half_life': {'long': '1'}}, r"half_life\['long'\] takes the units .* half_life=\{'long': '1ba'\}"),
+        ({'half_life': {}}, 'half_life={} names no average'),
+        ({'half_life': {'a': '1ba'}, 'power': {}}, 'power={} names no average'),
+        ({'half_life': {'a': '1ba'}, 'warmup': {}}, 'warmup={} names no average'),
+        ({'half_life': {'1a': '1ba'}}, 'label .1a.. A label starts with a letter'),
+        ({'half_life': {'a' * 65: '1ba'}}, 'at most 64 letters'),
         ({'half_life': {'a': None}}, r"half_life\['a'\] is None"),
         ({'half_life': {'a': '1ba'}, 'smoothing': 0.9}, r'smoothing=0\.9 has no label'),
         ({'half_life': {'a': '1ba'}, 'power': {'a': 0.1}}, "power and half_life both make an average 'a'"),

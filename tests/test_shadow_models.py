@@ -38,7 +38,7 @@ def trained(**options) -> tuple[Net, ShadowModels]:
     return model, shadows
 
 
-@pytest.mark.filterwarnings('ignore:the average is kept in bfloat16')
+@pytest.mark.filterwarnings('ignore:the average.* is kept in bfloat16')
 @settings(max_examples=8, deadline=None)
 @given(
     smoothings=st.lists(st.tuples(SHARES, SHARES, SHARES), min_size=1, max_size=3),

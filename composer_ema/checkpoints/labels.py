@@ -19,7 +19,13 @@ class Continuation:
     remark: str
 
 
-def continued(saved: Mapping[str, str], wanted: Mapping[str, str], what: str) -> Continuation:
+def continued(
+    saved: Mapping[str, str],
+    wanted: Mapping[str, str],
+    what: str,
+    *,
+    to_start_anew: str = "pass load_ignore_keys=['state/algorithms'] to the Trainer",
+) -> Continuation:
     """Finds for each average of a run the saved one that it continues from.
 
     That is the one of the same label; else one with the same profile that no label claims; else the only one saved. If
@@ -30,6 +36,7 @@ def continued(saved: Mapping[str, str], wanted: Mapping[str, str], what: str) ->
         saved: label to profile, of the averages in the checkpoint; at least one.
         wanted: likewise, of those in the run.
         what: the state, in the words of an error.
+        to_start_anew: how a user loads the rest without the averages, in words. Default: by the Trainer.
 
     Raises:
         ValueError: none of the wanted ones continues from any of the saved ones.
@@ -50,7 +57,7 @@ def continued(saved: Mapping[str, str], wanted: Mapping[str, str], what: str) ->
         raise ValueError(
             f'{what} holds the averages {_listed(saved)}, and this run keeps {_listed(wanted)}: neither labels nor '
             f'profiles agree. Label the average as the one to continue from, as in half_life={{{next(iter(saved))!r}: '
-            "...}. To start a new average pass load_ignore_keys=['state/algorithms'] to the Trainer."
+            f'...}}. To start a new average {to_start_anew}.'
         )
     return Continuation(sources, _remark(saved, wanted, sources))
 

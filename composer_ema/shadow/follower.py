@@ -43,10 +43,12 @@ class Follower:
         storages: the averages; they have the same settings.
         overlap: on CUDA, run the update of the parameters on a side stream, and the arithmetic of an average on the
             host in a thread. Then :meth:`wait_for_reads` must come before the parameters are written again.
+        labels: what to call each average in a warning. Default: there is one, which needs no name.
     """
 
-    def __init__(self, storages: Sequence[Storage], *, overlap: bool = False) -> None:
+    def __init__(self, storages: Sequence[Storage], *, overlap: bool = False, labels: Sequence[str] = ()) -> None:
         self._storages = storages
+        self._labels = labels
         self.overlap = overlap
         self._streams: dict[torch.device, SideStream] = {}
         self._skipped: dict[torch.device, DeviceCounter] = {}
@@ -68,7 +70,7 @@ class Follower:
         plan = self.plan_for(module, joining=True)
         loan.refuse(module, plan.identities)
         if self._rounding.limit and min(numbers) < self._rounding.limit:
-            self._rounding.tell(numbers)
+            self._rounding.tell(numbers, self._labels)
         plan.run(plan, numbers)
         for storage in self._storages:
             storage.num_updates += 1

@@ -68,15 +68,20 @@ class RoundingNotice:
         self._dtype = coarsest(dtypes)
         self._set_limit()
 
-    def tell(self, weights: Sequence[float]) -> None:
+    def tell(self, weights: Sequence[float], labels: Sequence[str]) -> None:
         """Logs and warns of the smallest positive weight, if it is below what was not told yet.
 
         The warning names the line that called the caller's caller, which is the user's.
+
+        Args:
+            weights: of one update of each average.
+            labels: of these averages; none for a single one without a label.
         """
         weight = min((weight for weight in weights if weight > 0), default=1.0)
         if self._dtype is None or weight >= self.limit:
             return
-        what = f'the average is {in_words(self._dtype, weight)}.'
+        name = f'the average {labels[weights.index(weight)]!r}' if labels else 'the average'
+        what = f'{name} is {in_words(self._dtype, weight)}.'
         self._has_logged = True
         if weight < least_weight(self._dtype):
             self._has_warned = True

@@ -137,7 +137,7 @@ class ShadowModels(Mapping[str, ShadowModel]):
         storages = storages_of(
             model, 'ShadowModels(model, labels)', Settings.of(settings), overlap=overlap, count=len(names)
         )
-        self._set_up(dict(zip(names, storages, strict=True)), Follower(storages, overlap=overlap))
+        self._set_up(dict(zip(names, storages, strict=True)), Follower(storages, overlap=overlap, labels=names))
 
     @classmethod
     def of_one(cls, label: str, shadow: ShadowModel) -> ShadowModels:

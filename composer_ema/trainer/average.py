@@ -82,9 +82,10 @@ class Average:
         Args:
             look: at the clock of the run, now.
             interval: of the updates; how much time passed if the last update is unknown.
-            is_from_start: for a first update, whether the age of the average and the interval count from the start of
-                training. Otherwise the age counts from one interval ago, so that the first update stands for as much
-                time as each later one, and the interval from now.
+            is_from_start: for a first update, whether the interval counts from the start of training, and the age of
+                the average from where training began with it, see :meth:`Averages.count_from`. Otherwise the age counts
+                from one interval ago, so that the first update stands for as much time as each later one, and the
+                interval from now.
         """
         if not self.has_begun:
             if not is_from_start:
@@ -367,6 +368,12 @@ class Averages:
                 raise
             self.build(model, overlap=self._overlap)
 
+    def count_from(self, look: Look) -> None:
+        """Makes the age of averages that are still to begin count from now, unless it counts from earlier already."""
+        for average in self._averages.values():
+            if not average.has_begun and average.started_at is None:
+                average.started_at = look.now
+
     def follow_clock(self, look: Look) -> None:
         """See :meth:`Average.follow_clock`."""
         for average in self._averages.values():
@@ -537,6 +544,8 @@ class Averages:
             average.has_begun = has_begun and label in saved
             if label not in saved:
                 average.shadow.num_updates = 0
+            elif not has_begun and average.started_at is None:
+                average.started_at = dict(START_OF_TRAINING)  # as releases that did not say so had it
         self._averages = averages
 
     def __getstate__(self) -> dict[str, Any]:

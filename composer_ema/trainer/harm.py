@@ -55,9 +55,8 @@ class Harm:
     def _warn(self, label: str, average: Average, share: float, *, ahead: str = '') -> None:
         if label in self._warned:
             return
-        shorten = 'smoothing' if average.profile is None or 'smoothing=' in str(average.profile) else 'half_life'
         name = 'the average' if label == self._label else f'the average {label!r}'
-        if said := start_remedy(share, average=name, shorten=shorten, ahead=bool(ahead)):
+        if said := start_remedy(share, average.profile, average=name, ahead=bool(ahead)):
             self._warned.add(label)
             warn(f'{ahead}{said}' if ahead else f'{said[0].upper()}{said[1:]}')
 
@@ -90,8 +89,8 @@ def expected_share(average: Average, start: Start, interval: Interval, state: St
     span = interval.resolve(state)
     whole = run_length(span.unit, state)
     first = _position(average, start, interval, state)
-    if not whole or first is None:
-        return None
+    if not whole or first is None or first > whole * (1 + 1e-9):
+        return None  # without an update there is no average
     begin = 0.0 if start.span.value == 0 else first
     if average.first_update is not None:
         begin = average.first_update[span.unit]
@@ -120,10 +119,10 @@ def _position(average: Average, start: Start, interval: Interval, state: State) 
     until, batches = run_length(begin.unit, state), run_length('ba', state)
     if not whole or not until or not batches:
         return None
-    first = begin.value / until * whole
+    first, now = begin.value / until * whole, Look(state).now[unit]
     if interval.event is not Event.BATCH_END:
-        return max(1, math.ceil(first - 1e-9))
-    return max(first, whole / batches)
+        return max(math.floor(now) + 1, math.ceil(first - 1e-9))
+    return max(first, now + whole / batches)
 
 
 def _multiples(time: float, interval: float) -> int:

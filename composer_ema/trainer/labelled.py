@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from composer.core import Time
 
 from composer_ema.averages import Profile
+from composer_ema.labelled import check_label, refuse_empty
 from composer_ema.profiles import check_kind, choose
 from composer_ema.spans import ArgumentError, Span
 from composer_ema.trainer.average import Kept
@@ -18,7 +18,6 @@ from composer_ema.trainer.evaluation import PREDICT, TRAINING
 from composer_ema.wording import suggestion
 
 _UNITS = ('ba', 'ep', 'sp', 'tok', 'iter', 'dur')
-_LABEL = re.compile(r'[A-Za-z_][\w-]*')
 # Arguments that make an average, and those that change an exponential one.
 _HALF_LIFE, _AVERAGE = 'half_life', 'average'
 _MAKERS = (_HALF_LIFE, 'smoothing', 'power', 'gamma', _AVERAGE)
@@ -86,12 +85,11 @@ def _several(given: Mapping[str, Any]) -> Asked:
                 f'{maker}={{{"other"!r}: {_shown(values)}}}, or leave it out.',
                 maker,
             )
+        if maker in given:
+            _refuse_empty(maker, values)
         for label, value in values.items():
             _check_label(maker, label, own)
             own[label] = {maker: _value(maker, label, value)}
-    if not own:
-        name = next(maker for maker in _MAKERS if maker in given)
-        raise ArgumentError(f"{name} maps no label to a value. Pass for example {name}={{'long': ...}}.", name)
     for change in _CHANGES:
         if change in given:
             _give_out(change, given[change], own)
@@ -139,7 +137,9 @@ def _value(maker: str, label: str, value: Any) -> Any:
 def _give_out(change: str, value: Any, own: Mapping[str, dict[str, Any]]) -> None:
     """Adds ``warmup`` or ``bias_correction`` to the arguments of the averages that it is for."""
     exponential = [label for label, arguments in own.items() if arguments.keys() & {_HALF_LIFE, 'smoothing'}]
-    if not isinstance(value, Mapping):
+    if isinstance(value, Mapping):
+        _refuse_empty(change, value)
+    else:
         if not exponential:
             raise ArgumentError(f'{change}={value!r} has no effect: no average is exponential. Leave it out.', change)
         value = dict.fromkeys(exponential, value)
@@ -151,21 +151,18 @@ def _give_out(change: str, value: Any, own: Mapping[str, dict[str, Any]]) -> Non
             own[label][change] = each
 
 
+def _refuse_empty(name: str, values: Mapping[str, Any]) -> None:
+    try:
+        refuse_empty(name, values)
+    except ValueError as error:
+        raise ArgumentError(str(error), name) from error
+
+
 def _check_label(maker: str, label: Any, own: Mapping[str, Any]) -> None:
-    if not isinstance(label, str) or not _LABEL.fullmatch(label):
-        raise ArgumentError(
-            f"{maker} must map labels to values, got the label {label!r}. A label consists of letters, digits, '_' and "
-            "'-', as 'long'.",
-            maker,
-        )
-    if label in (TRAINING, PREDICT):
-        raise ArgumentError(
-            f'{maker} calls an average {label!r}, which evaluators use for something else. Pass another label.', maker
-        )
-    if label in own:
-        raise ArgumentError(
-            f'{maker} and {next(iter(own[label]))} both make an average {label!r}. Give each its own label.', maker
-        )
+    try:
+        check_label(maker, label, own, (TRAINING, PREDICT))
+    except ValueError as error:
+        raise ArgumentError(str(error), maker) from error
 
 
 def _refuse_beside_function(given: Mapping[str, Any]) -> None:

@@ -267,6 +267,8 @@ class WeightAverage(Algorithm):
             if average.has_begun and average.first_update is None and self._start.span.value > 0:
                 average.first_update = first_update(self._start, self._interval, look, average.started_at)
         self._averages.follow_clock(look)
+        if self._start.span.value == 0 and not self._has_started:
+            self._averages.count_from(look)  # a run that was resumed without these averages is older than they are
         self._harm.foresee(self._averages, self._start, self._interval, state)
         self._steps.watch(state)
         if self.snapshots is not None:
