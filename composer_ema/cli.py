@@ -137,7 +137,9 @@ def merge(
     ] = None,
     times: Annotated[
         str | None,
-        typer.Option(help='Training time of each checkpoint, for files that do not tell it.', show_default=False),
+        typer.Option(
+            help='Training time of each checkpoint, as in 1000,2000, for files that do not tell it.', show_default=False
+        ),
     ] = None,
     average: Annotated[
         str | None,

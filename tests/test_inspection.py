@@ -206,6 +206,19 @@ class TestRuns:
         counted = printed(path, all_tensors=False)
         assert 'tensors of the averages short by EMA, long by EMA, wide by EMA' in counted
         assert counted.count('tensors of the average') == 1
+        torch.save(ema.state_dict(), tmp_path / 'alone.pt')
+        assert 'half_life=4ba, warmup=0.2' in printed(tmp_path / 'alone.pt')
+        assert export(path, tmp_path / 'long.safetensors', average='long')['warmup'] == '0.2'
+
+    def test_averages_that_are_kept_for_snapshots_are_told_apart(self, trainer, tmp_path):
+        built = trainer([EMA(half_life='1ba', snapshots='1ba')], max_duration='2ba', save_folder=str(tmp_path / 'run'))
+        built.fit()
+        path = tmp_path / 'a.pt'
+        built.save_checkpoint(str(path))
+        assert '│ power=0.05, ema_start=0.0dur, update_interval=1ba, kept_for=snapshots' in printed(path, 200)
+        metadata = export(path, tmp_path / 'a.safetensors', average='power=0.05')
+        assert metadata['power'] == '0.05'
+        assert 'half_life' not in metadata
 
     def test_a_checkpoint_taken_while_swapped_holds_the_training_weights(self, trainer, tmp_path):
         ema = EMA(half_life='2ba')

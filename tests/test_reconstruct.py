@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import composer_ema
 from composer_ema import CheckpointError, Snapshots, load_average, reconstruct
 from composer_ema.averages import Power
+from composer_ema.checkpoints.inspection import describe
 from composer_ema.posthoc import shares
 from composer_ema.posthoc.moments import History, KeptAverage
 from composer_ema.posthoc.open_run import OpenRun
@@ -328,6 +329,7 @@ class TestIntoModels:
         loaded = load_average(out, network())
         assert all(torch.equal(loaded[key], found.state_dict[key]) for key in network().state_dict())
         assert metadata['weights'] == 'average, reconstructed (power=0.2)'
+        assert describe(out).averages[0].algorithm == 'composer-ema reconstruct'
         assert float(metadata['predicted_error']) == pytest.approx(found.predicted_error, rel=0.01)
         found.save(tmp_path / 'average.pt')
         assert torch.equal(torch.load(tmp_path / 'average.pt', weights_only=True)['0.bias'], loaded['0.bias'])

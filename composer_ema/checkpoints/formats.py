@@ -157,6 +157,15 @@ def config_of(config: State, label: str) -> dict[str, Any]:
     return own
 
 
+def config_in(state: State, label: str) -> dict[str, Any]:
+    """The same for an average in a current state; one that is kept for snapshots has a profile of its own."""
+    if label not in state.get(HIDDEN, ()):
+        return config_of(state['config'], label)
+    name, _, value = state['averages'][label]['profile']['description'].partition('=')
+    others = {argument: value for argument, value in state['config'].items() if argument not in _BY_LABEL}
+    return {**others, name: value, 'kept_for': 'snapshots'}
+
+
 # Arguments that may map labels to values; those that make an exponential average, and those that are for such a one.
 _EXPONENTIAL, _OF_EXPONENTIAL = ('half_life', 'smoothing'), {'warmup', 'bias_correction'}
 _BY_LABEL = (*_EXPONENTIAL, 'power', 'gamma', 'average', *_OF_EXPONENTIAL)

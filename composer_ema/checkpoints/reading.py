@@ -392,14 +392,18 @@ def trained(state: Mapping[str, Any]) -> dict[str, int]:
     return {unit: count for unit, count in counts.items() if count is not None}
 
 
+# Arguments that an export says of its average.
+_OF_PROFILE = ('half_life', 'smoothing', 'power', 'gamma', 'warmup', 'update_interval')
+
+
 def _facts(state: Mapping[str, Any], saved: _Saved) -> dict[str, Any]:
-    config = formats.config_of(saved.state['config'], saved.label)
+    config = formats.config_in(saved.state, saved.label)
     start = f'{saved.algorithm.lower()}_start'
     return {
         'weights': formats.kind(config, saved.average['profile']['description']),
         'run_name': run_name_of(state),
         'num_updates': saved.average['num_updates'] if saved.row.counts_updates else None,
-        **{name: config.get(name) for name in ('half_life', 'smoothing', 'power', 'update_interval')},
+        **{name: config.get(name) for name in _OF_PROFILE},
         start: config.get(start),
         'buffers': config.get('buffers'),
         **{f'trained_{unit}': count for unit, count in trained(state).items()},

@@ -187,7 +187,6 @@ def _read_algorithm(state: Mapping[str, Any]) -> list[Average]:
     upgraded = formats.upgrade(state, model_slot={}, what='the state of the algorithm')
     row = formats.recognise(state)
     assert row is not None
-    config = upgraded['config']
     stash = upgraded.get(formats.STASH)
     return [
         Average(
@@ -197,10 +196,10 @@ def _read_algorithm(state: Mapping[str, Any]) -> list[Average]:
             average['aliases'],
             average['num_updates'],
             written_as=row.written_as,
-            kind=formats.kind(config, average['profile']['description']),
+            kind=formats.kind(upgraded['config'], average['profile']['description']),
             label=label,
-            config=config,
-            facts={name: value for name, value in config.items() if value is not None},
+            config=(own := formats.config_in(upgraded, label)),
+            facts={name: value for name, value in own.items() if value is not None},
             last_update=average['last_update'],
             stash=stash,
         )
@@ -214,9 +213,10 @@ def _read_exported(state: Mapping[str, Any]) -> list[Average]:
     facts = {str(name): str(fact) for name, fact in metadata.items()}
     count = facts.pop('num_updates', '')
     kind, _ = facts.pop('weights', 'average'), facts.pop('format', None)
+    command = 'merge' if 'merged_by' in facts else 'reconstruct' if 'predicted_error' in facts else 'export'
     return [
         Average(
-            'composer-ema export',
+            f'composer-ema {command}',
             _tensors({'weights': state}, 'weights', 'an export'),
             num_updates=int(count) if count.isascii() and count.isdecimal() else None,
             written_as=facts.pop('written_by', 'composer_ema'),

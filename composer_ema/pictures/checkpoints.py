@@ -13,8 +13,9 @@ from composer_ema.checkpoints.inspection import AverageInfo, Description, Tensor
 
 # Settings that decide how far back an average reaches, in the order in which they are shown.
 _HORIZON = (
-    'half_life', 'smoothing', 'decay', 'power', 'gamma', 'average', 'warmup', 'bias_correction', 'ema_start',
-    'swa_start', 'start', 'update_interval', 'every_n_steps', 'avg_fn', 'multi_avg_fn',
+    'half_life', 'smoothing', 'decay', 'power', 'gamma', 'average', 'warmup', 'bias_correction', 'equal', 'schedule',
+    'merged_by', 'predicted_error', 'ema_start', 'swa_start', 'start', 'update_interval', 'every_n_steps', 'avg_fn',
+    'multi_avg_fn', 'kept_for',
 )  # fmt: skip
 _NOT_SAID = (None, False, 'exponential')
 _SLOT = {
