@@ -89,6 +89,16 @@ class TestCoefficients:
         share, batches = (merge(paths, tmp_path / f'{h}.pt', half_life=h) for h in ('0.25dur', '10ba'))
         assert [part.coefficient for part in share.parts] == [part.coefficient for part in batches.parts]
 
+    def test_of_a_half_life_in_epochs_are_those_of_an_average_that_is_updated_all_the_time(self, tmp_path):
+        paths = scalars(tmp_path, 1, 2, 4)
+        merged = merge(paths, tmp_path / 'out.pt', half_life='0.1ep', times=[0.1, 0.2, 0.25])
+        expected = coefficients.halving([1000, 2000, 2500], 1000)
+        assert [part.coefficient for part in merged.parts] == pytest.approx(expected, abs=1e-3)
+
+    def test_of_checkpoints_closer_together_than_the_moments_leave_none_out(self):
+        found = coefficients.decaying([0, 1, 1e9], shares.linear)
+        assert found == pytest.approx([0, 0.5, 0.5], abs=1e-6)
+
     def test_of_an_endless_half_life_are_those_of_a_linear_decay(self):
         times = [3, 7, 8, 20]
         assert coefficients.halving(times, 1e9) == pytest.approx(coefficients.decaying(times, shares.linear), abs=1e-7)
@@ -211,6 +221,15 @@ class TestSums:
         paths = save(tmp_path, {'a': torch.tensor([math.inf])}, {'a': torch.ones(1)})
         merge(paths, tmp_path / 'out.pt', weights=[0, 1])
         assert written(tmp_path / 'out.pt')['a'].tolist() == [1]
+
+    def test_keep_what_is_infinite_in_all_files(self, tmp_path):
+        paths = []
+        for step, (one, other) in enumerate([(1.0, 5.0), (2.0, -math.inf), (4.0, 7.0)], start=1):
+            state = {'model': {'weight': torch.tensor([one, -math.inf, other])}, 'global_step': step}
+            torch.save(state, tmp_path / f'{step}.pt')
+            paths.append(tmp_path / f'{step}.pt')
+        merge(paths, tmp_path / 'out.pt', weights=[-1, 0.5, 1.5])
+        assert written(tmp_path / 'out.pt')['weight'].tolist() == [6.0, -math.inf, -math.inf]
 
     def test_keep_running_variances_above_zero_and_say_so(self, tmp_path):
         states = [

@@ -13,6 +13,7 @@ from composer_ema.posthoc.shares import Vector
 
 # Moments that are looked at: one a batch up to here, and then evenly so many, which changes the sixth digit.
 _MOST_MOMENTS = 2**22
+_FINE = 2**20
 
 
 def equal(count: int) -> Vector:
@@ -35,13 +36,25 @@ def halving(times: npt.ArrayLike, half_life: float, batches: npt.ArrayLike | Non
     Args:
         times: of the checkpoints, rising.
         half_life: in the unit of ``times``, above 0.
-        batches: at which the checkpoints were taken, rising. Default: ``times`` counts batches.
+        batches: at which the checkpoints were taken, rising. Default: ``times`` counts batches. Where nobody knows
+            them, see :func:`finely`.
 
     Example:
         >>> halving([0, 2, 4], 1).round(12).tolist()
         [0.033333333333, 0.3, 0.666666666667]
     """
     return _nearest(times, batches, lambda moments: shares.bias_corrected(moments, half_life, start=moments[0]))
+
+
+def finely(times: npt.ArrayLike) -> Vector:
+    """Batches so many and so alike that an average over ``times`` is as if it were updated all the time.
+
+    Example:
+        >>> halving([0, 1, 2], 1, finely([0, 1, 2])).round(4).tolist()
+        [0.1476, 0.4809, 0.3715]
+    """
+    at = np.asarray(times, dtype=np.float64)
+    return (at - at[0]) / (at[-1] - at[0]) * _FINE
 
 
 def decaying(
@@ -69,8 +82,11 @@ def _nearest(times: npt.ArrayLike, batches: npt.ArrayLike | None, shares_at: Cal
     counted = at if batches is None else np.asarray(batches, dtype=np.float64)
     length = counted[-1] - counted[0]
     per_batch = min(1.0, _MOST_MOMENTS / length)
-    places = np.rint((counted - counted[0]) * per_batch).astype(np.int64)
-    if not (np.diff(places) > 0).all():
+    if not all((np.diff(each) > 0).all() for each in (at, counted)):
         raise ValueError(f'the times of checkpoints must rise, got {at.tolist()}. Leave one of each two out.')
+    # Checkpoints that lie closer together than the moments have one each.
+    order = np.arange(len(at))
+    places = np.rint((counted - counted[0]) * per_batch).astype(np.int64)
+    places = np.maximum.accumulate(places - order) + order
     moments = np.interp(np.arange(places[-1] + 1), places, at)
     return checkpoints_alone(list(places + 1), shares.weights_of(shares_at(moments)))

@@ -136,6 +136,7 @@ def merge(
         _check_count(name, given, paths)
     rule = _Rule.of(equal=equal, half_life=half_life, schedule=schedule, weights=weights)
     _check_out(paths, out, overwrite=overwrite)
+    times = None if times is None else _numbers('times', times)
     places = _distinct(paths, is_refused=weights is not None or times is not None)
     files = _in_order([_File.open(paths[place], average, key, place, times, rule.unit) for place in places], rule)
     _check_alike(files, average or key)
@@ -234,14 +235,20 @@ class _Rule:
             assert self.schedule is not None
             return coefficients.decaying(times, shares.SCHEDULES[self.schedule]).tolist()
         span = self.half_life.value * (times[-1] if self.half_life.unit == 'dur' else 1)
+        if known is None and self.unit == 'ep':
+            return coefficients.halving(times, span, coefficients.finely(times)).tolist()
         return coefficients.halving(times, span, known).tolist()
 
 
-def _checked_weights(given: Any) -> tuple[float, ...]:
+def _numbers(name: str, given: Any) -> tuple[float, ...]:
     try:
-        numbers = tuple(map(float, given))
+        return tuple(map(float, given))
     except (TypeError, ValueError) as error:
-        raise TypeError(f'weights must be numbers, one for each checkpoint, got {given!r}.') from error
+        raise TypeError(f'{name} must be numbers, one for each checkpoint, got {given!r}.') from error
+
+
+def _checked_weights(given: Any) -> tuple[float, ...]:
+    numbers = _numbers('weights', given)
     total = math.fsum(numbers)
     if not all(map(math.isfinite, numbers)):
         raise ArgumentError(f'weights must be finite, got {list(numbers)}.', 'weights')
@@ -414,16 +421,23 @@ class _Merging:
         averaged = [name for name in names if _is_averaged(self.newest.describe(name)[1])]
         sums: dict[str, Tensor] = {}
         smallest: dict[str, Tensor] = {}
+        infinite: dict[str, Tensor] = {}  # the newest of what is infinite in every file, as a mask may be; else 0
         for file, factor in zip(self._files, self.coefficients, strict=True):
             if factor == 0:  # times 0, what is infinite in it would become NaN
                 continue
             for name in averaged:
                 tensor = file.source.tensor(name)
                 wide = tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
+                if name not in sums:
+                    infinite |= {name: wide} if bool(wide.isinf().any()) else {}
+                elif name in infinite:
+                    infinite[name] = torch.where(infinite[name].isinf(), wide, 0)
                 sums[name] = wide * factor if name not in sums else sums[name].add_(wide, alpha=factor)
                 if name.endswith(_VARIANCE) and min(self.coefficients) < 0:
                     smallest[name] = torch.minimum(smallest.get(name, wide), wide)
             file.source.close()
+        for name, mask in infinite.items():
+            sums[name] = torch.where(mask.isinf(), mask, sums[name])
         for name, bound in smallest.items():
             if bool((sums[name] < 0).any()):
                 self._clamped.append(name)
