@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -9,11 +10,13 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import plain
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,6 +31,7 @@ from composer_ema.posthoc.tensor_files import TensorFile
 from composer_ema.spans import ArgumentError
 
 pytestmark = plain.STRICT
+KEY = 'composer_ema_snapshot'
 FIVE, TEN = 'power=0.05', 'power=0.1'
 
 
@@ -517,3 +521,60 @@ class TestArguments:
         assert before.startswith('snapshots: 4 files of 2')
         total = sum(path.stat().st_size for path in tmp_path.iterdir())
         assert after == f'snapshots: 6 files of {writer.readable(total)} in {tmp_path}'
+
+
+def all_weights(value: float) -> Callable[[dict], Any]:
+    def damage(header: dict) -> None:
+        for pieces in header['updates']['weights'].values():
+            pieces[:] = [{'count': header['updates']['count'], 'weight': value}]
+
+    return damage
+
+
+def of_many_updates(header: dict) -> None:
+    updates = header['updates']
+    updates['count'] = 10**12
+    updates['clock'] = {unit: [[10**12, 1, 1]] for unit in updates['clock']}
+    updates['weights'] = {label: [{'count': 10**12, 'weight': 1.0}] for label in updates['weights']}
+
+
+def packed_as(**fields: Any) -> Callable[[dict], Any]:
+    def damage(header: dict) -> None:
+        packing = header['packing']
+        for name, value in fields.items():
+            packing[name] = dict.fromkeys(packing[name], value) if isinstance(packing[name], dict) else value
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    'damage',
+    [
+        of_many_updates,
+        all_weights(float('nan')),
+        all_weights(7),
+        lambda header: '{"version": 1, "x": ' + '[' * 10**5 + ']' * 10**5 + '}',
+        lambda header: header['clock'].pop('ba'),
+        lambda header: header['clock'].update(ba=float('nan')),
+        lambda header: header.update(max_duration='soon'),
+        lambda header: header.update(statistics=[['a']]),
+        lambda header: header.update(aliases={'a': 1}),
+        packed_as(base='averages-00000010.safetensors'),  # itself
+        packed_as(base='../weights-00000020.safetensors'),
+        packed_as(exponents=10**6),
+        packed_as(exponents=0.5),
+        packed_as(dtypes='load'),
+        packed_as(same=[1]),
+    ],
+)
+def test_a_file_whose_header_cannot_be_true_is_left_out_and_the_others_are_read(tmp_path, damage):
+    Run(tmp_path).steps(20).snapshots.finish()
+    path = tmp_path / 'averages-00000010.safetensors'
+    metadata, held = TensorFile(path).metadata, safetensors.torch.load_file(path)
+    header = json.loads(metadata[KEY])
+    text = damage(header)
+    safetensors.torch.save_file(held, path, {**metadata, KEY: text if isinstance(text, str) else json.dumps(header)})
+    history = read_run(tmp_path)
+    assert [len(each.weights) for each in history.kept if each.label == FIVE] == [5, 15, 20]
+    (reason,) = history.left_out
+    assert str(path) in reason

@@ -13,6 +13,7 @@ from torch import Tensor
 from composer_ema.checkpoints.reading import CheckpointError, path_of
 from composer_ema.posthoc.checkpoint_history import Ordinary, checkpoints_in, read_checkpoints
 from composer_ema.posthoc.moments import History, KeptAverage
+from composer_ema.posthoc.shares import checked
 from composer_ema.posthoc.snapshot_files import COPIED, WEIGHTS, SnapshotFile, files_in
 from composer_ema.posthoc.updates import CLOCK_UNITS, Array
 
@@ -83,9 +84,18 @@ def _read_snapshots(paths: Sequence[Path]) -> History:
     if head is None or not averages:
         problems = ' '.join(left_out) or 'Only weights are there.'
         raise CheckpointError(f'{paths[0].parent} holds no average that can be read. {problems}')
-    course = _Course(files, head)
-    kept = [each for file in files for each in course.kept_in(file)]
-    header = head.header
+    course, header = _Course(files, head), head.header
+    kept: list[KeptAverage] = []
+    for file in files:
+        try:
+            kept += course.kept_in(file)
+        # No average has such weights, or its profile none at such times.
+        except (ValueError, ArithmeticError) as error:
+            left_out.append(f'{file.path} cannot be read: its list of updates is damaged ({error}).')
+    if not (np.diff(header.updates.clock('ba'), prepend=0) > 0).all():
+        raise CheckpointError(f'{head.path} cannot be read: its list of updates is damaged (the time does not rise).')
+    if not kept:
+        raise CheckpointError(f'{paths[0].parent} holds no average that can be read. {" ".join(left_out)}')
     return History(
         folder=paths[0].parent,
         run_name=header.identity.run_name,
@@ -156,7 +166,7 @@ class _Course:
         return [
             KeptAverage(
                 label=label,
-                weights=self._of(label, file),
+                weights=checked(self._of(label, file)),
                 path=file.path,
                 clock=header.clock,
                 _names=lambda label=label: file.names(label),

@@ -23,6 +23,7 @@ from composer_ema.checkpoints.reading import CheckpointError
 from composer_ema.kernels.rules import is_inexact
 from composer_ema.posthoc.tensor_files import Entry, TensorFile, write
 from composer_ema.posthoc.updates import Updates
+from composer_ema.spans import Span
 
 #: The format that this release writes, and the newest that it reads.
 VERSION = 1
@@ -36,6 +37,8 @@ _NAME = re.compile(r'(averages|weights)-\d{8,}\.safetensors', re.ASCII)
 # 2**29 of the largest, and none overflows.
 _LARGEST_EXPONENT = 15
 _LEAST_EXPONENT = -1000  # its inverse is a float64
+# Dtypes that half the size pays for.
+_PACKED = {'float32': torch.float32, 'float64': torch.float64}
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,22 @@ class Packing:
     exponents: Mapping[str, int]
     dtypes: Mapping[str, str]
     same: list[str]
+
+    @classmethod
+    def checked(cls, base: Any, exponents: Any, dtypes: Any, same: Any) -> Packing:
+        """What a file says of its packing.
+
+        Raises:
+            TypeError, ValueError: it cannot be.
+        """
+        if not _NAME.fullmatch(base):
+            raise ValueError(f'{base!r} is no name of a snapshot')
+        for key, exponent in exponents.items():
+            if type(exponent) is not int or not _LEAST_EXPONENT <= exponent <= -_LEAST_EXPONENT:
+                raise ValueError(f'{exponent!r} is no exponent')
+            if dtypes[key] not in _PACKED:
+                raise ValueError(f'{dtypes[key]!r} is no dtype that is packed')
+        return cls(base, dict(exponents), dict(dtypes), [_text(key) for key in same])
 
 
 @dataclass(frozen=True)
@@ -134,23 +153,38 @@ class Header:
                     f'{path} has format version {version}, this release reads up to {VERSION}. Install a newer '
                     'composer_ema.'
                 )
-            packing = plain['packing']
             return cls(
                 identity=Identity(str(plain['run_name']), str(plain['run_id'])),
                 updates=Updates.of_plain(plain['updates'], str(path)),
-                clock={str(unit): time + 0 for unit, time in plain['clock'].items()},
-                max_duration=plain['max_duration'],
+                clock=_checked_clock(plain['clock']),
+                max_duration=_checked_duration(plain['max_duration']),
                 holds_weights=plain['holds_weights'] is True,
                 is_update=plain['is_update'] is True,
                 is_last=plain['is_last'] is True,
-                aliases=dict(plain['aliases']),
-                statistics=list(plain['statistics']),
-                packing=None if packing is None else Packing(**packing),
+                aliases={_text(alias): _text(name) for alias, name in plain['aliases'].items()},
+                statistics=[_text(name) for name in plain['statistics']],
+                packing=None if plain['packing'] is None else Packing.checked(**plain['packing']),
             )
         except CheckpointError:
             raise
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
             raise CheckpointError(f'{path} cannot be read: its header is damaged ({error}).') from error
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f'{value!r} is no text')
+    return value
+
+
+def _checked_clock(clock: Mapping[str, Any]) -> dict[str, float]:
+    if 'ba' not in clock or not all(type(time) in (int, float) and 0 <= time < math.inf for time in clock.values()):
+        raise ValueError(f'{dict(clock)} is no clock')
+    return dict(clock)
+
+
+def _checked_duration(duration: Any) -> str | None:
+    return None if duration is None else str(Span.parse(duration, name='max_duration', positive=True))
 
 
 class SnapshotFile:
@@ -158,24 +192,27 @@ class SnapshotFile:
 
     Args:
         path: of the file.
+        is_base: whether it is opened for another file that holds differences to it. Default: False.
 
     Raises:
         CheckpointError: the file is missing, damaged, no snapshot, or of a newer release.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, is_base: bool = False) -> None:
         self.path = path
         self._tensors = TensorFile(path)
         self.header = Header.of_metadata(self._tensors.metadata, path)
         self._names = set(self._tensors.names())
         self._base: SnapshotFile | None = None
         if self.header.packing is not None:
+            if is_base:
+                raise CheckpointError(f'{path} holds differences, so no other file can hold differences to it.')
             base = path.parent / self.header.packing.base
             if not base.exists():
                 raise CheckpointError(
                     f'{path} holds differences to {base}, which does not exist. Put that file back beside it.'
                 )
-            self._base = SnapshotFile(base)
+            self._base = SnapshotFile(base, is_base=True)
             if self._base.header.identity.run_id != self.header.identity.run_id:
                 raise CheckpointError(
                     f'{path} holds differences to {base}, which is now a file of another run: '
@@ -335,7 +372,7 @@ def unpack(path: Path) -> None:
 def _exponent(whole: Entry, last: SnapshotFile, name: str) -> int | None:
     """The power of two to divide the differences by; None where the tensor is to stay as it is."""
     base = last.tensor(WEIGHTS, name)
-    if whole.dtype not in (torch.float32, torch.float64) or base.shape != whole.shape or not base.is_floating_point():
+    if whole.dtype not in _PACKED.values() or base.shape != whole.shape or not base.is_floating_point():
         return None
     if not base.numel():
         return 0

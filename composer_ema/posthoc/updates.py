@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any
@@ -21,6 +22,8 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 CLOCK_UNITS = ('iter', 'ep', 'ba', 'sp', 'tok')
 # Epochs and iterations come in fractions, which need not be exact: they are only looked up.
 _SAME_TIME = 1e-9
+# More than any run makes, and as many as memory holds.
+_MOST_UPDATES = 2**27
 
 
 class Updates:
@@ -130,7 +133,7 @@ class Updates:
             updates._count = _count(plain['count'])
             updates._clock = {unit: [_time(each) for each in plain['clock'][unit]] for unit in CLOCK_UNITS}
             updates._weights = {label: [_piece(each) for each in plain['weights'][label]] for label in updates.profiles}
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ValueError(f'the list of updates in {what} is damaged: {error!r}.') from error
         lengths = {f'the clock in {unit}': sum(c for c, _, _ in each) for unit, each in updates._clock.items()}
         lengths |= {label: sum(each['count'] for each in pieces) for label, pieces in updates._weights.items()}
@@ -219,13 +222,13 @@ def _texts(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _count(value: Any) -> int:
-    if type(value) is not int or value < 0:
+    if type(value) is not int or not 0 <= value <= _MOST_UPDATES:
         raise TypeError(f'{value!r} is no count')
     return value
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         raise TypeError(f'{value!r} is no number')
     return value  # pyright: ignore[reportReturnType]: an int stays one
 
