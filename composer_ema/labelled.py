@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from numbers import Real
+from types import NoneType
 from typing import Any
 
 from composer_ema.profiles import check_kind
+from composer_ema.spans import ArgumentError
 from composer_ema.wording import suggestion
 
 _LABEL = re.compile(r'[A-Za-z_][\w-]{0,63}', re.ASCII)
@@ -29,8 +32,9 @@ def by_label(given: Mapping[str, Any], *, reserved: Collection[str] = ()) -> dic
         None where no argument that makes averages has labels.
 
     Raises:
-        TypeError, ValueError: an argument without labels beside others that have them, a label that cannot be one or
-            that two arguments give, or an argument without effect.
+        ArgumentError: an argument without labels beside others that have them, a label that cannot be one or that two
+            arguments give, or an argument without effect.
+        TypeError: a kind of average that is no string.
 
     Example:
         >>> by_label({'half_life': {'short': 10, 'long': 100}, 'power': {'wide': 0.25}, 'warmup': {'long': 0.1}})
@@ -41,21 +45,23 @@ def by_label(given: Mapping[str, Any], *, reserved: Collection[str] = ()) -> dic
     if not any(isinstance(value, Mapping) for value in makers.values()):
         for name, value in changes.items():
             if isinstance(value, Mapping):
-                raise ValueError(
+                raise ArgumentError(
                     f'{name}={value!r} names averages by label, and the only average has none. Pass a single value, or '
-                    "label the average, as in half_life={'long': 1000}."
+                    "label the average, as in half_life={'long': ...}.",
+                    name,
                 )
         return None
     own: dict[str, dict[str, Any]] = {}
     for maker, values in makers.items():
         if not isinstance(values, Mapping):
-            raise ValueError(
-                f'{maker}={values!r} has no label, and other averages have. Give it one, as in '
-                f"{maker}={{'other': {values!r}}}, or leave it out."
+            raise ArgumentError(
+                f'{maker}={shown(values)} has no label, and other averages have. Give it one, as in '
+                f"{maker}={{'other': {shown(values)}}}, or leave it out.",
+                maker,
             )
-        refuse_empty(maker, values)
+        _refuse_empty(maker, values)
         for label, value in values.items():
-            check_label(maker, label, own, reserved)
+            _check_label(maker, label, own, reserved)
             _check_value(maker, label, value)
             own[label] = {maker: value}
     for change, value in changes.items():
@@ -66,65 +72,65 @@ def by_label(given: Mapping[str, Any], *, reserved: Collection[str] = ()) -> dic
 def _give_out(change: str, value: Any, own: Mapping[str, dict[str, Any]]) -> None:
     """Adds ``warmup`` or ``bias_correction`` to the arguments of the averages that it is for."""
     if isinstance(value, Mapping):
-        refuse_empty(change, value)
+        _refuse_empty(change, value)
     else:
         exponential = [label for label, arguments in own.items() if arguments.keys().isdisjoint(_OTHERS)]
         if not exponential:
-            raise ValueError(f'{change}={value!r} has no effect: no average is exponential. Leave it out.')
+            raise ArgumentError(f'{change}={value!r} has no effect: no average is exponential. Leave it out.', change)
         value = dict.fromkeys(exponential, value)
     for label, each in value.items():
         if label not in own:
             remedy = suggestion(label, own, 'The averages are')
-            raise ValueError(f'{change} names the average {label!r}, which there is not. {remedy}')
+            raise ArgumentError(f'{change} names the average {label!r}, which there is not. {remedy}', change)
         if each is not None:
             own[label][change] = each
 
 
 def _check_value(maker: str, label: str, value: Any) -> None:
     if value is None:
-        raise ValueError(
-            f'{maker}[{label!r}] is None, which makes no average. Leave the label out, or give it a value.'
+        raise ArgumentError(
+            f'{maker}[{label!r}] is None, which makes no average. Leave the label out, or give it a value.', maker
         )
     if maker != _AVERAGE:
         return
     check_kind(value)
     if value != 'equal':
-        raise ValueError(
+        raise ArgumentError(
             f'{maker}[{label!r}]={value!r} does not say which exponential average. Write the label under half_life '
-            'instead.'
+            'instead.',
+            maker,
         )
 
 
-def refuse_empty(name: str, values: Mapping[str, Any]) -> None:
-    """Raises a ValueError if an argument maps no label to a value."""
+def _refuse_empty(name: str, values: Mapping[str, Any]) -> None:
     if not values:
-        raise ValueError(
-            f'{name}={{}} names no average, so it has no effect. Give it a label and a value, or leave it out.'
+        raise ArgumentError(
+            f'{name}={{}} names no average, so it has no effect. Give it a label and a value, or leave it out.', name
         )
 
 
-def check_label(maker: str, label: Any, own: Mapping[str, Any], reserved: Collection[str]) -> None:
-    """Raises a ValueError unless an average may have this label.
-
-    Args:
-        maker: the argument that gives it.
-        label: any object.
-        own: the arguments of each average by label, so far.
-        reserved: what no average may be called.
-    """
+def _check_label(maker: str, label: Any, own: Mapping[str, Any], reserved: Collection[str]) -> None:
     if not isinstance(label, str) or not _LABEL.fullmatch(label):
-        raise ValueError(
+        raise ArgumentError(
             f'{maker} must map labels to values, got the label {_shortened(label)}. A label starts with a letter and '
-            "has at most 64 letters, digits, '_' and '-', as 'long' or 'ba_100'."
+            "has at most 64 letters, digits, '_' and '-', as 'long' or 'ba_100'.",
+            maker,
         )
     if label in reserved:
-        raise ValueError(f'{maker} calls an average {label!r}, which has another meaning. Pass another label.')
-    if label in own:
-        raise ValueError(
-            f'{maker} and {next(iter(own[label]))} both make an average {label!r}. Give each its own label.'
+        raise ArgumentError(
+            f'{maker} calls an average {label!r}, which has another meaning. Pass another label.', maker
         )
+    if label in own:
+        raise ArgumentError(
+            f'{maker} and {next(iter(own[label]))} both make an average {label!r}. Give each its own label.', maker
+        )
+
+
+def shown(value: Any) -> str:
+    """A value as it is written in Python; a time as the string that stands for it."""
+    return repr(value) if isinstance(value, str | Real | NoneType) else repr(str(value))
 
 
 def _shortened(label: Any) -> str:
-    shown = repr(label)
-    return shown if len(shown) <= 80 else f'{shown[:77]}...'
+    written = repr(label)
+    return written if len(written) <= 80 else f'{written[:77]}...'

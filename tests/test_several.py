@@ -175,7 +175,7 @@ def test_what_cannot_stand_together_is_refused_with_a_remedy(trainer):
         ({'power': {'a': 0.1}, 'warmup': 0.1}, 'no average is exponential'),
         ({'power': {'a': 0.1}, 'warmup': {'a': 0.1}}, 'a: warmup has no effect on a power average'),
         ({'half_life': {'long': '1ba'}, 'warmup': {'lnog': 0.1}}, "Did you mean 'long'"),
-        ({'warmup': {'a': 0.1}}, 'names averages by label, and the average of this run has none'),
+        ({'warmup': {'a': 0.1}}, 'names averages by label, and the only average has none'),
         ({'half_life': {'a': '1ba'}, 'evaluate_with': {'eval': 'ema'}}, r"evaluate_with\['eval'\] must be 'a' or"),
         ({'half_life': {'a': '1ba'}, 'export_weights': 'ema'}, "export_weights must be 'a' or 'training'"),
         ({'half_life': {'a': '1ba'}, 'avg_fn': torch.lerp}, 'decide how much of the average is kept'),

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from composer_ema.kernels import finite
 from composer_ema.kernels.backend import Steps
 from composer_ema.kernels.layout import Pair, flat, grouped, is_lazy
 from composer_ema.kernels.rules import Rules
@@ -152,7 +153,10 @@ def _update_of(piece: _Piece, scratch: _Scratch, rules: Rules, is_mended: bool) 
                 if mend is not None:
                     mend()
 
-    return _skipping(piece, update, rules) if rules.skip_nonfinite else update
+    if not rules.skip_nonfinite:
+        return update
+    tensors = [[tensor] for pair in piece.averages for tensor in pair]
+    return finite.skipping(update, tensors, [source], [source], rules.skipped)
 
 
 def _move_of(shadow: Tensor, term: Tensor, current: Tensor, scratch: _Scratch) -> Callable[[float], object]:
@@ -212,25 +216,3 @@ def _mend_of(shadow: Tensor, term: Tensor, current: Tensor, scratch: _Scratch) -
             mend()
 
     return mend_if_need_be
-
-
-def _skipping(
-    piece: _Piece, update: Callable[[Sequence[float]], None], rules: Rules
-) -> Callable[[Sequence[float]], None]:
-    """Looks at the source first: where an element is not finite, its averages keep their bits, and it is counted."""
-    source = piece.source
-    total, dims = source.new_zeros(()), list(range(source.dim()))
-
-    def update_and_keep(weights: Sequence[float]) -> None:
-        if cmath.isfinite(torch.sum(source, dims, out=total).item()):
-            update(weights)
-            return
-        is_bad = ~source.isfinite().to(piece.averages[0][0].device)
-        kept = [(tensor, tensor[is_bad]) for pair in piece.averages for tensor in pair]
-        update(weights)
-        for tensor, values in kept:
-            tensor[is_bad] = values
-        if rules.skipped is not None:
-            rules.skipped.add_(is_bad.sum())
-
-    return update_and_keep
