@@ -46,6 +46,7 @@ def share_of(algorithm: Any) -> float | None:
         ({'half_life': '1ep', 'update_interval': '1ep'}, 2**-1),
         ({'smoothing': 0.6}, 0.6**5),
         ({'smoothing': 0.6, 'update_interval': '2ba'}, 0.6**3),
+        ({'smoothing': 0.6, 'update_interval': '0.01ep'}, 0.6**5),
     ],
     ids=lambda value: ' '.join(map(str, value.values())) if isinstance(value, dict) else '',
 )  # fmt: skip

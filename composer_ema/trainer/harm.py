@@ -87,14 +87,15 @@ def expected_share(average: Average, start: Start, interval: Interval, state: St
     if not isinstance(profile, HalfLife | Smoothing) or so_far is None:
         return None
     span = interval.resolve(state)
-    whole = run_length(span.unit, state)
+    whole, batches = run_length(span.unit, state), run_length('ba', state)
     first = _position(average, start, interval, state)
-    if not whole or first is None or first > whole * (1 + 1e-9):
+    if not whole or not batches or first is None or first > whole * (1 + 1e-9):
         return None  # without an update there is no average
+    pace = max(span.value, whole / batches)  # no more than one update a batch, however short the interval
     begin = 0.0 if start.span.value == 0 else first
     if average.first_update is not None:
         begin = average.first_update[span.unit]
-    updates = _multiples(whole - begin, span.value) - _multiples(first - begin, span.value)
+    updates = _multiples(whole - begin, pace) - _multiples(first - begin, pace)
     if not average.has_begun:
         so_far = 1.0
     if updates <= 0:
@@ -105,7 +106,7 @@ def expected_share(average: Average, start: Start, interval: Interval, state: St
     length = run_length(half_life.unit, state)
     if length is None:
         return None
-    last = begin + _multiples(whole - begin, span.value) * span.value
+    last = begin + _multiples(whole - begin, pace) * pace
     elapsed = (last - first) / whole * length
     return so_far * 2 ** (-elapsed / half_life.value) if half_life.value > 0 else 0.0
 
