@@ -47,6 +47,8 @@ def assert_made_of(kept, batches: EveryBatch) -> None:
         EMA('0.2dur', update_interval='2ba'),
         EMA('30sp', ema_start='1ep', update_interval='2ba'),
         EMA('1ep', update_interval='1ep'),
+        EMA('6ba', ema_start='4ba', update_interval='3ba', bias_correction=True),
+        EMA('6ba', update_interval='4ba', bias_correction=True),
         EMA(power=0.1, half_life=None),
         SWA('6ba', update_interval='1ba'),
     ],
@@ -70,6 +72,20 @@ def test_an_average_that_starts_at_the_end_of_an_epoch_after_its_checkpoint_is_f
     history = read_run(tmp_path)
     assert not history.left_out
     assert [len(kept.weights) for kept in history.kept if kept.label == 'ema'] == [6, 9, 12]
+    for kept in history.kept:
+        assert_made_of(kept, batches)
+
+
+@pytest.mark.parametrize('algorithm', [EMA(power=0.1), EMA('6ba', warmup=0.2)], ids=['power', 'warmup'])
+def test_an_average_that_a_resumed_run_began_is_followed(tmp_path, algorithm):
+    batches = EveryBatch()
+    trainer = make_trainer([], callbacks=[batches], save_folder=str(tmp_path), run_name='run', max_duration='5ba')
+    trainer.fit()
+    trainer.close()
+    train(tmp_path, algorithm, batches, load_path=str(tmp_path / 'latest-rank0.pt'))
+    history = read_run(tmp_path, max_duration='4ep')
+    assert not history.left_out
+    assert [len(kept.weights) for kept in history.kept if kept.label == 'ema'] == [8, 12]
     for kept in history.kept:
         assert_made_of(kept, batches)
 

@@ -357,3 +357,21 @@ def test_hidden_averages_are_updated_and_saved_but_not_shown(trainer, tmp_path):
     trainer([later], load_path=str(tmp_path / 'ba6.pt'), max_duration='3ep').fit()
     counts = {label: average['num_updates'] for label, average in later.state_dict()['averages'].items()}
     assert counts == {'ema': 9, 'wide': 3}
+
+
+@pytest.mark.parametrize(('interval', 'start'), [('1ba', '0ba'), ('2ba', '0ba'), ('2ba', '2ba'), ('1ep', '0ba')])
+def test_the_unit_of_a_half_life_does_not_matter_where_batches_are_alike(trainer, interval, start):
+    data = toy.make_data(12)  # three batches of four samples, of three tokens each
+    ema = EMA(
+        half_life={'ba': '3ba', 'ep': '1ep', 'sp': '12sp', 'tok': '36tok', 'dur': '0.5dur'},
+        bias_correction=True,
+        update_interval=interval,
+        ema_start=start,
+        shadow_dtype='float64',
+    )
+    trainer([ema], train_dataloader=data).fit()
+    assert ema.ema_model['ba'].num_updates >= 2
+    first, *others = (dict(ema.ema_model[label].named_parameters()) for label in ema.labels)
+    for each in others:
+        for name, tensor in each.items():
+            torch.testing.assert_close(tensor, first[name], rtol=1e-12, atol=1e-14)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from composer_ema.averages import UPDATES, Moment, Profile, Smoothing
+from composer_ema.averages import UPDATES, BiasCorrected, Moment, Profile, Smoothing
 from composer_ema.checkpoints import formats
 from composer_ema.checkpoints.reading import (
     CheckpointError,
@@ -83,6 +83,7 @@ class _Course:
         last_update: the clock of the last one.
         started_at: the clock from which its age counts.
         first_update: the clock from which the interval counts; None for the start of training.
+        memory: what the profile remembers of earlier updates.
     """
 
     weights: Array
@@ -90,6 +91,7 @@ class _Course:
     last_update: Mapping[str, float] | None = None
     started_at: Mapping[str, float] | None = None
     first_update: Mapping[str, float] | None = None
+    memory: Mapping[str, float] = field(default_factory=dict)
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -290,7 +292,11 @@ def _follow(
                 if had_none and made.is_at_ends:
                     start -= 1  # the end of the epoch came after that checkpoint
                 had_none = False
+                if not course.num_updates:
+                    course.started_at = average['started_at']  # later than training, where a resumed run began it
+                _remember(made.profile, course)
                 _simulate(course, made, start, stop - is_before_end)
+                course.memory = made.profile.state_dict()
                 _check(course, average, is_builtin=label in checkpoint.are_builtin)
             except _Unknown as error:
                 problem = str(error)
@@ -391,6 +397,14 @@ def _resolved(span: Span, max_duration: str | None) -> Span:
     return Span(span.value * whole.value, whole.unit)
 
 
+def _remember(profile: Profile, course: _Course) -> None:
+    """Gives a profile its memory of earlier updates, or that of one that has forgotten its start, as a resumed run."""
+    if course.memory.keys() == profile.state_dict().keys():
+        profile.load_state_dict(course.memory)
+    elif isinstance(profile, BiasCorrected) and course.num_updates:
+        profile.log_kept = -math.inf
+
+
 def _simulate(course: _Course, made: _Made, start: int, stop: int) -> None:
     """Makes the updates that the batches after ``start`` up to ``stop`` made."""
     interval, times = made.interval, made.clocks[made.interval.unit]
@@ -431,9 +445,7 @@ def _update(course: _Course, made: _Made, batch: int) -> None:
         if course.started_at is not None:
             started = course.started_at[made.unit]
         now = clock[made.unit]
-        last = made.at(batch - 1)[made.unit] if batch else 0.0
-        if course.last_update is not None:
-            last = course.last_update[made.unit]
+        last = started if course.last_update is None else course.last_update[made.unit]
         elapsed = max(now - last, 0.0)
         moment = Moment(elapsed / made.length, max(now - started, elapsed) / made.length, course.num_updates)
     course.weights[batch] = 1.0 if course.num_updates == 0 else made.profile.weight(moment)

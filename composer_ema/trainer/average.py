@@ -118,16 +118,18 @@ class Average:
         if self.horizon is not None:
             look.check_counts(unit, self.horizon)
         now = look.now[unit]
+        age = now - (self.started_at or START_OF_TRAINING)[unit]
         if self.last_update is not None:
             elapsed = now - self.last_update[unit]
+        elif not self.has_begun:
+            elapsed = age  # in all units alike
         elif unit == interval.span.unit:
             # An average that came without its clock: Composer's own, or one that the user set.
             elapsed = interval.span.value
         else:
             elapsed = now - look.before[unit]
         elapsed = max(elapsed, 0.0)
-        since_start = max(now - (self.started_at or START_OF_TRAINING)[unit], elapsed)
-        return Moment(elapsed / length, since_start / length, num_updates)
+        return Moment(elapsed / length, max(age, elapsed) / length, num_updates)
 
     def pass_over_batch(self, look: Look) -> None:
         """Makes the batch that has just ended, which moved no weight, no part of any elapsed time and of no age."""
