@@ -453,6 +453,21 @@ class TestIdentity:
         (reason,) = history.left_out
         assert f'{path} cannot be read: it is truncated or damaged' in reason
 
+    @pytest.mark.parametrize('name', ['averages-00000005', 'weights-00000010'])
+    @pytest.mark.parametrize('is_in_header', [False, True])
+    def test_a_flipped_bit_is_found_when_the_file_is_read(self, tmp_path, name, is_in_header):
+        Run(tmp_path, run_name='walk').steps(10).snapshots.finish()
+        tensors(read_run(tmp_path))
+        path = tmp_path / f'{name}.safetensors'
+        content = bytearray(path.read_bytes())
+        content[content.index(b'walk') if is_in_header else -1] ^= 1
+        path.write_bytes(content)
+        damaged = [each for each in read_run(tmp_path).kept if each.path == path]
+        assert damaged
+        for each in damaged:
+            with pytest.raises(CheckpointError, match=f'{name}.safetensors is damaged: it is not what was written'):
+                each.tensor(each.names()[0])
+
     def test_a_header_of_a_newer_release_or_of_nothing_known_is_told(self, tmp_path):
         Run(tmp_path).steps(5)
         path = tmp_path / 'averages-00000005.safetensors'

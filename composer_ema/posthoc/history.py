@@ -170,8 +170,8 @@ class _Course:
                 path=file.path,
                 clock=header.clock,
                 _names=lambda label=label: file.names(label),
-                _tensor=lambda name, label=label: file.tensor(label, name),
-                _rounding=lambda label=label: file.rounding(label),
+                _tensor=lambda name, label=label: file.checked().tensor(label, name),
+                _rounding=lambda label=label: file.checked().rounding(label),
             )
             for label in file.labels
         ]
@@ -193,5 +193,5 @@ def _newest(files: Sequence[SnapshotFile]) -> dict[str, Callable[[], Tensor]]:
         label = file.labels[0]
         for name in file.names(label):
             if file.header.holds_weights or name not in found or file.is_copied(name):
-                found[name] = lambda file=file, label=label, name=name: file.tensor(label, name)
+                found[name] = lambda file=file, label=label, name=name: file.checked().tensor(label, name)
     return found

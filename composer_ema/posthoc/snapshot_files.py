@@ -8,6 +8,7 @@ read the same.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -204,6 +205,7 @@ class SnapshotFile:
         self.header = Header.of_metadata(self._tensors.metadata, path)
         self._names = set(self._tensors.names())
         self._base: SnapshotFile | None = None
+        self._is_checked = False
         if self.header.packing is not None:
             if is_base:
                 raise CheckpointError(f'{path} holds differences, so no other file can hold differences to it.')
@@ -218,6 +220,19 @@ class SnapshotFile:
                     f'{path} holds differences to {base}, which is now a file of another run: '
                     f'{self._base.header.identity}, not {self.header.identity}.'
                 )
+
+    def checked(self) -> SnapshotFile:
+        """The file itself, after a look at its checksum and at that of the file it holds differences to.
+
+        Raises:
+            CheckpointError: one has changed since it was written.
+        """
+        if not self._is_checked:
+            for path in [self.path] if self._base is None else [self.path, self._base.path]:
+                status = path.stat()
+                _check(path, status.st_size, status.st_mtime_ns)
+            self._is_checked = True
+        return self
 
     @property
     def num_updates(self) -> int:
@@ -292,6 +307,12 @@ class SnapshotFile:
     def _whole(self, key: str, packing: Packing) -> Entry:
         _, shape = self._tensors.outline(key)
         return Entry(getattr(torch, packing.dtypes[key]), shape, lambda: self._restored(key, packing))
+
+
+@functools.lru_cache(maxsize=1024)
+def _check(path: Path, size: int, changed: int) -> None:
+    """Checks a file as it was last changed, once for all that hold differences to it."""
+    TensorFile(path).check()
 
 
 def is_snapshot(metadata: Mapping[str, str]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,9 @@ _CODES = {
 }  # fmt: skip
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
 _METADATA = '__metadata__'
+# The checksum of a file in which these zeros stand in its place.
+_CHECKSUM, _ZEROS = 'crc32', '00000000'
+_AT_ONCE = 2**22
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ def write(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str])
     """
     # Wide values first: every tensor then lies at a multiple of its own width, which readers in place rely on.
     ordered = sorted(entries.items(), key=lambda pair: (-pair[1].dtype.itemsize, pair[0]))
-    header: dict[str, Any] = {_METADATA: dict(metadata)}
+    header: dict[str, Any] = {_METADATA: {_CHECKSUM: _ZEROS, **metadata}}
     offset = 0
     for name, entry in ordered:
         end = offset + entry.num_bytes
@@ -91,10 +95,20 @@ def write(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str])
     encoded = json.dumps(header, separators=(',', ':')).encode()
     encoded += b' ' * (-len(encoded) % 8)
     with beside(path) as written, written.open('wb') as file:
-        file.write(len(encoded).to_bytes(8, 'little') + encoded)
+        start = len(encoded).to_bytes(8, 'little') + encoded
+        checksum = zlib.crc32(start)
+        file.write(start)
         for _, entry in ordered:
             values = entry.values().detach().to('cpu', entry.dtype).contiguous().reshape(-1)
-            file.write(values.view(torch.uint8).numpy().data)
+            data = values.view(torch.uint8).numpy().data
+            checksum = zlib.crc32(data, checksum)
+            file.write(data)
+        file.seek(start.index(_in_header(_ZEROS)))
+        file.write(_in_header(f'{checksum:08x}'))
+
+
+def _in_header(checksum: str) -> bytes:
+    return f'"{_CHECKSUM}":"{checksum}"'.encode()
 
 
 class TensorFile:
@@ -116,6 +130,27 @@ class TensorFile:
             raise CheckpointError(f'{path} does not exist.') from error
         except (OSError, safetensors.SafetensorError) as error:
             raise CheckpointError(f'{path} cannot be read: it is truncated or damaged ({error}).') from error
+
+    def check(self) -> None:
+        """Reads the whole file once and compares its checksum, where it has one.
+
+        Raises:
+            CheckpointError: it has changed since it was written.
+        """
+        written = self.metadata.get(_CHECKSUM)
+        if written is None:
+            return
+        with self.path.open('rb') as file:
+            length = file.read(8)
+            header = file.read(int.from_bytes(length, 'little'))
+            found = zlib.crc32(length + header.replace(_in_header(written), _in_header(_ZEROS), 1))
+            while data := file.read(_AT_ONCE):
+                found = zlib.crc32(data, found)
+        if f'{found:08x}' != written:
+            raise CheckpointError(
+                f'{self.path} is damaged: it is not what was written, by its checksum. Move it out of the folder, or '
+                'put a sound copy in its place.'
+            )
 
     def names(self) -> list[str]:
         """The names of all tensors."""
