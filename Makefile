@@ -8,8 +8,10 @@ DOCS := $(VENV)/.docs
 # The release of torch that test-core installs, and the tests that it runs: those of all that works without Composer.
 TORCH ?= 2.13.0
 CORE_VENV := .venv-core-$(TORCH)
-CORE := averages settings spans stream sharding kernels layout naming offload custom shadow following buffers loan lazy updates merge \
-	snapshots functional wrapper optimizer optimizer_stepping optimizer_state optimizer_swapping batchnorm interchange package compiled
+CORE := averages settings spans stream sharding kernels layout naming offload custom shadow following buffers \
+	loan lazy updates merge snapshots functional wrapper optimizer optimizer_stepping optimizer_state \
+	optimizer_swapping batchnorm interchange package compiled profiles shares fit target reconstruct \
+	shadow_models rounding
 # Threads of torch while something is measured on the CPU; empty: as many as torch takes by itself.
 BENCH_THREADS ?=
 BENCH := $(BIN)/python -m benchmarks
