@@ -1,6 +1,7 @@
 """Several averages in one Trainer: each is what it is alone; evaluators, metrics and checkpoints name them."""
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -375,3 +376,12 @@ def test_the_unit_of_a_half_life_does_not_matter_where_batches_are_alike(trainer
     for each in others:
         for name, tensor in each.items():
             torch.testing.assert_close(tensor, first[name], rtol=1e-12, atol=1e-14)
+
+
+def test_the_first_update_after_a_start_stands_for_the_samples_of_its_batch(trainer):
+    # Batches have 4, 4, 2 samples. The first update is that of batch 3, the second that of batch 4.
+    ema = EMA('4sp', ema_start='3ba', update_interval='1ba', bias_correction=True)
+    trainer([ema], max_duration='4ba').fit()
+    state = ema.state_dict()['averages']['ema']
+    assert (state['started_at']['sp'], state['started_at']['ba']) == (8, 2)
+    assert state['profile']['log_kept'] == pytest.approx(-math.log(2) * (2 + 4) / 4)

@@ -65,8 +65,10 @@ class Interval(TimeArgument):
         return has_crossed(earlier - begin, now - begin, span.value)
 
     def before(self, look: Look) -> dict[str, float]:
-        """The clock one interval ago, in all units, if time has passed evenly so far; at least zero."""
+        """The clock one interval ago, at least zero: exact for one batch, else as if time passed evenly."""
         span = self.resolve(look.state)
+        if (span.value, span.unit) == (1, 'ba'):
+            return dict(look.before)
         now = look.now
         share = max(0.0, 1 - span.value / now[span.unit]) if now[span.unit] > 0 else 0.0
         return {unit: time * share for unit, time in now.items()}
