@@ -197,7 +197,8 @@ class TestWhatToWrite:
             ({'half_life': '1ep'}, 'algorithms.ema.half_life=0.707ep'),
             ({'half_life': '0.2dur'}, 'algorithms.ema.half_life=0.0707dur'),
             ({'half_life': '100tok'}, 'algorithms.ema.half_life=0.0707dur'),
-            ({'half_life': {'short': '10ba', 'long': '1ep'}}, 'algorithms.ema.half_life=71ba'),
+            ({'half_life': {'short': '10ba', 'long': '1ep'}}, 'algorithms.ema.half_life.best=71ba'),
+            ({'power': {'wide': 0.1}}, 'algorithms.ema.half_life.best=0.0707dur'),
             ({}, 'algorithms.ema.half_life=0.0707dur'),
             ({'power': 0.1}, '~algorithms.ema.power algorithms.ema.half_life=0.0707dur'),
         ],
@@ -213,8 +214,14 @@ class TestWhatToWrite:
     def test_recipes_take_it(self, tmp_path):
         path = tmp_path / 'a.yaml'
         path.write_text(yaml.safe_dump(TINY))
-        for family, arguments in (('half_life', {'power': 0.1}), ('power', {'half_life': '3ba'})):
-            values = {**TINY, 'algorithms': {'ema': arguments}}
+        labelled = {'half_life': {'short': '3ba'}, 'power': {'wide': 0.1}, 'warmup': 0.1}
+        for family, arguments, seen in (
+            ('half_life', {'power': 0.1}, ['ema']),
+            ('power', {'half_life': '3ba'}, ['ema']),
+            ('half_life', labelled, ['short', 'wide']),
+            ('power', labelled, ['short', 'wide']),
+        ):
+            values = {**TINY, 'algorithms': {'ema': arguments}, 'evaluate': ['training', *seen]}
             path.write_text(yaml.safe_dump(values))
             schema.plan(schema.load(path, overrides(values, family, 0.1, {}).split()))
 

@@ -252,11 +252,17 @@ def overrides(recipe: Mapping[str, Any], family: Family, value: float, clock: Ma
         'algorithms.ema.half_life=251ba'
         >>> overrides({'algorithms': {'ema': {'power': 0.1}}}, 'half_life', 0.1, {'ba': 2508.0})
         '~algorithms.ema.power algorithms.ema.half_life=0.1dur'
+        >>> overrides({'algorithms': {'ema': {'half_life': {'short': '10ba'}}}}, 'half_life', 0.1, {'ba': 2508.0})
+        'algorithms.ema.half_life.best=251ba'
     """
     name, own = _arguments(recipe)
+    written = in_unit_of(own.get('half_life'), value, clock) if family == 'half_life' else f'{rounded(value):g}'
+    if any(isinstance(own.get(key), Mapping) for key in _RIVALS):  # one more average beside those with labels
+        evaluated = recipe.get('evaluate')
+        seen = f' evaluate=[{",".join([*evaluated, "best"])}]' if evaluated and 'best' not in evaluated else ''
+        return f'algorithms.{name}.{family}.best={written}{seen}'
     unfit = [key for key in _RIVALS if key != family] + (list(_CHANGES) if family == 'power' else [])
     dropped = [f'~algorithms.{name}.{key}' for key in unfit if own.get(key)]
-    written = in_unit_of(own.get('half_life'), value, clock) if family == 'half_life' else f'{rounded(value):g}'
     return ' '.join([*dropped, f'algorithms.{name}.{family}={written}'])
 
 
