@@ -166,6 +166,7 @@ def test_host_writes_match_and_what_is_beyond_the_kernel(tmp_path) -> None:
     assert result['summary']['beyond_kernel_us'] == us['match and apply, whole batch'] - us['kernel calls']
 
 
+@pytest.mark.slow
 def test_memory_of_ours_is_the_shadow_hardly_more_no_peak_and_one_stash(tmp_path) -> None:
     result = run('memory', tmp_path / 'memory.json', '--models', MODEL, '--precision', 'fp32')
     check_head(result, 'memory')

@@ -260,6 +260,7 @@ def outsider(tmp_path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_an_outsiders_data_set_model_and_callback_train_a_recipe(outsider):
     output = run(
         f"""
@@ -291,6 +292,7 @@ WRONG = [
 ]
 
 
+@pytest.mark.slow
 def test_a_broken_plug_in_names_itself_where_it_is_used_and_an_outsiders_arguments_are_checked_as_ours(outsider):
     output = run(
         f"""

@@ -104,6 +104,7 @@ def test_plain_loop_killed_twice_ends_with_the_bits_of_an_uninterrupted_run(tmp_
     assert ends[0]['optimizer']['ema']['num_steps'] == epochs * 10
 
 
+@pytest.mark.slow
 def test_plain_loop_refuses_the_checkpoint_of_a_run_with_data_in_another_order(tmp_path):
     checkpoint = tmp_path / 'run.pt'
     finished(start(checkpoint, epochs=1))

@@ -175,6 +175,7 @@ class TestMake:
         assert trained_names == ['slow-seed1']
         assert rows[0].values('accuracy', 'average') == [0.75]
 
+    @pytest.mark.slow
     def test_the_page_keeps_what_is_around_the_markers(self, folder):
         shown: list[Any] = []
         rows = make(folder, shown, command='python -m benchmarks.published x')
@@ -188,6 +189,7 @@ class TestMake:
         assert '](images/card_table.png)' in page
         assert [each for each in shown if str(each).startswith('4 of 4: fast-seed2, ')]
 
+    @pytest.mark.slow
     def test_published_rows_come_first_in_their_order(self, folder):
         assert [(row.name, row.published) for row in make(folder)] == [
             ('slow', Published(0.125, 2.5)),
@@ -210,12 +212,14 @@ class TestMake:
         assert published_page.as_markdown(rows) in (folder / 'runs/table/table.md').read_text()
         assert (folder / 'runs/table/images/table_table.png').exists()
 
+    @pytest.mark.slow
     def test_finished_runs_are_not_trained_again(self, folder, trained_names):
         first = make(folder)
         assert trained_names == ['slow-seed1', 'slow-seed2', 'fast-seed1', 'fast-seed2']
         assert make(folder) == first
         assert len(trained_names) == 4
 
+    @pytest.mark.slow
     def test_a_recipe_that_changed_is_told_before_anything_is_trained(self, folder, trained_names):
         make(folder)
         trained_names.clear()

@@ -668,6 +668,7 @@ class TestOverrides:
         with pytest.raises(RecipeError, match=r'is an override without a recipe before it\. Write RECIPE\.yaml lr=1\.'):
             schema.load('lr=1')
 
+    @pytest.mark.slow
     def test_the_recorded_recipe_and_a_resumed_run_follow_the_changed_one(self, load, tmp_path):
         overrides = ['scheduler.name=cosine_annealing_lr', '~optimizer.lr', 'max_duration=2ep', 'autoresume=true']
         stopped = build(load(*overrides, 'run_name=stopped'), callbacks=[Interrupt(batch=7)])
@@ -1031,6 +1032,7 @@ class TestResume:
         assert shown[1] == 'done has already trained for 2ep: nothing is left to train'
         assert lines_of(tmp_path / 'runs/done') == lines
 
+    @pytest.mark.slow
     def test_load_path_continues_in_a_new_folder_with_the_evaluations_so_far(self, write, tmp_path):
         path = write()
         train(schema.load(path, ['run_name=first', 'max_duration=1ep']), quiet)
