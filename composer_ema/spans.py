@@ -19,6 +19,8 @@ UNITS = {
 }
 #: The same in the singular, for :func:`composer_ema.wording.counted`; a share of the run is not counted.
 NOUNS = {'iter': 'iteration', 'ep': 'epoch', 'ba': 'batch', 'sp': 'sample', 'tok': 'token'}
+#: The units that the clock of a run counts. A share of the run is measured in one of them.
+CLOCK_UNITS = tuple(NOUNS)
 #: Units that a part of may have passed; batches, samples and tokens come whole.
 FRACTIONAL_UNITS = frozenset({'iter', 'ep', 'dur'})
 
@@ -89,6 +91,18 @@ class Span:
                 f'{name} counts whole {UNITS[unit]}, got {str(time)!r}. Round it, or pass a share of epochs.', name
             )
         return cls(int(value) if value == int(value) and unit != 'dur' else float(value), unit)
+
+
+def has_crossed(earlier: float, now: float, interval: float) -> bool:
+    """Whether a multiple of ``interval`` lies in (earlier, now], up to the rounding error of fractions.
+
+    Example:
+        >>> has_crossed(9, 10, 10), has_crossed(10, 11, 10), has_crossed(2.9, 3.1, 0.5)
+        (True, False, True)
+    """
+    if now <= earlier or now - earlier >= interval:
+        return now > earlier
+    return math.floor(now / interval + 1e-9) > math.floor(earlier / interval + 1e-9)
 
 
 _EXAMPLES = {'ba': '1000ba', 'ep': '2ep', 'sp': '50000sp', 'tok': '1000000tok', 'iter': '2iter', 'dur': '0.1dur'}

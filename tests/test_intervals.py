@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from torch.amp import GradScaler
 
 from composer_ema import EMA, SWA
-from composer_ema.spans import Span
+from composer_ema.spans import Span, has_crossed
 from composer_ema.trainer.clock import Look
-from composer_ema.trainer.due import Interval, Start, first_update, has_crossed
+from composer_ema.trainer.due import Interval, Start, first_update
 from composer_ema.trainer.weight_average import WeightAverage
 
 FIXTURES = Path(__file__).parent / 'fixtures'

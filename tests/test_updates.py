@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from composer_ema.averages import Moment, Power
-from composer_ema.posthoc.updates import CLOCK_UNITS, Updates
+from composer_ema.posthoc.updates import Updates
 from composer_ema.profiles import of_description
+from composer_ema.spans import CLOCK_UNITS
 
 LABELS = {'power=0.05': 'power=0.05', 'power=0.1': 'power=0.1'}
 

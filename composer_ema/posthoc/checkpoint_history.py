@@ -32,10 +32,10 @@ from composer_ema.model.names import listed
 from composer_ema.model.sharding import canonical_name
 from composer_ema.posthoc.moments import History, KeptAverage
 from composer_ema.posthoc.snapshot_files import WEIGHTS
-from composer_ema.posthoc.updates import CLOCK_UNITS, Array
+from composer_ema.posthoc.updates import Array
 from composer_ema.profiles import of_description
 from composer_ema.settings import Settings
-from composer_ema.spans import Span
+from composer_ema.spans import CLOCK_UNITS, Span, has_crossed
 
 _IN_RUN, _RECIPE = 'checkpoints', 'recipe.yaml'
 _MAX_DURATION = re.compile(r'^max_duration:\s*[\'"]?([^\s\'"#]+)', re.MULTILINE)
@@ -417,17 +417,10 @@ def _simulate(course: _Course, made: _Made, start: int, stop: int) -> None:
             is_due = starts[batch] >= made.start.value - 1e-9
         else:
             begin = 0.0 if course.first_update is None else course.first_update[interval.unit]
-            is_due = last is not None and _has_crossed(last - begin, times[batch] - begin, interval.value)
+            is_due = last is not None and has_crossed(last - begin, times[batch] - begin, interval.value)
         if is_due:
             _update(course, made, batch)
             last = times[batch]
-
-
-def _has_crossed(earlier: float, now: float, interval: float) -> bool:
-    """Whether a multiple of the interval lies between; see :func:`composer_ema.trainer.due.has_crossed`."""
-    if now <= earlier or now - earlier >= interval:
-        return now > earlier
-    return math.floor(now / interval + 1e-9) > math.floor(earlier / interval + 1e-9)
 
 
 def _update(course: _Course, made: _Made, batch: int) -> None:

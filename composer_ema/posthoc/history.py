@@ -15,7 +15,8 @@ from composer_ema.posthoc.checkpoint_history import Ordinary, checkpoints_in, re
 from composer_ema.posthoc.moments import History, KeptAverage
 from composer_ema.posthoc.shares import checked
 from composer_ema.posthoc.snapshot_files import COPIED, WEIGHTS, SnapshotFile, files_in
-from composer_ema.posthoc.updates import CLOCK_UNITS, Array
+from composer_ema.posthoc.updates import Array
+from composer_ema.spans import CLOCK_UNITS
 
 #: Where a run keeps its snapshots, in its folder.
 SNAPSHOT_FOLDER = 'snapshots'

@@ -16,10 +16,9 @@ import numpy as np
 
 from composer_ema.averages import Moment, Profile
 from composer_ema.profiles import of_description
+from composer_ema.spans import CLOCK_UNITS
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
-#: The units of the clock, as in the trainer: a plain loop counts its steps as batches.
-CLOCK_UNITS = ('iter', 'ep', 'ba', 'sp', 'tok')
 # Epochs and iterations come in fractions, which need not be exact: they are only looked up.
 _SAME_TIME = 1e-9
 # More than any run makes, and as many as memory holds.
@@ -67,7 +66,8 @@ class Updates:
         """Records one update of every average.
 
         Args:
-            clock: the time of the update by unit; units that it lacks count as 0.
+            clock: the time of the update by unit; units that it lacks count as 0. A plain loop counts its steps as
+                batches.
             made: for each label, the weight of the update, and the moment from which the profile computed it. None
                 where the weight is no profile's, as that of a first update that copies.
         """

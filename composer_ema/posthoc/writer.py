@@ -31,8 +31,8 @@ from composer_ema.posthoc.snapshot_files import (
     unpack,
     write_snapshot,
 )
-from composer_ema.posthoc.updates import CLOCK_UNITS, Updates
-from composer_ema.spans import ArgumentError, Span
+from composer_ema.posthoc.updates import Updates
+from composer_ema.spans import CLOCK_UNITS, ArgumentError, Span
 from composer_ema.wording import counted
 
 log = logging.getLogger(__name__)

@@ -28,7 +28,8 @@ from composer_ema.shadow import loan
 from composer_ema.shadow import state as states
 from composer_ema.shadow.shadow_model import ShadowModel
 from composer_ema.shadow.shadow_models import ShadowModels
-from composer_ema.trainer.clock import CLOCK_UNITS, START_OF_TRAINING, Clock, Look, TimeArgument, check_clock
+from composer_ema.spans import CLOCK_UNITS
+from composer_ema.trainer.clock import START_OF_TRAINING, Clock, Look, TimeArgument, check_clock
 from composer_ema.trainer.due import Interval
 
 # Keys of the state that do not belong to the shadow.

@@ -13,10 +13,8 @@ from typing import Any
 from composer.core import State, Time, Timestamp
 from composer.utils import dist
 
-from composer_ema.spans import ArgumentError, Span
+from composer_ema.spans import CLOCK_UNITS, ArgumentError, Span
 
-#: The units that a clock counts. A share of the run, ``dur``, is measured in the unit of ``max_duration``.
-CLOCK_UNITS = ('iter', 'ep', 'ba', 'sp', 'tok')
 Clock = dict[str, float]
 #: The clock before the first batch.
 START_OF_TRAINING: Mapping[str, float] = dict.fromkeys(CLOCK_UNITS, 0)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from composer.core import Event
 
+from composer_ema.spans import has_crossed
 from composer_ema.trainer.clock import Clock, Look, TimeArgument
 
 
@@ -97,15 +97,3 @@ def first_update(start: Start, interval: Interval, look: Look, started_at: Mappi
     else:
         return None
     return {unit: time * (first / now[span.unit]) for unit, time in now.items()}
-
-
-def has_crossed(earlier: float, now: float, interval: float) -> bool:
-    """Whether a multiple of ``interval`` lies in (earlier, now], up to the rounding error of fractions.
-
-    Example:
-        >>> has_crossed(9, 10, 10), has_crossed(10, 11, 10), has_crossed(2.9, 3.1, 0.5)
-        (True, False, True)
-    """
-    if now <= earlier or now - earlier >= interval:
-        return now > earlier
-    return math.floor(now / interval + 1e-9) > math.floor(earlier / interval + 1e-9)
