@@ -8,7 +8,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from composer_ema.kernels.rules import is_inexact
 from composer_ema.posthoc.updates import Array
 
 
@@ -100,21 +99,3 @@ class History:
         whole |= averaged
         whole |= {alias: whole[name] for alias, name in self.aliases.items() if name in whole}
         return whole
-
-    def mean_squared_step(self) -> float:
-        """The mean square by which a weight moves from one moment to the next, if weights walk.
-
-        From the first and the last moment of the label with the longest stretch; 0 where fewer than two were kept.
-        """
-        ends: dict[str, tuple[KeptAverage, KeptAverage]] = {}
-        for each in self.kept:
-            ends[each.label] = (ends.get(each.label, (each, each))[0], each)
-        first, last = max(ends.values(), key=lambda pair: len(pair[1].weights) - len(pair[0].weights))
-        steps = len(last.weights) - len(first.weights)
-        total, count = 0.0, 0
-        for name in set(first.names()) & set(last.names()) if steps else ():
-            one, other = first.tensor(name), last.tensor(name)
-            if is_inexact(one) and one.shape == other.shape and name not in self.statistics:
-                total += float((one.double() - other.double()).square().sum())
-                count += one.numel()
-        return total / count / steps if count else 0.0
