@@ -12,9 +12,8 @@ import torch
 from composer_ema.posthoc.fit import Fit, Kept, fit
 from composer_ema.posthoc.moments import KeptAverage
 from composer_ema.posthoc.shares import Vector
+from composer_ema.posthoc.snapshot_files import WEIGHTS
 
-#: The label of the weights of training.
-WEIGHTS = 'weights'
 # How many elements of each file are looked at, and how many of one tensor.
 _ELEMENTS, _OF_ONE = 2**20, 2**14
 # How many kept averages are left out in turn; one that the others give exactly tells nothing, and few tell little.

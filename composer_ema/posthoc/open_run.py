@@ -17,11 +17,12 @@ from typing_extensions import Unpack
 from composer_ema.checkpoints.reading import CheckpointError
 from composer_ema.kernels.rules import is_inexact
 from composer_ema.model.names import listed
-from composer_ema.posthoc.evidence import WEIGHTS, Evidence
+from composer_ema.posthoc.evidence import Evidence
 from composer_ema.posthoc.fit import Kept, fit
 from composer_ema.posthoc.history import Source, read_run
 from composer_ema.posthoc.moments import History, KeptAverage
 from composer_ema.posthoc.shares import Vector
+from composer_ema.posthoc.snapshot_files import WEIGHTS
 from composer_ema.posthoc.target import RunClock, Target
 from composer_ema.spans import Span
 
