@@ -97,8 +97,7 @@ class _Course:
 def checkpoints_in(folder: Path) -> list[Path]:
     """The torch files of a run folder or of a folder of checkpoints, each once however many links lead to it."""
     inner = folder / _IN_RUN
-    found = {path.resolve(): path for path in sorted((inner if inner.is_dir() else folder).rglob('*.pt'))}
-    return sorted(path for path, _ in found.items())
+    return sorted({path.resolve() for path in (inner if inner.is_dir() else folder).rglob('*.pt')})
 
 
 def read_checkpoints(folder: Path, paths: Sequence[Path], given: Ordinary) -> History:

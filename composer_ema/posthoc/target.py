@@ -129,7 +129,7 @@ class ByPower(Target):
 
     def cumulative(self, clock: RunClock) -> Vector:
         times = clock.times['ba']
-        return shares.power(times - start_of(times), self.profile.gamma)
+        return shares.power(times, self.profile.gamma, start_of(times))
 
     def __str__(self) -> str:
         return str(self.profile)
