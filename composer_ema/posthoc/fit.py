@@ -151,7 +151,7 @@ def checkpoints_alone(moments: Sequence[int], target: npt.ArrayLike) -> Vector:
 
         c_m = mean of F over moments n_m <= i < n_{m+1},  c_last = 1,    x_m = c_m - c_{m-1}
 
-    :func:`fit` gives the same; this is what it is tested against.
+    :func:`fit` gives the same and is tested against this; merges take their coefficients from here.
 
     Args:
         moments: of the checkpoints, rising, counted from 1, none after the target's.

@@ -1,6 +1,6 @@
 """Merges checkpoints: one file with the weighted sum of the weights in several.
 
-Invariant: no more than a group of tensors is in memory, whatever the number and the size of the checkpoints.
+Invariant: of the checkpoints no more than a group of tensors is in memory, whatever their number; the merge is whole.
 """
 
 from __future__ import annotations
