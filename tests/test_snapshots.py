@@ -185,6 +185,13 @@ class TestPacking:
             tensors(read_run(tmp_path))['weights', 20], dict(sorted(plain.weights(run.model).items()))
         )
 
+    def test_the_last_weights_are_those_of_training_while_an_average_stands_in_the_model(self, tmp_path):
+        run = Run(tmp_path).steps(20)
+        with run.snapshots.shadows[TEN].swapped(run.model):
+            assert not plain.same_bits(plain.weights(run.model), run.weights[-1])
+            run.snapshots.finish()
+        assert plain.same_bits(tensors(read_run(tmp_path))['weights', 20], dict(sorted(run.weights[-1].items())))
+
     def test_rounding_tells_the_error(self, tmp_path):
         run = Run(tmp_path).steps(20)
         exact = tensors(read_run(tmp_path))[FIVE, 10]
