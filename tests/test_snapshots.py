@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -384,9 +385,11 @@ class TestResumed:
             run.snapshots.load_state_dict({'num_steps': 3})
         with pytest.raises(ValueError, match=r"the state holds the averages 'power=0\.2'"):
             run.snapshots.load_state_dict(Run(tmp_path, power=0.2).snapshots.state_dict())
-        broken = {**before['snapshots'], 'writer': {'run_name': 'x'}}
-        with pytest.raises(ValueError, match='the saved state of the snapshots is damaged'):
-            run.snapshots.load_state_dict(broken)
+        held = before['snapshots']['writer']
+        damaged = [{**held, 'last_written': clock} for clock in ({'ba': math.nan}, {'ba': -1}, {'sp': 24}, [3])]
+        for broken in ({'run_name': 'x'}, *damaged):
+            with pytest.raises(ValueError, match='the saved state of the snapshots is damaged'):
+                run.snapshots.load_state_dict({**before['snapshots'], 'writer': broken})
         plain.assert_same(run.state(), before)
 
 

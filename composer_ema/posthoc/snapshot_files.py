@@ -157,7 +157,7 @@ class Header:
             return cls(
                 identity=Identity(str(plain['run_name']), str(plain['run_id'])),
                 updates=Updates.of_plain(plain['updates'], str(path)),
-                clock=_checked_clock(plain['clock']),
+                clock=checked_clock(plain['clock']),
                 max_duration=_checked_duration(plain['max_duration']),
                 holds_weights=plain['holds_weights'] is True,
                 is_update=plain['is_update'] is True,
@@ -178,10 +178,19 @@ def _text(value: Any) -> str:
     return value
 
 
-def _checked_clock(clock: Mapping[str, Any]) -> dict[str, float]:
-    if 'ba' not in clock or not all(type(time) in (int, float) and 0 <= time < math.inf for time in clock.values()):
-        raise ValueError(f'{dict(clock)} is no clock')
+def checked_clock(clock: Mapping[str, Any]) -> dict[str, float]:
+    """The time by unit that a file or a state holds.
+
+    Raises:
+        TypeError, AttributeError: it is none, or does not count batches.
+    """
+    if 'ba' not in clock or not all(map(_is_time, clock.values())):
+        raise TypeError(f'{dict(clock)} is no clock')
     return dict(clock)
+
+
+def _is_time(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 def _checked_duration(duration: Any) -> str | None:

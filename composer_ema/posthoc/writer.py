@@ -24,6 +24,7 @@ from composer_ema.posthoc.snapshot_files import (
     Header,
     Identity,
     SnapshotFile,
+    checked_clock,
     files_in,
     is_unfinished,
     pack,
@@ -330,7 +331,8 @@ class SnapshotWriter:
         try:
             identity = Identity(str(state[_RUN_NAME]), str(state[_RUN_ID]))
             updates = Updates.of_plain(state[_UPDATES], 'the saved state of the snapshots')
-            written, last = (_clock(state[key]) for key in (_WRITTEN, 'last_update'))
+            clocks = (state[_WRITTEN], state['last_update'])
+            written, last = (None if clock is None else checked_clock(clock) for clock in clocks)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f'the saved state of the snapshots is damaged: {error!r}. Nothing was loaded.') from error
         updates.set_profiles(self.updates.profiles)
@@ -350,14 +352,6 @@ def readable(num_bytes: float) -> str:
             return f'{num_bytes:.3g} {unit}' if unit == 'B' else f'{num_bytes:.1f} {unit}'
         num_bytes /= 1000
     return f'{num_bytes:.1f} TB'
-
-
-def _clock(value: Any) -> dict[str, float] | None:
-    if value is None:
-        return None
-    if not all(isinstance(time, int | float) for time in value.values()) or 'ba' not in value:
-        raise TypeError('a clock is no mapping of units to numbers')
-    return dict(value)
 
 
 def _remove(files: list[SnapshotFile]) -> None:
