@@ -14,12 +14,10 @@ from composer_ema.checkpoints.reading import CheckpointError, path_of
 from composer_ema.posthoc.checkpoint_history import Ordinary, checkpoints_in, read_checkpoints
 from composer_ema.posthoc.moments import History, KeptAverage
 from composer_ema.posthoc.shares import checked
-from composer_ema.posthoc.snapshot_files import COPIED, WEIGHTS, SnapshotFile, files_in
+from composer_ema.posthoc.snapshot_files import COPIED, SNAPSHOT_FOLDER, WEIGHTS, SnapshotFile, files_in
 from composer_ema.posthoc.updates import Array
 from composer_ema.spans import CLOCK_UNITS
 
-#: Where a run keeps its snapshots, in its folder.
-SNAPSHOT_FOLDER = 'snapshots'
 Source = Literal['snapshots', 'checkpoints']
 
 

@@ -30,6 +30,8 @@ from composer_ema.spans import Span
 VERSION = 1
 #: The label of the weights themselves, and the prefix of what averages share.
 WEIGHTS, COPIED = 'weights', 'copied'
+#: Where a run keeps them, in its folder.
+SNAPSHOT_FOLDER = 'snapshots'
 #: What a list of files looks for.
 SUFFIX = '.safetensors'
 _KEY = 'composer_ema_snapshot'

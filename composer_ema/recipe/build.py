@@ -14,7 +14,7 @@ from composer import Evaluator, Trainer
 from composer.core import Algorithm, Callback
 from composer.utils import dist, get_device, reproducibility
 
-from composer_ema.posthoc.history import SNAPSHOT_FOLDER
+from composer_ema.posthoc.snapshot_files import SNAPSHOT_FOLDER
 from composer_ema.recipe import groups
 from composer_ema.recipe.arguments import Place, RecipeError, said, signature
 from composer_ema.recipe.fitting import Fitted, fit

@@ -14,7 +14,7 @@ from composer.utils import dist
 from composer.utils.file_helpers import format_name_with_dist
 
 from composer_ema.averages import Moment, Power
-from composer_ema.posthoc.history import SNAPSHOT_FOLDER
+from composer_ema.posthoc.snapshot_files import SNAPSHOT_FOLDER
 from composer_ema.posthoc.snapshots import (
     DEFAULT_POWER,
     averages_in,
