@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Unpack
 
+from composer_ema import optimizer_entries
 from composer_ema.averages import CopiesFirst, Profile
 from composer_ema.labelled import CHANGES, by_label
 from composer_ema.model.sharding import refuse_sharded, unwrap
@@ -243,9 +244,8 @@ class EMAOptimizer(OptimizerWrapper):
     def ema_state_dict(self) -> dict[str, Any]:
         """Returns the averages and their counters in plain types; tensors alias the averages.
 
-        For checkpoints that keep only ``state`` and ``param_groups`` of an optimizer, as those of
-        ``torch.distributed.checkpoint.state_dict`` do. While the model holds an average, the training weights are in
-        the state too, aliased. Several averages stand in it under ``'averages'`` by their labels.
+        For checkpoints that keep the average apart from the optimizer. While the model holds an average, the training
+        weights are in the state too, aliased. Several averages stand in it under ``'averages'`` by their labels.
         """
         return self._averages.state_dict()
 
@@ -298,6 +298,13 @@ class EMAOptimizer(OptimizerWrapper):
 
         While the model holds the average, the training weights are in the state too, and ``model.state_dict()`` is
         that of the average: whoever saves both then, as at a preemption, resumes from them as from any other pair.
+
+        The functions of ``torch.distributed.checkpoint.state_dict`` keep nothing but ``'state'`` and
+        ``'param_groups'``. They get the average in ``'state'``, each tensor beside the ``exp_avg`` of its parameter,
+        and put it back by name on any number of processes.
+
+        Raises:
+            RuntimeError: one of those functions calls while the model holds an average.
         """
         return super().state_dict()
 
@@ -368,15 +375,35 @@ class EMAOptimizer(OptimizerWrapper):
             return
         self._averages.follow()
 
+    def _shown_state(self) -> Any:
+        state = super()._shown_state()
+        return optimizer_entries.WithEntries(state, self._shown_entries) if optimizer_entries.are_asked_for() else state
+
     def _saved(self) -> dict[str, Any]:
-        return {**super()._saved(), _EMA: self.ema_state_dict()}
+        saved = super()._saved()
+        if optimizer_entries.are_asked_for():
+            entries = self._entries(self.ema_state_dict())
+            return optimizer_entries.joined(saved, entries, self.param_groups)
+        return {**saved, _EMA: self.ema_state_dict()}
+
+    def _shown_entries(self) -> dict[Tensor, dict[str, Any]]:
+        # A state that is about to be loaded may lie in the very memory of the averages, so these keep their values.
+        return self._entries(self._averages.state_dict(refreshed=False))
+
+    def _entries(self, state: Mapping[str, Any]) -> dict[Tensor, dict[str, Any]]:
+        """The averages by parameter, as torch's checkpoint functions keep them."""
+        self._refuse_while_swapped('the state for a distributed checkpoint')
+        return optimizer_entries.entries_of(state, self._averages.names(), self.param_groups)
 
     def _load(self, state: dict[str, Any]) -> None:
         ema = state.pop(_EMA, None)
+        state, found = optimizer_entries.split(state, self.param_groups)
+        if ema is None and found:
+            ema = self._averages.from_entries(found)
         checked = None if ema is None else self._averages.checked(ema)
         super()._load(state)
         if checked is not None:
-            self._averages.assign(checked, stacklevel=6)
+            self._averages.assign(checked, stacklevel=6, has_names=bool(found))
             return
         warnings.warn(
             'the loaded state has no average: it was saved by a bare optimizer, or without its ema_state_dict(). '

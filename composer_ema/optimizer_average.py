@@ -20,6 +20,7 @@ from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import listed
 from composer_ema.model.sharding import refuse_sharded
 from composer_ema.model.untraced import untraced
+from composer_ema.optimizer_entries import Entries, state_of
 from composer_ema.optimizer_state import (
     AVERAGE,
     AVERAGES,
@@ -194,10 +195,14 @@ class StepAverages:
             self._told.add(label)
             warnings.warn(f'After {counted(self.num_steps, "step")} {said}', stacklevel=_level_of_caller())
 
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the averages and their counters; see :meth:`EMAOptimizer.ema_state_dict`."""
+    def state_dict(self, *, refreshed: bool = True) -> dict[str, Any]:
+        """Returns the averages and their counters; see :meth:`EMAOptimizer.ema_state_dict`.
+
+        Args:
+            refreshed: whether averages that have not started become the weights first. Default: True.
+        """
         if not self.is_swapped:
-            self.refresh()
+            self.refresh() if refreshed else self.shadows.pair(self._module)
         state = {
             VERSION: EMA_STATE_VERSION,
             NUM_STEPS: self.num_steps,
@@ -215,6 +220,19 @@ class StepAverages:
             for label, followed in self._followed.items()
         }
         return {**state, **averages[SINGLE]} if averages.keys() == {SINGLE} else {**state, AVERAGES: averages}
+
+    def names(self) -> dict[Tensor, str]:
+        """The canonical name of each parameter that may be averaged."""
+        self._refresh_groups()
+        return {parameter: name for name, parameter in Inventory.of(self._module).parameters.items()}
+
+    def from_entries(self, found: Entries) -> dict[str, Any]:
+        """The state that :meth:`state_dict` returned, from its entries by parameter.
+
+        Raises:
+            ValueError: the entries hold no counters.
+        """
+        return state_of(found, self.names(), self.arguments, [str(each) for each in self._new().values()])
 
     def checked(self, state: Mapping[str, Any]) -> Checked:
         """Returns ``state`` in the current version, and what continues from it.
@@ -288,15 +306,22 @@ class StepAverages:
             filled[states.TRAINING_WEIGHTS] = {**buffers, **stash}
         return filled, averaged
 
-    def assign(self, checked: Checked, stacklevel: int) -> None:
-        """Takes over what :meth:`checked` returned. Warnings, at ``stacklevel``, name what differs and what lacked."""
+    def assign(self, checked: Checked, stacklevel: int, *, has_names: bool = False) -> None:
+        """Takes over what :meth:`checked` returned. Warnings, at ``stacklevel``, name what differs and what lacked.
+
+        Args:
+            checked: what to take over.
+            stacklevel: of the warnings.
+            has_names: whether names have told which tensor is which where this optimizer itself knows none.
+        """
         state = checked.state
         saved = {name: state[SETTINGS].get(name) for name in self.arguments}
         if checked.remark:
             warnings.warn(f'{checked.remark[0].upper()}{checked.remark[1:]}', stacklevel=stacklevel)
         elif saved != self.arguments:
+            used = saved if state[SETTINGS] else 'other settings, of which only a digest was saved'
             warnings.warn(
-                f'the saved average used {saved}, this one uses {self.arguments}, and will from here on. '
+                f'the saved average used {used}, this one uses {self.arguments}, and will from here on. '
                 'Pass the saved settings to continue as before.',
                 stacklevel=stacklevel,
             )
@@ -311,7 +336,8 @@ class StepAverages:
         still_to_join: set[str] = set()
         for label, average in checked.averages.items():
             still_to_join |= self._still_to_join(label, self.shadows[label].outline(self._module), average)
-        if isinstance(self._module, ParameterGroups) and not self._module.has_names and not self._has_warned:
+        goes_by_position = isinstance(self._module, ParameterGroups) and not (self._module.has_names or has_names)
+        if goes_by_position and not self._has_warned:
             self._has_warned = self._warn_of_positions(stacklevel + 1)
         self.shadows.resolve(self._module, joining=True)
         self.shadows.leave_out(still_to_join)

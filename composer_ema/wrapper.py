@@ -38,7 +38,8 @@ class OptimizerWrapper(Optimizer):
     scalers and clipping work on either. Hooks registered on the wrapper run once, with the wrapper as their argument;
     hooks of the wrapped optimizer, and those registered for all optimizers, run with the wrapped optimizer.
 
-    Subclasses override ``_before_step``, ``_before_write``, ``_after_step``, ``_saved`` and ``_load`` as they need.
+    Subclasses override ``_before_step``, ``_before_write``, ``_after_step``, ``_shown_state``, ``_saved`` and ``_load``
+    as they need.
     The wrapper leaves out ``_after_step`` where a ``GradScaler`` skips the step. It leaves out both ``_before_step``
     and ``_after_step`` at the step on zero gradients that ``torch.distributed.checkpoint.state_dict`` makes to build an
     empty state.
@@ -86,7 +87,7 @@ class OptimizerWrapper(Optimizer):
     @property
     def state(self) -> Any:
         """The wrapped optimizer's own state by parameter."""
-        return self._optimizer.state
+        return self._shown_state()
 
     @state.setter
     def state(self, state: Any) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -219,6 +220,10 @@ class OptimizerWrapper(Optimizer):
     def _after_step(self) -> None:
         """Called after a step and its hooks."""
 
+    def _shown_state(self) -> Any:
+        """Returns what :attr:`state` is to its reader."""
+        return self._optimizer.state
+
     def _saved(self) -> dict[str, Any]:
         """Returns the state that :meth:`state_dict` passes to its hooks."""
         return self._optimizer.state_dict()
@@ -236,7 +241,7 @@ class OptimizerWrapper(Optimizer):
 
         Gradients are read, and the host waits for them, only where state and learning rates leave it open.
         """
-        if closure is not None or self.state:
+        if closure is not None or self._optimizer.state:
             return False
         rates = [group['lr'] for group in self.param_groups if 'lr' in group]
         if not rates or not all(map(_is_zero_on_host, rates)):

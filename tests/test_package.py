@@ -27,6 +27,7 @@ HOUSE = (
     'trainer',
     'optimizer',
     'optimizer_average',
+    'optimizer_entries',
     'optimizer_state',
     'wrapper',
     'functional',

@@ -248,6 +248,10 @@ class ShadowModels(Mapping[str, ShadowModel]):
             self._follower.forget_plan()
             self._follower.plan_for(module, joining=joining)
 
+    def pair(self, model: nn.Module) -> None:
+        """Pairs all averages with ``model`` unless that has been done, and moves them into its place. Nothing joins."""
+        self._follower.plan_for(unwrap(model))
+
     def leave_out(self, names: Collection[str]) -> None:
         """Forgets the averages of these names; those that the model still has join anew at the next update."""
         for member in self._members.values():

@@ -1,0 +1,257 @@
+"""Averages as entries of an optimizer's state by parameter, beside ``exp_avg``: what torch's checkpoint functions keep.
+
+The functions of ``torch.distributed.checkpoint.state_dict`` keep an optimizer's ``state`` and ``param_groups`` and
+nothing else. In ``state`` they give each parameter its name, and they gather, split and reshard its tensors; where they
+flatten it, they take tensors, whole numbers and floats. So an average stands in ``state[parameter]`` of its parameter::
+
+    {'step': ..., 'exp_avg': ..., 'average/ema': the average of this parameter}
+
+Buffers, parameters that are frozen or that the optimizer does not step, and the counters stand with the first parameter
+that requires a gradient. Keys join their parts with slashes: a dot would divide a key where the state is flattened.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+from urllib.parse import quote, unquote
+
+from torch import Tensor
+
+from composer_ema.optimizer_state import (
+    AVERAGE,
+    AVERAGES,
+    DESCRIPTION,
+    LAST_UPDATE,
+    NUM_STEPS,
+    PROFILE,
+    SETTINGS,
+    START_SHARE,
+    STARTED_AT,
+    VERSION,
+    upgraded,
+)
+from composer_ema.shadow import state as states
+
+#: First part of the keys of one average, and of what all averages share.
+_ONE, _ALL = 'average', 'averages'
+_PARAMETERS, _BUFFERS, _COMPENSATIONS, _NUM_UPDATES, _SEED = (
+    'parameters', 'buffers', 'compensations', 'num_updates', 'seed'
+)  # fmt: skip
+_KINDS = (_PARAMETERS, _BUFFERS, _COMPENSATIONS)
+_TORCH = 'torch.distributed.checkpoint.state_dict'
+# What may stand between that module and ours on the stack: our own wrappers, and the ``step`` of a scheduler.
+_BETWEEN = ('composer_ema', 'torch.optim')
+
+#: What the state of an optimizer holds for each of its parameters.
+Entries = Mapping[Tensor, Mapping[str, Any]]
+
+
+def are_asked_for() -> bool:
+    """Whether a function of ``torch.distributed.checkpoint.state_dict`` has called this package.
+
+    Those functions drop all but two keys of ``optimizer.state_dict()``, and read ``optimizer.state`` to learn which
+    entries a flattened state had. Everybody else gets the average under a key of its own, and the wrapped optimizer's
+    own ``state``.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_globals.get('__name__', '')
+        if not name.startswith(_BETWEEN):
+            return name == _TORCH
+        frame = frame.f_back
+    return False
+
+
+class WithEntries(Mapping[Tensor, Mapping[str, Any]]):
+    """The state of an optimizer, read with the entries of averages; as long, and so as empty, as without them.
+
+    Args:
+        state: of the wrapped optimizer.
+        entries: returns what stands beside it. Called when a parameter is looked up.
+    """
+
+    def __init__(self, state: Entries, entries: Callable[[], Entries]) -> None:
+        self._state, self._entries = state, entries
+
+    def __getitem__(self, parameter: Tensor) -> Mapping[str, Any]:
+        return _beside(self._state.get(parameter, {}), self._entries().get(parameter, {}))
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self._state)
+
+    def __len__(self) -> int:
+        return len(self._state)
+
+
+def entries_of(
+    state: Mapping[str, Any], names: Mapping[Tensor, str], groups: Sequence[Mapping[str, Any]]
+) -> dict[Tensor, dict[str, Any]]:
+    """The averages of ``state`` by the parameter with which they stand; tensors are aliased.
+
+    Args:
+        state: what :meth:`EMAOptimizer.ema_state_dict` returns, of a model that holds its training weights.
+        names: the canonical names of the model's parameters.
+        groups: of the optimizer.
+    """
+    stepped = [parameter for group in groups for parameter in group['params'] if parameter.requires_grad]
+    if not stepped:
+        return {}
+    owners = {names[parameter]: parameter for parameter in stepped if parameter in names}
+    entries: dict[Tensor, dict[str, Any]] = {parameter: {} for parameter in stepped}
+    first, state = entries[stepped[0]], upgraded(state)
+    first |= {_key(_ALL, counter): state[counter] for counter in (VERSION, NUM_STEPS, LAST_UPDATE)}
+    first[_key(_ALL, SETTINGS)] = _digest(state[SETTINGS])
+    for label, saved in state[AVERAGES].items():
+        average, share = saved[AVERAGE], saved[START_SHARE]
+        numbers = {
+            STARTED_AT: saved[STARTED_AT],
+            START_SHARE: math.nan if share is None else float(share),
+            DESCRIPTION: _digest(saved[DESCRIPTION]),
+            _NUM_UPDATES: average[_NUM_UPDATES],
+            _SEED: average[_SEED],
+        }
+        first |= {_key(_ONE, label, name): number for name, number in numbers.items()}
+        first |= {_key(_ONE, label, PROFILE, name): float(number) for name, number in saved[PROFILE].items()}
+        for kind in _KINDS:
+            for name, tensor in average.get(kind, {}).items():
+                if kind == _BUFFERS or name not in owners:
+                    first[_key(_ONE, label, kind, name)] = tensor
+                else:
+                    own = (_ONE, label) if kind == _PARAMETERS else (_ONE, label, kind)
+                    entries[owners[name]][_key(*own)] = tensor
+    return entries
+
+
+def joined(saved: Mapping[str, Any], entries: Entries, groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What ``state_dict()`` of an optimizer returned, with the entries of averages in its ``state``.
+
+    Args:
+        saved: with ``state`` and ``param_groups``. Not changed.
+        entries: by parameter.
+        groups: of the optimizer, with its parameters.
+    """
+    state = dict(saved['state'])
+    for key, parameter in _keys(saved, groups).items():
+        if own := entries.get(parameter):
+            state[key] = _beside(state.get(key, {}), own)
+    return {**saved, 'state': state}
+
+
+def split(
+    state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
+) -> tuple[dict[str, Any], dict[Tensor, dict[str, Any]]]:
+    """The inverse of :func:`joined`: the state of an optimizer without the entries of averages, and these.
+
+    Args:
+        state: with ``state`` and ``param_groups``. Not changed.
+        groups: of the optimizer, with its parameters.
+    """
+    kept, found = {}, {}
+    parameters = _keys(state, groups)
+    for key, own in state.get('state', {}).items():
+        entries = {name: value for name, value in own.items() if _is_entry(name)}
+        rest = _beside(own, {})
+        if entries and key in parameters:
+            found[parameters[key]] = entries
+        if rest or not entries:  # an optimizer would take an empty state for one that it has begun
+            kept[key] = rest
+    return ({**state, 'state': kept} if found else dict(state)), found
+
+
+def state_of(
+    found: Entries, names: Mapping[Tensor, str], settings: Mapping[str, Any], descriptions: Iterable[str]
+) -> dict[str, Any]:
+    """The inverse of :func:`entries_of`: a state as :meth:`EMAOptimizer.ema_state_dict` returns it.
+
+    Entries hold a digest of each text. Where that is the digest of a text of ours, the saved text was the same;
+    otherwise the settings are empty, and the description says no more than that it is another one.
+
+    Args:
+        found: entries by their parameter, as :func:`split` returns them.
+        names: the canonical names of the model's parameters.
+        settings: those of the optimizer that loads.
+        descriptions: those of its averages.
+
+    Raises:
+        ValueError: the counters are missing.
+    """
+    common: dict[str, Any] = {}
+    averages: dict[str, dict[str, Any]] = {}
+    for parameter, entries in found.items():
+        for entry, value in entries.items():
+            root, *path = map(unquote, entry.split('/'))
+            if root == _ALL:
+                common[path[0]] = value
+            else:
+                average = averages.setdefault(path[0], _empty())
+                _put(average, path[1:], names.get(parameter, 'a parameter without a name'), value)
+    if VERSION not in common:
+        raise ValueError(
+            'the state of the optimizer holds averages without their counters, which stand with the first parameter '
+            'that requires a gradient. Nothing was loaded. Pass the whole state of an optimizer of the same parameters.'
+        )
+    texts: dict[Any, str] = {_digest(text): text for text in descriptions}
+    for average in averages.values():
+        digest = average.get(DESCRIPTION)
+        average[DESCRIPTION] = texts.get(digest, f'another profile, of which only the digest {digest} was saved')
+    is_alike = common.get(SETTINGS) == _digest(settings)
+    return {**common, SETTINGS: dict(settings) if is_alike else {}, AVERAGES: averages}
+
+
+def _empty() -> dict[str, Any]:
+    return {PROFILE: {}, AVERAGE: {VERSION: states.VERSION, _PARAMETERS: {}, _BUFFERS: {}}}
+
+
+def _put(saved: dict[str, Any], path: Sequence[str], name: str, value: Any) -> None:
+    """Puts the value of an entry where the state of one average has it.
+
+    Args:
+        saved: that state.
+        path: the parts of the key behind the label.
+        name: of the parameter with which the entry stands.
+        value: of the entry.
+    """
+    average = saved[AVERAGE]
+    match path:
+        case []:
+            average[_PARAMETERS][name] = value
+        case [kind] if kind == _COMPENSATIONS:
+            average.setdefault(kind, {})[name] = value
+        case [kind, other] if kind in _KINDS:
+            average.setdefault(kind, {})[other] = value
+        case [kind, number] if kind == PROFILE:
+            saved[kind][number] = value
+        case [counter] if counter in (_NUM_UPDATES, _SEED):
+            average[counter] = value
+        case [counter]:
+            is_unknown = counter == START_SHARE and math.isnan(value)
+            saved[counter] = None if is_unknown else value
+
+
+def _keys(state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[Any, Tensor]:
+    """Each key of an optimizer's saved state, a number or a name, with the parameter in that place of its groups."""
+    saved = [key for group in state.get('param_groups', ()) for key in group['params']]
+    return dict(zip(saved, (parameter for group in groups for parameter in group['params']), strict=False))
+
+
+def _beside(own: Mapping[str, Any], entries: Mapping[str, Any]) -> dict[str, Any]:
+    """What an optimizer keeps for a parameter, with entries in place of those that a bare one has loaded."""
+    return {**{name: value for name, value in own.items() if not _is_entry(name)}, **entries}
+
+
+def _is_entry(name: Any) -> bool:
+    return isinstance(name, str) and name.startswith((f'{_ONE}/', f'{_ALL}/'))
+
+
+def _key(*parts: str) -> str:
+    return '/'.join(quote(part, safe='').replace('.', '%2E') for part in parts)
+
+
+def _digest(value: Any) -> int:
+    """A number that tells texts and plain settings apart."""
+    return zlib.crc32(json.dumps(value, sort_keys=True, default=str).encode())
