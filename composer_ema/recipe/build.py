@@ -15,7 +15,7 @@ from composer.core import Algorithm, Callback
 from composer.utils import dist, get_device, reproducibility
 
 from composer_ema.posthoc.snapshot_files import SNAPSHOT_FOLDER
-from composer_ema.recipe import groups
+from composer_ema.recipe import groups, parallelism
 from composer_ema.recipe.arguments import Place, RecipeError, said, signature
 from composer_ema.recipe.fitting import Fitted, fit
 from composer_ema.recipe.loaded import check_loaded, latest_checkpoint
@@ -82,6 +82,7 @@ def build(recipe: Recipe, *, scratch: Path | None = None, callbacks: Sequence[Ca
 
     reproducibility.seed_all(seed)
     model = checked.model.build()
+    parallelism.check_model(checked.trainer.get(parallelism.KEY), model, place / parallelism.KEY)
     optimizer = groups.build_optimizer(checked.optimizer, checked.param_groups, model) if checked.optimizer else None
     # Before the data are touched, unless nothing else tells the length of an epoch.
     extent = checked.extent()
@@ -268,6 +269,7 @@ def _built(named: Named, checked: Plan) -> Algorithm:
 def _trainer_arguments(given: Mapping[str, Any], folder: Path, scratch: Path | None) -> dict[str, Any]:
     """The arguments of the recipe, with checkpoints in the run folder, or in ``scratch``."""
     arguments = {'save_folder': str(folder / CHECKPOINT_FOLDER), **given}
+    arguments[parallelism.KEY] = parallelism.built(given.get(parallelism.KEY))
     # A process killed between writing a checkpoint and updating 'latest' leaves a checkpoint newer than 'latest'.
     arguments.setdefault('save_overwrite', bool(given.get('autoresume')))
     if scratch is not None and arguments['save_folder'] is not None:

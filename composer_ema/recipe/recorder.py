@@ -90,7 +90,9 @@ class Recorder(Callback):
     def state_dict(self) -> dict[str, Any]:
         return {
             _NUM_LINES: self.num_lines,
-            _EVALUATIONS: [dict(line) for line in self.evaluations],
+            # One string: a sharded checkpoint would have a key for each entry of a list, and a run that is resumed,
+            # which has none of them yet, would look for the list itself and fail.
+            _EVALUATIONS: json.dumps(self.evaluations),
             _STEP_SECONDS: self.step_seconds,
             _UPDATE_SECONDS: self.update_seconds,
             _NUM_BATCHES: self.num_batches,
@@ -98,7 +100,8 @@ class Recorder(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.num_lines = state[_NUM_LINES]
-        self.evaluations = [dict(line) for line in state[_EVALUATIONS]]
+        evaluations = state[_EVALUATIONS]  # a list in checkpoints of earlier versions
+        self.evaluations = json.loads(evaluations) if isinstance(evaluations, str) else [*map(dict, evaluations)]
         self.step_seconds = state[_STEP_SECONDS]
         self.update_seconds = state[_UPDATE_SECONDS]
         self.num_batches = state[_NUM_BATCHES]

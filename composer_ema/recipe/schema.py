@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from composer_ema.recipe import groups, registry, schedules
+from composer_ema.recipe import groups, parallelism, registry, schedules
 from composer_ema.recipe.arguments import Place, RecipeError, check_arguments, check_value, said, signature
 from composer_ema.recipe.command import is_override
 from composer_ema.recipe.named import Named, find, named
@@ -219,6 +219,8 @@ def plan(recipe: Recipe) -> Plan:
     algorithms = _section(values, 'algorithms', registry.algorithms(), place, is_cheap=True)
     evaluate = _evaluate(values, algorithms, place)
     trainer = _trainer_arguments(values, trainer_names, place)
+    sharding = trainer.get(parallelism.KEY)
+    parallelism.check(sharding, place / parallelism.KEY, has_average=bool(averages_among(algorithms)))
     optimizer, param_groups = _optimizer(values.get('optimizer'), place / 'optimizer', trainer)
     schedulers = schedules.read(values.get('scheduler'), place / 'scheduler', trainer, evaluate)
     if optimizer is None and any(each.is_torchs for each in schedulers):
@@ -377,7 +379,8 @@ def _trainer_arguments(values: Mapping[str, Any], names: Collection[str], place:
     arguments = {key: value for key, value in values.items() if key in names}
     if arguments.get('max_duration') is None:
         raise (place / 'max_duration').error('is missing. Say how long to train, as in max_duration: 6ep.')
-    check_arguments(Trainer, arguments, place, given=_BUILT_FROM_SECTIONS)
+    own = {key: value for key, value in arguments.items() if key != parallelism.KEY}  # which has a check of its own
+    check_arguments(Trainer, own, place, given={*_BUILT_FROM_SECTIONS, parallelism.KEY})
     parameters = signature(Trainer)
     for key, value in arguments.items():
         if Time in get_args(parameters[key].annotation) and value is not None:

@@ -15,6 +15,7 @@ from composer.models import ComposerClassifier, ComposerModel
 
 from composer_ema.spans import ArgumentError
 from composer_ema.wording import suggestion
+from composer_ema.zoo.blocks import offer_blocks
 from composer_ema.zoo.checks import check_share, check_whole
 from composer_ema.zoo.plugins import plugins
 
@@ -53,6 +54,9 @@ def build_model(name: str, **arguments: Any) -> ComposerModel:
 def classifier(builder: Callable[..., torch.nn.Module], **arguments: Any) -> ComposerModel:
     """Calls a registered class or function and makes a Composer classifier of the network; see :func:`build_model`.
 
+    Under `parallelism_config: {fsdp2: {}}` Composer shards the network by its :func:`~composer_ema.zoo.blocks.blocks`,
+    unless it has an `fsdp_wrap_fn` of its own.
+
     Raises:
         TypeError: The network is no ComposerModel, and ``builder`` takes no ``num_classes``.
     """
@@ -64,6 +68,7 @@ def classifier(builder: Callable[..., torch.nn.Module], **arguments: Any) -> Com
         name = getattr(builder, '__name__', repr(builder))
         raise TypeError(f'{name} must take num_classes, or return a ComposerModel. Add num_classes: int = 10.')
     num_classes = arguments.get('num_classes', parameters['num_classes'].default)
+    offer_blocks(network)
     return ComposerClassifier(network, num_classes=num_classes)
 
 

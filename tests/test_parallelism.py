@@ -1,0 +1,140 @@
+"""A recipe's ``parallelism_config``: checked against Composer's signature, built, and sharded block by block."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from composer.distributed.fsdp2_utils import generate_composer_model_policy
+from composer.utils.parallelism import FSDP2Config, ParallelismConfig
+from torch import nn
+
+from composer_ema.recipe import parallelism, schema
+from composer_ema.recipe.arguments import Place, RecipeError
+from composer_ema.recipe.outline import Outline
+from composer_ema.zoo.blocks import IsBlock, blocks
+from composer_ema.zoo.models import build_model
+
+ROOT = Path(__file__).parents[1]
+RECIPE = ROOT / 'yamls' / 'mnist1d.yaml'
+PLACE = Place('a.yaml', parallelism.KEY)
+
+
+class TestTheSection:
+    @pytest.mark.parametrize(
+        ('section', 'key', 'said'),
+        [
+            (['fsdp2'], '', r"must map a kind of parallelism to its settings, as in fsdp2: \{\}, got \['fsdp2'\]"),
+            ({'fdsp2': {}}, 'fdsp2', r"there is no such kind\. Did you mean 'fsdp2'\?"),
+            ({'fsdp2': 3}, 'fsdp2', 'must be a mapping, got 3'),
+            (
+                {'fsdp2': {'reshard_after_forwrd': True}},
+                'fsdp2.reshard_after_forwrd',
+                r"FSDP2Config has no such argument\. Did you mean 'reshard_after_forward'\?",
+            ),
+            (
+                {'fsdp2': {'reshard_after_forward': 'no'}},
+                'fsdp2.reshard_after_forward',
+                r"must be true or false or an integer, got 'no' \(a string\)",
+            ),
+            ({'fsdp2': {'verbose': 1}}, 'fsdp2.verbose', r'must be true or false, got 1 \(an integer\)'),
+            ({'fsdp2': {'device_mesh': [2, 2]}}, 'fsdp2.device_mesh', 'must be null'),
+            (
+                {'fsdp2': {'state_dict_type': 'Sharded'}},
+                'fsdp2.state_dict_type',
+                r"must be one of sharded, full, got 'Sharded' \(a string\)\. Did you mean 'sharded'\?",
+            ),
+            (
+                {'fsdp2': {'mixed_precision': 'half'}},
+                'fsdp2.mixed_precision',
+                'must be one of DEFAULT, PURE, FULL, got',
+            ),
+            ({'fsdp2': {}, 'tp': {'tensor_parallel_degree': 2}}, 'tp', 'without telling the optimizer.*Write fsdp2'),
+            ({'fsdp2': {}, 'fsdp': {}}, 'fsdp', 'asks for two. Keep fsdp2'),
+            ({'fsdp': {}}, 'fsdp', r'this is FSDP1, whose flat shards no average can follow.*Write fsdp2: instead'),
+        ],
+    )  # fmt: skip
+    def test_is_refused_by_key_with_the_rule_and_the_remedy(self, section, key, said):
+        with pytest.raises(RecipeError, match=said) as refused:
+            parallelism.check(section, PLACE, has_average=True)
+        assert refused.value.key == (f'{parallelism.KEY}.{key}' if key else parallelism.KEY)
+
+    def test_is_checked_with_the_recipe(self):
+        with pytest.raises(RecipeError, match=r"fsdp2\.verbos: FSDP2Config has no such argument\. Did you mean 'verb"):
+            schema.plan(schema.load(RECIPE, ['parallelism_config.fsdp2.verbos=true']))
+
+    @pytest.mark.filterwarnings('ignore:FSDP2 Config/APIs are experimental:UserWarning')
+    @pytest.mark.parametrize('settings', [{}, {'reshard_after_forward': 2, 'mixed_precision': 'pure'}])
+    def test_becomes_composers_configuration(self, settings):
+        parallelism.check({'fsdp2': settings}, PLACE, has_average=True)
+        assert parallelism.built({'fsdp2': settings}) == ParallelismConfig(fsdp2=FSDP2Config(**settings))
+
+    @pytest.mark.parametrize('section', [None, {}, {'fsdp2': None, 'tp': None}])
+    def test_that_asks_for_nothing_is_passed_on(self, section):
+        parallelism.check(section, PLACE, has_average=True)
+        assert parallelism.built(section) is section
+
+    def test_of_fsdp1_is_composers_affair_where_nothing_is_averaged(self, monkeypatch):
+        section = {'fsdp': {'sharding_strategy': 'FULL_SHARD'}}
+        parallelism.check(section, PLACE, has_average=False)
+        assert parallelism.built(section) is section
+        with pytest.raises(RecipeError, match=r"Did you mean 'sharding_strategy'\?"):
+            parallelism.check({'fsdp': {'sharding_strategie': 'FULL_SHARD'}}, PLACE, has_average=False)
+        monkeypatch.setenv('FSDP_VERSION', '2')  # with which Composer takes the key for FSDP2
+        parallelism.check(section, PLACE, has_average=True)
+
+    def test_does_not_disturb_the_picture_of_a_recipe(self):
+        plan = schema.plan(schema.load(RECIPE, ['parallelism_config.fsdp2={}']))
+        outline = Outline(plan, batches_per_epoch=2)
+        assert len(list(outline.steps())) == 40
+
+
+class TestBlocks:
+    @pytest.mark.parametrize(
+        ('name', 'first', 'count'),
+        [('resnet18', 'layer1.0', 8), ('convnext_tiny', 'features.0', 22), ('squeezenet1_1', 'features.3', 8)],
+    )
+    def test_are_the_outermost_repeated_modules_of_a_network(self, name, first, count):
+        with torch.device('meta'):
+            network: Any = build_model(name).module
+        found = list(blocks(network))
+        names = {module: name for name, module in network.named_modules()}
+        assert [names[block] for block in found][:1] == [first]
+        assert len(found) == count
+        inner = {module for block in found for module in block.modules()} - set(found)
+        assert not inner & set(found), 'one lies in another'
+
+    @pytest.mark.parametrize('name', ['mnist1d_cnn', 'mnist1d_mlp', 'fashion_cnn'])
+    def test_a_list_of_single_layers_has_none(self, name):
+        assert list(blocks(build_model(name))) == []
+
+    def test_are_what_composer_wraps(self):
+        with torch.device('meta'):
+            model: Any = build_model('resnet18')
+        wrapped = generate_composer_model_policy(model)._run_policy(model, ignored_modules=set(), root_kwargs={})
+        assert set(wrapped) == {*blocks(model.module), model.module}
+
+    def test_an_answer_of_the_networks_own_is_kept(self):
+        class Network(nn.Linear):
+            def __init__(self, num_classes: int = 10) -> None:
+                super().__init__(4, num_classes)
+
+            def fsdp_wrap_fn(self, module: nn.Module) -> bool:
+                return False
+
+        from composer_ema.zoo.models import classifier
+
+        network: Any = classifier(Network).module
+        assert not isinstance(network.fsdp_wrap_fn, IsBlock)
+        assert isinstance(network.activation_checkpointing_fn, IsBlock)
+
+    def test_activations_of_a_model_without_any_cannot_be_recomputed(self):
+        section = {'fsdp2': {'activation_checkpointing': True}}
+        with pytest.raises(RecipeError, match=r'names no block.*activation_checkpointing_fn') as refused:
+            parallelism.check_model(section, build_model('mnist1d_cnn'), PLACE)
+        assert refused.value.key == 'parallelism_config.fsdp2.activation_checkpointing'
+        with torch.device('meta'):
+            parallelism.check_model(section, build_model('resnet18'), PLACE)
+        parallelism.check_model({'fsdp2': {}}, build_model('mnist1d_cnn'), PLACE)
