@@ -28,6 +28,7 @@ from composer_ema import CheckpointError, Snapshots
 from composer_ema.posthoc import snapshot_files, writer
 from composer_ema.posthoc.history import read_run
 from composer_ema.posthoc.moments import History
+from composer_ema.posthoc.open_run import OpenRun
 from composer_ema.posthoc.tensor_files import TensorFile
 from composer_ema.spans import ArgumentError
 
@@ -113,6 +114,15 @@ class TestFiles:
         assert history.statistics == {'norm.running_mean', 'norm.running_var'}
         assert last.tensor('norm.num_batches_tracked').item() == 10
         assert last.tensor('norm.running_mean').abs().sum() > 0
+
+    def test_which_tensors_are_averaged_is_known_without_reading_them(self, tmp_path, monkeypatch):
+        Run(tmp_path).steps(20).snapshots.finish()
+        opened = OpenRun(tmp_path)
+        monkeypatch.setattr(TensorFile, 'tensor', None)
+        assert opened.names == ['first.weight', 'last.weight', 'norm.running_mean', 'norm.running_var']
+        last = opened.kept[-1]
+        assert last.outline('first.weight') == (torch.float32, (4, 3))
+        assert last.outline('norm.num_batches_tracked') == (torch.int64, ())
 
     def test_the_clock_counts_steps_and_samples(self, tmp_path):
         Run(tmp_path).steps(10)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 
@@ -170,8 +171,8 @@ class Evidence:
 
     def _chosen(self) -> list[str]:
         """Names, drawn the same each time, whose tensors together are not too large; the smallest one at least."""
-        newest = self._averages[-1]
-        sizes = {name: newest.tensor(name).numel() for name in self._names if newest.tensor(name).is_floating_point()}
+        outlines = {name: self._averages[-1].outline(name) for name in self._names}
+        sizes = {name: math.prod(shape) for name, (dtype, shape) in outlines.items() if dtype.is_floating_point}
         found, total = [], 0
         for name in np.random.default_rng(0).permutation(list(sizes)):
             if total + sizes[name] <= _ELEMENTS:

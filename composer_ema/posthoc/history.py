@@ -170,6 +170,7 @@ class _Course:
                 clock=header.clock,
                 _names=lambda label=label: file.names(label),
                 _tensor=lambda name, label=label: file.checked().tensor(label, name),
+                _outline=lambda name, label=label: file.checked().outline(label, name),
                 _rounding=lambda label=label: file.checked().rounding(label),
             )
             for label in file.labels

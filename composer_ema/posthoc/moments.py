@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from composer_ema.posthoc.updates import Array
@@ -31,6 +32,7 @@ class KeptAverage:
     _names: Callable[[], list[str]] = field(repr=False)
     _tensor: Callable[[str], Tensor] = field(repr=False)
     _rounding: Callable[[], float] = field(default=lambda: 0.0, repr=False)
+    _outline: Callable[[str], tuple[torch.dtype, tuple[int, ...]]] | None = field(default=None, repr=False)
 
     def names(self) -> list[str]:
         """The canonical names of its tensors."""
@@ -39,6 +41,13 @@ class KeptAverage:
     def tensor(self, name: str) -> Tensor:
         """One tensor, read from the disk, on the CPU and in the dtype of the average."""
         return self._tensor(name)
+
+    def outline(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        """The dtype and the shape of one tensor, without its values where the file tells them."""
+        if self._outline is not None:
+            return self._outline(name)
+        tensor = self._tensor(name)
+        return tensor.dtype, tuple(tensor.shape)
 
     def rounding(self) -> float:
         """The mean square of its rounding errors; 0 where it was kept in full. Reads the file once."""

@@ -15,7 +15,6 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from composer_ema.checkpoints.reading import CheckpointError
-from composer_ema.kernels.rules import is_inexact
 from composer_ema.model.names import listed
 from composer_ema.posthoc.evidence import Evidence
 from composer_ema.posthoc.fit import Kept, fit
@@ -106,7 +105,8 @@ class OpenRun:
         """Names of the tensors that every kept average has and that are averaged, in the order of the newest."""
         newest, copied = self.kept[-1], self.history.copied
         common = set.intersection(*(set(each.names()) for each in self.kept))
-        return [name for name in newest.names() if name in common - copied and is_inexact(newest.tensor(name))]
+        dtypes = {name: newest.outline(name)[0] for name in newest.names() if name in common - copied}
+        return [name for name, dtype in dtypes.items() if dtype.is_floating_point or dtype.is_complex]
 
     def training(self) -> dict[str, Tensor]:
         """The newest weights of training that were kept: every tensor that the model saves.

@@ -214,13 +214,14 @@ class SnapshotFile:
         self.path = path
         self._tensors = TensorFile(path)
         self.header = Header.of_metadata(self._tensors.metadata, path)
-        self._names = set(self._tensors.names())
+        packing = self.header.packing
+        self._keys = {*self._tensors.names(), *(packing.same if packing is not None else ())}
         self._base: SnapshotFile | None = None
         self._is_checked = False
-        if self.header.packing is not None:
+        if packing is not None:
             if is_base:
                 raise CheckpointError(f'{path} holds differences, so no other file can hold differences to it.')
-            base = path.parent / self.header.packing.base
+            base = path.parent / packing.base
             if not base.exists():
                 raise CheckpointError(
                     f'{path} holds differences to {base}, which does not exist. Put that file back beside it.'
@@ -257,9 +258,7 @@ class SnapshotFile:
 
     def names(self, label: str) -> list[str]:
         """The canonical names of the tensors of one label, those that all labels share among them."""
-        packing = self.header.packing
-        keys = [*self._names, *(packing.same if packing is not None else ())]
-        return sorted(key.partition('/')[2] for key in keys if key.partition('/')[0] in (label, COPIED))
+        return sorted(key.partition('/')[2] for key in self._keys if key.partition('/')[0] in (label, COPIED))
 
     def tensor(self, label: str, name: str) -> Tensor:
         """One tensor, in the dtype of the average.
@@ -267,20 +266,27 @@ class SnapshotFile:
         Raises:
             CheckpointError: there is none.
         """
+        return self.entry(label, name).values()
+
+    def entry(self, label: str, name: str) -> Entry:
+        """One tensor, in the dtype of the average, whose values are read when they are asked for.
+
+        Raises:
+            CheckpointError: there is none.
+        """
         for key in (f'{label}/{name}', f'{COPIED}/{name}'):
-            packing = self.header.packing
-            if packing is not None and key in packing.exponents:
-                return self._restored(key, packing)
-            if key in self._names:
-                return self._tensors.tensor(key)
-            if packing is not None and key in packing.same:
-                return self._of_base(key)
+            if key in self._keys:
+                return self._entry(key)
         raise CheckpointError(f'{self.path} has no {name} of {label}.')
+
+    def outline(self, label: str, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        """The dtype and the shape of one tensor, without its values."""
+        found = self.entry(label, name)
+        return found.dtype, found.shape
 
     def is_copied(self, name: str) -> bool:
         """Whether a tensor is no average but what the model held, as counters are."""
-        key = f'{COPIED}/{name}'
-        return key in self._names or (self.header.packing is not None and key in self.header.packing.same)
+        return f'{COPIED}/{name}' in self._keys
 
     def rounding(self, label: str) -> float:
         """The mean square of the rounding errors in the tensors of one label; 0 where nothing was rounded."""
@@ -297,27 +303,28 @@ class SnapshotFile:
                 count += difference.numel()
         return total / count if count else 0.0
 
+    def entries(self) -> dict[str, Entry]:
+        """All tensors in full by label and name, each read when its turn comes."""
+        return {key: self._entry(key) for key in sorted(self._keys)}
+
+    def _entry(self, key: str) -> Entry:
+        packing = self.header.packing
+        if packing is not None and key in packing.same:
+            return self._of_base(key)
+        dtype, shape = self._tensors.outline(key)
+        if packing is None or key not in packing.exponents:
+            return Entry(dtype, shape, lambda: self._tensors.tensor(key))
+        return Entry(getattr(torch, packing.dtypes[key]), shape, lambda: self._restored(key, packing))
+
     def _restored(self, key: str, packing: Packing) -> Tensor:
-        base = self._of_base(key).double()
+        base = self._of_base(key).values().double()
         difference = self._tensors.tensor(key).double()
         dtype = getattr(torch, packing.dtypes[key])
         return difference.mul_(2.0 ** packing.exponents[key]).add_(base).to(dtype)
 
-    def _of_base(self, key: str) -> Tensor:
+    def _of_base(self, key: str) -> Entry:
         assert self._base is not None
-        return self._base.tensor(WEIGHTS, key.partition('/')[2])
-
-    def entries(self) -> dict[str, Entry]:
-        """All tensors in full, each read when its turn comes."""
-        packing = self.header.packing
-        found = {} if packing is None else {key: self._whole(key, packing) for key in packing.exponents}
-        if packing is not None:
-            found |= {key: Entry.of(self._of_base(key)) for key in packing.same}
-        return {**self._tensors.entries(self._names - found.keys()), **found}
-
-    def _whole(self, key: str, packing: Packing) -> Entry:
-        _, shape = self._tensors.outline(key)
-        return Entry(getattr(torch, packing.dtypes[key]), shape, lambda: self._restored(key, packing))
+        return self._base.entry(WEIGHTS, key.partition('/')[2])
 
 
 @functools.lru_cache(maxsize=1024)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,7 +164,3 @@ class TensorFile:
     def tensor(self, name: str) -> Tensor:
         """The values of a tensor, on the CPU."""
         return self._file.get_tensor(name)
-
-    def entries(self, names: Iterable[str]) -> dict[str, Entry]:
-        """Tensors to be written elsewhere, each read when its turn comes."""
-        return {name: Entry(*self.outline(name), lambda name=name: self.tensor(name)) for name in names}
