@@ -13,8 +13,7 @@ is skipped.
 
 from __future__ import annotations
 
-import cmath
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from composer_ema.kernels import finite
 from composer_ema.kernels.backend import Steps
-from composer_ema.kernels.layout import Pair, flat, grouped, is_lazy
+from composer_ema.kernels.layout import Pair, Row, detached, grouped, is_lazy, pieces
 from composer_ema.kernels.rules import Rules
 
 # Elements of a piece for each thread of torch on a CPU: the four tensors of an average then take 1 MiB. Of 2**13 to
@@ -97,42 +96,30 @@ def prepare(
     assert compensations is not None
     assert not copied
     updates: list[Callable[[Sequence[float]], None]] = []
-    averages = [list(zip(*each, strict=True)) for each in zip(shadow_sets, compensations, strict=True)]
-    rows = [
-        ([pairs[index] for pairs in averages], source.detach(), is_mended)
-        for index, (source, is_mended) in enumerate(zip(sources, are_mended, strict=True))
-    ]
-    for (device, dtype), of_kind in grouped(rows, lambda row: (row[0][0][1].device, row[0][0][1].dtype)).items():
+    # A row is k shadows, k terms and the source; what is computed is of the kind of the terms.
+    count = len(shadow_sets)
+    sets = zip(*shadow_sets, *compensations, sources, strict=True)
+    rows: list[tuple[Row, bool]] = [(tuple(detached(row)), each) for row, each in zip(sets, are_mended, strict=True)]
+    for (device, dtype), of_kind in grouped(rows, lambda row: (row[0][count].device, row[0][count].dtype)).items():
         limit = _PIECE_CPU * torch.get_num_threads() if device.type == 'cpu' else _PIECE_ACCELERATOR
-        cut = [(piece, is_mended) for pairs, source, is_mended in of_kind for piece in _cut(pairs, source, limit)]
-        size = max(source.numel() for (_, source), _ in cut)
+        cut = [(piece, is_mended) for row, is_mended in of_kind for piece in pieces(row, limit)]
+        size = max(source.numel() for (*_, source), _ in cut)
         memory = [torch.empty(size, dtype=each, device=device) for each in (dtype, dtype, dtype, torch.bool)]
-        for (pairs, source), is_mended in cut:
+        for (*averages, source), is_mended in cut:
             current, *others = (each[: source.numel()].view(source.shape) for each in memory)
             is_alike = source.dtype == dtype and source.device == device
+            pairs = list(zip(averages[:count], averages[count:], strict=True))
             piece = _Piece(pairs, source, source if is_alike else current)
             updates.append(_update_of(piece, _Scratch(*others), rules, is_mended))
 
     @torch.no_grad()
     def step(weights: Sequence[float]) -> None:
-        if len(weights) != len(shadow_sets):
-            raise ValueError(f'weights must be one for each of {len(shadow_sets)} averages, got {len(weights)}.')
+        if len(weights) != count:
+            raise ValueError(f'weights must be one for each of {count} averages, got {len(weights)}.')
         for update in updates:
             update(weights)
 
     return step
-
-
-def _cut(pairs: list[Pair], source: Tensor, limit: int) -> Iterator[tuple[list[Pair], Tensor]]:
-    """Flat views of at most ``limit`` elements, if all tensors lie densely in the same order; else they themselves."""
-    tensors = [source, *(tensor.detach() for pair in pairs for tensor in pair)]
-    flat_tensors = [flat(tensor) for tensor in tensors]
-    if all(tensor.stride() == source.stride() for tensor in tensors) and flat_tensors[0] is not None:
-        tensor_pieces = zip(*(tensor.split(limit) for tensor in flat_tensors if tensor is not None), strict=True)
-    else:
-        tensor_pieces = iter([tuple(tensors)])
-    for piece, *others in tensor_pieces:
-        yield list(zip(others[::2], others[1::2], strict=True)), piece
 
 
 def _update_of(piece: _Piece, scratch: _Scratch, rules: Rules, is_mended: bool) -> Callable[[Sequence[float]], None]:
@@ -209,10 +196,10 @@ def _mend_of(shadow: Tensor, term: Tensor, current: Tensor, scratch: _Scratch) -
 
     if shadow.device.type != 'cpu':
         return mend
-    total, dims = shadow.new_zeros(()), list(range(shadow.dim()))
+    is_all_finite = finite.look(shadow)
 
     def mend_if_need_be() -> None:
-        if not cmath.isfinite(torch.sum(shadow, dims, out=total).item()):
+        if not is_all_finite():
             mend()
 
     return mend_if_need_be

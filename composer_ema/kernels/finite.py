@@ -32,7 +32,7 @@ def skipping(
         looked_at: tensors that are finite only if all sources are, such as the sources' casts.
         skipped: int64 scalar to which skipped elements are added. Default: they are not counted.
     """
-    looks = [_look(tensor) for tensor in looked_at]
+    looks = [look(tensor) for tensor in looked_at]
 
     def step_and_put_back(weights: Sequence[float]) -> None:
         if all(is_finite() for is_finite in looks):
@@ -56,7 +56,7 @@ def skipping(
 def mending(shadow: Tensor, source: Tensor) -> Callable[[], object]:
     """Copies each source element whose average is not finite after an update: it or the average was not."""
     if shadow.device.type == 'cpu':
-        is_finite = _look(shadow)
+        is_finite = look(shadow)
 
         def mend_if_need_be() -> None:
             if not is_finite():
@@ -74,7 +74,7 @@ def mending(shadow: Tensor, source: Tensor) -> Callable[[], object]:
     return mend
 
 
-def _look(tensor: Tensor) -> Callable[[], bool]:
+def look(tensor: Tensor) -> Callable[[], bool]:
     """Tells whether the sum is finite. Where it is, all elements are; finite elements may add up to infinity."""
     total, dims = tensor.new_zeros(()), list(range(tensor.dim()))
     return lambda: cmath.isfinite(torch.sum(tensor, dims, out=total).item())
