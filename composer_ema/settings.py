@@ -145,6 +145,16 @@ class Settings:
         """The same with some arguments changed, and checked again."""
         return dataclasses.replace(self, **changed)
 
+    def moved_to(self, device: torch.device | str | None, dtype: torch.dtype | str | None) -> Settings:
+        """The same for another device and dtype; None leaves either as it is.
+
+        Raises:
+            TypeError, ValueError: as for the class, and the device holds no values.
+        """
+        changed = self.replace(device=parse_device(device) or self.device, dtype=parse_dtype(dtype) or self.dtype)
+        changed.refuse_meta()
+        return changed
+
     @property
     def has_function(self) -> bool:
         """Whether ``avg_fn`` or ``multi_avg_fn`` makes the average."""

@@ -17,7 +17,7 @@ from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import listed
 from composer_ema.model.sharding import broadcast_, unwrap
 from composer_ema.model.untraced import aside, is_traced, untraced
-from composer_ema.settings import Settings, ShadowSettings, parse_device, parse_dtype, takes_settings
+from composer_ema.settings import Settings, ShadowSettings, takes_settings
 from composer_ema.shadow import averaged_model, foreign, loan
 from composer_ema.shadow import state as states
 from composer_ema.shadow.distance import relative_distance
@@ -392,11 +392,7 @@ class ShadowModel(LendableAverage):
     @untraced
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None) -> ShadowModel:
         """Moves the shadow to a device, casts its floating tensors to a dtype, and stays there. Returns itself."""
-        settings = self._storage.settings
-        changed = settings.replace(
-            device=parse_device(device) or settings.device, dtype=parse_dtype(dtype) or settings.dtype
-        )
-        changed.refuse_meta()
+        changed = self._storage.settings.moved_to(device, dtype)
         self._follower.forget_plan()
         self._storage.convert(changed)
         return self

@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 from composer_ema.model.names import listed
 from composer_ema.model.sharding import unwrap
 from composer_ema.model.untraced import aside, is_traced, untraced
-from composer_ema.settings import Settings, ShadowSettings, parse_device, parse_dtype, takes_settings
+from composer_ema.settings import Settings, ShadowSettings, takes_settings
 from composer_ema.shadow.follower import Follower
 from composer_ema.shadow.lendable import LendableAverage
 from composer_ema.shadow.shadow_model import ShadowModel, number_for, storages_of
@@ -260,14 +260,11 @@ class ShadowModels(Mapping[str, ShadowModel]):
     @untraced
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None) -> ShadowModels:
         """Moves all averages to a device, casts their floating tensors to a dtype, and stays there. Returns itself."""
-        settings = self._first._storage.settings
-        changed = settings.replace(
-            device=parse_device(device) or settings.device, dtype=parse_dtype(dtype) or settings.dtype
-        )
-        changed.refuse_meta()
+        storages = [member._storage for member in self._members.values()]
+        changed = [storage.settings.moved_to(device, dtype) for storage in storages]
         self._follower.forget_plan()
-        for member in self._members.values():
-            member._storage.convert(changed.replace(seed=member._storage.settings.seed))
+        for storage, settings in zip(storages, changed, strict=True):
+            storage.convert(settings)
         return self
 
     def state_dict(self) -> dict[str, Any]:
