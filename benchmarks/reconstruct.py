@@ -56,7 +56,8 @@ class Run:
         names: of the parameters, in their order.
         moments: steps at which contestants keep something, the last among them.
         weights: by step, training weights at the moments and after the first step.
-        averages: by label, and there by moment: averages in memory, float32.
+        kept: by label, the weight that each average in memory gives each step.
+        averages: by label, and there by moment: these averages, float32.
         truths: the true average of each target, float64.
         folder: of what contestants wrote.
         update_ms: milliseconds that keeping took a step, by contestant.
@@ -67,6 +68,7 @@ class Run:
     moments: list[int]
     folder: Path
     weights: dict[int, Vector] = field(default_factory=dict)
+    kept: dict[str, Vector] = field(default_factory=dict)
     averages: dict[str, dict[int, Vector]] = field(default_factory=dict)
     truths: dict[tuple[str, float], Vector] = field(default_factory=dict)
     update_ms: dict[str, float] = field(default_factory=dict)
@@ -119,8 +121,8 @@ def train(
 
     targets = np.stack([np.diff(cumulative(target, steps), prepend=0.0) for target in TARGETS])
     sums = np.zeros((len(TARGETS), parameters_to_vector(model.parameters()).numel()))
-    kept = {str(width): weights_of(Power(width), steps) for width in KEPT}
-    kept['ordinary'] = shares.weights_of(shares.exponential(np.arange(1, steps + 1), ORDINARY * steps))
+    targets_kept = {**{str(width): (POWER, width) for width in KEPT}, 'ordinary': (HALF_LIFE, ORDINARY)}
+    run.kept = {label: shares.weights_of(cumulative(each, steps)) for label, each in targets_kept.items()}
     moving: dict[str, Vector] = {}
     generator = torch.Generator().manual_seed(1)
     for step in range(1, steps + 1):
@@ -135,7 +137,7 @@ def train(
             spent[name] += time.perf_counter() - began
         weights = parameters_to_vector(model.parameters()).detach().double().numpy()
         sums += targets[:, step - 1 : step] * weights
-        for label, factors in kept.items():
+        for label, factors in run.kept.items():
             moving[label] = weights if step == 1 else moving[label] + factors[step - 1] * (weights - moving[label])
         if step == 1 or step in run.moments:
             run.weights[step] = weights
@@ -192,10 +194,6 @@ def cumulative(target: tuple[str, float], steps: int) -> Vector:
     return shares.latest(times, value * steps)
 
 
-def weights_of(profile: Power, steps: int) -> Vector:
-    return shares.weights_of(shares.power(np.arange(1, steps + 1), profile.gamma))
-
-
 def measure(run: Run, peers: dict[str, Callable[..., nn.Module]], count: int) -> list[dict[str, Any]]:
     """A row for each contestant and target, all with ``count`` moments."""
     apart = len(run.moments) // count
@@ -230,14 +228,14 @@ def measure(run: Run, peers: dict[str, Callable[..., nn.Module]], count: int) ->
         with _only(folder, moments):
             add(name, lambda target, make=synthesize: _of_peer(make, target), _bytes_in(folder), name)
     of_power = [(str(width), moment) for width in KEPT for moment in moments]
-    both = [(Kept(_kept_weights(run, label)[:moment]), run.averages[label][moment]) for label, moment in of_power]
+    both = [(Kept(run.kept[label][:moment]), run.averages[label][moment]) for label, moment in of_power]
     ends = [(copies(moment), run.weights[moment]) for moment in (1, run.steps)]
     add('continuous time, appendix C', lambda target: _continuous(run, of_power, target), 4 * size * len(both), None)
     add('shares, step by step', lambda target: _by_shares(run, both, target), 4 * size * len(both), None)
     add('LAWA, best number of checkpoints', lambda target: _lawa(run, moments, target), 4 * size * count, None)
     alone = [(copies(moment), run.weights[moment]) for moment in moments]
     add('ours, checkpoints of the weights', lambda target: _fitted(run, alone, target), 4 * size * count, None)
-    ordinary = [(Kept(_kept_weights(run, 'ordinary')[:moment]), run.averages['ordinary'][moment]) for moment in moments]
+    ordinary = [(Kept(run.kept['ordinary'][:moment]), run.averages['ordinary'][moment]) for moment in moments]
     kept = [*ordinary, *alone]
     add('ours, checkpoints with one average', lambda target: _fitted(run, kept, target), 4 * size * len(kept), None)
     kept = [*both, *ends]
@@ -246,13 +244,6 @@ def measure(run: Run, peers: dict[str, Callable[..., nn.Module]], count: int) ->
         folder = run.folder / name
         add(title, lambda target, folder=folder: _of_snapshots(run, folder, target), _bytes_in(folder), name)
     return rows
-
-
-def _kept_weights(run: Run, label: str) -> Vector:
-    times = np.arange(1, run.steps + 1)
-    if label == 'ordinary':
-        return shares.weights_of(shares.exponential(times, ORDINARY * run.steps))
-    return weights_of(Power(float(label)), run.steps)
 
 
 def _fitted(run: Run, kept: Sequence[tuple[Kept, Vector]], target: tuple[str, float]) -> Vector:
