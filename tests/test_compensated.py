@@ -153,6 +153,16 @@ class TestKernels:
         largest = max(1.0, *map(abs, values))
         assert total(shadow, term).item() == pytest.approx(exact, abs=1e-6 * largest * weight + 1e-7 * abs(exact))
 
+    def test_a_step_of_the_blocked_backend_allocates_nothing(self):
+        dtypes = (torch.float32, torch.float32, torch.bfloat16)
+        shadows, sources = [torch.zeros(70, dtype=dtype) for dtype in dtypes], [torch.ones(70) for _ in dtypes]
+        sources[1] = sources[1].bfloat16()
+        step, _ = prepared(shadows, sources, backend='blocked', mended=[1])
+        step((0.5,))
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            step((0.5,))
+        assert [e.name for e in profile.events() or () if e.cpu_memory_usage > 0] == []
+
     def test_small_tensors_that_lie_side_by_side_have_the_bits_of_others(self):
         torch.manual_seed(2)
         sources = [torch.randn(n) for n in (3, 40, 1, 70)]

@@ -230,9 +230,23 @@ def test_names_change_for_all_averages_or_for_none():
     assert all('head.weight' in each and 'last.weight' not in each for each in all_kept(shadows).values())
 
 
-def test_all_averages_are_converted_together():
+def test_names_do_not_change_while_any_of_the_averages_stands_in_a_model():
     model, shadows = trained()
+    other, before = copy.deepcopy(model), all_kept(shadows)
+    shadows['long'].swap_in(other)
+    for changes in ({'renamed': {'last.weight': 'last.weight'}}, {'leaving': True}):
+        with pytest.raises(RuntimeError, match=r'swap_out\(model\) before names change'):
+            shadows.resolve(model, **changes)
+        assert_same(all_kept(shadows), before)
+    shadows['long'].swap_out(other)
+    assert same_bits(weights(other), weights(model))
+
+
+def test_all_averages_are_converted_together_and_keep_their_seeds():
+    model, shadows = trained()
+    shadows['long'].load_state_dict({**shadows['long'].state_dict(), 'seed': 7})
     assert shadows.to(dtype='float64') is shadows
+    assert {label: each.state_dict()['seed'] for label, each in shadows.items()} == {'short': 0, 'long': 7}
     shadows.update(model, smoothing=0.5)
     assert {t.dtype for each in shadows.values() for t in each.parameters()} == {torch.float64}
 
