@@ -93,6 +93,16 @@ class Span:
         return cls(int(value) if value == int(value) and unit != 'dur' else float(value), unit)
 
 
+def multiples(time: float, interval: float) -> int:
+    """How many multiples of ``interval`` lie in (0, time], up to the rounding error of fractions.
+
+    Example:
+        >>> multiples(0.3, 0.1), multiples(19, 10)
+        (3, 1)
+    """
+    return math.floor(time / interval + 1e-9)
+
+
 def has_crossed(earlier: float, now: float, interval: float) -> bool:
     """Whether a multiple of ``interval`` lies in (earlier, now], up to the rounding error of fractions.
 
@@ -102,7 +112,7 @@ def has_crossed(earlier: float, now: float, interval: float) -> bool:
     """
     if now <= earlier or now - earlier >= interval:
         return now > earlier
-    return math.floor(now / interval + 1e-9) > math.floor(earlier / interval + 1e-9)
+    return multiples(now, interval) > multiples(earlier, interval)
 
 
 _EXAMPLES = {'ba': '1000ba', 'ep': '2ep', 'sp': '50000sp', 'tok': '1000000tok', 'iter': '2iter', 'dur': '0.1dur'}

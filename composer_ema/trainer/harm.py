@@ -9,7 +9,7 @@ from composer.core import Event, State
 
 from composer_ema.averages import HalfLife, Smoothing
 from composer_ema.profiles import start_remedy
-from composer_ema.spans import NOUNS, Span
+from composer_ema.spans import NOUNS, Span, multiples
 from composer_ema.trainer.average import Average
 from composer_ema.trainer.clock import Look, resolve_share, run_length
 from composer_ema.trainer.due import Interval, Start
@@ -95,7 +95,7 @@ def expected_share(average: Average, start: Start, interval: Interval, state: St
     begin = 0.0 if start.span.value == 0 else first
     if average.first_update is not None:
         begin = average.first_update[span.unit]
-    updates = _multiples(whole - begin, pace) - _multiples(first - begin, pace)
+    updates = multiples(whole - begin, pace) - multiples(first - begin, pace)
     if not average.has_begun:
         so_far = 1.0
     if updates <= 0:
@@ -106,7 +106,7 @@ def expected_share(average: Average, start: Start, interval: Interval, state: St
     length = run_length(half_life.unit, state)
     if length is None:
         return None
-    last = begin + _multiples(whole - begin, pace) * pace
+    last = begin + multiples(whole - begin, pace) * pace
     elapsed = (last - first) / whole * length
     return so_far * 2 ** (-elapsed / half_life.value) if half_life.value > 0 else 0.0
 
@@ -124,7 +124,3 @@ def _position(average: Average, start: Start, interval: Interval, state: State) 
     if interval.event is not Event.BATCH_END:
         return max(math.floor(now) + 1, math.ceil(first - 1e-9))
     return max(first, now + whole / batches)
-
-
-def _multiples(time: float, interval: float) -> int:
-    return math.floor(time / interval + 1e-9)

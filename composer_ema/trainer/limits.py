@@ -11,7 +11,7 @@ from typing import Any
 from composer.core import Algorithm, Event, State
 
 from composer_ema.model.sharding import is_sharded
-from composer_ema.spans import NOUNS, UNITS, ArgumentError
+from composer_ema.spans import NOUNS, UNITS, ArgumentError, multiples
 from composer_ema.trainer.clock import TimeArgument, knows_fractions, run_length
 from composer_ema.trainer.due import Interval, Start
 from composer_ema.trainer.evaluation import PREDICT
@@ -177,7 +177,7 @@ def warn_of_a_single_update(start: Start, interval: Interval, state: State) -> N
         first = max(1, math.ceil(first - 1e-9))
     second = first + span.value
     if begin.value == 0:  # the interval counts from the start of training, not from the first update
-        second = (math.floor(first / span.value + 1e-9) + 1) * span.value
+        second = (multiples(first, span.value) + 1) * span.value
     if first > 0 and second > whole * (1 + 1e-9):
         warn(
             f'{start} with {interval} takes a single moment of this run into the average, which is then the training '
