@@ -32,12 +32,13 @@ class ArgumentError(ValueError):
 
     Args:
         message: The value, the rule and the remedy.
-        argument: The name of the argument, so that a caller can tell the user where it was given.
+        argument: The name of the argument, so that a caller can tell the user where it was given. Of a name that is
+            that of one label, as ``half_life['long']``, the argument is kept.
     """
 
     def __init__(self, message: str, argument: str = '') -> None:
         super().__init__(message)
-        self.argument = argument
+        self.argument = argument.partition('[')[0]
 
 
 @dataclass(frozen=True)

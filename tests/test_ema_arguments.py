@@ -10,6 +10,7 @@ import torch
 from composer.core import Time
 
 from composer_ema import EMA
+from composer_ema.spans import ArgumentError
 
 
 @pytest.mark.parametrize(
@@ -142,6 +143,21 @@ def test_the_repr_leaves_defaults_out():
 def test_arguments_out_of_range_name_value_rule_and_remedy(arguments, kind, message):
     with pytest.raises(kind, match=message):
         EMA(**arguments)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'said'),
+    [
+        ({'half_life': {'short': '9ba', 'long': '3years'}}, "half_life['long'] takes the units"),
+        ({'half_life': {'long': 'soon'}}, "half_life['long'] must be a number followed by a unit"),
+        ({'evaluate_with': {'eval': 'averaged'}}, "evaluate_with['eval'] must be 'ema' or 'training'"),
+    ],
+)
+def test_the_error_of_one_label_says_so_and_carries_the_argument(arguments, said):
+    with pytest.raises(ArgumentError) as error:
+        EMA(**arguments)
+    assert str(error.value).startswith(said)
+    assert error.value.argument == next(iter(arguments)), 'where a recipe looks for the line'
 
 
 def test_smoothing_alone_just_works():

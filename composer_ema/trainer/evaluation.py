@@ -140,4 +140,4 @@ def check_weights(name: str, weights: Any, labels: Sequence[str]) -> None:
     legal = [*labels, TRAINING]
     if weights not in legal:
         listed = ', '.join(map(repr, labels))
-        raise ArgumentError(f"{name} must be {listed} or 'training', got {weights!r}.", name.partition('[')[0])
+        raise ArgumentError(f"{name} must be {listed} or 'training', got {weights!r}.", name)

@@ -76,10 +76,7 @@ def _one(arguments: Mapping[str, Any], label: str | None) -> Kept:
     horizon, chosen = None, dict(arguments)
     if (half_life := chosen.pop(_HALF_LIFE, None)) is not None:
         written = _HALF_LIFE if label is None else f'{_HALF_LIFE}[{label!r}]'
-        try:
-            span = Span.parse(half_life, name=written, units=_UNITS)
-        except ArgumentError as error:
-            raise ArgumentError(str(error), _HALF_LIFE) from error
+        span = Span.parse(half_life, name=written, units=_UNITS)
         horizon = TimeArgument(_HALF_LIFE, span, label)
         chosen[_HALF_LIFE] = span.value
     try:
