@@ -8,7 +8,8 @@ from numbers import Real
 from types import NoneType
 from typing import Any
 
-from composer_ema.profiles import check_kind
+from composer_ema.averages import Profile
+from composer_ema.profiles import check_kind, choose
 from composer_ema.spans import ArgumentError
 from composer_ema.wording import suggestion
 
@@ -67,6 +68,16 @@ def by_label(given: Mapping[str, Any], *, reserved: Collection[str] = ()) -> dic
     for change, value in changes.items():
         _give_out(change, value, own)
     return own
+
+
+def chosen(label: str | None, **arguments: Any) -> Profile:
+    """The profile of one average; see :func:`composer_ema.profiles.choose`. Its errors name the label, if any."""
+    try:
+        return choose(**arguments)
+    except (TypeError, ValueError) as error:
+        if label is None:
+            raise
+        raise type(error)(f'{label}: {error}') from error
 
 
 def _give_out(change: str, value: Any, own: Mapping[str, dict[str, Any]]) -> None:

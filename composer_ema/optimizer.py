@@ -20,12 +20,12 @@ from typing_extensions import Unpack
 
 from composer_ema import optimizer_entries
 from composer_ema.averages import CopiesFirst, Profile
-from composer_ema.labelled import CHANGES, by_label
+from composer_ema.labelled import CHANGES, by_label, chosen
 from composer_ema.model.sharding import refuse_sharded, unwrap
 from composer_ema.model.untraced import aside, is_traced, untraced
 from composer_ema.optimizer_average import StepAverages, check_covered, tensor_of
 from composer_ema.optimizer_state import SINGLE
-from composer_ema.profiles import Kind, check_kind, choose, refuse_without_effect
+from composer_ema.profiles import Kind, check_kind, refuse_without_effect
 from composer_ema.settings import OptimizerSettings, Settings, takes_settings
 from composer_ema.shadow.interrupts import Block
 from composer_ema.shadow.shadow_model import ShadowModel
@@ -443,20 +443,11 @@ def _profiles(
             given['decay'] = kept['decay'] = _plain(arguments['decay'])
         own = {SINGLE: dict(given)}
     profiles: dict[str, Profile | None] = {}
-    for label, chosen in own.items():
-        try:
-            profile = _chosen(chosen)
-        except (TypeError, ValueError) as error:
-            if label == SINGLE:
-                raise
-            raise type(error)(f'{label}: {error}') from error
+    for label, one in own.items():
+        named = {'smoothing' if name == 'decay' else name: value for name, value in one.items()}
+        profile = chosen(None if label == SINGLE else label, unit='steps', smoothing_name='decay', **named)
         profiles[label] = CopiesFirst(profile) if copies_first else profile
     return profiles, kept
-
-
-def _chosen(arguments: Mapping[str, Any]) -> Profile:
-    named = {'smoothing' if name == 'decay' else name: value for name, value in arguments.items()}
-    return choose(unit='steps', smoothing_name='decay', **named)
 
 
 def _plain(number: Any) -> Any:

@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from composer_ema.averages import Profile
-from composer_ema.labelled import by_label, shown
-from composer_ema.profiles import choose
+from composer_ema.labelled import by_label, chosen, shown
 from composer_ema.spans import ArgumentError, Span
 from composer_ema.trainer.average import Kept
 from composer_ema.trainer.clock import TimeArgument
@@ -73,19 +71,13 @@ def labels_in(name: str, arguments: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _one(arguments: Mapping[str, Any], label: str | None) -> Kept:
     """The profile of one average, and the argument that gives its unit of time."""
-    horizon, chosen = None, dict(arguments)
-    if (half_life := chosen.pop(_HALF_LIFE, None)) is not None:
+    horizon, own = None, dict(arguments)
+    if (half_life := own.pop(_HALF_LIFE, None)) is not None:
         written = _HALF_LIFE if label is None else f'{_HALF_LIFE}[{label!r}]'
         span = Span.parse(half_life, name=written, units=_UNITS)
         horizon = TimeArgument(_HALF_LIFE, span, label)
-        chosen[_HALF_LIFE] = span.value
-    try:
-        profile: Profile = choose(unit='ba' if horizon is None else horizon.span.unit, **chosen)
-    except (TypeError, ValueError) as error:
-        if label is None:
-            raise
-        raise type(error)(f'{label}: {error}') from error
-    return profile, horizon
+        own[_HALF_LIFE] = span.value
+    return chosen(label, unit='ba' if horizon is None else horizon.span.unit, **own), horizon
 
 
 def _refuse_beside_function(given: Mapping[str, Any]) -> None:
