@@ -26,7 +26,6 @@ from composer_ema.optimizer_state import (
     AVERAGES,
     DESCRIPTION,
     EMA_STATE_VERSION,
-    FUNCTION,
     LAST_UPDATE,
     NUM_STEPS,
     PROFILE,
@@ -40,7 +39,7 @@ from composer_ema.optimizer_state import (
     renamed,
     upgraded,
 )
-from composer_ema.profiles import StartShare, start_remedy
+from composer_ema.profiles import StartShare, described, record_update, start_remedy
 from composer_ema.settings import Settings
 from composer_ema.shadow import state as states
 from composer_ema.shadow.shadow_model import ShadowModel
@@ -72,7 +71,7 @@ class Followed:
         return self.profile is None or isinstance(self.profile, Equal | CopiesFirst)
 
     def __str__(self) -> str:
-        return FUNCTION if self.profile is None else str(self.profile)
+        return described(self.profile)
 
 
 @dataclass(frozen=True)
@@ -175,7 +174,9 @@ class StepAverages:
         }
         self._update(weights)
         for label, followed in self._followed.items():
-            _record(followed, moments[label], weights.get(label))
+            moment, profile = moments[label], followed.profile
+            has_copied = isinstance(profile, CopiesFirst) and moment.num_updates == 0
+            record_update(profile, followed.start, moment, weights.get(label), has_copied=has_copied)
         self._last_update = self.num_steps
 
     def reset(self) -> None:
@@ -448,19 +449,6 @@ def _shadows(module: nn.Module, labels: Sequence[str], kept: Settings) -> Shadow
     if list(labels) == [SINGLE]:
         return ShadowModels.of_one(SINGLE, ShadowModel(module, overlap=True, **settings))
     return ShadowModels(module, labels, overlap=True, **settings)
-
-
-def _record(followed: Followed, moment: Moment, weight: float | None) -> None:
-    """Records an update of one average."""
-    profile = followed.profile
-    if profile is None or weight is None:
-        followed.start.value = None  # only the function knows
-        return
-    if isinstance(profile, CopiesFirst) and moment.num_updates == 0:
-        followed.start.copied(profile, moment)
-    else:
-        followed.start.record(weight)
-    profile.record(moment)
 
 
 def _level_of_caller() -> int:

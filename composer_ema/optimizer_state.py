@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from composer_ema.model.names import listed
-from composer_ema.profiles import check_start_share
+from composer_ema.profiles import FUNCTION, check_start_share
 from composer_ema.shadow import state as states
 from composer_ema.wrapper import ParameterGroups
 
@@ -23,8 +23,6 @@ STARTED_AT, START_SHARE, DESCRIPTION, PROFILE, AVERAGE = (
 )  # fmt: skip
 #: The label of a single average that was given none.
 SINGLE = 'ema'
-#: The description of an average that a function makes.
-FUNCTION = 'function'
 _OF_ONE = (STARTED_AT, START_SHARE, DESCRIPTION, PROFILE, AVERAGE)
 _POSITION = re.compile(r'\d+\.\d+', re.ASCII)
 # Settings that a state of version 1 may lack, and the values that were in force then.

@@ -29,6 +29,8 @@ from composer_ema.averages import (
 Kind = Literal['exponential', 'equal']
 #: An average that holds more of its start than this at the end of a run is warned of.
 NEGLIGIBLE_START = 0.01
+#: The description of an average that a function makes.
+FUNCTION = 'function'
 
 # A profile of EMAOptimizer counts its steps; the others count updates, or read the clock.
 _STEPS = 'steps'
@@ -207,6 +209,33 @@ class StartShare:
         """Records an update whose weight the profile chose."""
         if self.value is not None:
             self.value *= 1.0 - weight
+
+
+def record_update(
+    profile: Profile | None, start: StartShare, moment: Moment | None, weight: float | None, *, has_copied: bool
+) -> None:
+    """Records an update of an average in its profile's memory and in the share of its start.
+
+    Args:
+        profile: of the average; None where a function makes it, and only that knows what became of the start.
+        start: the share.
+        moment: of the update; None where there is no profile.
+        weight: of the update; likewise.
+        has_copied: whether it was a first update that copied the weights whatever the profile says.
+    """
+    if profile is None or moment is None or weight is None:
+        start.value = None
+        return
+    if has_copied:
+        start.copied(profile, moment)
+    else:
+        start.record(weight)
+    profile.record(moment)
+
+
+def described(profile: Profile | None) -> str:
+    """The profile of an average in one word, as states keep it; :data:`FUNCTION` where a function makes it."""
+    return FUNCTION if profile is None else str(profile)
 
 
 def check_start_share(value: Any, what: str) -> float | None:

@@ -21,7 +21,7 @@ from composer_ema.averages import (
     Smoothing,
     WarmedUp,
 )
-from composer_ema.profiles import StartShare, choose, of_description
+from composer_ema.profiles import StartShare, choose, of_description, record_update
 
 UNITS = ('ba', 'ep', 'sp', 'tok', 'iter', 'dur', 'steps')
 half_lives = st.one_of(st.integers(0, 10**9), st.floats(0, 1e12))
@@ -174,11 +174,7 @@ def run(profile: Profile, updates: int, *, copies_first: bool = True) -> StartSh
     start, profile = StartShare(), copy.deepcopy(profile)
     for n in range(updates):
         moment = Moment.of_update(n)
-        if n == 0 and copies_first:
-            start.copied(profile, moment)
-        else:
-            start.record(profile.weight(moment))
-        profile.record(moment)
+        record_update(profile, start, moment, profile.weight(moment), has_copied=n == 0 and copies_first)
     return start
 
 

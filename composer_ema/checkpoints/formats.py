@@ -28,7 +28,7 @@ from torch import Tensor
 from composer_ema.kernels.rules import is_inexact
 from composer_ema.model.names import listed
 from composer_ema.model.sharding import canonical_name
-from composer_ema.profiles import check_start_share
+from composer_ema.profiles import FUNCTION, check_start_share
 
 #: The format that this release writes, and reads without upgrading.
 VERSION = 3
@@ -328,7 +328,7 @@ def _description(config: State) -> str:
     for name in ('half_life', 'smoothing'):
         if config.get(name) is not None:
             return f'{name}={config[name]}'
-    return 'function' if config.get('avg_fn') or config.get('multi_avg_fn') else 'equal'
+    return FUNCTION if config.get('avg_fn') or config.get('multi_avg_fn') else 'equal'
 
 
 def _upgrade_builtin_ema(state: State, slot: ModelSlot, label: str | None, what: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from composer_ema.kernels.rules import is_inexact
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import check_same
 from composer_ema.model.sharding import unwrap
-from composer_ema.profiles import StartShare, check_start_share
+from composer_ema.profiles import StartShare, check_start_share, described, record_update
 from composer_ema.settings import Settings
 from composer_ema.shadow import loan
 from composer_ema.shadow import state as states
@@ -37,7 +37,6 @@ _LAST_UPDATE, _STARTED_AT, _FIRST_UPDATE = 'last_update', 'started_at', 'first_u
 _PROFILE, _DESCRIPTION, _START_SHARE = 'profile', 'description', 'start_share'
 _OF_THE_AVERAGE = frozenset({_LAST_UPDATE, _STARTED_AT, _FIRST_UPDATE, _PROFILE, _START_SHARE})
 _VERSION, _STASH = 'version', 'training_weights'
-_BY_FUNCTION = 'function'
 
 #: The profile of an average, None where a function makes it, and the argument that gives the profile its unit of time.
 Kept = tuple[Profile | None, TimeArgument | None]
@@ -73,7 +72,7 @@ class Average:
     @property
     def description(self) -> str:
         """The profile in one word, as states keep it."""
-        return _BY_FUNCTION if self.profile is None else str(self.profile)
+        return described(self.profile)
 
     def next_weight(self, look: Look, interval: Interval, *, is_from_start: bool) -> tuple[float | None, Moment | None]:
         """The weight and the moment of an update now; None for both where a function makes the average.
@@ -100,14 +99,7 @@ class Average:
 
     def record(self, look: Look, weight: float | None, moment: Moment | None) -> None:
         """Records that the update at ``moment`` was made, by the weight that :meth:`next_weight` gave."""
-        if self.profile is None or moment is None or weight is None:
-            self.start.value = None  # only the function knows
-        else:
-            if self.has_begun:
-                self.start.record(weight)
-            else:
-                self.start.copied(self.profile, moment)
-            self.profile.record(moment)
+        record_update(self.profile, self.start, moment, weight, has_copied=not self.has_begun)
         self.has_begun, self.last_update = True, look.now
 
     def _moment(self, unit: str, look: Look, interval: Interval) -> Moment:
