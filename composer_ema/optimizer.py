@@ -10,7 +10,6 @@ import functools
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -25,7 +24,7 @@ from composer_ema.model.sharding import refuse_sharded, unwrap
 from composer_ema.model.untraced import aside, is_traced, untraced
 from composer_ema.optimizer_average import StepAverages, check_covered, tensor_of
 from composer_ema.optimizer_state import SINGLE
-from composer_ema.profiles import Kind, check_kind, refuse_without_effect
+from composer_ema.profiles import Kind, check_kind, plain_number, refuse_without_effect
 from composer_ema.settings import OptimizerSettings, Settings, takes_settings
 from composer_ema.shadow.interrupts import Block
 from composer_ema.shadow.shadow_model import ShadowModel
@@ -450,11 +449,11 @@ def _profiles(
     return profiles, kept
 
 
-def _plain(number: Any) -> Any:
-    """A number of another library as Python's own, so that ``torch.load(weights_only=True)`` reads it."""
-    if isinstance(number, Mapping):
-        return {str(label): _plain(each) for label, each in number.items()}
-    return float(number) if isinstance(number, Real) and not isinstance(number, int) else number
+def _plain(value: Any) -> Any:
+    """An argument, perhaps by label, as ``torch.load(weights_only=True)`` reads it."""
+    if isinstance(value, Mapping):
+        return {str(label): _plain(each) for label, each in value.items()}
+    return plain_number(value)
 
 
 def _check_start(start: int) -> int:

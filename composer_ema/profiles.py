@@ -84,7 +84,7 @@ def choose(
         ValueError: bias_correction has no effect on a power average, which forgets its start anyway. Leave it out.
     """
     makers = {'half_life': half_life, smoothing_name: smoothing, 'power': power, 'gamma': gamma}
-    given = {name: _plain(value) for name, value in makers.items() if value is not None}
+    given = {name: plain_number(value) for name, value in makers.items() if value is not None}
     if not isinstance(bias_correction, bool):
         raise TypeError(f'bias_correction must be True or False, got {bias_correction!r}.')
     check_kind(average)
@@ -110,7 +110,7 @@ def choose(
             'average forget where it started; warmup=0.1 also keeps it close to the weights while they move fast.'
         )
     if warmup is not None:
-        return WarmedUp(profile, _plain(warmup))
+        return WarmedUp(profile, plain_number(warmup))
     return BiasCorrected(profile) if bias_correction else profile
 
 
@@ -311,8 +311,8 @@ def _unit_of_updates(unit: str) -> str:
     return _STEPS if unit == _STEPS else UPDATES
 
 
-def _plain(number: Any) -> Any:
-    """A number of another library as Python's own, for states and descriptions."""
+def plain_number(number: Any) -> Any:
+    """A number of another library as Python's own, for states and descriptions; anything else as it is."""
     if isinstance(number, Real) and not isinstance(number, int):
         return float(number)
     return number
