@@ -144,6 +144,20 @@ class TestSeveral:
         assert same_bits(found['short'], before)
         assert same_bits(found['wide'], {name: model.state_dict()[name] for name in found['wide']})
 
+    def test_the_age_of_a_new_label_counts_from_where_the_others_go_on(self):
+        model = One(8.0)
+        optimizer = EMAOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), half_life={'old': 1000, 'other': 9})
+        for value in (7, 6, 5):
+            step_to(optimizer, model, value)
+        more = EMAOptimizer(
+            torch.optim.SGD(model.parameters(), lr=1.0), half_life={'old': 1000, 'new': 1000}, warmup={'new': 1.0}
+        )
+        with pytest.warns(UserWarning, match="'new' .* is new and starts at the weights"):
+            more.load_ema_state_dict(saved(optimizer.ema_state_dict()))
+        step_to(more, model, 1)
+        [(_, average)] = more.shadows['new'].named_parameters()
+        assert average.item() == pytest.approx(3), 'a half-life of one step, not of four'
+
     def test_a_state_in_a_file_gives_each_average_by_its_label(self, tmp_path):
         model = Net()
         optimizer = several(model)

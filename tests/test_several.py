@@ -385,3 +385,15 @@ def test_the_first_update_after_a_start_stands_for_the_samples_of_its_batch(trai
     state = ema.state_dict()['averages']['ema']
     assert (state['started_at']['sp'], state['started_at']['ba']) == (8, 2)
     assert state['profile']['log_kept'] == pytest.approx(-math.log(2) * (2 + 4) / 4)
+
+
+def test_a_state_taken_while_the_average_of_another_algorithm_stands_in_the_model_has_the_stash(trainer):
+    ema, swa = EMA('2ba'), SWA('1ba', refresh_batchnorm=False)
+    run = trainer([ema, swa])
+    run.fit()
+    weights = bits(dict(run.state.model.named_parameters()))
+    assert swa.swa_model is not None
+    with swa.swa_model.swapped(run.state.model):
+        assert bits(dict(run.state.model.named_parameters())) != weights
+        stash = bits(copy.deepcopy(ema.state_dict()['training_weights']))
+    assert {name: stash[name] for name in weights} == weights
