@@ -33,9 +33,9 @@ from composer_ema.wording import counted, suggestion
 from composer_ema.wrapper import OptimizerWrapper, ParameterGroups
 
 DEFAULT_DECAY = 0.9999
-# Values that say that an argument was not given, and those that a state keeps then where that is not None.
-_NOT_GIVEN: Mapping[str, Any] = {'decay': DEFAULT_DECAY, 'average': 'exponential', 'bias_correction': False}
+# What a state keeps of arguments that were not given, where that is not None; and values that say so of an argument.
 _NOT_KEPT: Mapping[str, Any] = {'average': 'exponential', 'bias_correction': False}
+_NOT_GIVEN: Mapping[str, Any] = {'decay': DEFAULT_DECAY, **_NOT_KEPT}
 
 _EMA = 'ema'
 

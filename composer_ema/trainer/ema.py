@@ -23,9 +23,6 @@ from composer_ema.trainer.snapshots import AskedSnapshots, RunSnapshots
 from composer_ema.trainer.weight_average import WeightAverage
 from composer_ema.wording import suggestion
 
-#: The arguments that choose profiles.
-_OF_PROFILES = ('half_life', 'smoothing', 'power', 'gamma', 'average', 'warmup', 'bias_correction')
-
 
 class _Default(str):
     """A default that is not the same object as an equal value from the user."""
@@ -114,7 +111,7 @@ class EMA(WeightAverage):
     """
 
     name = 'ema'
-    compared = (*_OF_PROFILES, 'avg_fn', 'multi_avg_fn')
+    compared = (*labelled.OF_PROFILES, 'avg_fn', 'multi_avg_fn')
     rivals = ()
 
     def __init__(

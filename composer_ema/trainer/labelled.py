@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from composer_ema.labelled import by_label, chosen, shown
+from composer_ema.labelled import CHANGES, by_label, chosen, shown
 from composer_ema.spans import ArgumentError, Span
 from composer_ema.trainer.average import Kept
 from composer_ema.trainer.clock import TimeArgument
@@ -16,6 +16,8 @@ _UNITS = ('ba', 'ep', 'sp', 'tok', 'iter', 'dur')
 # Arguments that make an average.
 _HALF_LIFE, _AVERAGE = 'half_life', 'average'
 _MAKERS = (_HALF_LIFE, 'smoothing', 'power', 'gamma', _AVERAGE)
+#: All arguments that choose profiles.
+OF_PROFILES = (*_MAKERS, *CHANGES)
 _NOT_GIVEN: Mapping[str, Any] = {_AVERAGE: 'exponential', 'bias_correction': False}
 
 

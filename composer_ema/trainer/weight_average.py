@@ -284,12 +284,12 @@ class WeightAverage(Algorithm):
 
     def _limits(self, state: State) -> list[Limit]:
         """The times that the run must be able to count."""
+        horizons = [horizon for _, horizon in self._kept.values() if horizon is not None]
         found = [
+            *(Limit(horizon, measured_at=self._interval) for horizon in horizons),
             Limit(self._interval, limits.effect_of_rare_updates(self._interval, state)),
             Limit(self._start, 'no average will be kept'),
         ]
-        horizons = [horizon for _, horizon in self._kept.values() if horizon is not None]
-        found[:0] = [Limit(horizon, measured_at=self._interval) for horizon in horizons]
         if self._log_interval is not None:
             is_default = str(self.log_interval) == '1ep'
             found.append(Limit(self._log_interval, None if is_default else 'no distance will be logged'))
@@ -393,9 +393,7 @@ class WeightAverage(Algorithm):
 
     def _use(self, weights: str, model: nn.Module) -> None:
         """Makes ``model`` hold the training weights, or the average called ``weights`` once there is one."""
-        if weights == TRAINING:
-            self._averages.take_back(model)
-        elif self._has_average and self._averages[weights].has_begun:
+        if weights != TRAINING and self._has_average and self._averages[weights].has_begun:
             self._averages.lend(weights, model)
             self._harm.lent(weights, self._averages[weights])
         else:
