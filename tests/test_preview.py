@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 from composer_ema.averages import HalfLife, Moment
 from composer_ema.pictures.curves import read_run
+from composer_ema.posthoc.shares import shares
 from composer_ema.recipe import registry, schema
 from composer_ema.recipe.arguments import RecipeError
 from composer_ema.recipe.build import build
-from composer_ema.recipe.preview import Preview, Profile, distinct_names, preview, shares
+from composer_ema.recipe.preview import Preview, Profile, distinct_names, preview
 from composer_ema.zoo.dataset import extent
 
 DATASETS = registry.datasets().classes

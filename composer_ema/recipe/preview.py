@@ -19,6 +19,7 @@ from composer.devices import DeviceCPU
 from torch import nn
 
 from composer_ema.checkpoints.formats import config_of
+from composer_ema.posthoc.shares import shares
 from composer_ema.recipe.named import Named
 from composer_ema.recipe.outline import Outline
 from composer_ema.recipe.outputs import Array, Curve, curves_by_group, momenta
@@ -150,23 +151,6 @@ def preview(
     )
 
 
-def shares(weights: Sequence[float] | Array) -> Array:
-    """The share of each update in the average at the end.
-
-    The share of update ``i`` is ``w[i] * (1 - w[i + 1]) * ... * (1 - w[n - 1])``.
-
-    Args:
-        weights: For each update, oldest first, the weight of the current parameters, in [0, 1]. The first copies: 1.
-
-    Example:
-        >>> shares([1.0, 0.5, 0.5]).tolist()
-        [0.25, 0.25, 0.5]
-    """
-    weight = np.asarray(weights, dtype=np.float64)
-    kept = np.cumprod((1 - weight)[::-1])[::-1]
-    return weight * np.append(kept[1:], 1.0)
-
-
 def distinct_names(recipes: Sequence[Recipe], overrides: Sequence[Sequence[str]]) -> list[str]:
     """A different name for each recipe: its run name, or that of its file with its overrides; equal ones get a number.
 
@@ -224,7 +208,8 @@ class _Probe:
             self.batches.append(int(self.state.timestamp.batch))
             for label, weights in self.weights.items():
                 old = before.get(label, 0.0)
-                weights.append((after[label] - old) / (value - old) if weights else 1.0)
+                # Rounding may take the quotient of a copy just above 1.
+                weights.append(min(1.0, (after[label] - old) / (value - old)) if weights else 1.0)
 
     def profiles(self, batches: int) -> Iterator[Profile]:
         """The result for each average; none where the run is too short for a first update."""
