@@ -41,7 +41,6 @@ class FakeKept:
     """A run whose averages are their half-lives, well reconstructed from 2 to 30 % of the run."""
 
     clock: ClassVar = {'ba': 1000.0, 'ep': 10.0}
-    files: ClassVar[list[Path]] = []
 
     def __init__(self) -> None:
         self.made: list[float] = []
@@ -598,6 +597,19 @@ class TestOfARun:
         opened = Opened(tmp_path)
         assert opened.clock['ba'] == 8
         assert all(torch.equal(each, opened.training()[name]) for name, each in model.state_dict().items())
+
+    def test_beside_checkpoints_in_the_run_folder_itself_what_was_evaluated_counts_again(self, tmp_path):
+        kept = {'save_folder': str(tmp_path / 'tiny'), 'save_interval': '5ba', 'save_num_checkpoints_to_keep': -1}
+        ema = {'half_life': '6ba', 'update_interval': '1ba'}
+        values = {**TINY, 'runs_folder': str(tmp_path), 'run_name': 'tiny', 'algorithms': {'ema': ema}, **kept}
+        (tmp_path / 'tiny.yaml').write_text(yaml.safe_dump(values))
+        run.train(schema.load(tmp_path / 'tiny.yaml'), lambda _: None)
+        asked = Asked(values=['0.2dur'], num_batches=1)
+        sweep_run(tmp_path / 'tiny', asked)
+        lines = (tmp_path / 'tiny/sweep.jsonl').read_text()
+        (tmp_path / 'tiny/sweep.png').write_bytes(b'')
+        sweep_run(tmp_path / 'tiny', asked)
+        assert (tmp_path / 'tiny/sweep.jsonl').read_text() == lines
 
     def test_a_metric_that_is_not_there_is_refused(self, again):
         with pytest.raises(ArgumentError, match=r"no metric 'CrossEntrop'\. Did you mean 'CrossEntropy'"):

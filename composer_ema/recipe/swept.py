@@ -163,7 +163,9 @@ class Opened:
     @property
     def files(self) -> list[Path]:
         """The files that averages and the last weights are read from."""
-        return [path for path in self._run.history.folder.iterdir() if path.is_file()]
+        # Where checkpoints lie in the run folder itself, what a sweep writes lies beside them.
+        endings = {path.suffix for path in self._run.files}
+        return [path for path in self._run.history.folder.iterdir() if path.is_file() and path.suffix in endings]
 
     def training(self) -> dict[str, Tensor]:
         """The weights that the optimizer left."""
