@@ -6,7 +6,6 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -33,16 +32,6 @@ _CHANGES = ('warmup', 'bias_correction')
 
 class Kept(Protocol):
     """What a run kept, opened once for all averages that are reconstructed from it."""
-
-    @property
-    def clock(self) -> Mapping[str, float]:
-        """Unit to the time at the end of the run: ``{'ba': 2508.0, 'ep': 6.0, ...}``."""
-        ...
-
-    @property
-    def files(self) -> Sequence[Path]:
-        """The files that averages are made from."""
-        ...
 
     def training(self) -> Mapping[str, Tensor]:
         """The weights that the optimizer left: every tensor of the model."""
