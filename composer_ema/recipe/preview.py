@@ -45,6 +45,10 @@ class Profile:
         batches: Length of the run.
         settings: The arguments that decide the weights, such as ``'half_life=100ba'``.
         half_life_share: The half-life at the end, which a warm-up may limit, as a share of the run; None without one.
+
+    Example:
+        >>> Profile('swa', np.array([8.0, 9.0, 10.0]), np.full(3, 1 / 3), 10, 'defaults').newest_half
+        2
     """
 
     name: str
