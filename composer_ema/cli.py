@@ -17,10 +17,9 @@ _REMEDY = "Install what the commands need with: pip install 'composer-ema[compos
 try:
     import typer
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
-    from composer_ema.pictures.tables import Whole
+    from composer_ema.pictures.tables import Whole, facts
 except ModuleNotFoundError as error:
     # The console script imports this module before it calls main, so main cannot catch this.
     sys.stderr.write(f'{error}. {_REMEDY}\n')
@@ -101,12 +100,7 @@ def export(
         from composer_ema.checkpoints.export import export
 
         written = export(checkpoint, out, average=average, key=key, strip_prefix=strip_prefix)
-        table = Table(title=escape(str(out)), title_justify='left', show_header=False)
-        table.add_column(overflow='fold')
-        table.add_column(overflow='fold')
-        for fact, value in written.items():
-            table.add_row(escape(fact), escape(value))
-        show(table)
+        show(facts(str(out), written))
 
 
 @app.command()

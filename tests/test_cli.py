@@ -168,6 +168,16 @@ def test_a_run_that_diverges_has_its_numbers_whole_in_the_table(capfd, monkeypat
     ]
 
 
+def test_brackets_in_names_are_no_markup(capfd, monkeypatch):
+    monkeypatch.setenv('COLUMNS', '100')
+    result = report.Result('a[b]c', 1, 0.9, {'training': [Point(1, 0.1, 2.0)]})
+    cli.show(report.epochs_table(result))
+    cli.show(report.seeds_table([result], 'd[red]e'))
+    cli.show(report.parts_table({'run folder': '/runs/[f]/g'}))
+    out = capfd.readouterr().out
+    assert all(name in out for name in ('a[b]c', 'd[red]e', '/runs/[f]/g'))
+
+
 def test_dry_run_shows_the_resolved_recipe_and_what_was_built_and_leaves_nothing(call, recipe, tmp_path):
     code, out, _ = call('train', recipe, 'variables.rate=0.5', 'optimizer.lr=${variables.rate}', '--dry-run')
     assert code == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -108,6 +109,10 @@ class TestWhatIsTried:
         found = swept(tmp_path, points=5, own=[0.1])
         assert 0.1 in [each.value for each in found.trials]
         assert 'as trained' in sweeps.markdown(found).split('| 0.1dur |')[1].partition('\n')[0]
+
+    def test_brackets_in_the_name_of_the_run_are_no_markup(self, tmp_path, capfd):
+        cli.show(sweeps.table(dataclasses.replace(swept(tmp_path, values=[0.1]), run_name='a[b]c')))
+        assert capfd.readouterr().out.startswith('a[b]c, on 400 samples')
 
     def test_given_values_alone_are_tried(self, tmp_path):
         assert [each.value for each in swept(tmp_path, values=[0.2, 0.05]).trials] == [0.05, 0.2]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from rich.markup import escape
 from rich.table import Table
 
+from composer_ema.pictures.tables import facts
 from composer_ema.posthoc.reconstruct import Reconstruction
 from composer_ema.spans import NOUNS
 from composer_ema.wording import counted
@@ -12,9 +12,6 @@ from composer_ema.wording import counted
 
 def of_reconstruction(found: Reconstruction, title: str) -> Table:
     """The average, its predicted error, and what it was made of, label by label."""
-    table = Table(title=escape(title), title_justify='left', show_header=False)
-    table.add_column(overflow='fold')
-    table.add_column(overflow='fold')
     rows = {
         'average': found.target,
         'run': found.run_name,
@@ -25,9 +22,7 @@ def of_reconstruction(found: Reconstruction, title: str) -> Table:
         own = [part for part in found.parts if part.label == label]
         total = sum(part.coefficient for part in own)
         rows[f'made of {label}'] = f'{counted(len(own), "file")}, together {total:+.3g}'
-    for name, value in rows.items():
-        table.add_row(escape(name), escape(value))
-    return table
+    return facts(title, rows)
 
 
 def remarks(found: Reconstruction) -> list[str]:

@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rich.markup import escape
 from rich.table import Table
 
 from composer_ema.pictures.curves import Point, evaluations, first_reaching
+from composer_ema.pictures.tables import facts, number
 from composer_ema.pictures.weights import TRAINING, averages, in_words
 from composer_ema.wording import counted
 
@@ -67,16 +69,13 @@ def result(outcome: Outcome) -> Result:
 
 def parts_table(parts: Mapping[str, str]) -> Table:
     """What a recipe builds, one row for each kind of part."""
-    table = Table(title='built, not trained', title_justify='left', show_header=False)
-    for kind, words in parts.items():
-        table.add_row(kind, words)
-    return table
+    return facts('built, not trained', parts)
 
 
 def epochs_table(outcome: Result) -> Table:
     """Accuracy and loss of each set of weights, one row per evaluation."""
     words = in_words(outcome.points)
-    table = Table(title=outcome.run_name, title_justify='left')
+    table = Table(title=escape(outcome.run_name), title_justify='left')
     table.add_column('epoch', justify='right')
     for quantity in ('accuracy %', 'loss'):
         for label in outcome.points:
@@ -105,7 +104,7 @@ def summary(outcome: Result) -> str:
 def seeds_table(outcomes: Sequence[Result], title: str) -> Table:
     """One row for each set of weights, per seed and for the mean over seeds."""
     header, *rows = _seeds_rows(outcomes)
-    table = Table(title=title, title_justify='left')
+    table = Table(title=escape(title), title_justify='left')
     for name in header:
         table.add_column(name, justify='left' if name == 'weights' else 'right', no_wrap=name == 'weights')
     for row, following in zip(rows, [*rows[1:], None], strict=True):
@@ -160,10 +159,7 @@ def _percent(share: float | None) -> str:
 
 
 def _loss(loss: float | None) -> str:
-    if loss is None:
-        return '–'
-    # Four decimals of the loss of a run that diverges would be a row of digits, and those of a tiny one 0.
-    return f'{loss:.4f}' if loss == 0 or 1e-3 <= abs(loss) < 1e5 else f'{loss:.3e}'
+    return '–' if loss is None else number(loss)
 
 
 def _epoch(epoch: float | None) -> str:

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
+from rich.markup import escape
 from rich.table import Table
 
 from composer_ema.pictures.canvas import add_legend, new_figure
 from composer_ema.pictures.style import BLACK, BLUE, GREY, RC, VERMILION
+from composer_ema.pictures.tables import number
 from composer_ema.recipe.choice import UNRELIABLE, Choice
 from composer_ema.recipe.outputs import Array
 from composer_ema.recipe.sweep import Sweep, rounded
@@ -42,7 +44,7 @@ def picture_name(family: Family, *, on_test: bool) -> str:
 
 def table(sweep: Sweep) -> Table:
     """One row for each average and one for the training weights: half-life, metrics, predicted error."""
-    made = Table(title=f'{sweep.run_name}, on {sweep.samples}', title_justify='left')
+    made = Table(title=escape(f'{sweep.run_name}, on {sweep.samples}'), title_justify='left')
     for heading in _headings(sweep):
         made.add_column(heading, justify='right')
     best = None if sweep.choice is None else sweep.choice.best
@@ -284,9 +286,7 @@ def _scaled(name: str, value: float) -> float:
 
 
 def _number(name: str, value: float) -> str:
-    if _is_share(name):
-        return f'{100 * value:.2f} %'
-    return f'{value:.4f}' if value == 0 or 1e-3 <= abs(value) < 1e5 else f'{value:.3e}'
+    return f'{100 * value:.2f} %' if _is_share(name) else number(value)
 
 
 def _percent(share: float | None) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.markup import escape
 from rich.measure import Measurement
 from rich.padding import Padding
 from rich.table import Column, Table
@@ -14,6 +15,24 @@ from rich.text import Text
 
 #: Wider than any table.
 _UNLIMITED = 1_000_000
+
+
+def facts(title: str, rows: Mapping[str, str]) -> Table:
+    """A table without headings: in each row the name of a fact, and the fact. Brackets in them are no markup."""
+    table = Table(title=escape(title), title_justify='left', show_header=False)
+    for name, fact in rows.items():
+        table.add_row(escape(name), escape(fact))
+    return table
+
+
+def number(value: float) -> str:
+    """A loss with four decimals; those of a run that diverges would be a row of digits, and those of a tiny one 0.
+
+    Example:
+        >>> number(0.26204), number(3e7), number(2e-6)
+        ('0.2620', '3.000e+07', '2.000e-06')
+    """
+    return f'{value:.4f}' if value == 0 or 1e-3 <= abs(value) < 1e5 else f'{value:.3e}'
 
 
 class Whole:
