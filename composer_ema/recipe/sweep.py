@@ -12,10 +12,12 @@ import numpy as np
 from torch import Tensor
 
 from composer_ema.averages import Power
+from composer_ema.labelled import CHANGES
 from composer_ema.recipe.choice import Choice, choose
 from composer_ema.recipe.outputs import is_number
 from composer_ema.recipe.trials import TRAINING, Family, Measured, Trial, TrialsFile
 from composer_ema.spans import ArgumentError, Span
+from composer_ema.trainer.labelled import MAKERS
 from composer_ema.wording import squash, suggestion
 
 #: The shortest and the longest half-life tried, as shares of the run, and the widths of power functions like them.
@@ -24,10 +26,6 @@ RANGES: dict[Family, tuple[float, float]] = {'half_life': (0.01, 0.5), 'power': 
 POINTS = 13
 _REFINEMENTS = 2
 _DIGITS = 3
-# Arguments of EMA of which one chooses the average.
-_RIVALS = ('half_life', 'smoothing', 'power', 'gamma', 'average')
-# Those that change an exponential average, and that a power function refuses.
-_CHANGES = ('warmup', 'bias_correction')
 
 
 class Kept(Protocol):
@@ -246,11 +244,11 @@ def overrides(recipe: Mapping[str, Any], family: Family, value: float, clock: Ma
     """
     name, own = _arguments(recipe)
     written = in_unit_of(own.get('half_life'), value, clock) if family == 'half_life' else f'{rounded(value):g}'
-    if any(isinstance(own.get(key), Mapping) for key in _RIVALS):  # one more average beside those with labels
+    if any(isinstance(own.get(key), Mapping) for key in MAKERS):  # one more average beside those with labels
         evaluated = recipe.get('evaluate')
         seen = f' evaluate=[{",".join([*evaluated, "best"])}]' if evaluated and 'best' not in evaluated else ''
         return f'algorithms.{name}.{family}.best={written}{seen}'
-    unfit = [key for key in _RIVALS if key != family] + (list(_CHANGES) if family == 'power' else [])
+    unfit = [key for key in MAKERS if key != family] + (list(CHANGES) if family == 'power' else [])
     dropped = [f'~algorithms.{name}.{key}' for key in unfit if own.get(key)]
     return ' '.join([*dropped, f'algorithms.{name}.{family}={written}'])
 
@@ -279,7 +277,7 @@ def forgetting(recipe: Mapping[str, Any]) -> dict[str, Any]:
         {'warmup': 0.1}
     """
     own = _arguments(recipe)[1]
-    found = {name: own.get(name) for name in _CHANGES}
+    found = {name: own.get(name) for name in CHANGES}
     plain = {
         name: next(iter(value.values()), None) if isinstance(value, Mapping) else value for name, value in found.items()
     }

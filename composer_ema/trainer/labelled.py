@@ -13,11 +13,11 @@ from composer_ema.trainer.clock import TimeArgument
 from composer_ema.trainer.evaluation import PREDICT, TRAINING
 
 _UNITS = ('ba', 'ep', 'sp', 'tok', 'iter', 'dur')
-# Arguments that make an average.
 _HALF_LIFE, _AVERAGE = 'half_life', 'average'
-_MAKERS = (_HALF_LIFE, 'smoothing', 'power', 'gamma', _AVERAGE)
+#: Arguments of EMA that make averages: of a single average, one of them.
+MAKERS = (_HALF_LIFE, 'smoothing', 'power', 'gamma', _AVERAGE)
 #: All arguments that choose profiles.
-OF_PROFILES = (*_MAKERS, *CHANGES)
+OF_PROFILES = (*MAKERS, *CHANGES)
 _NOT_GIVEN: Mapping[str, Any] = {_AVERAGE: 'exponential', 'bias_correction': False}
 
 
@@ -67,7 +67,7 @@ def labels_in(name: str, arguments: Mapping[str, Any]) -> tuple[str, ...]:
 
     Whether they may be labels, and the values, are checked by :func:`read`.
     """
-    labelled = [arguments[maker] for maker in _MAKERS if isinstance(arguments.get(maker), Mapping)]
+    labelled = [arguments[maker] for maker in MAKERS if isinstance(arguments.get(maker), Mapping)]
     return tuple(dict.fromkeys(label for values in labelled for label in values)) or (name,)
 
 
