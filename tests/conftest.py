@@ -63,6 +63,23 @@ def register(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str, Any], None]
 
 
 @pytest.fixture
+def call(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+    """Calls the command line in this process: exit code, standard output, standard error."""
+    from composer_ema import cli
+
+    monkeypatch.setenv('COLUMNS', '100')
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stopped:
+            cli.app([str(argument) for argument in arguments])
+        out, err = capfd.readouterr()
+        assert isinstance(stopped.value.code, int)
+        return stopped.value.code, out, err
+
+    return call
+
+
+@pytest.fixture
 def model() -> toy.ComposerClassifier:
     """A tiny classifier with BatchNorm and dropout."""
     return toy.make_model()

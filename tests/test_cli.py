@@ -17,7 +17,6 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -42,7 +41,6 @@ TINY = {
     'optimizer': {'name': 'sgd', 'lr': 0.1},
     'algorithms': {'ema': {'half_life': '3ba'}},
 }
-Answer = tuple[int, str, str]
 
 
 @pytest.fixture
@@ -50,21 +48,6 @@ def recipe(tmp_path: Path) -> Path:
     path = tmp_path / 'tiny.yaml'
     path.write_text(yaml.safe_dump({**TINY, 'runs_folder': str(tmp_path / 'runs')}))
     return path
-
-
-@pytest.fixture
-def call(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Answer]:
-    """Calls the command line in this process: exit code, standard output, standard error."""
-    monkeypatch.setenv('COLUMNS', '100')
-
-    def call(*arguments: object) -> Answer:
-        with pytest.raises(SystemExit) as stopped:
-            cli.app([str(argument) for argument in arguments])
-        out, err = capfd.readouterr()
-        assert isinstance(stopped.value.code, int)
-        return stopped.value.code, out, err
-
-    return call
 
 
 def spawn(*command: object, cwd: Path) -> subprocess.Popen[str]:

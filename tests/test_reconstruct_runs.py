@@ -1,6 +1,5 @@
 """Averages reconstructed from the files of real runs, in Python and on the command line."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import composer.algorithms
@@ -9,12 +8,10 @@ import torch
 from composer import Callback
 from toy import make_model, make_trainer
 
-from composer_ema import EMA, ShadowModel, cli, load_average, reconstruct
+from composer_ema import EMA, ShadowModel, load_average, reconstruct
 
 # Runs of a few batches, as in conftest.py.
 pytestmark = pytest.mark.filterwarnings('ignore:.* still hold.* of the initial weights:UserWarning')
-
-Answer = tuple[int, str, str]
 
 
 class Other(Callback):
@@ -57,20 +54,6 @@ def run(tmp_path_factory) -> tuple[Path, Other]:
     trainer.fit()
     trainer.close()
     return folder, other
-
-
-@pytest.fixture
-def call(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Answer]:
-    monkeypatch.setenv('COLUMNS', '100')
-
-    def call(*arguments: object) -> Answer:
-        with pytest.raises(SystemExit) as stopped:
-            cli.app([str(argument) for argument in arguments])
-        out, err = capfd.readouterr()
-        assert isinstance(stopped.value.code, int)
-        return stopped.value.code, out, err
-
-    return call
 
 
 def test_the_average_that_the_run_kept_comes_back_from_its_checkpoints(run):

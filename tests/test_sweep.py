@@ -623,13 +623,8 @@ class TestOfARun:
 
 class TestCommand:
     @pytest.fixture
-    def call(self, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple]:
-        def call(*arguments: object) -> tuple[int | str | None, str, str]:
-            with pytest.raises(SystemExit) as stopped:
-                cli.app(['sweep', *map(str, arguments)])
-            return (stopped.value.code, *capfd.readouterr())
-
-        return call
+    def call(self, call: Callable[..., tuple[int, str, str]]) -> Callable[..., tuple[int, str, str]]:
+        return lambda *arguments: call('sweep', *arguments)
 
     def test_table_sentences_and_picture(self, call, again):
         code, out, err = call(again, '--points', 3, '--metric', 'MulticlassAccuracy', '--limit', 1)
