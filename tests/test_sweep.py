@@ -626,6 +626,16 @@ class TestCommand:
     def call(self, call: Callable[..., tuple[int, str, str]]) -> Callable[..., tuple[int, str, str]]:
         return lambda *arguments: call('sweep', *arguments)
 
+    def test_statistics_that_the_model_does_not_have_cannot_be_refreshed(self, call, tmp_path):
+        model = {'name': 'mnist1d_mlp', 'width': 4}
+        ema = {'half_life': '6ba', 'update_interval': '3ba', 'snapshots': '0.1dur'}
+        values = {**TINY, 'model': model, 'runs_folder': str(tmp_path), 'run_name': 'tiny', 'algorithms': {'ema': ema}}
+        (tmp_path / 'tiny.yaml').write_text(yaml.safe_dump(values))
+        run.train(schema.load(tmp_path / 'tiny.yaml'), lambda _: None)
+        code, _, err = call(tmp_path / 'tiny', '--refresh-batchnorm', 'true')
+        assert code == 2
+        assert 'refresh_batchnorm=True has no effect: the model has no BatchNorm layer' in err
+
     def test_table_sentences_and_picture(self, call, again):
         code, out, err = call(again, '--points', 3, '--metric', 'MulticlassAccuracy', '--limit', 1)
         assert code == 0
@@ -654,6 +664,8 @@ class TestCommand:
             (['--points', '1'], 'points must be at least 3, got 1'),
             (['data.validation_split=0.1'], 'may evaluate it on samples that it has trained on'),
             (['--refresh-batchnorm', '3sp'], 'refresh_batchnorm takes the units'),
+            (['--refresh-batchnorm', '0'], 'refresh_batchnorm must be at least 1 batch, got 0'),
+            (['--refresh-batchnorm', '2ep'], "refresh_batchnorm takes at most one epoch, got '2ep'"),
         ],
     )
     def test_what_cannot_be_is_one_line_and_exit_code_2(self, call, finished, arguments, said):

@@ -22,7 +22,7 @@ from composer_ema.recipe.measuring import measure_of, recipe_of
 from composer_ema.recipe.outputs import RECIPE_FILE, SWEEP_FILE
 from composer_ema.recipe.sweep import Asked, Sweep, check_metric, forgetting, own_values, sweep
 from composer_ema.recipe.trials import Family, Trial, TrialsFile
-from composer_ema.spans import Span
+from composer_ema.spans import ArgumentError, Span
 from composer_ema.trainer.refresh import Refresh
 
 _WEIGHTS = 'weights'
@@ -55,9 +55,15 @@ def sweep_run(
     recipe = recipe_of(folder, overrides, on_test=asked.on_test)
     changes = forgetting(recipe.values) if asked.family == 'half_life' else {}
     kept = Opened(folder, changes)
-    refresh = Refresh(asked.refresh_batchnorm) if asked.refresh_batchnorm else None
+    refresh = None if asked.refresh_batchnorm is False else Refresh(asked.refresh_batchnorm)
     values, own = asked.shares(kept.clock), own_values(recipe.values, asked.family, kept.clock)
     with measure_of(recipe, num_batches=asked.num_batches, refresh=refresh) as measure:
+        if refresh is not None and not measure.has_batchnorm:
+            raise ArgumentError(
+                f'refresh_batchnorm={asked.refresh_batchnorm} has no effect: the model has no BatchNorm layer with '
+                'statistics. Leave it out.',
+                'refresh_batchnorm',
+            )
         metric = check_metric(asked.metric, measure.metrics)
         samples = measure.samples
         conditions = {
@@ -86,7 +92,7 @@ def sweep_run(
             recipe=recipe.values,
             own=own,
             changes=changes,
-            is_refreshed=refresh is not None and measure.has_batchnorm,
+            is_refreshed=refresh is not None,
         )
 
 

@@ -162,13 +162,17 @@ def _parse(setting: bool | int | str | Time) -> bool | int | Span:
         return setting
     if isinstance(setting, int):
         if setting < 1:
-            raise ValueError(f'refresh_batchnorm must be at least 1 batch, got {setting}. Pass False for none.')
+            raise ArgumentError(
+                f'refresh_batchnorm must be at least 1 batch, got {setting}. Pass False for none.', 'refresh_batchnorm'
+            )
         return setting
     span = Span.parse(setting, name='refresh_batchnorm', units=('ba', 'ep'), positive=True)
     if span.unit == 'ba':
         return int(span.value)
     if span.value > 1:
-        raise ValueError(f"refresh_batchnorm takes at most one epoch, got '{span}'. Pass True for a whole one.")
+        raise ArgumentError(
+            f"refresh_batchnorm takes at most one epoch, got '{span}'. Pass True for a whole one.", 'refresh_batchnorm'
+        )
     return span
 
 
