@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
-from composer_ema.model.sharding import canonical_name, refuse_sharded
+from composer_ema.model.sharding import canonical_name, refuse_unsupported, reshard
 
 _STATISTICS = ('running_mean', 'running_var')
 
@@ -50,10 +50,13 @@ class Inventory:
     def of(cls, module: nn.Module) -> Inventory:
         """Walks ``module``, which :func:`~composer_ema.model.sharding.unwrap` has freed of outer wrappers.
 
+        Under FSDP2 it has its shards afterwards; see :func:`~composer_ema.model.sharding.reshard`.
+
         Raises:
-            NotImplementedError: a tensor is sharded.
+            NotImplementedError: a tensor is sharded by FSDP1 or DeepSpeed.
             ValueError: a lazy parameter or buffer has no shape yet.
         """
+        reshard(module)
         inventory, first_names = cls(), {}
         for prefix, child in module.named_modules(remove_duplicate=False):
             path = f'{prefix}.' if prefix else ''
@@ -73,7 +76,7 @@ class Inventory:
                         inventory.persistent.add(name)
                     if key in _STATISTICS and is_normalisation(child):
                         inventory.statistics.add(first_names[id(buffer)])
-        refuse_sharded(inventory.tensors())
+        refuse_unsupported(inventory.tensors())
         return inventory
 
     def tensors(self) -> dict[str, Tensor]:

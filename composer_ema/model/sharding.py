@@ -1,15 +1,23 @@
-"""The few places that know how PyTorch wraps a model: DDP, FSDP, torch.compile, activation checkpointing."""
+"""The few places that know how PyTorch wraps a model and shares its tensors among processes.
+
+A sharded tensor is a DTensor, of which each process holds a part: the local tensor. Nothing here communicates unless
+its docstring says so.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from typing import cast
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, cast
 
 import torch
 import torch.distributed
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
@@ -62,14 +70,131 @@ def canonical_name(name: str) -> str:
 def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP or tensor parallelism holds only a part of the parameters in this process."""
     return any(isinstance(module, FullyShardedDataParallel) for module in model.modules()) or any(
-        kind_of_shard(parameter) is not None for parameter in model.parameters()
+        map(is_shard, model.parameters())
     )
+
+
+def is_shard(tensor: Tensor | None) -> bool:
+    """Whether processes share a tensor, so that this one may hold a part of it only."""
+    return isinstance(tensor, DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds, aliased and unseen by autograd; of a whole tensor, that itself."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def wrapped(part: Tensor, like: Tensor) -> Tensor:
+    """A tensor whose part in this process is ``part``, shared as ``like`` is; ``part`` itself if ``like`` is whole.
+
+    Args:
+        part: of the shape of ``local(like)``, on any device, of any dtype. Aliased.
+        like: only its layout is read.
+    """
+    if not isinstance(like, DTensor):
+        return part
+    meta = TensorMeta(like.shape, like.stride(), part.dtype)
+    spec = DTensorSpec(like.device_mesh, like.placements, meta)
+    return DTensor(part, spec, requires_grad=False)  # pyright: ignore[reportCallIssue]: as __new__ takes it
+
+
+def lie_alike(one: Tensor, other: Tensor) -> bool:
+    """Whether each process holds the same part of two tensors of one shape."""
+    if isinstance(one, DTensor) and isinstance(other, DTensor):
+        return one.device_mesh == other.device_mesh and one.placements == other.placements
+    return not (isinstance(one, DTensor) or isinstance(other, DTensor))
+
+
+def part_of(whole: Tensor, like: Tensor) -> Tensor:
+    """The view of a whole tensor that this process holds where it is shared as ``like`` is."""
+    if not isinstance(like, DTensor):
+        return whole
+    sizes, offsets = compute_local_shape_and_global_offset(whole.shape, like.device_mesh, like.placements)
+    part = whole
+    for dimension, (size, offset) in enumerate(zip(sizes, offsets, strict=True)):
+        if size != part.shape[dimension]:
+            part = part.narrow(dimension, min(offset, part.shape[dimension]), size)
+    return part
+
+
+def share_of(source: Tensor, shadow: Tensor) -> Tensor:
+    """The part of ``source`` in this process that stands beside ``local(shadow)``, aliased."""
+    return local(source) if isinstance(source, DTensor) else part_of(source, shadow)
+
+
+def laid_out_as(value: Tensor, like: Tensor) -> Tensor:
+    """``value`` shared among processes as ``like`` is, or whole where that is whole; aliased where it can be.
+
+    A whole tensor, which every process must have, is cut without communication. A tensor that is shared in another way
+    is gathered first, in a collective call.
+    """
+    if lie_alike(value, like):
+        return value
+    if isinstance(value, DTensor):  # not a view of what was gathered, which can be freed then
+        return wrapped(part_of(whole(value), like).clone(), like) if isinstance(like, DTensor) else whole(value)
+    return wrapped(part_of(value, like), like)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a shared tensor, gathered in every process in a collective call; of a whole one, that itself."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    mesh_device = tensor.device_mesh.device_type
+    if tensor.device.type != mesh_device:  # as parameters that are offloaded to the host
+        on_mesh = wrapped(local(tensor).to(mesh_device), tensor)
+        return cast(DTensor, on_mesh).full_tensor().to(tensor.device)
+    return cast(DTensor, tensor.detach()).full_tensor()
+
+
+def num_replicas(tensor: Tensor) -> int:
+    """How many processes hold each element of a shared tensor; 1 for a whole one."""
+    if not isinstance(tensor, DTensor):
+        return 1
+    mesh = tensor.device_mesh
+    count = 1
+    for dimension, placement in enumerate(tensor.placements):
+        if isinstance(placement, Replicate):
+            count *= mesh.size(dimension)
+    return count
+
+
+def sum_over(mesh: DeviceMesh, part: Tensor) -> Tensor:
+    """The sum of ``part`` over all processes of a mesh. A collective call."""
+    total = part.to(mesh.device_type, copy=True)
+    for dimension in range(mesh.ndim):
+        torch.distributed.all_reduce(total, group=mesh.get_group(dimension))
+    return total.to(part.device)
+
+
+def reshard(module: nn.Module) -> bool:
+    """Frees the whole parameters that FSDP2 keeps after a forward, so that ``module`` has its shards again.
+
+    FSDP2 does so itself after a backward. After a forward without one, or one that raised, the root stays whole, and
+    an integer ``reshard_after_forward`` leaves shards over a smaller mesh.
+
+    Returns:
+        Whether anything was whole.
+    """
+    changed = False
+    for group in _groups_of_fsdp2(module):
+        if not group.is_sharded:
+            group._to_sharded()  # FSDPModule.reshard() does nothing, or asserts, after a forward that raised
+            changed = True
+    return changed
+
+
+def _groups_of_fsdp2(module: nn.Module) -> Iterator[Any]:
+    for child in module.modules():
+        if isinstance(child, FSDPModule):
+            state = child._get_fsdp_state()
+            groups = getattr(state, '_fsdp_param_groups', None)  # newer torch keeps several
+            if groups is None:
+                groups = [state._fsdp_param_group]
+            yield from (group for group in groups if group is not None)
 
 
 def kind_of_shard(tensor: Tensor) -> str | None:
     """How processes share a tensor, in words; None for one that each process holds whole."""
-    from torch.distributed.tensor import DTensor
-
     if isinstance(tensor, DTensor):
         return f'a DTensor of FSDP2 or tensor parallelism, {tensor.placements} over {tensor.device_mesh}'
     # FSDP1 marks its flat parameters so, and with use_orig_params the views of them that optimizers see.
@@ -81,8 +206,6 @@ def kind_of_shard(tensor: Tensor) -> str | None:
 def refuse_sharded(tensors: Mapping[str, Tensor]) -> None:
     """Raises a NotImplementedError that names the first sharded tensor and its kind, or returns.
 
-    Every way into an average passes here: a shard is read and written under other rules than a whole tensor.
-
     Args:
         tensors: what is to be averaged, lent or overwritten, by name.
     """
@@ -92,6 +215,34 @@ def refuse_sharded(tensors: Mapping[str, Tensor]) -> None:
             raise NotImplementedError(
                 f'{name} is sharded: {kind}. This release does not average sharded models. Train with DDP, or leave '
                 'the average out.'
+            )
+
+
+def refuse_unsupported(tensors: Mapping[str, Tensor]) -> None:
+    """Raises a NotImplementedError that names the first tensor whose sharding cannot be averaged, or returns.
+
+    Every way into an average passes here. DTensors pass, unless they hold sums that are still to be reduced.
+
+    Args:
+        tensors: what is to be averaged, lent or overwritten, by name.
+    """
+    for name, tensor in tensors.items():
+        if isinstance(tensor, DTensor):
+            if any(isinstance(placement, Partial) for placement in tensor.placements):
+                raise NotImplementedError(
+                    f'{name} is a DTensor of placements {tensor.placements}: its value is a sum over processes that '
+                    'has not been taken. Redistribute it to Replicate() or Shard(...) first.'
+                )
+        elif getattr(tensor, '_fsdp_flattened', False):  # the flat parameters, and views of them (use_orig_params)
+            raise NotImplementedError(
+                f'{name} is a parameter of FSDP1 (FullyShardedDataParallel), which keeps it in one flat piece with '
+                'others. Shard the model with FSDP2: torch.distributed.fsdp.fully_shard(module), or in Composer '
+                "parallelism_config={'fsdp2': {...}}."
+            )
+        elif hasattr(tensor, 'ds_id'):
+            raise NotImplementedError(
+                f'{name} is a parameter of DeepSpeed ZeRO, of which this process sees a placeholder of shape '
+                f'{tuple(tensor.shape)}. Shard the model with FSDP2: torch.distributed.fsdp.fully_shard(module).'
             )
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from composer_ema.model.inventory import Inventory
+from composer_ema.model.sharding import is_shard, local
 
 
 class Watch:
@@ -19,14 +20,15 @@ class Watch:
 
     Compared are every parameter, buffer and sub-module by identity, in their order but not by name, the number of
     elements and the strides of each tensor, the storage of ``addressed``, and ``requires_grad`` where it was False:
-    unfrozen parameters join an average, while frozen ones stay. Keeps the module's tensors alive, not the module: drop
-    the watch when ``on_gone`` is called.
+    unfrozen parameters join an average, while frozen ones stay. Of a sharded tensor all this is asked of the part that
+    this process holds, and whether it still is the same part: FSDP2 moves uneven shards at the first forward. Keeps
+    the module's tensors alive, not the module: drop the watch when ``on_gone`` is called.
 
     Args:
         module: what to watch.
         inventory: its tensors.
         on_gone: called when the module has been collected.
-        addressed: those of its tensors whose memory must stay where it is. Default: all.
+        addressed: those of its tensors, or of their parts, whose memory must stay where it is. Default: all.
     """
 
     def __init__(
@@ -43,10 +45,13 @@ class Watch:
         self._views = [_values(registry) for registry in registries if registry]
         self._entries = list(chain.from_iterable(self._views))
         self._frozen = [parameter for parameter in inventory.parameters.values() if not parameter.requires_grad]
-        sized = list(inventory.tensors().values())
+        tensors = list(inventory.tensors().values())
+        self._shared = list(filter(is_shard, tensors))
+        self._parts = list(map(_part, self._shared))
+        sized = list(map(local, tensors))
         self._sized = list(filter(_has_memory, sized))
         self._sizes, self._strides = list(map(_size, self._sized)), list(map(_stride, self._sized))
-        self._addressed = list(filter(_has_memory, sized if addressed is None else addressed))
+        self._addressed = list(filter(_has_memory, sized if addressed is None else map(local, addressed)))
         self._pointers = list(map(_pointer, self._addressed))
 
     def is_current(self, module: nn.Module) -> bool:
@@ -58,6 +63,7 @@ class Watch:
             and all(map(is_, entries, self._entries))
             and not any(self._empty)
             and not any(map(_requires_grad, self._frozen))
+            and all(map(is_, map(_part, self._shared), self._parts))
             and list(map(_pointer, self._addressed)) == self._pointers
             and list(map(_size, self._sized)) == self._sizes
             and list(map(_stride, self._sized)) == self._strides
@@ -82,5 +88,5 @@ def _has_memory(tensor: Tensor) -> bool:
     return tensor.layout is torch.strided and not tensor.is_nested
 
 
-_requires_grad = attrgetter('requires_grad')
+_requires_grad, _part = attrgetter('requires_grad'), attrgetter('_local_tensor')
 _pointer, _size, _stride = Tensor.data_ptr, Tensor.numel, Tensor.stride

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from composer_ema.kernels.layout import resolved, unzip
+from composer_ema.kernels.layout import Pair, resolved, unzip
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import check_same
-from composer_ema.model.sharding import unwrap
+from composer_ema.model.sharding import laid_out_as, local, unwrap
 from composer_ema.model.untraced import untraced
 from composer_ema.shadow import loan
 from composer_ema.shadow.follower import Follower
@@ -155,7 +155,7 @@ class LendableAverage:
         # Parameters last: a buffer may be a view of one.
         for names in (shadows.keys() - parameters.keys(), parameters):
             if names:
-                torch._foreach_copy_(*unzip(resolved(live[name], shadows[name]) for name in names))
+                torch._foreach_copy_(*unzip(_copy_into(live[name], shadows[name]) for name in names))
 
     def lent_tensors(self) -> dict[str, Tensor]:
         """All shadows by canonical name, aliased; what a model shows while it holds the average."""
@@ -206,3 +206,8 @@ class LendableAverage:
         """Raises a RuntimeError while this average stands in a model that is known."""
         if self._module() is not None:
             raise RuntimeError(f'the model holds the average. Call swap_out(model) before {what}.')
+
+
+def _copy_into(target: Tensor, value: Tensor) -> Pair:
+    """The copy of ``value`` into ``target`` in terms of what this process has in memory."""
+    return resolved(local(target), local(laid_out_as(value, target)))

@@ -24,7 +24,7 @@ from composer_ema.kernels.layout import resolved
 from composer_ema.kernels.rules import is_inexact
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import listed
-from composer_ema.model.sharding import unwrap
+from composer_ema.model.sharding import laid_out_as, local, unwrap
 from composer_ema.shadow.interrupts import Refusal, insisting
 from composer_ema.shadow.storage import can_be_kept, views_of_parameters
 from composer_ema.wording import counted
@@ -245,7 +245,7 @@ class _Books:
             for target in places:
                 if target.shape == value.shape:
                     # Unseen by autograd: a graph that waits for its backward stays valid.
-                    place, content = resolved(target.data, value)
+                    place, content = resolved(local(target).data, local(laid_out_as(value, target)))
                     targets.append(place)
                     values.append(content)
         return [each for each in (buffers, parameters) if each[0]]

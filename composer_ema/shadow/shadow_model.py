@@ -15,7 +15,7 @@ from typing_extensions import Unpack
 from composer_ema.averages import check_share, weight_from_smoothing
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import listed
-from composer_ema.model.sharding import broadcast_, unwrap
+from composer_ema.model.sharding import broadcast_, local, unwrap
 from composer_ema.model.untraced import aside, is_traced, untraced
 from composer_ema.settings import Settings, ShadowSettings, takes_settings
 from composer_ema.shadow import averaged_model, foreign, loan
@@ -55,7 +55,7 @@ class ShadowModel(LendableAverage):
             :class:`composer_ema.settings.Settings`.
 
     Raises:
-        NotImplementedError: a tensor is sharded by FSDP or tensor parallelism.
+        NotImplementedError: a tensor is sharded by FSDP1 or DeepSpeed.
         RuntimeError: ``model`` holds an average.
         TypeError, ValueError: an argument out of range, one that has no effect, or a pattern that matches nothing.
 
@@ -431,7 +431,7 @@ class ShadowModel(LendableAverage):
 
     def _assign(self, loaded: states.Loaded) -> None:
         self._follower.forget_plan()
-        own = {tensor.untyped_storage().data_ptr() for _, tensor in self._storage.items()}
+        own = {local(tensor).untyped_storage().data_ptr() for _, tensor in self._storage.items()}
         self._storage.assign(
             _apart(loaded.parameters, own, self._storage.parameters),
             _apart(loaded.buffers, own, self._storage.buffers),
@@ -551,7 +551,9 @@ def number_for(storage: Storage, smoothing: float | None, weight: float | None) 
 def _apart(loaded: Mapping[str, Tensor], own: set[int], kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """``loaded``, with copies of what lies in the memory ``own`` of the average, unless it is that very shadow."""
     return {
-        name: tensor.clone() if tensor is not kept.get(name) and tensor.untyped_storage().data_ptr() in own else tensor
+        name: tensor.clone()
+        if tensor is not kept.get(name) and local(tensor).untyped_storage().data_ptr() in own
+        else tensor
         for name, tensor in loaded.items()
     }
 

@@ -9,13 +9,15 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from composer_ema.kernels.layout import Pair, side_by_side
+from composer_ema.kernels.layout import Pair
 from composer_ema.kernels.rules import is_inexact
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import listed
 from composer_ema.model.selection import Selection
+from composer_ema.model.sharding import is_shard, laid_out_as, lie_alike, local, wrapped
 from composer_ema.settings import Settings, check_device_is_here
 from composer_ema.shadow.compensation import Compensations
+from composer_ema.shadow.parts import assembled
 from composer_ema.spans import ArgumentError
 from composer_ema.wording import counted
 
@@ -27,10 +29,10 @@ class Storage:
         settings: which tensors are tracked, in which dtype and on which device.
 
     Attributes:
-        parameters: name to shadow, of the shape of its source.
+        parameters: name to shadow, of the shape of its source; a DTensor laid out as its source is where that is one.
         buffers: likewise; floating ones are averaged or copied as the settings say, others copied. Those that the
             settings select and that are not here stay as the model has them; see :func:`can_be_kept`.
-        shapes: every parameter of the model, tracked or not, as a tensor without memory.
+        shapes: every parameter of the model, tracked or not, as a tensor without memory, laid out alike.
         persistent: names of the buffers that the model's own state dict holds.
         statistics: names of the running means and variances of normalisation layers.
         aliases: further names of a tied tensor, each with the name it stands under.
@@ -107,7 +109,9 @@ class Storage:
         })  # fmt: skip
         for name in views & self.buffers.keys():
             del self.buffers[name]
-        self.shapes = {name: torch.empty_like(t, device='meta') for name, t in inventory.parameters.items()}
+        self.shapes = {
+            name: wrapped(torch.empty_like(local(t), device='meta'), t) for name, t in inventory.parameters.items()
+        }
         self.persistent, self.aliases = inventory.persistent, inventory.aliases
         self.statistics = inventory.statistics
 
@@ -170,26 +174,31 @@ class Storage:
     ) -> None:
         """Writes values into the shadows of these names. What is new here, or of another kind, gets a shadow.
 
+        A collective call where values are shared among processes in another way than the shadows.
+
         Args:
-            parameters: name to value.
+            parameters: name to value, whole or shared.
             buffers: likewise.
             compensations: the Kahan terms of some of these. Where the settings do not ask for them, they are dropped.
         """
         terms = compensations or {}
         self._loaded |= buffers.keys() - self.buffers.keys()
-        for kind, values in ((self.parameters, parameters), (self.buffers, buffers)):
+        for kind, given in ((self.parameters, parameters), (self.buffers, buffers)):
+            layouts = {**self.shapes, **kind}
+            values = {name: laid_out_as(value, layouts.get(name, value)) for name, value in given.items()}
             written = {
                 name: value
                 for name, value in values.items()
                 if are_alike(kind.get(name), value) and not (kind[name].is_meta and not self._is_outline)
             }
             for name, value in written.items():
-                kind[name].copy_(value)
+                local(kind[name]).copy_(local(value))
             kind |= self.copies_of({name: value for name, value in values.items() if name not in written})
             if self.settings.compensated:
                 for name, value in values.items():
                     if is_inexact(value):
-                        self.compensations.put(kind[name], value, terms.get(name))
+                        term = terms.get(name)
+                        self.compensations.put(kind[name], value, None if term is None else laid_out_as(term, value))
 
     def compensate(self) -> None:
         """Gives whatever is averaged its Kahan term, if the settings ask for it."""
@@ -198,20 +207,20 @@ class Storage:
             self.compensations.side_by_side([*self.parameters.values(), *averaged])
 
     def copies_of(self, sources: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """New shadows that hold the values of ``sources``, in the dtypes and on the device of the settings."""
+        """New shadows that hold the values of ``sources``, laid out as those, as the settings say."""
         device = self.settings.device
         with torch.inference_mode(False):
-            shadows = [
-                source.detach().to(device or source.device, self._dtype_for(source), copy=True)
+            parts = [
+                local(source).detach().to(device or source.device, self._dtype_for(source), copy=True)
                 for source in sources.values()
             ]
-            return dict(zip(sources, side_by_side(shadows), strict=True))
+            return dict(zip(sources, assembled(parts, list(sources.values())), strict=True))
 
     def paired(self, kind: dict[str, Tensor], sources: Mapping[str, Tensor]) -> dict[str, Pair]:
         """The shadows of :attr:`parameters` or :attr:`buffers` beside their sources of the same shape and kind.
 
         Buffers that cannot be written stay out; see :func:`can_be_kept`. A shadow that lies on another device than it
-        should is moved.
+        should is moved, and one whose source is shared among processes is shared alike.
 
         Raises:
             ValueError: a shadow or its source is on the meta device, so that it has no values.
@@ -223,6 +232,7 @@ class Storage:
             if source is not None and not is_left and are_alike(shadow, source):
                 if source.is_meta or shadow.is_meta:
                     self._check_has_values(name, shadow, source)
+                shadow = self._shared_as(source, shadow)
                 kind[name] = self._moved(shadow, self.settings.device or source.device, shadow.dtype)
                 pairs[name] = (kind[name], source)
         return pairs
@@ -260,14 +270,29 @@ class Storage:
 
     def _moved(self, shadow: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The shadow there, with its Kahan term."""
-        moved = shadow.to(device, dtype)
-        if moved is not shadow and (term := self.compensations.take(shadow)) is not None:
-            self.compensations.put(moved, shadow, term)
-        return moved
+        part = local(shadow)
+        moved = part.to(device, dtype)
+        return shadow if moved is part else self._replaced(shadow, wrapped(moved, shadow))
+
+    def _shared_as(self, source: Tensor, shadow: Tensor) -> Tensor:
+        """The shadow, with its Kahan term, laid out as ``source`` if processes share that.
+
+        A model may be sharded after its average was built, or loaded.
+        """
+        if not is_shard(source) or lie_alike(shadow, source):
+            return shadow
+        with torch.inference_mode(False):
+            part = local(laid_out_as(shadow, source)).clone()  # else the whole stays in memory
+        return self._replaced(shadow, wrapped(part, source))
+
+    def _replaced(self, shadow: Tensor, by: Tensor) -> Tensor:
+        if (term := self.compensations.take(shadow)) is not None:
+            self.compensations.put(by, laid_out_as(shadow, by), laid_out_as(term, by))
+        return by
 
     def __repr__(self) -> str:
         count = sum(tensor.numel() for tensor in self.parameters.values())
-        size = sum(tensor.numel() * tensor.element_size() for _, tensor in self.items())
+        size = sum(local(tensor).numel() * tensor.element_size() for _, tensor in self.items())
         dtypes = sorted({str(tensor.dtype).removeprefix('torch.') for tensor in self.parameters.values()})
         devices = sorted({str(tensor.device) for tensor in self.parameters.values()})
         return (
@@ -330,10 +355,10 @@ def are_alike(shadow: Tensor | None, source: Tensor) -> bool:
 def views_of_parameters(parameters: Iterable[Tensor], buffers: Mapping[str, Tensor]) -> set[str]:
     """Names of the buffers that lie in the memory of a parameter, and so show what that shows."""
     extents: dict[int, list[tuple[int, int]]] = {}
-    for parameter in filter(_has_memory, parameters):
+    for parameter in filter(_has_memory, map(local, parameters)):
         extents.setdefault(parameter.untyped_storage().data_ptr(), []).append(_extent(parameter))
     views = set()
-    for name, buffer in buffers.items():
+    for name, buffer in ((name, local(buffer)) for name, buffer in buffers.items()):
         if _has_memory(buffer) and buffer.untyped_storage().data_ptr() in extents:
             start, end = _extent(buffer)
             if any(start < last and first < end for first, last in extents[buffer.untyped_storage().data_ptr()]):
