@@ -9,8 +9,8 @@ DOCS := $(VENV)/.docs
 TORCH ?= 2.13.0
 CORE_VENV := .venv-core-$(TORCH)
 CORE := averages settings spans stream sharding kernels layout naming offload custom shadow following buffers \
-	loan lazy updates merge snapshots functional wrapper optimizer optimizer_stepping optimizer_state \
-	optimizer_swapping batchnorm interchange package compiled profiles shares fit target reconstruct \
+	loan lazy sharded_format sharded_folders updates merge snapshots functional wrapper optimizer \
+	optimizer_stepping optimizer_state optimizer_swapping batchnorm interchange package compiled profiles shares fit target reconstruct \
 	shadow_models rounding
 # Threads of torch while something is measured on the CPU; empty: as many as torch takes by itself.
 BENCH_THREADS ?=

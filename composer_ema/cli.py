@@ -30,6 +30,7 @@ _OF_THE_EXTRA = ('composer', 'torchvision', 'omegaconf', 'yaml', 'pydantic', 'ma
 
 # By name, since what defines them takes seconds to import.
 _OF_THE_USER = ('RecipeError', 'CheckpointError', 'ReconstructionError', 'PlotError', 'ArgumentError')
+_CHECKPOINT_HELP = 'A checkpoint, of Composer or another library: a file, or the folder of a sharded one.'
 _KEY_HELP = 'Where in the file the average is, as in ema or state.ema. Default: everywhere.'
 
 app = typer.Typer(
@@ -76,9 +77,7 @@ def train(
 
 @app.command()
 def export(
-    checkpoint: Annotated[
-        Path, typer.Argument(help='A checkpoint, of Composer or another library.', show_default=False)
-    ],
+    checkpoint: Annotated[Path, typer.Argument(help=_CHECKPOINT_HELP, show_default=False)],
     out: Annotated[
         Path, typer.Argument(help='The file to write: safetensors, or of torch as NAME.pt.', show_default=False)
     ],
@@ -109,7 +108,8 @@ def merge(
         list[Path],
         typer.Argument(
             metavar='CHECKPOINT CHECKPOINT... OUT',
-            help='Two or more checkpoints, and last the file to write: safetensors, or of torch as NAME.pt.',
+            help='Two or more checkpoints, files or sharded folders, and last the file to write: safetensors, or of '
+            'torch as NAME.pt.',
             show_default=False,
         ),
     ],
@@ -421,14 +421,12 @@ def _trials_reported() -> Iterator[Any]:
 
 @app.command()
 def inspect(
-    checkpoint: Annotated[
-        Path, typer.Argument(help='A checkpoint, of Composer or another library.', show_default=False)
-    ],
+    checkpoint: Annotated[Path, typer.Argument(help=_CHECKPOINT_HELP, show_default=False)],
     all_tensors: Annotated[bool, typer.Option('--all', help='List every tensor.')] = False,
     as_json: Annotated[bool, typer.Option('--json', help='Print all of it as JSON.')] = False,
     key: Annotated[str | None, typer.Option(help=_KEY_HELP, show_default=False)] = None,
 ) -> None:
-    """Show what a checkpoint holds: whose weights, which averages, of what. Executes nothing in the file."""
+    """Show what a checkpoint holds: whose weights, which averages, of what. Executes nothing in it."""
     with _usage_errors():
         import dataclasses
         import json

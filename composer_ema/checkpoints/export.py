@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from composer_ema.checkpoints.reading import CheckpointError, check_texts, path_of, read_average
+from composer_ema.checkpoints.reading import CheckpointError, check_texts, checkpoint_of, path_of, read_average
 from composer_ema.checkpoints.writing import refuse_overwriting, write_weights
 from composer_ema.model.names import listed
 from composer_ema.shadow.foreign import outermost
@@ -45,7 +45,7 @@ def export(
             cannot hold a tensor; ``out`` is ``checkpoint`` itself, also under another name. ``out`` is not touched.
         TypeError: an argument has the wrong type.
     """
-    path, out = path_of(checkpoint, 'checkpoint'), path_of(out, 'out')
+    path, out = checkpoint_of(checkpoint, 'checkpoint'), path_of(out, 'out')
     check_texts(average=average, key=key, strip_prefix=strip_prefix)
     refuse_overwriting(path, out, 'the export')
     weights, facts = read_average(path, label=average, key=key)

@@ -15,19 +15,21 @@ from torch import Tensor
 
 from composer_ema.checkpoints import formats, others, search, states
 from composer_ema.checkpoints.formats import Format
+from composer_ema.checkpoints.lazy_tensor import in_memory
 from composer_ema.checkpoints.others import Found
 from composer_ema.checkpoints.reading import (
     CheckpointError,
     algorithms_of,
     check_texts,
+    checkpoint_of,
     is_of_composer,
     is_safetensors,
     mapping_in,
-    path_of,
     read_file,
     run_name_of,
     trained,
 )
+from composer_ema.checkpoints.sharded import files_of
 from composer_ema.model.sharding import canonical_name
 
 TRAINING_WEIGHTS, AVERAGE, UNKNOWN, NOT_READ = 'training weights', 'average', 'weights', 'not read'
@@ -108,7 +110,7 @@ class Description:
     """What a checkpoint holds.
 
     Args:
-        path: The file.
+        path: The file, or the folder of a sharded checkpoint.
         num_bytes: Its size.
         run_name: The run that saved it; None where it does not say.
         trained: How far training had come: ``{'epoch': 2, 'batch': 936, 'sample': ..., 'token': ...}``.
@@ -145,7 +147,7 @@ def describe(checkpoint: str | os.PathLike[str], *, key: str | None = None) -> D
     without an average; and all else that :func:`composer_ema.load_average` reads. Every average in a file is described.
 
     Args:
-        checkpoint: a file that one of them saved.
+        checkpoint: a file that one of them saved, or the folder of a sharded checkpoint.
         key: as for :func:`composer_ema.load_average`.
 
     Raises:
@@ -158,7 +160,7 @@ def describe(checkpoint: str | os.PathLike[str], *, key: str | None = None) -> D
             found = describe('runs/fashion_mnist/checkpoints/latest-rank0.pt')
             print(found.model_slot, found.averages[0].relative_distance)
     """
-    path = path_of(checkpoint, 'checkpoint')
+    path = checkpoint_of(checkpoint, 'checkpoint')
     check_texts(key=key)
     held = read_file(path)
     try:
@@ -171,6 +173,8 @@ def describe(checkpoint: str | os.PathLike[str], *, key: str | None = None) -> D
             return described
         elsewhere = _describe_others(path, others.find(held))
         return dataclasses.replace(described, averages=elsewhere.averages, tensors=[])
+    except CheckpointError:
+        raise
     # The file is sound, so something that we do not know wrote what it holds.
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f'{path} holds a state that cannot be read: {error}') from error
@@ -244,7 +248,7 @@ def _describe(path: Path, state: Mapping[str, Any]) -> Description:
         averages += [_average(algorithm, row, saved, label, model) for label in saved['averages']]
     return Description(
         path=str(path),
-        num_bytes=path.stat().st_size,
+        num_bytes=_bytes_of(path),
         run_name=run_name_of(state),
         trained=trained(state),
         versions=_versions(state),
@@ -269,7 +273,7 @@ def _describe_others(path: Path, found: Sequence[Found]) -> Description:
         slot = ABSENT if not first.model_slot else UNKNOWN
     else:
         slot = _slot_of_script(first)
-    size = path.stat().st_size
+    size = _bytes_of(path)
     averages = [_average_of_others(each) for each in found]
     return Description(str(path), size, None, {}, {}, slot, has_stash=bool(stash), averages=averages, tensors=[])
 
@@ -286,7 +290,7 @@ def _slot_of_script(found: Found) -> str:
 def _describe_weights(path: Path, held: Tensors) -> Description:
     """A safetensors file that we did not export."""
     tensors = [_info(name, tensor, UNTRACKED) for name, tensor in held.items()]
-    size = path.stat().st_size
+    size = _bytes_of(path)
     return Description(str(path), size, None, {}, {}, UNKNOWN, has_stash=False, averages=[], tensors=tensors)
 
 
@@ -338,7 +342,8 @@ def _is_in(tensors: Tensors, model: Tensors) -> bool:
     """Whether ``model`` has these tensors, bit for bit in its own dtypes, as far as it has their names."""
     shared = [(tensor, model[name]) for name, tensor in tensors.items() if name in model]
     dense = [(one, other) for one, other in shared if _is_dense(one) and _is_dense(other)]
-    return bool(dense) and all(_is_same(_computable(one.to(other.dtype)), _computable(other)) for one, other in dense)
+    pairs = ((in_memory(one), in_memory(other)) for one, other in dense)
+    return bool(dense) and all(_is_same(_computable(one.to(other.dtype)), _computable(other)) for one, other in pairs)
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:
@@ -417,6 +422,7 @@ def _norms(average: Tensor | None, training: Tensor | None) -> tuple[float, floa
         return None
     if not _is_dense(average) or not _is_dense(training):
         return None
+    average, training = in_memory(average), in_memory(training)
     average, wide = _computable(average), _computable(training.to(average.dtype))
     difference, size = (torch.linalg.vector_norm(each, dtype=torch.float64) for each in (average - wide, wide))
     return difference.item(), size.item()
@@ -429,6 +435,10 @@ def _computable(tensor: Tensor) -> Tensor:
 
 def _ratio(distance: float, size: float) -> float:
     return 0.0 if distance == 0 else distance / size if size > 0 else math.inf
+
+
+def _bytes_of(path: Path) -> int:
+    return sum(file.stat().st_size for file in (files_of(path) if path.is_dir() else [path]))
 
 
 def _versions(state: Mapping[str, Any]) -> dict[str, str]:

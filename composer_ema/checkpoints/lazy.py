@@ -1,4 +1,4 @@
-"""The weights in a file, one tensor at a time, so that many files can be combined in the memory of one tensor each.
+"""The weights in a file or a sharded folder, one tensor at a time: many are combined in the memory of one tensor each.
 
 Invariant: what a file holds is never executed, and no tensor is read before it is asked for.
 """
@@ -14,21 +14,23 @@ import torch
 from torch import Tensor
 
 from composer_ema.checkpoints import formats, others, search, states
+from composer_ema.checkpoints.lazy_tensor import in_memory
 from composer_ema.checkpoints.reading import (
     CheckpointError,
     algorithms_of,
     average_in,
     check_texts,
+    checkpoint_of,
     has_averages,
     is_of_composer,
     is_safetensors,
     mapping_in,
     metadata_of,
-    path_of,
     read_file,
     run_name_of,
     trained,
 )
+from composer_ema.checkpoints.sharded import METADATA, is_sharded
 from composer_ema.model.names import listed
 from composer_ema.model.sharding import canonical_name
 from composer_ema.shadow import foreign
@@ -74,16 +76,18 @@ class LazyWeights:
         return self._described[name]
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor ``name`` on the CPU, a view of the file: writing to it changes neither the file nor the next one.
+        """The tensor ``name`` on the CPU: writing to it changes neither the file nor the next one.
+
+        A view of a file; of a sharded checkpoint it is read anew, chunk by chunk.
 
         Raises:
-            CheckpointError: the file has been closed and has changed since it was opened.
+            CheckpointError: the file has been closed and has changed since it was opened; a chunk is damaged.
         """
         if self._tensors is None:
             if _identity(self.path) != self._written:
                 raise CheckpointError(f'{self.path} has changed while it was being read. Run it again.')
             self._tensors = self._chosen(read_file(self.path, is_checked=True, mmap=True))[0]
-        return self._tensors[name]
+        return in_memory(self._tensors[name])
 
     def close(self) -> None:
         """Lets go of the file and of the memory of what was read of it. The next :meth:`tensor` opens it again."""
@@ -103,7 +107,8 @@ def open_weights(checkpoint: str | os.PathLike[str], average: str | None = None,
     """Opens the weights in a file without reading them. Executes nothing in the file; checks its sums.
 
     Args:
-        checkpoint: what :func:`composer_ema.load_average` reads, a safetensors file, or a state dict.
+        checkpoint: what :func:`composer_ema.load_average` reads, a safetensors file, or a state dict. Of a sharded
+            checkpoint the index is checked, and the sums of each chunk when it is read.
         average: the average to open, such as ``'ema'``. Default: the training weights, or in a file that holds an
             average alone, this.
         key: where in the file to look, keys joined with dots: ``'model'``, ``'state.model'``. Default: where Composer
@@ -121,7 +126,7 @@ def open_weights(checkpoint: str | os.PathLike[str], average: str | None = None,
             print(weights.trained['ba'], {name: weights.describe(name) for name in weights.names})
             norms = {name: weights.tensor(name).norm() for name in weights.names}
     """
-    path = path_of(checkpoint, 'checkpoint')
+    path = checkpoint_of(checkpoint, 'checkpoint')
     check_texts(average=average, key=key)
     return LazyWeights(path, average, key)
 
@@ -212,5 +217,5 @@ def _identity(path: Path) -> tuple[int, ...]:
     """What tells a file from another one that took its place. Missing files are reported on reading."""
     if not path.exists():
         return ()
-    status = path.stat()
+    status = (path / METADATA if is_sharded(path) else path).stat()
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

@@ -5,8 +5,6 @@ Invariant: what a file holds is never executed.
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import os
 import zipfile
 from collections import OrderedDict
@@ -16,43 +14,21 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, NoReturn
 
-import numpy as np
 import safetensors
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.torch_version import TorchVersion
 
-from composer_ema.checkpoints import formats, others, search, states
+from composer_ema.checkpoints import formats, others, search, sharded, sharded_format, states
+from composer_ema.checkpoints.lazy_tensor import in_memory
+from composer_ema.checkpoints.safely import CheckpointError, check_sums, load_safely, reason
 from composer_ema.model.names import check_same, listed
 from composer_ema.model.sharding import canonical_name, unwrap
 from composer_ema.shadow.foreign import is_extra_state, under_names_of
 
 # Composer's names for the newest checkpoint of a run, and ours for the folder of the run's checkpoints.
 _LATEST, _IN_RUN = 'latest-rank0.pt', 'checkpoints'
+_LINK, _LONGEST_PATH = '.symlink', 4096
 _SUFFIXES = ('.pt', '.pth', '.ckpt', '.tar', '.safetensors')
-
-# The two functions that pickled arrays and scalars name, under numpy 1's name and under numpy 2's.
-_RECONSTRUCT, _SCALAR = np.zeros(0).__reduce__()[0], np.float64(0).__reduce__()[0]
-# What checkpoints hold besides tensors and plain types: times, torch's version, numpy's random state, and in timm's
-# the arguments of its script.
-_SAFE_TYPES: list[Any] = [
-    argparse.Namespace,
-    datetime.timedelta,
-    TorchVersion,
-    np.ndarray,
-    np.dtype,
-    *(type(np.dtype(code)) for code in '?bBhHiIlLqQefd'),
-    *(
-        (function, f'numpy.{module}.multiarray.{name}')
-        for name, function in (('_reconstruct', _RECONSTRUCT), ('scalar', _SCALAR))
-        for module in ('core', '_core')
-    ),
-]
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be read or holds no average. The message says which file and why."""
 
 
 def load_average(
@@ -72,12 +48,14 @@ def load_average(
       in ``{'model': ..., 'optimizer': optimizer.state_dict()}`` or in Lightning's ``optimizer_states``; what is not
       averaged comes from the model's state dict in the same file, or else from ``model``;
     - what :func:`composer_ema.export` wrote;
+    - sharded checkpoints, the folders that Composer and ``torch.distributed.checkpoint`` write, on any number of ranks:
+      in one process, chunk by chunk;
     - what other libraries save, recognised by its keys; see :meth:`composer_ema.ShadowModel.load_foreign`;
     - with ``key=``, plain weights by name, as in ``{'model': ..., 'ema': weights}``.
 
     Args:
-        checkpoint: a ``.pt`` file that Composer's Trainer saved, with one or several processes under DDP, or another
-            file with an average.
+        checkpoint: a ``.pt`` file or a sharded folder that Composer's Trainer saved, with one or several processes, or
+            another file or folder with an average.
         model: what the weights are for. All names and shapes are checked against it; they may stand in another
             outermost module, so a checkpoint of a ComposerModel also fits the bare network. Files without names need
             it: diffusers, torch-ema, and EMAOptimizer without ``model=`` keep only the order of the parameters. Only
@@ -101,10 +79,36 @@ def load_average(
 
             model.load_state_dict(load_average('runs/fashion_mnist/checkpoints/latest-rank0.pt'))
     """
-    path = path_of(checkpoint, 'checkpoint')
+    path = checkpoint_of(checkpoint, 'checkpoint')
     _check_model(model)
     check_texts(average=average, key=key)
-    return read_average(path, model, label=average, key=key)[0]
+    weights, _ = read_average(path, model, label=average, key=key)
+    return {name: in_memory(value) for name, value in weights.items()}
+
+
+def checkpoint_of(file: Any, name: str) -> Path:
+    """The argument ``name`` as the path of a checkpoint: what a link of Composer's leads to, or the path itself.
+
+    Composer's links in object stores are files that hold the name of the checkpoint, ``latest-rank0.pt.symlink``.
+
+    Raises:
+        TypeError: it is no path.
+        CheckpointError: such a link leads nowhere.
+    """
+    path = path_of(file, name)
+    if path.suffix != _LINK or not path.is_file():
+        return path
+    try:
+        target = Path(path.read_bytes()[:_LONGEST_PATH].decode().strip())
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f'{path} holds no name of a checkpoint. Pass the checkpoint itself.') from error
+    beside = [path.parent / target, path.parent / target.name, target]
+    found = next((each for each in beside if target.name and each.exists()), None)
+    if found is None:
+        raise CheckpointError(
+            f'{path} leads to {str(target)!r}, which is not there. Download it beside the link, or pass its path.'
+        )
+    return found
 
 
 def path_of(file: Any, name: str) -> Path:
@@ -187,18 +191,20 @@ def average_in(
 
 
 def read_file(path: Path, *, is_checked: bool = False, mmap: bool = False) -> Any:
-    """What a file of torch or safetensors holds, on the CPU, read without executing anything.
+    """What a file of torch or safetensors, or a sharded checkpoint, holds, on the CPU, read without executing anything.
 
     Args:
-        path: of the file.
-        is_checked: whether the sums of this file have been checked before.
-        mmap: whether tensors stay on the disk until they are used. Those of safetensors always do, those in torch's
-            format of before 1.6 never.
+        path: of the file, or of the folder of a sharded checkpoint.
+        is_checked: whether the sums of this file have been checked before. Those of a folder are checked as it is read.
+        mmap: whether tensors stay on the disk until they are used. Those of safetensors and of folders always do, those
+            in torch's format of before 1.6 never.
 
     Raises:
         CheckpointError: the file is missing, damaged, or of another kind; it would run code.
     """
     if path.is_dir():
+        if sharded.is_sharded(path):
+            return sharded.open_folder(path)
         raise CheckpointError(f'{path} is a folder. {_in_folder(path)}')
     if not path.exists():
         raise CheckpointError(f'{path} does not exist.')
@@ -212,21 +218,7 @@ def read_file(path: Path, *, is_checked: bool = False, mmap: bool = False) -> An
         raise
     # A damaged file fails in as many ways as there are bytes in it; all of them mean the same to the user.
     except Exception as error:
-        raise CheckpointError(f'{path} cannot be read: {_reason(path, error)}') from error
-
-
-def load_safely(path: Path, *, mmap: bool = False) -> Any:
-    """``torch.load`` that executes nothing and lets through what checkpoints hold besides tensors and plain types.
-
-    Args:
-        path: The file.
-        mmap: Whether tensors stay on the disk until they are used.
-
-    Raises:
-        Exception: Whatever torch raises about a file that it cannot read, or whose types it does not know.
-    """
-    with torch.serialization.safe_globals(_SAFE_TYPES):
-        return torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
+        raise CheckpointError(f'{path} cannot be read: {reason(path, error)}') from error
 
 
 def is_of_composer(checkpoint: Any) -> bool:
@@ -364,13 +356,21 @@ def _choose(saved: Sequence[_Saved], label: str | None, path: Path) -> _Saved:
 
 
 def algorithms_of(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The states of a checkpoint's algorithms by name. Composer writes a list of pairs, older releases a dictionary."""
+    """The states of a checkpoint's algorithms by name, with the tensors that a sharded one keeps beside them.
+
+    Composer writes a list of pairs, older releases a dictionary.
+    """
     algorithms = state.get('algorithms')
     if not isinstance(algorithms, (list, Mapping, NoneType)):
         raise TypeError(f"its 'algorithms' is a {type(algorithms).__name__}.")
     states_by_name = dict(algorithms or {})
     if wrong := [name for name in states_by_name if not isinstance(name, str)]:
         raise TypeError(f"its 'algorithms' has a {type(wrong[0]).__name__} in place of a name.")
+    beside = mapping_in(state, sharded_format.AVERAGES, optional=True)
+    for name, own in states_by_name.items():
+        if sharded_format.is_split(own):
+            tensors = mapping_in(beside, name, optional=True)
+            states_by_name[name] = sharded_format.joined(own, tensors, f'the saved {name} state')
     return states_by_name
 
 
@@ -424,39 +424,30 @@ def mapping_in(of: Mapping[str, Any], key: str, *, optional: bool = False) -> Ma
     return value
 
 
-def check_sums(path: Path) -> None:
-    """Raises where a byte of a torch file has changed since it was written, which ``torch.load`` does not look for.
-
-    Raises:
-        CheckpointError: a checksum is wrong, or the file cannot be read through.
-    """
-    if not zipfile.is_zipfile(path):
-        return
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except Exception as error:
-        raise CheckpointError(f'{path} cannot be read: {_reason(path, error)}') from error
-    if damaged:
-        raise CheckpointError(
-            f'{path} cannot be read: it is damaged, the checksum of {damaged} is wrong. Load an earlier checkpoint.'
-        )
-
-
 def _in_folder(folder: Path) -> str:
     """What of a folder to pass, in words."""
     for inner in (folder, folder / _IN_RUN):
-        if (inner / '.metadata').exists() or (inner / '.metadata').is_symlink():
-            return 'It is a sharded checkpoint, and these are not read yet: pass a single .pt file.'
-        if (inner / _LATEST).is_file():
+        if (inner / sharded.METADATA).is_symlink():
+            return 'Its .metadata is a broken link. Copy the whole folder, or pass the one that it was made from.'
+        if (inner / _LATEST).exists():
             return f'Pass the checkpoint in it: {inner / _LATEST}.'
+    if list(folder.glob('__*.metadata')):
+        return (
+            'Each process wrote an index of its own to it (use_collectives=False), and these are not read. Save with '
+            'torch.distributed.checkpoint.save(..., use_collectives=True), its default.'
+        )
+    if list(folder.glob('*.distcp')):
+        return (
+            'It holds shards without the .metadata that is written last: saving did not end, or the file was not '
+            'copied. Pass an earlier checkpoint.'
+        )
     files = [file for inner in (folder, folder / _IN_RUN) for file in _files_in(inner)]
     if files:
         return f'Pass one checkpoint of those in it, such as {max(files, key=_age)}.'
-    sharded = [at.parent for inner in ('*', '*/*') for at in folder.glob(f'{inner}/.metadata')]
-    if sharded:
-        return f'It holds sharded checkpoints, such as {max(sharded)}, which are not read yet: pass a single .pt file.'
-    return 'It holds no checkpoint: pass a single .pt file.'
+    folders = [at.parent for inner in ('*', '*/*') for at in folder.glob(f'{inner}/{sharded.METADATA}')]
+    if folders:
+        return f'Pass one of the sharded checkpoints in it, such as {max(folders, key=_age)}.'
+    return 'It holds no checkpoint: pass a .pt file, or the folder of a sharded checkpoint.'
 
 
 def _files_in(folder: Path) -> list[Path]:
@@ -468,7 +459,9 @@ def _age(file: Path) -> tuple[float, str]:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether a file is named, or begins, as safetensors do."""
+    """Whether a file is named, or begins, as safetensors do. A folder is none."""
+    if path.is_dir():
+        return False
     with path.open('rb') as file:
         head = file.read(9)
     # The length of a JSON header, and its beginning.
@@ -490,21 +483,3 @@ def _load_safetensors(path: Path) -> Any:
     if metadata.get('written_by', '').startswith('composer_ema '):
         setattr(weights, states.EXPORTED_KEY, metadata)
     return weights
-
-
-def _reason(path: Path, error: Exception) -> str:
-    if isinstance(error, PermissionError):
-        return str(error)
-    if isinstance(error, safetensors.SafetensorError):
-        return f'it is truncated, damaged, or no safetensors file: {error}.'
-    try:
-        known = {f'{t.__module__}.{t.__qualname__}' for t in _SAFE_TYPES if not isinstance(t, tuple)}
-        known |= {t[1] for t in _SAFE_TYPES if isinstance(t, tuple)}
-        unsafe = sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - known)
-    except Exception:
-        return (
-            'it is truncated, damaged, or no torch file. Load an earlier checkpoint; decompress a compressed one first.'
-        )
-    if unsafe:
-        return f'it holds the types {listed(unsafe)}, which could run code when loaded.'
-    return str(error).splitlines()[0]

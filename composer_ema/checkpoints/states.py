@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from composer_ema.checkpoints import formats
+from composer_ema.checkpoints.lazy_tensor import LazyTensor
 from composer_ema.model.names import listed
 from composer_ema.profiles import check_start_share
 from composer_ema.shadow import state as shadow_state
@@ -20,7 +21,8 @@ from composer_ema.shadow.foreign import is_extra_state
 OPTIMIZER_VERSION = 3
 EXPORTED_KEY = 'composer_ema'
 _OF_OPTIMIZER = {'version', 'num_steps', 'settings'}
-_OF_SHADOW = {'version', 'num_updates', 'parameters', 'buffers'}
+# What is empty of it, as buffers may be, is not in a sharded checkpoint.
+_OF_SHADOW = {'version', 'num_updates', 'parameters'}
 _BY_POSITION = re.compile(r'(\d+)\.(\d+)', re.ASCII)
 # Of the settings of EMAOptimizer, those that say how it averages.
 _TOLD = ('decay', 'half_life', 'power', 'gamma', 'warmup', 'every_n_steps', 'bias_correction', 'start')
@@ -100,7 +102,13 @@ def tied(weights: Mapping[str, Any], averaged: Collection[str]) -> dict[str, str
 
 def _place(value: Any) -> tuple[Any, ...] | None:
     """Where the values of a tensor lie; None for what has no values in memory."""
-    if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta or value.numel() == 0:
+    if (
+        not isinstance(value, Tensor)
+        or isinstance(value, LazyTensor)
+        or value.layout is not torch.strided
+        or value.is_meta
+        or value.numel() == 0
+    ):
         return None
     return value.data_ptr(), value.dtype, value.shape, value.stride()
 
@@ -164,7 +172,8 @@ def _read_shadow(state: Mapping[str, Any]) -> list[Average]:
     version = _version(state, shadow_state.VERSION, what)
     count = state.get('num_updates')
     formats.check_count(count, 'num_updates', what)
-    aliases = _mapping({'aliases': {}, **state}, 'aliases', what)
+    state = {'buffers': {}, 'aliases': {}, **state}
+    aliases = _mapping(state, 'aliases', what)
     if wrong := [name for name, value in aliases.items() if not isinstance(value, str)]:
         raise ValueError(f"'aliases' of {what} maps {listed(sorted(wrong))} to what is no name.")
     stash = None

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from composer_ema.checkpoints import states
 from composer_ema.checkpoints.reading import CheckpointError
+from composer_ema.checkpoints.sharded import files_of
 from composer_ema.files import beside
 from composer_ema.model.names import listed
 
@@ -41,10 +42,12 @@ def write_weights(weights: Mapping[str, Any], metadata: dict[str, str], what: st
 
 def refuse_overwriting(checkpoint: Path, out: Path, what: str) -> None:
     """Raises if ``out`` is the checkpoint, be it through a link such as ``latest-rank0.pt``."""
-    if checkpoint.exists() and out.exists() and checkpoint.samefile(out):
+    own = [checkpoint, *files_of(checkpoint)] if checkpoint.is_dir() else [checkpoint]
+    if out.exists() and any(each.exists() and each.samefile(out) for each in own):
         same = '' if checkpoint == out else f', which is the same file as {checkpoint}'
+        is_itself = f'a file of the checkpoint {checkpoint}' if checkpoint.is_dir() else f'the checkpoint itself{same}'
         raise CheckpointError(
-            f'{out} is the checkpoint itself{same}: {what} would replace what training resumes from. Write to '
+            f'{out} is {is_itself}: {what} would replace what training resumes from. Write to '
             'another file.'
         )
 

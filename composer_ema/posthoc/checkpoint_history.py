@@ -19,6 +19,7 @@ from torch import Tensor
 
 from composer_ema.averages import UPDATES, BiasCorrected, Moment, Profile, Smoothing
 from composer_ema.checkpoints import formats
+from composer_ema.checkpoints.lazy_tensor import in_memory
 from composer_ema.checkpoints.reading import (
     CheckpointError,
     algorithms_of,
@@ -28,6 +29,7 @@ from composer_ema.checkpoints.reading import (
     run_name_of,
     trained,
 )  # fmt: skip
+from composer_ema.checkpoints.shard_index import METADATA
 from composer_ema.model.names import listed
 from composer_ema.model.sharding import canonical_name
 from composer_ema.posthoc.moments import History, KeptAverage
@@ -95,9 +97,15 @@ class _Course:
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """The torch files of a run folder or of a folder of checkpoints, each once however many links lead to it."""
+    """The torch files and sharded checkpoints of a run folder or of a folder of checkpoints.
+
+    Each comes once however many links lead to it. A sharded checkpoint is one, not a folder of some.
+    """
     inner = folder / _IN_RUN
-    return sorted({path.resolve() for path in (inner if inner.is_dir() else folder).rglob('*.pt')})
+    root = inner if inner.is_dir() else folder
+    # Also those without the index that is written last, to be named among what cannot be read.
+    folders = {path.parent.resolve() for pattern in (METADATA, '*.distcp') for path in root.rglob(pattern)}
+    return sorted({path.resolve() for path in root.rglob('*.pt')} | folders)
 
 
 def read_checkpoints(folder: Path, paths: Sequence[Path], given: Ordinary) -> History:
@@ -135,7 +143,7 @@ def read_checkpoints(folder: Path, paths: Sequence[Path], given: Ordinary) -> Hi
         is_finished=False,
         aliases=aliases,
         statistics=frozenset(name for name in newest.model if name.endswith(_STATISTICS)),
-        newest={name: partial(_same, tensor) for name, tensor in newest.model.items()},
+        newest={name: partial(in_memory, tensor) for name, tensor in newest.model.items()},
         left_out=left_out,
         copied=frozenset(_copied(newest)),
     )
@@ -148,10 +156,6 @@ def _copied(checkpoint: _Checkpoint) -> Iterator[str]:
         for name in checkpoint.averages[label]['buffers']:
             if not settings.averages_buffer(name, is_statistic=name.endswith(_STATISTICS)):
                 yield name
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def _read(path: Path) -> _Checkpoint:
@@ -264,7 +268,9 @@ def _sizes(found: Sequence[_Checkpoint], samples: Array, length: int) -> tuple[f
 
 def _kept(checkpoint: _Checkpoint, label: str, weights: Array, tensors: Mapping[str, Tensor]) -> KeptAverage:
     clock = {unit: checkpoint.clock.get(unit, 0) for unit in CLOCK_UNITS}
-    return KeptAverage(label, weights, checkpoint.path, clock, partial(sorted, tensors), tensors.__getitem__)
+    return KeptAverage(
+        label, weights, checkpoint.path, clock, partial(sorted, tensors), lambda name: in_memory(tensors[name])
+    )
 
 
 def _follow(

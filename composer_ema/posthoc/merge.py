@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from composer_ema.checkpoints.lazy import TRAINING_WEIGHTS, UNITS, LazyWeights, open_weights
-from composer_ema.checkpoints.reading import CheckpointError, check_texts, path_of
+from composer_ema.checkpoints.reading import CheckpointError, check_texts, checkpoint_of, path_of
 from composer_ema.checkpoints.writing import refuse_overwriting, write_weights
 from composer_ema.model.names import listed
 from composer_ema.posthoc import coefficients, shares
@@ -97,7 +97,7 @@ def merge(
 
     Args:
         checkpoints: two or more files with the same names, shapes and dtypes: checkpoints of Composer, files of
-            safetensors, state dicts, and what else :func:`composer_ema.load_average` reads.
+            safetensors, state dicts, and what else :func:`composer_ema.load_average` reads, sharded folders included.
         out: file to write; its folder is made if it is missing. One that ends in ``.pt``, ``.pth`` or ``.ckpt`` is a
             state dict that ``torch.load(out, weights_only=True)`` returns; any other is a safetensors file.
         equal: each checkpoint counts the same.
@@ -261,7 +261,7 @@ def _checked_weights(given: Any) -> tuple[float, ...]:
 def _paths(checkpoints: Any) -> list[Path]:
     if isinstance(checkpoints, (str, bytes, os.PathLike)):
         raise TypeError(f'checkpoints must be a list of files, got {checkpoints!r}. Pass two or more.')
-    paths = [path_of(each, 'each of checkpoints') for each in checkpoints]
+    paths = [checkpoint_of(each, 'each of checkpoints') for each in checkpoints]
     if len(paths) < 2:
         raise ArgumentError(f'a merge takes two or more checkpoints, got {len(paths)}. Pass more.', 'checkpoints')
     return paths

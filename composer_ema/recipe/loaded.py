@@ -15,7 +15,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from composer_ema.checkpoints.reading import CheckpointError, check_sums, is_of_composer, load_safely
+from composer_ema.checkpoints.reading import is_of_composer
+from composer_ema.checkpoints.safely import CheckpointError, check_sums, load_safely
 from composer_ema.recipe.arguments import signature
 from composer_ema.recipe.outputs import CHECKPOINT_FOLDER, RECIPE_FILE
 from composer_ema.recipe.schema import Plan
