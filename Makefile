@@ -9,9 +9,9 @@ DOCS := $(VENV)/.docs
 TORCH ?= 2.13.0
 CORE_VENV := .venv-core-$(TORCH)
 CORE := averages settings spans stream sharding kernels layout naming offload custom shadow following buffers \
-	loan lazy sharded_format sharded_folders updates merge snapshots functional wrapper optimizer \
-	optimizer_stepping optimizer_state optimizer_swapping batchnorm interchange package compiled profiles shares fit target reconstruct \
-	shadow_models rounding
+	loan lazy sharded_format sharded_folders sharded_device updates merge snapshots functional wrapper optimizer \
+	optimizer_stepping optimizer_state optimizer_swapping batchnorm interchange package compiled profiles shares \
+	fit target reconstruct shadow_models rounding
 # Threads of torch while something is measured on the CPU; empty: as many as torch takes by itself.
 BENCH_THREADS ?=
 BENCH := $(BIN)/python -m benchmarks
@@ -93,7 +93,7 @@ bench-update: $(PEERS) ## one update, beside every peer's and the limit
 bench-step: $(PEERS) ## a training iteration with and without an average
 	$(BENCH).step $(BENCH_CPU)
 
-bench-scaling: $(PEERS) ## cost against tensors, parameters and averages
+bench-scaling: $(PEERS) ## cost against tensors, parameters, averages and processes
 	$(BENCH).scaling $(BENCH_CPU)
 
 bench-host: $(PEERS) ## what the Composer algorithm costs the host per batch

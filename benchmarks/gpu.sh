@@ -23,20 +23,21 @@ run() {
     fi
 }
 
-# Those that need no Composer: streams that are late, graphs, 100 steps during which nothing may synchronise.
+# Those that need no Composer: streams that are late, graphs, 100 steps during which nothing may synchronise, and models
+# that FSDP2 and tensor parallelism shard over a mesh of one, with NCCL.
 run_tests() {
     if ! "$python" -c 'import pytest, hypothesis' 2>/dev/null; then
         echo 'left out: the gpu tests, which need pytest and hypothesis' >&2
         return
     fi
     timeout --signal=INT --kill-after=5 60 "$python" -m pytest -m gpu --noconftest -p no:cacheprovider -rs \
-        tests/test_{stream,fused,kernels,shadow,optimizer,offload,custom}.py | tee "$results/gpu_tests.txt" || failed=1
+        tests/test_{stream,fused,kernels,shadow,optimizer,offload,custom,sharded_device}.py | tee "$results/gpu_tests.txt" || failed=1
 }
 
 run_tests
 run host 30 --rounds 300 --seconds 5
 run update 120 --seconds 4
 run memory 30
-run scaling 45 --seconds 2
+run scaling 60 --seconds 2
 run step 290 --budget-seconds 250
 exit "$failed"

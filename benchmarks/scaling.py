@@ -1,13 +1,15 @@
-"""Cost of an update against the number of tensors, the number of parameters and the number of averages.
+"""Cost of an update against the number of tensors, of parameters, of averages and of processes.
 
 - tensors: a fixed number of floats in 10 to 10,000 tensors, a whole update and the prepared step alone;
 - parameters: 1 million to 1 billion floats in 100 tensors, the prepared step;
 - averages: k averages of the same weights by one step and by one ShadowModels, beside k separate ShadowModels and k
   instances of each peer. The target is (4 + 8 k) / 12 limits: the weights are read once, and each average is read and
   written;
-- guard: an update of a model with ``skip_nonfinite``, beside one without.
+- guard: an update of a model with ``skip_nonfinite``, beside one without;
+- ranks: an update of a model that 1, 2 and 4 processes share with FSDP2, in the slowest of them, beside one of a model
+  that is whole and as large as the process's part; and what follows for more processes and a larger model.
 
-The limit is one flat ``lerp_`` over the memory of one average.
+The limit is one flat ``lerp_`` over the memory of one average, or of one process's part of it.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks import common, peers
+from benchmarks import common, peers, ranks
 from composer_ema import ShadowModel, ShadowModels, kernels
 
 _WEIGHT = 1 - common.SMOOTHING
@@ -35,6 +37,7 @@ _BYTES = 8
 # Share of the memory that is free which a sweep may take.
 _SHARE_OF_MEMORY = 0.5
 _TENSORS_IN_PARAMETER_SWEEP = 100
+_TENSORS_OF_RANKS = 64
 
 
 def main(arguments: Sequence[str] | None = None) -> common.Result:
@@ -46,6 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> common.Result:
     options.add_argument('--averages', default='1,2,4,8')
     options.add_argument('--average-floats', type=float, default=25e6, help='floats of each of the averages')
     options.add_argument('--guarded', default='shufflenet_v2_x0_5,resnet50,vit_b_16', help='torchvision models')
+    options.add_argument('--ranks', default='1,2,4', help='processes that share a model; none if empty')
+    options.add_argument('--rank-floats', type=float, default=48e6, help='floats of the model that they share')
+    options.add_argument('--processes', type=int, default=1024, help='to project to')
+    options.add_argument('--projected', type=float, default=70e9, help='parameters to project to')
     options.add_argument('--rounds', type=int, default=25, help='at most, for each size')
     options.add_argument('--seconds', type=float, default=20.0, help='no round is begun after these, for each size')
     parsed = options.parse_args(arguments)
@@ -61,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> common.Result:
         sweep.averages(count, int(parsed.average_floats))
     for name in filter(None, parsed.guarded.split(',')):
         sweep.guard(name)
+    sweep.ranks(_numbers(parsed.ranks), int(parsed.rank_floats))
     _show(result)
     return result
 
@@ -153,6 +161,30 @@ class Sweep:
         }
         self._measure('guard', name, floats, calls, base=PLAIN)
 
+    def ranks(self, sizes: Sequence[int], floats: int) -> None:
+        """A model of ``floats`` that as many processes share as each of ``sizes`` says, the largest last."""
+        devices = torch.cuda.device_count() if self._device.type == 'cuda' else max(sizes, default=0)
+        for size in sizes:
+            if size > devices:
+                self._result.leave_out(f'ranks {size}', f'needs a device for each process, and there are {devices}')
+        sizes = [size for size in sizes if size <= devices]
+        if not sizes:
+            return
+        parsed = self._parsed
+        found = ranks.measure(
+            sizes,
+            self._device,
+            tensors=_TENSORS_OF_RANKS,
+            floats=floats,
+            rounds=parsed.rounds,
+            seconds=parsed.seconds,
+        )
+        self._result.rows.extend(ranks.rows(found))
+        self._result.summary['projection'] = ranks.projection(
+            ranks.Rates.of(found[max(sizes)]), processes=parsed.processes, parameters=parsed.projected
+        )
+        self._result.save()
+
     def _measure(
         self, sweep: str, size: int | str, floats: int, calls: dict[str, Callable[[], object]], base: str | None = None
     ) -> list[dict[str, Any]]:
@@ -221,16 +253,26 @@ def _show(result: common.Result) -> None:
         'parameters': 'number of parameters',
         'averages': 'number of averages, in limits of one',
         'guard': 'skip_nonfinite',
+        'ranks': f'number of processes; {"time" if on_cuda else "CPU time"} of the slowest, memory in models',
     }
-    more = {'averages': ['target', 'over_target'], 'guard': ['over_plain']}
+    more = {
+        'averages': ['target', 'over_target'],
+        'guard': ['over_plain'],
+        'ranks': ['faster', 'lasting', 'peak'],
+    }
     for sweep, title in titles.items():
         keys = ['size', 'call', 'ms', 'ratio', *more.get(sweep, [])]
         keys += ['host_ms', 'device_ms', 'device_ratio'] if on_cuda else []
         of_sweep = [row for row in result.rows if row['sweep'] == sweep]
         if of_sweep:
-            sizes = f', {of_sweep[0]["floats"]:,} floats' if sweep in ('tensors', 'averages') else ''
+            sizes = f', {of_sweep[0]["floats"]:,} floats' if sweep in ('tensors', 'averages', 'ranks') else ''
             columns = ['model' if sweep == 'guard' else sweep, *(key.replace('_', ' ') for key in keys[1:])]
-            common.show(title + sizes, columns, [[row[key] for key in keys] for row in of_sweep])
+            common.show(title + sizes, columns, [[row.get(key) for key in keys] for row in of_sweep])
+    if projected := result.summary.get('projection'):
+        settings = result.settings
+        title = f'projection to {settings["processes"]:,} processes and {settings["projected"]:,.0f} parameters'
+        keys = ('kind', 'what', 'value', 'unit', 'how')
+        common.show(title, keys, [[row[key] for key in keys] for row in projected])
 
 
 if __name__ == '__main__':

@@ -138,7 +138,7 @@ def test_scaling_writes_each_sweep_and_leaves_out_what_does_not_fit(tmp_path) ->
     from benchmarks import scaling
 
     small = ['--tensors', '10', '--tensor-floats', '1000', '--averages', '2', '--average-floats', '1000']
-    small += ['--guarded', MODEL, '--seconds', '1']
+    small += ['--guarded', MODEL, '--seconds', '1', '--ranks', '']
     result = run('scaling', tmp_path / 'scaling.json', *small, '--parameters', '1e3,1e15', '--rounds', '1')
     check_head(result, 'scaling')
     assert {(row['sweep'], row['size']) for row in result['rows']} == {
@@ -156,6 +156,65 @@ def test_scaling_writes_each_sweep_and_leaves_out_what_does_not_fit(tmp_path) ->
     )
     assert plain['over_plain'] == 1
     assert guarded['over_plain'] == pytest.approx(guarded['ms'] / plain['ms'])
+
+
+@pytest.mark.slow
+def test_scaling_shares_a_model_and_projects_what_was_measured(tmp_path, capsys) -> None:
+    from benchmarks import ranks
+
+    small = ['--tensors', '', '--parameters', '', '--averages', '', '--guarded', '', '--rounds', '2']
+    result = run('scaling', tmp_path / 'scaling.json', *small, '--ranks', '1,2', '--rank-floats', '1e6')
+    check_head(result, 'scaling')
+    assert {(row['size'], row['call']) for row in result['rows']} == {
+        (size, call) for size in (1, 2) for call in (ranks.LIMIT, ranks.WHOLE, ranks.SHARDED)
+    }
+    alone, shared = (row for row in result['rows'] if row['call'] == ranks.SHARDED)
+    assert alone['faster'] == 1
+    assert alone['lasting'] == pytest.approx(1, abs=0.15)
+    assert shared['lasting'] == pytest.approx(0.5, abs=0.15)  # with the buffer for small tensors
+    printed = capsys.readouterr().out
+    assert all(row['what'] in printed for row in result['summary']['projection'])
+    assert 'projection to 1,024 processes and 70,000,000,000 parameters' in printed
+
+
+def found_by_two(*ms: list[float]):
+    from benchmarks.ranks import LIMIT, SHARDED, Found
+
+    # 500 parameters each.
+    return [Found(2, 10, 1000, {LIMIT: [1.0, 1.0], SHARDED: each}, 2000, 2500, 2100, 4000, 0.5) for each in ms]
+
+
+def test_a_round_of_several_processes_takes_as_long_as_the_slowest() -> None:
+    from benchmarks.ranks import LIMIT, SHARDED, Found, rows
+
+    alone = [Found(1, 10, 1000, {LIMIT: [2.0, 2.0], SHARDED: [6.0, 6.0]}, 4000, 4000, 4200, 2000, 1.0)]
+    made = {(row['size'], row['call']): row for row in rows({1: alone, 2: found_by_two([3.0, 2.0], [1.0, 3.0])})}
+    assert made[2, SHARDED]['ms'] == 3
+    assert made[2, SHARDED]['faster'] == 2
+    assert made[2, SHARDED]['ratio'] == 3
+    assert (made[2, SHARDED]['lasting'], made[2, SHARDED]['peak']) == (0.5, 0.625)
+    assert made[1, SHARDED]['lasting'] == made[1, SHARDED]['faster'] == 1
+    assert 'lasting' not in made[2, LIMIT]
+
+
+def test_a_projection_keeps_what_was_measured_apart_from_what_it_comes_to() -> None:
+    from benchmarks.ranks import Rates, projection
+
+    rates = Rates.of(found_by_two([3.0, 3.0], [1.0, 2.0]))
+    assert rates == Rates(
+        update_bytes_per_s=500 * 12 / 3e-3, lasting=4, peak=5, saved=4.2, save_bytes_per_s=4200, metadata=200
+    )
+    rows = projection(rates, processes=1000, parameters=2e9)
+    kinds = [row['kind'] for row in rows]
+    assert kinds == sorted(kinds, reverse=True)
+    assert set(kinds) == {'measured', 'computed'}
+    computed = {row['what']: (row['value'], row['unit']) for row in rows if row['kind'] == 'computed'}
+    assert computed['parameters of a process'] == (2.0, 'M')
+    assert computed['memory of the average'] == (8.0, 'MB')
+    assert computed['an update'] == (pytest.approx(2e6 * 12 / 2e6 * 1e3), 'ms')
+    assert computed['all files of a save'] == (pytest.approx(8.4), 'GB')
+    assert computed['received if it were gathered'] == (8.0, 'GB')
+    assert computed['.metadata of a save'] == (pytest.approx(723 * 1000 * 200 / 1e6), 'MB')
 
 
 def test_host_writes_match_and_what_is_beyond_the_kernel(tmp_path) -> None:
