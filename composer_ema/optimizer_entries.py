@@ -18,10 +18,10 @@ import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
-from urllib.parse import quote, unquote
 
 from torch import Tensor
 
+from composer_ema.checkpoints.entries import ALL, ONE, is_entry, key_of, read
 from composer_ema.optimizer_state import (
     AVERAGE,
     AVERAGES,
@@ -35,12 +35,9 @@ from composer_ema.optimizer_state import (
     VERSION,
     upgraded,
 )
-from composer_ema.shadow import state as states
 
-#: First part of the keys of one average, and of what all averages share.
-_ONE, _ALL = 'average', 'averages'
-_PARAMETERS, _BUFFERS, _COMPENSATIONS, _NUM_UPDATES, _SEED = (
-    'parameters', 'buffers', 'compensations', 'num_updates', 'seed'
+_PARAMETERS, _BUFFERS, _COMPENSATIONS, _ALIASES, _NUM_UPDATES, _SEED = (
+    'parameters', 'buffers', 'compensations', 'aliases', 'num_updates', 'seed'
 )  # fmt: skip
 _KINDS = (_PARAMETERS, _BUFFERS, _COMPENSATIONS)
 _TORCH = 'torch.distributed.checkpoint.state_dict'
@@ -104,8 +101,8 @@ def entries_of(
     owners = {names[parameter]: parameter for parameter in stepped if parameter in names}
     entries: dict[Tensor, dict[str, Any]] = {parameter: {} for parameter in stepped}
     first, state = entries[stepped[0]], upgraded(state)
-    first |= {_key(_ALL, counter): state[counter] for counter in (VERSION, NUM_STEPS, LAST_UPDATE)}
-    first[_key(_ALL, SETTINGS)] = _digest(state[SETTINGS])
+    first |= {key_of(ALL, counter): state[counter] for counter in (VERSION, NUM_STEPS, LAST_UPDATE)}
+    first[key_of(ALL, SETTINGS)] = _digest(state[SETTINGS])
     for label, saved in state[AVERAGES].items():
         average, share = saved[AVERAGE], saved[START_SHARE]
         numbers = {
@@ -115,15 +112,16 @@ def entries_of(
             _NUM_UPDATES: average[_NUM_UPDATES],
             _SEED: average[_SEED],
         }
-        first |= {_key(_ONE, label, name): number for name, number in numbers.items()}
-        first |= {_key(_ONE, label, PROFILE, name): float(number) for name, number in saved[PROFILE].items()}
+        first |= {key_of(ONE, label, name): number for name, number in numbers.items()}
+        first |= {key_of(ONE, label, PROFILE, name): float(number) for name, number in saved[PROFILE].items()}
+        first |= {key_of(ONE, label, _ALIASES, *pair): 1 for pair in average.get(_ALIASES, {}).items()}
         for kind in _KINDS:
             for name, tensor in average.get(kind, {}).items():
                 if kind == _BUFFERS or name not in owners:
-                    first[_key(_ONE, label, kind, name)] = tensor
+                    first[key_of(ONE, label, kind, name)] = tensor
                 else:
-                    own = (_ONE, label) if kind == _PARAMETERS else (_ONE, label, kind)
-                    entries[owners[name]][_key(*own)] = tensor
+                    own = (ONE, label) if kind == _PARAMETERS else (ONE, label, kind)
+                    entries[owners[name]][key_of(*own)] = tensor
     return entries
 
 
@@ -154,7 +152,7 @@ def split(
     kept, found = {}, {}
     parameters = _keys(state, groups)
     for key, own in state.get('state', {}).items():
-        entries = {name: value for name, value in own.items() if _is_entry(name)}
+        entries = {name: value for name, value in own.items() if is_entry(name)}
         rest = _beside(own, {})
         if entries and key in parameters:
             found[parameters[key]] = entries
@@ -180,16 +178,8 @@ def state_of(
     Raises:
         ValueError: the counters are missing.
     """
-    common: dict[str, Any] = {}
-    averages: dict[str, dict[str, Any]] = {}
-    for parameter, entries in found.items():
-        for entry, value in entries.items():
-            root, *path = map(unquote, entry.split('/'))
-            if root == _ALL:
-                common[path[0]] = value
-            else:
-                average = averages.setdefault(path[0], _empty())
-                _put(average, path[1:], names.get(parameter, 'a parameter without a name'), value)
+    unnamed = 'a parameter without a name'
+    common, averages = read((names.get(parameter, unnamed), entries) for parameter, entries in found.items())
     if VERSION not in common:
         raise ValueError(
             'the state of the optimizer holds averages without their counters, which stand with the first parameter '
@@ -203,36 +193,6 @@ def state_of(
     return {**common, SETTINGS: dict(settings) if is_alike else {}, AVERAGES: averages}
 
 
-def _empty() -> dict[str, Any]:
-    return {PROFILE: {}, AVERAGE: {VERSION: states.VERSION, _PARAMETERS: {}, _BUFFERS: {}}}
-
-
-def _put(saved: dict[str, Any], path: Sequence[str], name: str, value: Any) -> None:
-    """Puts the value of an entry where the state of one average has it.
-
-    Args:
-        saved: that state.
-        path: the parts of the key behind the label.
-        name: of the parameter with which the entry stands.
-        value: of the entry.
-    """
-    average = saved[AVERAGE]
-    match path:
-        case []:
-            average[_PARAMETERS][name] = value
-        case [kind] if kind == _COMPENSATIONS:
-            average.setdefault(kind, {})[name] = value
-        case [kind, other] if kind in _KINDS:
-            average.setdefault(kind, {})[other] = value
-        case [kind, number] if kind == PROFILE:
-            saved[kind][number] = value
-        case [counter] if counter in (_NUM_UPDATES, _SEED):
-            average[counter] = value
-        case [counter]:
-            is_unknown = counter == START_SHARE and math.isnan(value)
-            saved[counter] = None if is_unknown else value
-
-
 def _keys(state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[Any, Tensor]:
     """Each key of an optimizer's saved state, a number or a name, with the parameter in that place of its groups."""
     saved = [key for group in state.get('param_groups', ()) for key in group['params']]
@@ -241,15 +201,7 @@ def _keys(state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict
 
 def _beside(own: Mapping[str, Any], entries: Mapping[str, Any]) -> dict[str, Any]:
     """What an optimizer keeps for a parameter, with entries in place of those that a bare one has loaded."""
-    return {**{name: value for name, value in own.items() if not _is_entry(name)}, **entries}
-
-
-def _is_entry(name: Any) -> bool:
-    return isinstance(name, str) and name.startswith((f'{_ONE}/', f'{_ALL}/'))
-
-
-def _key(*parts: str) -> str:
-    return '/'.join(quote(part, safe='').replace('.', '%2E') for part in parts)
+    return {**{name: value for name, value in own.items() if not is_entry(name)}, **entries}
 
 
 def _digest(value: Any) -> int:

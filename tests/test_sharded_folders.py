@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from plain import STRICT, Net, same_bits, sgd, train
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
 from composer_ema import CheckpointError, EMAOptimizer, ShadowModel, ShadowModels, export, load_average
 from composer_ema.checkpoints import inert_pickle, sharded, sharded_format
@@ -153,7 +154,28 @@ def of_optimizer() -> dict[str, Any]:
     return {'model': model.state_dict(), 'optim': optimizer.state_dict(), 'ema': optimizer.ema_state_dict()}
 
 
+def by_parameter(flat: bool = False, **options: Any) -> dict[str, Any]:
+    """As torch's checkpoint functions keep an optimizer."""
+    model, optimizer = trained(**options)
+    how = StateDictOptions(flatten_optimizer_state_dict=flat)
+    return {'model': model.state_dict(), 'optim': get_optimizer_state_dict(model, optimizer, options=how)}
+
+
+def tied_by_parameter() -> dict[str, Any]:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    optimizer = EMAOptimizer(sgd(model), model=model, decay=0.5)
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    return {'model': model.state_dict(), 'optim': get_optimizer_state_dict(model, optimizer)}
+
+
 CASES = {
+    'EMAOptimizer, by parameter': (by_parameter, {}),
+    'EMAOptimizer, by parameter, flat': (lambda: by_parameter(flat=True), {}),
+    'EMAOptimizer, several by parameter': (
+        lambda: by_parameter(decay={'short': 0.5, 'long': 0.9}), {'average': 'long'}),
+    'tied weights by parameter': (tied_by_parameter, {}),
     'ShadowModel': (state_of_script, {}),
     'EMAOptimizer': (of_optimizer, {'key': 'ema'}),
     'EMAOptimizer, of several': (of_several, {'average': 'long'}),
@@ -162,7 +184,7 @@ CASES = {
     'tied weights': (tied, {}),
     "torch's AveragedModel": (of_averaged_model, {}),
     'plain weights': (lambda: {'model': Net().state_dict(), 'ema': Net(1).state_dict()}, {'key': 'ema'}),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize('case', CASES)
@@ -188,6 +210,18 @@ def test_an_average_in_a_folder_is_the_one_in_a_file(case, tmp_path):
     assert of_folder.averages == of_file.averages
     assert of_folder.model_slot == of_file.model_slot
     assert of_folder.num_bytes == sum(file.stat().st_size for file in (tmp_path / 'a').iterdir())
+
+
+@pytest.mark.parametrize('flat', [False, True])
+def test_an_average_beside_the_moments_is_that_of_the_shadow(flat, tmp_path):
+    torch.save(by_parameter(flat), tmp_path / 'a.pt')
+    _, optimizer = trained()
+    expected = {name: tensor.detach() for name, tensor in (
+        *optimizer.shadow.named_parameters(), *optimizer.shadow.named_buffers())}  # fmt: skip
+    found = load_average(tmp_path / 'a.pt')
+    assert same_bits({name: found[name] for name in expected}, expected)
+    average = describe(tmp_path / 'a.pt').averages[0]
+    assert (average.num_updates, average.key, average.label) == (3, 'optim', None)
 
 
 def test_a_folder_loads_into_a_model(tmp_path):

@@ -54,10 +54,20 @@ def find(held: Any, key: str | None = None) -> list[Found]:
         where = '.'.join(part for part in (key, path) if part)
         found += [_placed(held, where, each, theirs) for each, theirs in _read(state)]
     if found:
-        return found
+        return _without_repeated(found)
     if key is None:
         return [_placed(held, '', *_of_library(_read_foreign(value)))]
     return [_placed(held, key, *_plain(value, key))]
+
+
+def _without_repeated(found: list[Found]) -> list[Found]:
+    """Leaves out averages that stand beside an optimizer's moments where the same file has them as a state, too."""
+    states_of = {_identity(each.average) for each in found if not each.average.is_by_parameter}
+    return [each for each in found if not each.average.is_by_parameter or _identity(each.average) not in states_of]
+
+
+def _identity(average: Average) -> tuple[int | None, frozenset[str]]:
+    return average.num_updates, frozenset(average.parameters)
 
 
 def choose(found: Sequence[Found], label: str | None) -> Found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from composer_ema.checkpoints import formats
+from composer_ema.checkpoints import entries, formats
 from composer_ema.checkpoints.lazy_tensor import LazyTensor
 from composer_ema.model.names import listed
 from composer_ema.profiles import check_start_share
@@ -46,6 +47,7 @@ class Average:
         last_update: the clock of the last update by unit.
         stash: the training weights, where the state was taken while a model held the average.
         has_names: whether parameters have names, so that no model is needed to use them.
+        is_by_parameter: whether it stands beside the moments of an optimizer, parameter by parameter.
     """
 
     source: str
@@ -61,6 +63,7 @@ class Average:
     last_update: dict[str, float] | None = None
     stash: Mapping[str, Tensor] | None = None
     has_names: bool = True
+    is_by_parameter: bool = False
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -78,7 +81,9 @@ def recognise(state: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], list[Av
         return _read_optimizer
     if keys >= {'version', 'averages'}:
         return _read_algorithm
-    return _read_shadow if keys >= _OF_SHADOW else None
+    if keys >= _OF_SHADOW:
+        return _read_shadow
+    return _read_entries if entries.are_in(state) else None
 
 
 def exported_with(state: Any) -> Mapping[str, str] | None:
@@ -155,6 +160,25 @@ def _of_optimizer(own: Mapping[str, Any], state: Mapping[str, Any], label: str |
         stash=shadow.stash,
         has_names=not positional,
     )
+
+
+def _read_entries(state: Mapping[str, Any]) -> list[Average]:
+    """Averages beside the moments of their parameters, whose settings torch's checkpoint functions could not keep."""
+    what = 'the state of EMAOptimizer'
+    common, averages = entries.read(entries.found_in(state).items())
+    if 'version' not in common:
+        raise ValueError(f'{what} holds averages without their counters, so a part of it is missing.')
+    found = _read_optimizer({**common, 'settings': {}, 'averages': averages})
+    return [
+        dataclasses.replace(
+            each,
+            kind='average',
+            label=None if len(found) == 1 else each.label,
+            written_as=f'{each.written_as}, by parameter',
+            is_by_parameter=True,
+        )
+        for each in found
+    ]
 
 
 def _kind_of(settings: Mapping[str, Any]) -> str:
