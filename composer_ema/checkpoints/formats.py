@@ -25,6 +25,7 @@ from typing import Any
 
 from torch import Tensor
 
+from composer_ema.checkpoints import sharded_format
 from composer_ema.kernels.rules import is_inexact
 from composer_ema.model.names import listed
 from composer_ema.model.sharding import canonical_name
@@ -122,6 +123,11 @@ def upgrade(
     """
     if not isinstance(state, Mapping):
         raise ValueError(f'{what} is a {type(state).__name__}, not a dictionary.')
+    if sharded_format.is_split(state):
+        raise ValueError(
+            f'{what} is that of a sharded checkpoint, whose tensors lie beside it. Pass the folder to the Trainer as '
+            'load_path, or read it by load_average(folder).'
+        )
     row = recognise(state)
     if row is None:
         if VERSION_KEY in state:

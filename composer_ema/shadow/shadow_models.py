@@ -16,6 +16,7 @@ from composer_ema.settings import Settings, ShadowSettings, takes_settings
 from composer_ema.shadow.follower import Follower
 from composer_ema.shadow.lendable import LendableAverage
 from composer_ema.shadow.shadow_model import ShadowModel, number_for, storages_of
+from composer_ema.shadow.state import Loaded
 from composer_ema.shadow.storage import Storage
 
 #: The version that :meth:`ShadowModels.state_dict` writes and :meth:`ShadowModels.load_state_dict` reads.
@@ -305,9 +306,8 @@ class ShadowModels(Mapping[str, ShadowModel]):
             )
         self.load_averages(averages)
 
-    @torch.no_grad()
-    def load_averages(self, averages: Mapping[str, Mapping[str, Any]]) -> None:
-        """Loads the states of some averages, each by its label; all of them are checked before the first is assigned.
+    def check_averages(self, averages: Mapping[str, Mapping[str, Any]]) -> dict[str, Loaded]:
+        """What the states of some averages hold, each by its label, if all of them fit. Nothing is changed.
 
         Raises:
             KeyError: there is no average of a label.
@@ -321,6 +321,17 @@ class ShadowModels(Mapping[str, ShadowModel]):
                 if len(self._members) == 1:
                     raise
                 raise type(error)(f'{label}: {error}') from error
+        return loaded
+
+    @torch.no_grad()
+    def load_averages(self, averages: Mapping[str, Mapping[str, Any]]) -> None:
+        """Loads the states of some averages, each by its label; all of them are checked before the first is assigned.
+
+        Raises:
+            KeyError: there is no average of a label.
+            RuntimeError, ValueError: as for :meth:`load_state_dict`.
+        """
+        loaded = self.check_averages(averages)
         for label, each in loaded.items():
             self._members[label]._warn_of_lost_digits(each.parameters)
         for label, each in loaded.items():

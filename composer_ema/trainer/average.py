@@ -9,7 +9,7 @@ import copy
 import dataclasses
 import math
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from composer_ema.averages import UPDATES, BiasCorrected, Moment, Profile
 from composer_ema.kernels.rules import is_inexact
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import check_same
-from composer_ema.model.sharding import unwrap
+from composer_ema.model.sharding import laid_out_as, unwrap
 from composer_ema.profiles import StartShare, check_start_share, described, record_update
 from composer_ema.settings import Settings
 from composer_ema.shadow import loan
@@ -309,6 +309,10 @@ class Averages:
             self._shadows = ShadowModels(model, labels, overlap=overlap, **arguments)
         self._averages = {label: self._new(label, shadow) for label, shadow in self._shadows.items()}
 
+    def drop(self) -> None:
+        """Forgets all averages, and the model; :meth:`build` starts them anew."""
+        self._averages, self._shadows, self._model = {}, None, None
+
     def _new(self, label: str, shadow: ShadowModel) -> Average:
         profile, horizon = self._profiles[label]
         return Average(copy.deepcopy(profile), horizon, shadow)
@@ -491,7 +495,7 @@ class Averages:
         check_same('the given model', weights, tensors, remedy='Nothing was changed. Pass the same architecture.')
         with torch.no_grad():
             for name, weight in weights.items():
-                tensors[name].copy_(weight)
+                tensors[name].copy_(laid_out_as(weight, tensors[name]))
         return model
 
     # State
@@ -515,6 +519,7 @@ class Averages:
         *,
         has_begun: bool,
         stash: Mapping[str, torch.Tensor] | None = None,
+        read: Callable[[dict[str, dict[str, Any]]], dict[str, dict[str, Any]]] = lambda saved: saved,
     ) -> None:
         """Loads the state of each average; all is checked first. Those that are not among them start anew.
 
@@ -523,6 +528,7 @@ class Averages:
             what: the state, in the words of an error.
             has_begun: whether those that are saved were updated before.
             stash: the training weights of a model that holds an average. Default: none.
+            read: gives the states their values, once all is checked, where they lack them so far.
 
         Raises:
             ValueError: a part that does not fit. Nothing is changed then.
@@ -534,7 +540,8 @@ class Averages:
         of_shadows = {label: _of_shadow(state) for label, state in saved.items()}
         if stash is not None and of_shadows:
             of_shadows[next(iter(of_shadows))][_STASH] = stash  # whichever stood there
-        self._built.load_averages(of_shadows)
+        self._built.check_averages(of_shadows)
+        self._built.load_averages(read(of_shadows))
         for label, average in averages.items():
             average.has_begun = has_begun and label in saved
             if label not in saved:

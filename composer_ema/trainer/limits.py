@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from composer.core import Algorithm, Event, State
+from composer.utils.parallelism import FSDPConfig
 
-from composer_ema.model.sharding import is_sharded
+from composer_ema.model import sharding
 from composer_ema.spans import NOUNS, UNITS, ArgumentError, multiples
 from composer_ema.trainer.clock import TimeArgument, knows_fractions, run_length
 from composer_ema.trainer.due import Interval, Start
@@ -227,9 +228,12 @@ def refuse_two_exports(export_weights: Mapping[str, str]) -> None:
         raise ArgumentError(f'export_weights asks for {said}, and an export holds one. Keep one.', 'export_weights')
 
 
-def refuse_sharded(state: State) -> None:
-    """Raises a NotImplementedError if the model is sharded."""
-    if state.fsdp_config is not None or is_sharded(state.model):
+def refuse_unsupported(state: State) -> None:
+    """Raises a NotImplementedError if Composer shards the model by FSDP1, or has done so."""
+    if isinstance(state.fsdp_config, FSDPConfig):
         raise NotImplementedError(
-            'this release does not average sharded models (FSDP, tensor parallel). Train with DDP, or without EMA.'
+            "parallelism_config={'fsdp': ...} shards the model by FSDP1, whose flat pieces have no layout that an "
+            'average could be saved and loaded in. Shard it by FSDP2, which needs no other change: import FSDP2Config '
+            "from composer.utils.parallelism and pass parallelism_config={'fsdp': FSDP2Config(...)}."
         )
+    sharding.refuse_unsupported(dict(state.model.named_parameters()))

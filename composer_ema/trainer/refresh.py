@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 from collections.abc import Mapping
 from typing import Any
 
-from composer import Trainer
 from composer.core import DataSpec, Event, State, Time, get_precision_context
 
 from composer_ema.batchnorm import statistics_of, unfrozen_statistics_of, update_bn
@@ -16,6 +14,7 @@ from composer_ema.model.names import listed
 from composer_ema.model.sharding import unwrap
 from composer_ema.shadow.shadow_model import ShadowModel
 from composer_ema.spans import ArgumentError, Span
+from composer_ema.trainer import calls
 from composer_ema.trainer.limits import warn
 
 log = logging.getLogger(__name__)
@@ -182,17 +181,10 @@ def _moment(shadow: ShadowModel, state: State) -> list[int]:
 
 
 def _training_data(state: State) -> DataSpec:
-    """The data of the Trainer that runs the event.
-
-    Only the Trainer knows how a batch is transformed and split, and in Composer 0.32.1 neither State nor an event
-    leads to it. Take it from there once one does.
-    """
-    frame = sys._getframe()
-    while frame is not None:
-        trainer = frame.f_locals.get('self')
-        if isinstance(trainer, Trainer) and trainer.state is state and trainer._train_data_spec is not None:
-            return trainer._train_data_spec
-        frame = frame.f_back
+    """The data of the Trainer that runs the event, which alone knows how a batch is transformed and split."""
+    for names in calls.of_trainer(state):
+        if (data := names['self']._train_data_spec) is not None:
+            return data
     raise RuntimeError(
         'refresh_batchnorm needs the training data of a Trainer, but none runs this event. '
         'Set refresh_batchnorm=False, and call update_bn(model, data, shadow=swa.swa_model) after training.'

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from composer_ema.checkpoints import formats
 from composer_ema.model.inventory import Inventory
-from composer_ema.model.sharding import canonical_name, unwrap
+from composer_ema.model.sharding import canonical_name, unwrap, whole
 from composer_ema.shadow import loan
+from composer_ema.trainer import shards
 
 
 class Lender(Protocol):
@@ -44,18 +45,29 @@ def _model_state_dict(state: State, lenders: Sequence[Lender]) -> dict[str, Any]
         stash = {**lender.stashed_weights(state.model), **stash}
     if stash:
         aliases = Inventory.of(unwrap(state.model)).aliases
-        for key, held in saved.items():
+        keys: dict[str, list[str]] = {}
+        for key in saved:
             name = canonical_name(key)
-            weight = stash.get(aliases.get(name, name))
-            # A buffer that the model has replaced by one of another kind keeps its new value, as when a loan ends.
-            if weight is not None and isinstance(held, Tensor) and loan.obstacle(held, weight) is None:
-                saved[key] = weight.to(held.device, held.dtype)
+            keys.setdefault(aliases.get(name, name), []).append(key)
+        is_full = state.fsdp_state_dict_type == 'full'
+        for name, weight in stash.items():
+            value = whole(weight) if is_full else weight  # in all processes, although only rank 0 saves it
+            for key in keys.get(name, ()):
+                held = saved[key]
+                # A buffer that the model has replaced by one of another kind keeps its new value, as when a loan ends.
+                if isinstance(held, Tensor) and loan.obstacle(held, value) is None:
+                    saved[key] = value.to(held.device, held.dtype)
     return saved
 
 
 def _state_dict(state: State, lenders: Sequence[Lender]) -> dict[str, Any]:
     saved = type(state).state_dict(state)
-    for algorithm, (_, of_algorithm) in zip(state.algorithms, saved.get('algorithms', ()), strict=False):
-        if any(algorithm is lender for lender in lenders):
+    names = {type(lender).__qualname__ for lender in lenders}
+    for name, of_algorithm in saved.get('algorithms', ()):
+        if name in names:
             of_algorithm.pop(formats.STASH, None)  # the model slot holds it
+    if state.fsdp_sharded_state_dict_enabled:
+        shards.set_apart(saved, names)
+    elif state.fsdp_enabled:
+        shards.gather(saved, names)
     return saved

@@ -18,7 +18,7 @@ from composer.loggers import Logger
 from torch import Tensor, nn
 
 from composer_ema.averages import BiasCorrected, Exponential
-from composer_ema.checkpoints import formats, labels
+from composer_ema.checkpoints import formats, labels, sharded_format
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import listed
 from composer_ema.model.sharding import unwrap
@@ -27,7 +27,7 @@ from composer_ema.shadow import loan
 from composer_ema.shadow.interrupts import Block
 from composer_ema.shadow.shadow_model import ShadowModel
 from composer_ema.spans import Span
-from composer_ema.trainer import evaluation, limits
+from composer_ema.trainer import evaluation, limits, shards
 from composer_ema.trainer.average import Averages, Kept
 from composer_ema.trainer.clock import Look
 from composer_ema.trainer.due import Interval, Start, first_update
@@ -203,6 +203,8 @@ class WeightAverage(Algorithm):
             self._steps.begin()
         elif event in _TRAINING_GOES_ON:
             self._evaluation.abandon()
+            if event is Event.AFTER_LOAD and not self._averages:
+                self._build(state)
             self._take_back(state.model)
             if event in _TRAINING_STARTS:
                 loan.refuse(unwrap(state.model))  # nobody may train the average of a callback
@@ -216,17 +218,16 @@ class WeightAverage(Algorithm):
             self._use(self._evaluation.weights_at(event, state), state.model)
 
     def _create(self, state: State) -> None:
+        """Begins a run; where Composer shards the model first, the averages are built at AFTER_LOAD."""
         limits.refuse_rivals(self, self.rivals, state)
         self._stand_beside([each for each in state.algorithms if isinstance(each, WeightAverage)] or [self])
-        limits.refuse_sharded(state)
+        limits.refuse_unsupported(state)
         if left_in := loan.recall(state.model):
             warn(
                 f'the model still held an average, perhaps after an evaluation that raised: {listed(left_in)}. '
                 'It is out again, and the model holds its training weights.'
             )
-        # Composer's SWA writes the weights at the event that updates the average, while a side stream may read them.
-        overlap = not any(isinstance(algorithm, ComposerSWA) for algorithm in state.algorithms)
-        self._averages.build(state.model, overlap=overlap)
+        self._averages.drop()
         save_training_weights(state, self._of_all)
         self._steps.release()
         self._has_started, self.update_seconds = False, 0.0
@@ -234,8 +235,27 @@ class WeightAverage(Algorithm):
             self.snapshots.forget()
         self._evaluation.abandon()
         self._loaded_config = {}
-        if self._state_for_init is not None:
-            loaded, self._state_for_init = self._state_for_init, None
+        if not shards.will_be_sharded(state):
+            self._build(state)
+
+    def _create_now(self, state: State) -> None:
+        """Begins a run that is past its load, so that the model is as it will be trained."""
+        self._create(state)
+        if not self._averages:
+            self._build(state)
+
+    def _build(self, state: State) -> None:
+        """Builds the averages, and loads the state that has been waiting for them."""
+        # Composer's SWA writes the weights at the event that updates the average, while a side stream may read them.
+        overlap = not any(isinstance(algorithm, ComposerSWA) for algorithm in state.algorithms)
+        self._averages.build(state.model, overlap=overlap)
+        if self._state_for_init is None:
+            return
+        loaded, self._state_for_init = self._state_for_init, None
+        if sharded_format.is_split(loaded):
+            with shards.opened(state) as reader:
+                self.load_state_dict(shards.Outline(loaded, type(self).__qualname__, reader, self._what))
+        else:
             self.load_state_dict(loaded)
 
     def _stand_beside(self, of_all: Sequence[WeightAverage]) -> None:
@@ -253,8 +273,7 @@ class WeightAverage(Algorithm):
 
     def _prepare_fit(self, state: State) -> None:
         if not self._averages:
-            self._create(state)
-        limits.refuse_sharded(state)
+            self._create_now(state)
         self._check_run(state)
         limits.warn_of_other_arguments(self.compared, self._loaded_config, self._arguments)
         self._loaded_config = {}
@@ -337,7 +356,7 @@ class WeightAverage(Algorithm):
     def _update(self, look: Look, logger: Logger) -> Moves:
         state = look.state
         if not self._averages:
-            self._create(state)
+            self._create_now(state)
         is_from_start = self._start.span.value == 0 and not self._has_started
         moves = self._averages.update(state.model, look, self._interval, is_from_start=is_from_start)
         metrics: dict[str, float] = {}
@@ -416,7 +435,8 @@ class WeightAverage(Algorithm):
     def state_dict(self) -> dict[str, Any]:
         """The averages, their counters and, while a model holds one, the training weights; see ``formats``.
 
-        A checkpoint of the Trainer lacks the training weights here: it holds them as the model.
+        A checkpoint of the Trainer lacks the training weights here: it holds them as the model. Of a sharded model the
+        tensors are DTensors, of which each process has its part; a checkpoint has them whole, or beside the state.
         """
         state = {
             **super().state_dict(),
@@ -433,6 +453,11 @@ class WeightAverage(Algorithm):
         if formats.STASH not in state and (stash := self._averages.stash()):
             state[formats.STASH] = stash  # somebody else's average stands in the model
         return state
+
+    @property
+    def _what(self) -> str:
+        """A state of this class, in the words of an error."""
+        return f'the saved {type(self).__qualname__} state'
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = False) -> None:
         """Loads a state of this class, or of Composer's algorithm of the same name. All of it is checked first.
@@ -451,7 +476,7 @@ class WeightAverage(Algorithm):
         if live is not None:
             self._averages.follow_surgery(live, may_rebuild=not self._has_started)
         inventory = Inventory() if live is None else Inventory.of(live)
-        what = f'the saved {type(self).__qualname__} state'
+        what = self._what
         upgraded = formats.upgrade(
             state,
             model_slot={name: tensor.detach() for name, tensor in inventory.tensors().items()},
@@ -477,6 +502,7 @@ class WeightAverage(Algorithm):
             what,
             has_begun=upgraded['started'],
             stash=upgraded.get(formats.STASH),
+            read=lambda of: state.read(of, sources, inventory.tensors()) if isinstance(state, shards.Outline) else of,
         )
         if self.snapshots is not None:
             self.snapshots.load_state_dict(upgraded.get(_SNAPSHOTS))
