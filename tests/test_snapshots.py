@@ -25,7 +25,7 @@ from plain import Net
 from torch import Tensor, nn
 
 from composer_ema import CheckpointError, Snapshots
-from composer_ema.posthoc import snapshot_files, writer
+from composer_ema.posthoc import snapshot_files, snapshot_folder, writer
 from composer_ema.posthoc.history import read_run
 from composer_ema.posthoc.moments import History
 from composer_ema.posthoc.open_run import OpenRun
@@ -282,7 +282,7 @@ class TestKilled:
 
     def test_finishing_again_packs_what_a_kill_left_in_full(self, tmp_path, monkeypatch):
         run = Run(tmp_path).steps(20)
-        monkeypatch.setattr(writer, 'pack', lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        monkeypatch.setattr(snapshot_folder, 'pack', lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run.snapshots.finish()
         monkeypatch.undo()
@@ -395,9 +395,9 @@ class TestResumed:
             run.snapshots.load_state_dict({'num_steps': 3})
         with pytest.raises(ValueError, match=r"the state holds the averages 'power=0\.2'"):
             run.snapshots.load_state_dict(Run(tmp_path, power=0.2).snapshots.state_dict())
-        held = before['snapshots']['writer']
+        held = json.loads(before['snapshots']['writer'])
         damaged = [{**held, 'last_written': clock} for clock in ({'ba': math.nan}, {'ba': -1}, {'sp': 24}, [3])]
-        for broken in ({'run_name': 'x'}, *damaged):
+        for broken in (*map(json.dumps, ({'run_name': 'x'}, *damaged)), '{', {'run_name': 'x'}, None):
             with pytest.raises(ValueError, match='the saved state of the snapshots is damaged'):
                 run.snapshots.load_state_dict({**before['snapshots'], 'writer': broken})
         plain.assert_same(run.state(), before)

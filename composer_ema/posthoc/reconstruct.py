@@ -17,7 +17,7 @@ from composer_ema.checkpoints.lazy import UNITS
 from composer_ema.checkpoints.reading import CheckpointError, path_of
 from composer_ema.checkpoints.writing import write_weights
 from composer_ema.model.inventory import Inventory
-from composer_ema.model.sharding import unwrap
+from composer_ema.model.sharding import local, share_of, unwrap
 from composer_ema.posthoc import target as targets
 from composer_ema.posthoc.moments import History
 from composer_ema.posthoc.open_run import Combination, OpenRun
@@ -90,7 +90,8 @@ class Reconstruction:
 
         Args:
             model: of the architecture that was trained; its names may stand in another outermost module, so a
-                ComposerModel's average also fits the bare network.
+                ComposerModel's average also fits the bare network. Of a sharded model, each rank writes its own share,
+                without communication.
 
         Raises:
             RuntimeError: another average stands in the model.
@@ -103,7 +104,7 @@ class Reconstruction:
         with torch.no_grad():
             for name, own in inventory.tensors().items():
                 if name in tensors:
-                    own.copy_(tensors[name])
+                    local(own).copy_(share_of(tensors[name], own))
 
     def shadow(self, model: nn.Module, **settings: Any) -> ShadowModel:
         """Returns a shadow of ``model`` that goes on from this average.

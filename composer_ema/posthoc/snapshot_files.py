@@ -343,25 +343,19 @@ def name_of(header: Header) -> str:
     return f'{WEIGHTS if header.holds_weights else "averages"}-{int(header.clock["ba"]):08d}{SUFFIX}'
 
 
-def write_snapshot(folder: Path, header: Header, tensors: Mapping[str, Mapping[str, Tensor]]) -> Path:
-    """Writes the averages, or the training weights, of one moment, in full.
+def entries_of(header: Header, tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Entry]:
+    """What a file of one moment holds in full.
 
     Args:
-        folder: of the run's snapshots.
-        header: what they are.
+        header: what the tensors are.
         tensors: label to tensors by canonical name; under :data:`COPIED` those that no average changes.
-
-    Returns:
-        The file.
     """
     entries: dict[str, Entry] = {}
     for label, named in tensors.items():
         for name, tensor in named.items():
             is_shared = not header.holds_weights and not is_inexact(tensor)
             entries.setdefault(f'{COPIED if is_shared else label}/{name}', Entry.of(tensor))
-    path = folder / name_of(header)
-    write(path, entries, header.as_metadata())
-    return path
+    return entries
 
 
 def files_in(folder: Path) -> list[Path]:

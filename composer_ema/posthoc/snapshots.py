@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import Unpack
 
 from composer_ema.averages import Moment, Power
 from composer_ema.checkpoints.reading import path_of
 from composer_ema.model.inventory import Inventory
-from composer_ema.model.sharding import canonical_name, unwrap
+from composer_ema.model.sharding import canonical_name, is_shard, unwrap
 from composer_ema.posthoc.snapshot_files import COPIED
+from composer_ema.posthoc.snapshot_folder import Folder, NoFolder, SharedFolder, SnapshotFolder, Tensors
 from composer_ema.posthoc.tensor_files import check_writable
-from composer_ema.posthoc.writer import SnapshotWriter, Tensors, spacing_of
+from composer_ema.posthoc.writer import SnapshotWriter, spacing_of
 from composer_ema.settings import ShadowSettings, takes_settings
 from composer_ema.shadow import loan
 from composer_ema.shadow.shadow_model import ShadowModel
@@ -43,6 +48,11 @@ class Snapshots:
     half-life would have been. While training goes on, files hold the averages in full. :meth:`finish` writes the last
     weights and rewrites the others with float16 differences to them, which takes half of the space. A run that is
     killed leaves full files, which can be used as they are.
+
+    With several processes, rank 0 writes. Under DDP the other ranks may make the same calls, which keep their averages.
+    Of a model that ranks share (FSDP2, tensor parallelism) every rank must make every call: at the moment of a file,
+    the tensors are gathered one after the other, so that no rank holds more than one whole tensor. The files are the
+    same as those of one process, so a run may be resumed on another number of ranks.
 
     Args:
         model: the model in training; DDP, ``torch.compile`` and the like are looked through. Only read.
@@ -104,7 +114,8 @@ class Snapshots:
         #: The averages by label.
         self.shadows = ShadowModels(model, list(self._profiles), overlap=overlap, **settings)
         check_contents(model)
-        self._writer = SnapshotWriter(path, run_name or path.name, {n: str(p) for n, p in self._profiles.items()})
+        profiles = {label: str(profile) for label, profile in self._profiles.items()}
+        self._writer = SnapshotWriter(folder_of(path, model), run_name or path.name, profiles)
         self._num_steps = self._num_samples = 0
         self._has_begun = False
 
@@ -117,11 +128,12 @@ class Snapshots:
         """Moves the averages towards the model, and writes a file if one is due. Call it after each optimizer step.
 
         Args:
-            num_samples: samples in the step, over all processes, for ``every`` and for half-lives in samples. Default:
-                they are not counted.
+            num_samples: samples in the step, over all processes and the same in each, for ``every`` and for half-lives
+                in samples. Default: they are not counted.
 
         Raises:
             ArgumentError: the folder holds the snapshots of another run.
+            OSError: a file cannot be written; ranks that do not write it raise a RuntimeError with the reason.
             RuntimeError: the model holds an average.
         """
         if not self._has_begun:
@@ -153,13 +165,17 @@ class Snapshots:
         log.info('%s', self._writer.disk_use())
 
     def state_dict(self) -> dict[str, Any]:
-        """The averages, the run's identity and its updates, to go on from; tensors alias the averages."""
+        """The averages, the run's identity and its updates, to go on from; tensors alias the averages.
+
+        Every value is a tensor, a number or a text under keys that never change, so ``torch.distributed.checkpoint``
+        saves it, and loads it into that of new snapshots. Those of a sharded model hold DTensors.
+        """
         return {
             _VERSION: VERSION,
             _STEPS: self._num_steps,
             _SAMPLES: self._num_samples,
             _SHADOWS: self.shadows.state_dict(),
-            _WRITER: self._writer.state_dict(),
+            _WRITER: json.dumps(self._writer.state_dict()),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -176,7 +192,7 @@ class Snapshots:
             )
         steps, samples = (check_count(name, state.get(name), least=0) for name in (_STEPS, _SAMPLES))
         writer = copy.copy(self._writer)
-        writer.load_state_dict(state[_WRITER])
+        writer.load_state_dict(_of_text(state.get(_WRITER)))
         self.shadows.load_state_dict(state[_SHADOWS])
         self._writer, self._num_steps, self._num_samples = writer, steps, samples
         self._has_begun = False
@@ -194,6 +210,26 @@ class Snapshots:
         )
         log.info('%s', self._writer.announcement(self._spacing, *sizes_of(self.shadows, self._model)))
         self._has_begun = True
+
+
+def _of_text(state: Any) -> Mapping[str, Any]:
+    try:
+        return json.loads(state)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f'the saved state of the snapshots is damaged: {error!r}. Nothing was loaded.') from error
+
+
+def folder_of(path: Path, model: nn.Module) -> Folder:
+    """The folder at ``path``, and which processes write the snapshots of ``model`` to it.
+
+    Args:
+        path: of the folder.
+        model: wrapped as it trains. If it is wrapped in DDP, all ranks hold the same.
+    """
+    if any(map(is_shard, Inventory.of(unwrap(model)).tensors().values())):
+        return SharedFolder(path)
+    is_replica = any(isinstance(module, DistributedDataParallel) for module in model.modules())
+    return NoFolder(path) if is_replica and dist.get_rank() != 0 else SnapshotFolder(path)
 
 
 def profiles_of(power: Any) -> dict[str, Power]:

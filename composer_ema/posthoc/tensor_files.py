@@ -17,6 +17,7 @@ from torch import Tensor
 from composer_ema.checkpoints.reading import CheckpointError
 from composer_ema.files import beside
 from composer_ema.model.names import listed
+from composer_ema.model.sharding import whole
 
 _CODES = {
     torch.float64: 'F64', torch.float32: 'F32', torch.float16: 'F16', torch.bfloat16: 'BF16',
@@ -37,7 +38,7 @@ class Entry:
     Args:
         dtype: of the values in the file.
         shape: likewise.
-        values: returns the tensor, on any device, when its turn comes.
+        values: returns the whole tensor, on any device, when its turn comes. A collective call if it is sharded.
     """
 
     dtype: torch.dtype
@@ -46,8 +47,8 @@ class Entry:
 
     @classmethod
     def of(cls, tensor: Tensor) -> Entry:
-        """A tensor that is there already."""
-        return cls(tensor.dtype, tuple(tensor.shape), lambda: tensor)
+        """A tensor that is there already, or a sharded one, which is gathered when its turn comes."""
+        return cls(tensor.dtype, tuple(tensor.shape), lambda: whole(tensor))
 
     @property
     def num_bytes(self) -> int:
@@ -84,8 +85,7 @@ def write(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str])
     Raises:
         OSError: the file cannot be written. What was at ``path`` is untouched.
     """
-    # Wide values first: every tensor then lies at a multiple of its own width, which readers in place rely on.
-    ordered = sorted(entries.items(), key=lambda pair: (-pair[1].dtype.itemsize, pair[0]))
+    ordered = in_order(entries)
     header: dict[str, Any] = {_METADATA: {_CHECKSUM: _ZEROS, **metadata}}
     offset = 0
     for name, entry in ordered:
@@ -105,6 +105,12 @@ def write(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str])
             file.write(data)
         file.seek(start.index(_in_header(_ZEROS)))
         file.write(_in_header(f'{checksum:08x}'))
+
+
+def in_order(entries: Mapping[str, Entry]) -> list[tuple[str, Entry]]:
+    """The entries as they follow each other in a file, which is the order in which :func:`write` asks for values."""
+    # Wide values first: every tensor then lies at a multiple of its own width, which readers in place rely on.
+    return sorted(entries.items(), key=lambda pair: (-pair[1].dtype.itemsize, pair[0]))
 
 
 def _in_header(checksum: str) -> bytes:

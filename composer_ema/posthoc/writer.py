@@ -1,48 +1,23 @@
-"""Writes the snapshots of a run into one folder: when they are due, under which identity, and packed at the end.
-
-Invariant: at every moment, a kill included, each file in the folder can be read.
-"""
+"""Writes the snapshots of a run: when they are due, under which identity, and packed at the end."""
 
 from __future__ import annotations
 
-import logging
 import math
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from composer_ema.averages import Moment
-from composer_ema.checkpoints.reading import CheckpointError
-from composer_ema.model.names import listed
-from composer_ema.posthoc.snapshot_files import (
-    SUFFIX,
-    WEIGHTS,
-    Header,
-    Identity,
-    SnapshotFile,
-    checked_clock,
-    files_in,
-    is_unfinished,
-    pack,
-    referenced_bases,
-    unpack,
-    write_snapshot,
-)
+from composer_ema.posthoc.snapshot_files import WEIGHTS, Header, Identity, checked_clock, files_in
+from composer_ema.posthoc.snapshot_folder import Folder, Tensors
 from composer_ema.posthoc.updates import Updates
 from composer_ema.spans import CLOCK_UNITS, ArgumentError, Span
 from composer_ema.wording import counted
 
-log = logging.getLogger(__name__)
-
 _RUN_NAME, _RUN_ID, _UPDATES, _WRITTEN = 'run_name', 'run_id', 'updates', 'last_written'
 # Fractions of epochs come with rounding errors.
 _SAME_TIME = 1e-9
-#: A factory of tensors by name, called when a file is written.
-Tensors = Callable[[], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -122,23 +97,24 @@ class SnapshotWriter:
     """Writes the snapshots of one run.
 
     The order of calls is :meth:`begin`, then for each update :meth:`record` and, if :meth:`is_due`, :meth:`write`, and
-    :meth:`finish`. A resumed run loads its state before it begins.
+    :meth:`finish`. A resumed run loads its state before it begins. Every process keeps a writer and makes the same
+    calls, whichever of them writes the files.
 
     Args:
-        folder: for the files; made when the first one is written.
+        folder: for the files, and who writes them.
         run_name: for people; a loaded state brings its own.
         profiles: description of each average's profile by label.
     """
 
-    def __init__(self, folder: Path, run_name: str, profiles: Mapping[str, str]) -> None:
-        self.folder = folder
+    def __init__(self, folder: Folder, run_name: str, profiles: Mapping[str, str]) -> None:
+        self._folder = folder
         self.identity = Identity(run_name, secrets.token_hex(8))  # draws from no generator of the training
         self.updates = Updates(profiles)
         self.max_duration: str | None = None
         self._last_update: dict[str, float] | None = None
         self._last_written: dict[str, float] | None = None
         self._spacing: Spacing | None = None
-        self._stale: tuple[list[SnapshotFile], Mapping[str, float]] | None = None
+        self._is_clear = True
 
     # The run
 
@@ -168,66 +144,18 @@ class SnapshotWriter:
             ArgumentError: the folder holds the snapshots of another run. Nothing is changed.
         """
         self._spacing, self.max_duration = spacing, max_duration
-        own, others = [], []
-        for path in files_in(self.folder):
-            try:
-                file = SnapshotFile(path)
-            except CheckpointError as error:
-                log.warning('snapshots: %s It is left alone.', error)
-                continue
-            (own if file.header.identity.run_id == self.identity.run_id else others).append(file)
-        if others and not overwrite:
-            self._check_replaceable(others, may_restart=may_restart)
-        self._stale = [*own, *others], dict(now)
+        self.identity = self._folder.prepare(self.identity, now, overwrite=overwrite, may_restart=may_restart)
+        self._is_clear = False
 
-    def _check_replaceable(self, others: list[SnapshotFile], *, may_restart: bool) -> None:
-        """Raises unless others are what an earlier start of this run left that came to nothing."""
-        is_ended = any(file.header.is_last for file in others)
-        is_namesake = all(file.header.identity.run_name == self.identity.run_name for file in others)
-        has_averages = any(not file.header.holds_weights for file in others)
-        if is_ended or not is_namesake or (has_averages and not may_restart):
-            names = listed(sorted({str(file.header.identity) for file in others}))
-            raise ArgumentError(
-                f'{self.folder} holds {counted(len(others), "snapshot")} of another run: {names}. Give another folder, '
-                'or remove them.',
-                'snapshots',
-            )
-
-    def _remove_stale(self) -> None:
+    def _clear_folder(self) -> None:
         """Makes the folder fit for the run, at its first update."""
-        if self._stale is None:
-            return
-        (files, now), self._stale = self._stale, None
-        others = [file for file in files if file.header.identity.run_id != self.identity.run_id]
-        if others:
-            log.warning('snapshots: removed %s of an earlier start from %s', counted(len(others), 'file'), self.folder)
-            _remove(others)
-        self._remove_later([file for file in files if file not in others], now)
-        for path in self.folder.glob(f'.*{SUFFIX}.*'):
-            if is_unfinished(path):
-                path.unlink(missing_ok=True)
-
-    def _remove_later(self, own: list[SnapshotFile], now: Mapping[str, float]) -> None:
-        later = [
-            file
-            for file in own
-            if file.header.clock['ba'] > now['ba'] or not file.header.updates.is_earlier_than(self.updates)
-        ]
-        names = {file.path.name for file in later}
-        for file in own:
-            packing = file.header.packing
-            if file.path.name not in names and packing is not None and packing.base in names:
-                unpack(file.path)
-        if later:
-            log.warning(
-                'snapshots: removed %s of %s that lie after batch %d, from which the run goes on',
-                counted(len(later), 'file'), self.folder, now['ba'],
-            )  # fmt: skip
-        _remove(later)
+        if not self._is_clear:
+            self._folder.clear(self.identity, self.updates)
+            self._is_clear = True
 
     def record(self, clock: Mapping[str, float], made: Mapping[str, tuple[float, Moment | None]]) -> None:
         """Records an update of every average; see :meth:`composer_ema.posthoc.updates.Updates.append`."""
-        self._remove_stale()
+        self._clear_folder()
         self.updates.append(clock, made)
         self._last_update = dict(clock)
 
@@ -251,10 +179,10 @@ class SnapshotWriter:
         assert self._last_update is not None, 'record() comes first'
         if self._last_written is None:
             header = self._header(self._last_update, facts, holds_weights=True)
-            write_snapshot(self.folder, header, {WEIGHTS: weights()})
+            self._folder.write(header, {WEIGHTS: weights})
         if len(self.updates) > 1:
             header = self._header(self._last_update, facts)
-            write_snapshot(self.folder, header, {label: tensors() for label, tensors in averages.items()})
+            self._folder.write(header, averages)
         self._last_written = self._last_update
 
     def finish(
@@ -268,17 +196,13 @@ class SnapshotWriter:
         """
         if self._last_update is None:
             return
-        self._remove_stale()
+        self._clear_folder()
         if self._last_written != self._last_update:
             self.write(averages, weights, facts)
         is_update = self._last_update['ba'] == now['ba']
         header = self._header(now, facts, holds_weights=True, is_update=is_update, is_last=True)
-        last = write_snapshot(self.folder, header, {WEIGHTS: weights()})
-        files = [file for file in map(SnapshotFile, files_in(self.folder)) if file.header.identity == self.identity]
-        bases = {last.name} | referenced_bases(files)
-        for file in files:
-            if file.path.name not in bases:
-                pack(file.path, last)
+        self._folder.write(header, {WEIGHTS: weights})
+        self._folder.pack(header)
 
     def _header(self, clock: Mapping[str, float], facts: Mapping[str, Any], **kinds: bool) -> Header:
         times = {unit: clock.get(unit, 0) for unit in CLOCK_UNITS}
@@ -296,19 +220,20 @@ class SnapshotWriter:
         """
         count, size = spacing.count(), readable(bytes_of_averages)
         if count is None:
-            return f'snapshots: a file of {size} every {spacing.every} in {self.folder}'
+            return f'snapshots: a file of {size} every {spacing.every} in {self._folder.path}'
         whole = count * bytes_of_averages + 2 * bytes_of_weights
         packed = whole // 2 + bytes_of_weights // 2
         return (
-            f'snapshots: {counted(count, "file")} of {size} and the first and the last weights in {self.folder}: '
+            f'snapshots: {counted(count, "file")} of {size} and the first and the last weights in {self._folder.path}: '
             f'{readable(whole)} at the end of the run, then packed into about {readable(packed)}'
         )
 
     def disk_use(self) -> str:
         """What the folder takes now, in a sentence."""
-        files = files_in(self.folder)
+        folder = self._folder.path
+        files = files_in(folder)
         total = sum(path.stat().st_size for path in files)
-        return f'snapshots: {counted(len(files), "file")} of {readable(total)} in {self.folder}'
+        return f'snapshots: {counted(len(files), "file")} of {readable(total)} in {folder}'
 
     # State
 
@@ -352,10 +277,3 @@ def readable(num_bytes: float) -> str:
             return f'{num_bytes:.3g} {unit}' if unit == 'B' else f'{num_bytes:.1f} {unit}'
         num_bytes /= 1000
     return f'{num_bytes:.1f} TB'
-
-
-def _remove(files: list[SnapshotFile]) -> None:
-    """Removes files, and those that others hold differences to last."""
-    bases = referenced_bases(files)
-    for file in sorted(files, key=lambda each: each.path.name in bases):
-        file.path.unlink(missing_ok=True)

@@ -15,12 +15,14 @@ from composer.utils.file_helpers import format_name_with_dist
 
 from composer_ema.averages import Moment, Power
 from composer_ema.posthoc.snapshot_files import SNAPSHOT_FOLDER
+from composer_ema.posthoc.snapshot_folder import Folder, NoFolder, SnapshotFolder
 from composer_ema.posthoc.snapshots import (
     DEFAULT_POWER,
     averages_in,
     check_contents,
     check_halvings,
     facts_of,
+    folder_of,
     profiles_of,
     sizes_of,
     weights_in,
@@ -104,6 +106,9 @@ class AskedSnapshots:
 class RunSnapshots:
     """Writes the snapshots of a Composer run, on rank 0, whose state is the one that checkpoints keep.
 
+    Every rank makes every call. Of a model that ranks share, tensors are gathered at the moment of a file; see
+    :class:`composer_ema.posthoc.snapshot_folder.SharedFolder`.
+
     Args:
         asked: what the user wants.
 
@@ -143,30 +148,30 @@ class RunSnapshots:
         problems: list[str | None] = [None]
         if self._writer is None:
             folder, spacing = self.folder_in(state), self._spacing(state)
-            self._writer = self._new_writer(folder, state.run_name)
+            self._writer = self._new_writer(_folder_for(state, folder), state.run_name)
             if self._loaded is not None:
                 self._writer.load_state_dict(self._loaded)
         else:
             spacing = self._spacing(state)
         whole = _whole(state)
-        if dist.get_global_rank() == 0:
-            try:
-                check_contents(state.model)
-                self._writer.begin(
-                    spacing,
-                    Look(state).now,
-                    max_duration=None if whole is None else str(whole),
-                    overwrite=any(saver.overwrite for saver in _savers(state)),
-                    # A saver stops a run that is not resumed where there is a checkpoint.
-                    may_restart=bool(_savers(state)),
-                )
-                log.info('%s', self.announcement(state, averages))
-            except ValueError as error:
-                problems[0] = str(error)
+        try:
+            check_contents(state.model)
+            self._writer.begin(
+                spacing,
+                Look(state).now,
+                max_duration=None if whole is None else str(whole),
+                overwrite=any(saver.overwrite for saver in _savers(state)),
+                # A saver stops a run that is not resumed where there is a checkpoint.
+                may_restart=bool(_savers(state)),
+            )
+        except ValueError as error:
+            problems[0] = str(error)
         # All processes must stop together.
         dist.broadcast_object_list(problems)
         if problems[0] is not None:
             raise ArgumentError(problems[0], 'snapshots')
+        if dist.get_global_rank() == 0:
+            log.info('%s', self.announcement(state, averages))
 
     def after_update(self, look: Look, moves: Moves, averages: Averages) -> None:
         """Records an update of the averages, and writes a file if one is due.
@@ -177,7 +182,7 @@ class RunSnapshots:
             averages: those of the run, updated.
         """
         writer = self._writer
-        if writer is None or dist.get_global_rank() != 0:
+        if writer is None:
             return
         made = {label: (weight, moves[label][1]) for label in self._profiles if (weight := moves[label][0]) is not None}
         writer.record(look.now, made)
@@ -187,12 +192,13 @@ class RunSnapshots:
 
     def end(self, state: State, averages: Averages) -> None:
         """Writes the last averages and the last weights, and packs all files."""
-        if self._writer is None or dist.get_global_rank() != 0:
+        if self._writer is None:
             return
         self._writer.finish(
             Look(state).now, averages_in(self._shadows(averages)), weights_in(state.model), facts_of(state.model)
         )
-        log.info('%s', self.disk_use())
+        if dist.get_global_rank() == 0:
+            log.info('%s', self.disk_use())
 
     # What it takes
 
@@ -219,7 +225,7 @@ class RunSnapshots:
         """How much disk the snapshots will take, in a sentence."""
         writer = self._writer
         if writer is None:
-            writer = self._new_writer(self.folder_in(state), state.run_name)
+            writer = self._new_writer(SnapshotFolder(self.folder_in(state)), state.run_name)
         return writer.announcement(self._spacing(state), *sizes_of(self._shadows(averages), state.model))
 
     def disk_use(self) -> str | None:
@@ -229,7 +235,7 @@ class RunSnapshots:
     def _spacing(self, state: State) -> Spacing:
         return spacing_of(self.asked.every, _whole(state), self.asked.halvings)
 
-    def _new_writer(self, folder: Path, run_name: str) -> SnapshotWriter:
+    def _new_writer(self, folder: Folder, run_name: str) -> SnapshotWriter:
         return SnapshotWriter(folder, run_name, {label: str(profile) for label, profile in self._profiles.items()})
 
     def _shadows(self, averages: Averages) -> dict[str, Any]:
@@ -244,11 +250,17 @@ class RunSnapshots:
     def check(self, state: Any) -> None:
         """Raises a ValueError unless ``state`` is one of :meth:`state_dict`; None is, too."""
         if state is not None:
-            self._new_writer(Path(), '').load_state_dict(state)
+            self._new_writer(NoFolder(Path()), '').load_state_dict(state)
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Goes on with the run that :meth:`state_dict` is of; None is a run that wrote none so far."""
         self._writer, self._loaded = None, state
+
+
+def _folder_for(state: State, path: Path) -> Folder:
+    found = folder_of(path, state.model)
+    # The ranks of a Trainer train one model, also where nothing of it is trainable, so that it stands in no DDP.
+    return NoFolder(path) if isinstance(found, SnapshotFolder) and dist.get_global_rank() != 0 else found
 
 
 def _savers(state: State) -> list[CheckpointSaver]:
