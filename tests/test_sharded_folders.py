@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
 from folders import metadata_of, place_of, save, save_sharded, write_metadata
@@ -605,6 +606,17 @@ def test_folders_that_cannot_be_read_say_what_to_pass(tmp_path, sound):
     (own / '.metadata').rename(own / '__0.metadata')
     with pytest.raises(CheckpointError, match='Each process wrote an index of its own'):
         load_average(own)
+
+
+def test_the_file_of_one_rank_is_not_taken_for_the_whole(sound, tmp_path):
+    for name in ('__0_0.distcp', '.metadata'):
+        with pytest.raises(CheckpointError, match=rf'one file of a sharded checkpoint\. Pass its folder: {sound}'):
+            load_average(sound / name)
+    path = tmp_path / 'shard-00001-model-00001-of-00001.safetensors'
+    safetensors.torch.save_file({'w': torch.ones(2)}, path, metadata={'DCP_SHARDING_INFO': '{}', 'format': 'pt'})
+    for read in (open_weights, describe):
+        with pytest.raises(CheckpointError, match='holds the shards of one process'):
+            read(path)
 
 
 def test_shards_that_one_process_pickled_are_refused(tmp_path):

@@ -59,7 +59,7 @@ class LazyWeights:
         self.path = path
         self._average, self._key = average, key
         self._tensors: Mapping[str, Tensor] | None = None
-        self._written = _identity(path)
+        self._written, self._is_folder = _identity(path), path.is_dir()
         held = read_file(path, mmap=True)
         self._tensors, self.extra_state, self.weights = self._chosen(held)
         self.names = tuple(self._tensors)
@@ -81,17 +81,22 @@ class LazyWeights:
         A view of a file; of a sharded checkpoint it is read anew, chunk by chunk.
 
         Raises:
-            CheckpointError: the file has been closed and has changed since it was opened; a chunk is damaged.
+            CheckpointError: the file has been closed and has changed since it was opened, or a sharded checkpoint has;
+                a chunk is damaged.
         """
+        if (self._tensors is None or self._is_folder) and _identity(self.path) != self._written:
+            raise CheckpointError(f'{self.path} has changed while it was being read. Run it again.')
         if self._tensors is None:
-            if _identity(self.path) != self._written:
-                raise CheckpointError(f'{self.path} has changed while it was being read. Run it again.')
             self._tensors = self._chosen(read_file(self.path, is_checked=True, mmap=True))[0]
         return in_memory(self._tensors[name])
 
     def close(self) -> None:
-        """Lets go of the file and of the memory of what was read of it. The next :meth:`tensor` opens it again."""
-        self._tensors = None
+        """Lets go of the file and of the memory of what was read of it. The next :meth:`tensor` opens it again.
+
+        Of a sharded checkpoint nothing is kept open or in memory but its index, which stays.
+        """
+        if not self._is_folder:
+            self._tensors = None
 
     def _chosen(self, held: Any) -> tuple[dict[str, Tensor], dict[str, Any], str]:
         values, weights = _weights_in(held, self.path, self._average, self._key)

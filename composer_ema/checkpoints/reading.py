@@ -28,6 +28,8 @@ from composer_ema.shadow.foreign import is_extra_state, under_names_of
 # Composer's names for the newest checkpoint of a run, and ours for the folder of the run's checkpoints.
 _LATEST, _IN_RUN = 'latest-rank0.pt', 'checkpoints'
 _LINK, _LONGEST_PATH = '.symlink', 4096
+# With this torch's HuggingFaceStorageWriter marks its files; those of processes that save apart are named shard-...
+_SHARDING = 'DCP_SHARDING_INFO'
 _SUFFIXES = ('.pt', '.pth', '.ckpt', '.tar', '.safetensors')
 
 
@@ -208,6 +210,8 @@ def read_file(path: Path, *, is_checked: bool = False, mmap: bool = False) -> An
         raise CheckpointError(f'{path} is a folder. {_in_folder(path)}')
     if not path.exists():
         raise CheckpointError(f'{path} does not exist.')
+    if path.suffix == sharded.SUFFIX or path.name == sharded.METADATA:
+        raise CheckpointError(f'{path} is one file of a sharded checkpoint. Pass its folder: {path.parent}.')
     try:
         if is_safetensors(path):
             return _load_safetensors(path)
@@ -436,7 +440,7 @@ def _in_folder(folder: Path) -> str:
             'Each process wrote an index of its own to it (use_collectives=False), and these are not read. Save with '
             'torch.distributed.checkpoint.save(..., use_collectives=True), its default.'
         )
-    if list(folder.glob('*.distcp')):
+    if list(folder.glob(f'*{sharded.SUFFIX}')):
         return (
             'It holds shards without the .metadata that is written last: saving did not end, or the file was not '
             'copied. Pass an earlier checkpoint.'
@@ -478,8 +482,13 @@ def metadata_of(path: Path) -> dict[str, str]:
 def _load_safetensors(path: Path) -> Any:
     """Tensors by name, with what ``export`` wrote beside them in an attribute; see ``states.exported_with``."""
     with safetensors.safe_open(path, framework='pt') as file:
-        weights: Any = OrderedDict((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
         metadata = file.metadata() or {}
+        if _SHARDING in metadata and path.name.startswith('shard-'):
+            raise CheckpointError(
+                f'{path} holds the shards of one process. Put those of all together with consolidate_safetensors_files '
+                'of torch.distributed.checkpoint, or save without save_distributed.'
+            )
+        weights: Any = OrderedDict((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
     if metadata.get('written_by', '').startswith('composer_ema '):
         setattr(weights, states.EXPORTED_KEY, metadata)
     return weights

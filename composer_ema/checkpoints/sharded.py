@@ -30,6 +30,8 @@ from composer_ema.checkpoints.shard_index import (
 )
 from composer_ema.model.names import listed
 
+#: The ending of the files with the shards.
+SUFFIX = '.distcp'
 # As torch pickles the name of a class that stands for one process's part of something.
 _SHARDS_IN_PICKLE = re.compile(rb'ctorch\.distributed\.[\w.]*\n(\w+)\n')
 
@@ -59,7 +61,7 @@ def open_folder(folder: Path) -> Branch:
 
 def files_of(folder: Path) -> list[Path]:
     """The files of a sharded checkpoint."""
-    return [folder / METADATA, *sorted(folder.glob('*.distcp'))]
+    return [folder / METADATA, *sorted(folder.glob(f'*{SUFFIX}'))]
 
 
 Node = dict[Any, Any]

@@ -29,7 +29,7 @@ from composer_ema.checkpoints.reading import (
     run_name_of,
     trained,
 )  # fmt: skip
-from composer_ema.checkpoints.shard_index import METADATA
+from composer_ema.checkpoints.sharded import METADATA, SUFFIX
 from composer_ema.model.names import listed
 from composer_ema.model.sharding import canonical_name
 from composer_ema.posthoc.moments import History, KeptAverage
@@ -104,7 +104,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
     inner = folder / _IN_RUN
     root = inner if inner.is_dir() else folder
     # Also those without the index that is written last, to be named among what cannot be read.
-    folders = {path.parent.resolve() for pattern in (METADATA, '*.distcp') for path in root.rglob(pattern)}
+    folders = {path.parent.resolve() for pattern in (METADATA, f'*{SUFFIX}') for path in root.rglob(pattern)}
     return sorted({path.resolve() for path in root.rglob('*.pt')} | folders)
 
 
