@@ -28,7 +28,15 @@ from torch.utils.data import DataLoader
 from composer_ema.model.inventory import Inventory, is_normalisation
 from composer_ema.model.names import listed
 from composer_ema.model.rollback import Rollback, rewinding
-from composer_ema.model.sharding import canonical_name, refuse_sharded, unwrap
+from composer_ema.model.sharding import (
+    canonical_name,
+    is_shard,
+    is_sharded,
+    on_compute_device,
+    refuse_unsupported,
+    reshard,
+    unwrap,
+)
 from composer_ema.model.untraced import untraced
 from composer_ema.shadow import loan
 from composer_ema.shadow.shadow_model import ShadowModel
@@ -66,6 +74,10 @@ def update_bn(
 
         running_mean = sum_r n_r running_mean_r / sum_r n_r        running_var likewise; n_r may differ
 
+    Under FSDP2 and tensor parallelism this is so, too, except that every forward takes all processes: n_r must be the
+    same. Where processes see the same batches, as under tensor parallelism, each counts. Nothing is gathered but what
+    the forward gathers, and each process has its shards again afterwards.
+
     The model runs as it does in training, so that BatchNorm sees what it saw there; dropout drops. Its ``train()`` is
     called; what is in evaluation mode in a model that is in training mode stays so. A frozen layer keeps its
     statistics, and they normalize what it passes on: one that is in evaluation mode then, since its ``train()``, the
@@ -101,17 +113,17 @@ def update_bn(
         microbatch_size: samples to run at once, for batches that do not fit the device's memory: each batch of a
             ``DataSpec`` is split by its ``split_batch``, and each part counts as a batch above. Default: whole batches.
         synchronize: whether to combine the statistics of all processes, a collective call. False: this process's
-            batches only, for a call on one rank; not for SyncBatchNorm. If a process fails, all raise an error; with
-            SyncBatchNorm, only if it fails to get a batch.
+            batches only, for a call on one rank; not for SyncBatchNorm or a sharded model. If a process fails, all
+            raise an error; with those two, only if it fails to get a batch.
         progress_bar: show one on rank 0 where standard error is a terminal and rich is installed.
 
     Raises:
         TypeError: an argument of another kind, as when they are in the order of torch's function.
-        ValueError: no batch; ``microbatch_size`` without a ``DataSpec``; the processes of a SyncBatchNorm model have
-            different numbers of batches; ``shadow`` does not track the statistics, or is swapped into another model; a
-            lazy layer or parameter has no shape yet.
+        ValueError: no batch; ``microbatch_size`` without a ``DataSpec``; the processes of a model that is sharded or
+            has SyncBatchNorm have different numbers of batches; ``shadow`` does not track the statistics, or is swapped
+            into another model; a lazy layer or parameter has no shape yet.
         RuntimeError: another process could not run its batches.
-        NotImplementedError: the model is sharded.
+        NotImplementedError: the model is sharded by FSDP1 or DeepSpeed, or statistics are sharded themselves.
 
     Warns:
         UserWarning: a layer is frozen or scripted; its name is given.
@@ -139,7 +151,8 @@ def update_bn(
     if num_batches is not None and (type(num_batches) is not int or num_batches < 1):
         raise ValueError(f'num_batches must be a whole number above 0, got {num_batches!r}. Leave it out for all.')
     module = unwrap(model)
-    refuse_sharded({**dict(module.named_parameters()), **dict(module.named_buffers())})
+    reshard(module)
+    refuse_unsupported({**dict(module.named_parameters()), **dict(module.named_buffers())})
     layers = _layers(module)
     if scripted := _scripted(module):
         warnings.warn(
@@ -154,7 +167,7 @@ def update_bn(
     combining = _world_size() > 1 and synchronize
     with ExitStack() as stack:
         # Where a forward waits for all processes, nobody could be told of an error in it.
-        telling = combining and not any(isinstance(layer, nn.SyncBatchNorm) for layer in layers.values())
+        telling = combining and not _waits(module, layers)
         with _failing_together(module) if telling else nullcontext():
             was_swapped = shadow is not None and shadow.is_swapped
             if shadow is not None:  # first, so that the training weights return when all else is back
@@ -165,11 +178,10 @@ def update_bn(
             if not unfrozen:
                 _warn_of_frozen(layers)
                 return
-            is_synced = _world_size() > 1 and any(isinstance(layer, nn.SyncBatchNorm) for layer in unfrozen.values())
+            is_synced = _world_size() > 1 and _waits(module, unfrozen)
             if is_synced and not synchronize:
-                raise ValueError(
-                    'synchronize=False cannot take effect: SyncBatchNorm synchronizes all processes in its forward.'
-                )
+                who = 'a sharded model' if is_sharded(module) else 'SyncBatchNorm'
+                raise ValueError(f'synchronize=False cannot take effect: {who} needs all processes in its forward.')
             if shadow is not None:
                 _check_tracked(shadow, _statistics(module, unfrozen))
             stack.enter_context(batches.bar(shown=progress_bar))
@@ -230,6 +242,7 @@ def _layers(module: nn.Module) -> dict[str, _NormBase]:
     """The layers that keep statistics, by canonical name.
 
     Raises:
+        NotImplementedError: the statistics of one are sharded.
         ValueError: one of them is lazy and has not seen a batch.
     """
     layers: dict[str, _NormBase] = {}
@@ -237,6 +250,11 @@ def _layers(module: nn.Module) -> dict[str, _NormBase]:
         if isinstance(layer, _NormBase) and layer.running_mean is not None:
             if is_lazy(layer.running_mean):
                 raise ValueError(f'{name} is a lazy layer without a shape. Run one forward pass first.')
+            if is_shard(layer.running_mean):
+                raise NotImplementedError(
+                    f'the statistics of {name} are DTensors, which update_bn cannot combine. Keep the buffers of the '
+                    'layer whole in every process, as fully_shard and parallelize_module do.'
+                )
             layers[canonical_name(f'{name}.').removesuffix('.')] = layer
     return layers
 
@@ -480,7 +498,12 @@ def _to_device(batch: Any, device: torch.device) -> Any:
 
 
 def _device_of(module: nn.Module) -> torch.device:
-    return next(tensor.device for tensors in (module.parameters(), module.buffers()) for tensor in tensors)
+    return on_compute_device(next(tensor for tensors in (module.parameters(), module.buffers()) for tensor in tensors))
+
+
+def _waits(module: nn.Module, layers: Mapping[str, _NormBase]) -> bool:
+    """Whether a forward of ``module``, which has these layers, waits for other processes."""
+    return is_sharded(module) or any(isinstance(layer, nn.SyncBatchNorm) for layer in layers.values())
 
 
 def _holding_average(module: nn.Module, shadow: ShadowModel) -> AbstractContextManager[object]:
@@ -516,6 +539,7 @@ def _restoring(
             written.clear()
             raise
         finally:
+            reshard(module)  # FSDP2 keeps the root whole after a forward without a backward
             rollback.restore(but=written)
 
 
@@ -553,7 +577,7 @@ def _world_size() -> int:
 
 
 def _in_step(batches: _Batches, module: nn.Module) -> Iterator[Any]:
-    """Batches as long as every process has one: SyncBatchNorm waits in each forward for all of them."""
+    """Batches as long as every process has one: each forward waits for all of them."""
     iterator, end = iter(batches), object()
     while True:
         batch, failure = end, None
@@ -567,8 +591,8 @@ def _in_step(batches: _Batches, module: nn.Module) -> Iterator[Any]:
         if 0 < int(having) < _world_size():
             raise ValueError(
                 f'after {batches.count - (batch is not end)} batches only {int(having)} of {_world_size()} processes '
-                'have another one, and SyncBatchNorm needs one from each. Use a DistributedSampler, or pass '
-                'num_batches.'
+                f'have another one, and {"a sharded model" if is_sharded(module) else "SyncBatchNorm"} needs one from '
+                'each. Use a DistributedSampler, or pass num_batches.'
             )
         if batch is end:
             return

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping, MutableMapping
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from composer_ema import kernels
 from composer_ema.averages import weight_from_smoothing
@@ -15,7 +16,16 @@ from composer_ema.kernels.layout import unzip
 from composer_ema.kernels.rules import is_inexact
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import check_same
-from composer_ema.model.sharding import canonical_name, refuse_sharded, unwrap, wrapper_prefix
+from composer_ema.model.sharding import (
+    canonical_name,
+    is_shard,
+    lie_alike,
+    local,
+    refuse_unsupported,
+    share_of,
+    unwrap,
+    wrapper_prefix,
+)
 from composer_ema.model.untraced import aside, is_traced
 from composer_ema.model.watch import Watch
 from composer_ema.settings import Buffers, Settings
@@ -23,6 +33,10 @@ from composer_ema.shadow import loan, rounding
 from composer_ema.shadow.shadow_model import ShadowModel
 from composer_ema.shadow.storage import can_be_kept, check_buffer_patterns, views_of_parameters
 
+_SHARD_ALIKE = (
+    'Nothing was changed. Shard ema_model as model is sharded, or pass a ShadowModel(model), which is sharded as its '
+    'model is. So is a state dict of clones: {name: tensor.clone() for name, tensor in model.state_dict().items()}.'
+)
 _REMEDY = 'Nothing was changed. Pass an average of the same architecture, for example copy.deepcopy(model).'
 
 
@@ -41,6 +55,10 @@ def compute_ema(
     ``buffers`` says otherwise. Where an averaged buffer is not finite in ``model`` or in the average, the element is
     copied. Updates tied tensors once.
 
+    Under FSDP2 and tensor parallelism each process updates its own shards, without communication, where both are
+    sharded alike. The weights of a whole ``model`` may also go into a sharded ``ema_model``: each process takes its
+    part of them.
+
     Args:
         model: the module with the latest weights, bare or wrapped by DDP, ``torch.compile`` or the like; only read.
         ema_model: the average, which keeps its dtypes: a module, bare or wrapped, a :class:`ShadowModel`, or a state
@@ -52,12 +70,12 @@ def compute_ema(
             Default: ``'statistics'``.
 
     Raises:
-        NotImplementedError: a tensor is sharded by FSDP or tensor parallelism.
+        NotImplementedError: a tensor is sharded by FSDP1 or DeepSpeed.
         RuntimeError: a :class:`ShadowModel` has been swapped into one of the models.
         TypeError: ``ema_model`` is none of these, ``smoothing`` is not a number, or ``buffers`` is given beside a
             :class:`ShadowModel`.
         ValueError: ``smoothing`` or ``buffers`` is out of range, or the two have different names or shapes; the message
-            lists them. Nothing is changed.
+            lists them. Or ``model`` is sharded and ``ema_model`` is not, or in another way. Nothing is changed.
 
     Example:
         >>> model, ema_model = nn.Linear(1, 1), nn.Linear(1, 1)
@@ -81,11 +99,12 @@ def compute_ema(
         _step_between(unwrap(model), unwrap(ema_model), _settings_of(buffers))(weight)
     elif isinstance(ema_model, Mapping):
         loan.refuse(unwrap(model))
+        inventory = Inventory.of(unwrap(model))  # first: under FSDP2 it brings the shards back
         sources, shadows = _tensors(unwrap(model).state_dict(keep_vars=True)), _tensors(ema_model)
-        refuse_sharded({**shadows, **sources})
+        refuse_unsupported(shadows)
         shadows = _bare(shadows, model, sources)
         check_same('ema_model', sources, shadows, remedy=_REMEDY)
-        _prepare(shadows, sources, Inventory.of(unwrap(model)), _settings_of(buffers))(weight)
+        _prepare(shadows, sources, inventory, _settings_of(buffers))(weight)
     else:
         raise TypeError(
             f'ema_model must be a module, a ShadowModel or a state dict, got {type(ema_model).__name__}. '
@@ -157,6 +176,8 @@ def _prepare(
 ) -> Callable[[float], None]:
     """Returns a step that averages parameters and some buffers and copies the others, each piece of memory once.
 
+    Of sharded tensors it moves the parts that this process holds.
+
     Args:
         shadows: by canonical name.
         sources: likewise; tensors of the module of ``inventory``, under all of their names.
@@ -171,6 +192,7 @@ def _prepare(
                 f'{name} is {kind}, and compute_ema moves dense tensors only. Pass a ShadowModel, which leaves such a '
                 'buffer to the model.'
             )
+    _check_layouts(shadows, sources)
     parameters, averaged, copied, seen = [], [], [], set()
     buffers = {n: shadow for n, shadow in shadows.items() if inventory.aliases.get(n, n) in inventory.buffers}
     views = views_of_parameters((s for n, s in shadows.items() if n not in buffers), buffers)
@@ -182,6 +204,7 @@ def _prepare(
                 f'{name} of ema_model cannot be written, since its elements share memory, but that of model can. '
                 f'Give ema_model a buffer of its own, as in ema_model.{name} = ema_model.{name}.clone().'
             )
+        source, shadow = share_of(sources[name].detach(), shadow), local(shadow)
         if shadow.numel() and (key := (shadow.data_ptr(), shadow.shape, shadow.stride())) not in seen:
             seen.add(key)
             first = inventory.aliases.get(name, name)
@@ -192,7 +215,7 @@ def _prepare(
             else:
                 is_statistic = first in inventory.statistics
                 rows = averaged if settings.averages_buffer(first, is_statistic=is_statistic) else copied
-            rows.append((shadow, sources[name].detach()))
+            rows.append((shadow, source))
     averages, current = unzip([*parameters, *averaged])
     mended = range(len(parameters), len(averages))
     average = kernels.prepare([averages], current, mended=mended, copied=copied)
@@ -212,3 +235,18 @@ def _prepare(
         average((weight,))
 
     return step
+
+
+def _check_layouts(shadows: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None:
+    """Raises a ValueError unless each process holds what it needs of the sources; see :func:`compute_ema`."""
+    for name, shadow in shadows.items():
+        source = sources[name]
+        if is_shard(source) and not lie_alike(source, shadow):
+            raise ValueError(
+                f'{name} of model is {_layout(source)}, that of ema_model {_layout(shadow)}, and compute_ema gathers '
+                f'nothing. {_SHARD_ALIKE}'
+            )
+
+
+def _layout(tensor: Tensor) -> str:
+    return f'sharded, {tensor.placements} over {tensor.device_mesh}' if isinstance(tensor, DTensor) else 'whole'

@@ -20,7 +20,7 @@ from typing_extensions import Unpack
 from composer_ema import optimizer_entries
 from composer_ema.averages import CopiesFirst, Profile
 from composer_ema.labelled import CHANGES, by_label, chosen
-from composer_ema.model.sharding import refuse_sharded, unwrap
+from composer_ema.model.sharding import refuse_unsupported, unwrap
 from composer_ema.model.untraced import aside, is_traced, untraced
 from composer_ema.optimizer_average import StepAverages, check_covered, tensor_of
 from composer_ema.optimizer_state import SINGLE
@@ -66,9 +66,11 @@ class EMAOptimizer(OptimizerWrapper):
         half_life: number of steps after which a weight's share has halved, at least 0; 0 averages nothing. Replaces
             ``decay``.
         model: the model whose parameters ``optimizer`` moves. The average then has the model's names and covers its
-            buffers. Default: names are those that the optimizer was given, as by ``SGD(model.named_parameters())`` of
-            torch 2.6. Without these, names are group and position; ``'0.3'`` is the fourth parameter of the first
-            group, and the order of the parameters must be the same when a state is loaded.
+            buffers. Parameters that are sharded by FSDP2 or tensor parallelism need it: between two steps other tensors
+            may stand in their place. Default: names are those that the optimizer was given, as by
+            ``SGD(model.named_parameters())`` of torch 2.6. Without these, names are group and position; ``'0.3'`` is
+            the fourth parameter of the first group, and the order of the parameters must be the same when a state is
+            loaded.
         power: width of a power function average as a share of the steps so far, above 0 and at most 0.2887. Replaces
             ``decay``; see :class:`composer_ema.averages.Power`. The first update copies.
         gamma: instead of ``power``, the exponent that it stands for, at least 0.
@@ -91,10 +93,10 @@ class EMAOptimizer(OptimizerWrapper):
     ``averaged_state_dict('long')`` and ``shadows['long']`` take one of them; without a label they take the first.
 
     Raises:
-        NotImplementedError: a parameter is sharded by FSDP or tensor parallelism.
+        NotImplementedError: a parameter is sharded by FSDP1 or DeepSpeed.
         TypeError: an argument has the wrong type or is unknown.
-        ValueError: an argument is out of range, has no effect or contradicts another one, or ``model`` lacks some of
-            the optimizer's parameters.
+        ValueError: an argument is out of range, has no effect or contradicts another one, ``model`` lacks some of the
+            optimizer's parameters, or is not given although they are sharded.
 
     Example:
         >>> model = nn.Linear(1, 1, bias=False)
@@ -152,15 +154,15 @@ class EMAOptimizer(OptimizerWrapper):
             param_group: ``'params'`` and the options that differ from the optimizer's defaults.
 
         Raises:
-            NotImplementedError: a parameter is sharded. Nothing was added.
-            ValueError: a parameter does not belong to ``model``. Nothing was added.
+            NotImplementedError: a parameter is sharded by FSDP1 or DeepSpeed. Nothing was added.
+            ValueError: a parameter does not belong to ``model``, or is sharded and ``model`` was not given. Nothing was
+                added.
         """
         parameters = param_group['params']
         # A list, since a generator can be read only once.
         parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-        refuse_sharded({f'{len(self.param_groups)}.{i}': tensor_of(entry) for i, entry in enumerate(parameters)})
-        if not isinstance(self._module, ParameterGroups):
-            check_covered(self._module, [*self.param_groups, {'params': parameters}])
+        refuse_unsupported({f'{len(self.param_groups)}.{i}': tensor_of(each) for i, each in enumerate(parameters)})
+        check_covered(self._module, [*self.param_groups, {'params': parameters}])
         super().add_param_group({**param_group, 'params': parameters})
 
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -18,7 +18,7 @@ from composer_ema.checkpoints.labels import continued
 from composer_ema.kernels.rules import is_inexact
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import listed
-from composer_ema.model.sharding import refuse_sharded
+from composer_ema.model.sharding import any_nonzero, difference, is_shard, local, refuse_unsupported, share_of
 from composer_ema.model.untraced import untraced
 from composer_ema.optimizer_entries import Entries, state_of
 from composer_ema.optimizer_state import (
@@ -386,7 +386,7 @@ class StepAverages:
             return
         for shadow in self.shadows.values():
             live = shadow.training_weights(self._module)
-            average = {name: tensor.to(live[name]) for name, tensor in shadow.named_parameters() if name in live}
+            average = {name: tensor for name, tensor in shadow.named_parameters() if name in live}
             if _are_equal(live, average) and not _are_equal(live, returned):
                 self._returned = returned
                 raise RuntimeError(
@@ -429,7 +429,7 @@ class StepAverages:
         weights = shadow.training_weights(self._module)
         for name, tensor in (*shadow.named_parameters(), *shadow.named_buffers()):
             if name in weights and weights[name].shape == tensor.shape:
-                tensor.copy_(weights[name])
+                local(tensor).copy_(share_of(weights[name], tensor))
         shadow.num_updates = 0
 
     def _update(self, weights: Mapping[str, float]) -> None:
@@ -470,9 +470,20 @@ def _load_profile(profile: Profile | None, memory: Mapping[str, Any]) -> None:
 
 
 def check_covered(module: nn.Module, groups: Sequence[Mapping[str, Any]]) -> None:
-    """Raises unless ``module`` has every parameter of ``groups``, unsharded."""
-    refuse_sharded(dict(module.named_parameters()))
-    known = {id(parameter) for parameter in module.parameters()}
+    """Raises unless the average can cover every parameter of ``groups``.
+
+    Args:
+        module: the model, or the groups themselves where it is not known.
+        groups: of the optimizer.
+
+    Raises:
+        NotImplementedError: a parameter is sharded in a way that cannot be averaged.
+        ValueError: ``module`` lacks some of them, or they are sharded and the model is not known.
+    """
+    if isinstance(module, ParameterGroups):
+        _refuse_shards_without_model(groups)
+        return
+    known = {id(parameter) for parameter in Inventory.of(module).parameters.values()}
     unknown = [
         f'{index}.{position}'
         for index, group in enumerate(groups)
@@ -486,8 +497,26 @@ def check_covered(module: nn.Module, groups: Sequence[Mapping[str, Any]]) -> Non
         )
 
 
+def _refuse_shards_without_model(groups: Sequence[Mapping[str, Any]]) -> None:
+    tensors = {
+        f'{index}.{position}': tensor_of(entry)
+        for index, group in enumerate(groups)
+        for position, entry in enumerate(group['params'])
+    }
+    refuse_unsupported(tensors)
+    if shards := [place for place, tensor in tensors.items() if is_shard(tensor)]:
+        raise ValueError(
+            f"{len(shards)} of the optimizer's parameters are sharded by FSDP2 or tensor parallelism, by group and "
+            f'position: {listed(shards)}. Their average must follow the model, which has other tensors in their place '
+            'after some forwards. Build EMAOptimizer(optimizer, model=model).'
+        )
+
+
 def _are_equal(live: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
-    return all(name in live and torch.equal(live[name], other.to(live[name])) for name, other in others.items())
+    """Whether all ``others`` are the live tensors, in their dtype. A collective call where these are sharded."""
+    if any(name not in live or live[name].shape != other.shape for name, other in others.items()):
+        return False
+    return not any_nonzero(difference(live[name], other) for name, other in others.items())
 
 
 def tensor_of(entry: Tensor | tuple[str, Tensor]) -> Tensor:

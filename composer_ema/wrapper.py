@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from composer_ema.model.sharding import canonical_name
+from composer_ema.model.sharding import any_nonzero, canonical_name
 
 #: The attributes in which ``torch.optim.Optimizer`` keeps its hooks.
 _HOOKS = (
@@ -239,7 +239,8 @@ class OptimizerWrapper(Optimizer):
     def _is_phantom(self, closure: Callable[..., Any] | None) -> bool:
         """Whether this is the step at lr 0 on zero gradients that turns an empty state into one of zeros.
 
-        Gradients are read, and the host waits for them, only where state and learning rates leave it open.
+        Gradients are read, and the host waits for them, only where state and learning rates leave it open. Where they
+        are sharded that is a collective call, so that every process comes to the same answer.
         """
         if closure is not None or self._optimizer.state:
             return False
@@ -247,7 +248,7 @@ class OptimizerWrapper(Optimizer):
         if not rates or not all(map(_is_zero_on_host, rates)):
             return False
         gradients = (p.grad for group in self.param_groups for p in group['params'])
-        return not any(grad is not None and (grad.is_sparse or bool(grad.any())) for grad in gradients)
+        return not any_nonzero(grad for grad in gradients if grad is not None)
 
     def _step_wrapped(self, closure: Callable[..., Any] | None) -> Any:
         if closure is None:

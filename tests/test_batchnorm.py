@@ -847,7 +847,7 @@ def test_a_sharded_model_is_refused_by_the_name_of_a_parameter():
     model = network()
     next(model.parameters())._fsdp_flattened = True  # as FSDP marks it
     name = next(name for name, _ in model.named_parameters())
-    with pytest.raises(NotImplementedError, match=f'{name} is sharded: .*FSDP1'):
+    with pytest.raises(NotImplementedError, match=f'{name} is a parameter of FSDP1.*fully_shard'):
         update_bn(model, images())
 
 

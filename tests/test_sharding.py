@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from composer_ema import EMAOptimizer, ShadowModel, compute_ema, update_bn
+from composer_ema import EMAOptimizer, ShadowModel, ShadowModels, compute_ema, update_bn
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.sharding import broadcast_, canonical_name, is_sharded, local, unwrap
 
@@ -199,38 +199,60 @@ def _fsdp1(use_orig_params: bool) -> nn.Module:
     return FullyShardedDataParallel(model, use_orig_params=use_orig_params, device_id=torch.device('cpu'))
 
 
-SHARDED = {
-    'FSDP1': (lambda: _fsdp1(use_orig_params=True), r'0\.weight is a parameter of FSDP1.*fully_shard', 'FSDP1'),
-    'FSDP1 flat': (lambda: _fsdp1(use_orig_params=False), r'_flat_param is a parameter of FSDP1.*fully_shard', 'FSDP1'),
+def _zero3() -> nn.Module:
+    """As DeepSpeed leaves a model between two forwards: empty placeholders that know their true shape."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    for number, parameter in enumerate(model.parameters()):
+        parameter.ds_id, parameter.ds_shape = number, parameter.shape
+        parameter.data = torch.empty(0)
+    return model
+
+
+def _emptied() -> nn.Module:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    for parameter in model.parameters():
+        parameter.data = torch.empty(0)
+    return model
+
+
+UNSUPPORTED = {
+    'FSDP1': (lambda: _fsdp1(use_orig_params=True), r'0\.weight is a parameter of FSDP1'),
+    'FSDP1 flat': (lambda: _fsdp1(use_orig_params=False), r'_flat_param is a parameter of FSDP1'),
+    'ZeRO': (_zero3, r'0\.weight is a parameter of DeepSpeed ZeRO: .* placeholder of shape \(0,\)'),
+    'empty': (_emptied, r'0\.weight and all other parameters are empty, as under DeepSpeed ZeRO'),
 }
 
 
-@pytest.mark.parametrize('kind', SHARDED)
-@pytest.mark.filterwarnings('ignore::UserWarning:torch', 'ignore::FutureWarning:torch')
+@pytest.mark.parametrize('kind', UNSUPPORTED)
 @pytest.mark.usefixtures('_process_group')
-class TestShardedModelsAreRefusedByName:
-    """In every door, with the kind and a remedy, and before anything is changed."""
+@pytest.mark.filterwarnings('ignore:FSDP:UserWarning')
+class TestWhatCannotBeAveragedIsRefusedByName:
+    """In every door, with the kind and how to move to FSDP2, and before anything is changed."""
 
     def refused(self, kind: str):
-        return pytest.raises(NotImplementedError, match=f'{SHARDED[kind][1]}|{SHARDED[kind][2]}')
+        return pytest.raises(NotImplementedError, match=f'{UNSUPPORTED[kind][1]}.*fully_shard.*parallelism_config')
 
     def test_at_construction(self, kind):
-        model = SHARDED[kind][0]()
-        with self.refused(kind):
-            ShadowModel(model)
-        with self.refused(kind):
-            EMAOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
+        model = UNSUPPORTED[kind][0]()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for build in (
+            lambda: ShadowModel(model),
+            lambda: ShadowModels(model, ['short', 'long']),
+            lambda: EMAOptimizer(optimizer, model=model),
+        ):
+            with self.refused(kind):
+                build()
 
     def test_by_an_optimizer_that_does_not_know_the_model(self, kind):
-        model = SHARDED[kind][0]()
-        with pytest.raises(NotImplementedError, match=r'0\.0 is sharded: a .*Train with DDP'):
+        model = UNSUPPORTED[kind][0]()
+        with pytest.raises(NotImplementedError, match=r'0\.0 .*fully_shard'):
             EMAOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
 
     def test_when_a_shadow_meets_one_later(self, kind):
         whole = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
         shadow = ShadowModel(whole)
         before = copy.deepcopy(shadow.state_dict())
-        model = SHARDED[kind][0]()
+        model = UNSUPPORTED[kind][0]()
         for meet in (
             lambda: shadow.update(model, smoothing=0.5),
             lambda: shadow.resolve(model),
@@ -248,11 +270,12 @@ class TestShardedModelsAreRefusedByName:
         assert str(shadow.state_dict()) == str(before)
 
     def test_by_the_functions(self, kind):
-        model = SHARDED[kind][0]()
+        model = UNSUPPORTED[kind][0]()
         whole = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
         for call in (
             lambda: compute_ema(model, whole),
             lambda: compute_ema(whole, model),
+            lambda: compute_ema(model, dict(whole.state_dict())),
             lambda: compute_ema(whole, ShadowModel(model)),
             lambda: update_bn(model, [torch.ones(2, 2)]),
         ):
@@ -260,18 +283,32 @@ class TestShardedModelsAreRefusedByName:
                 call()
 
     def test_when_they_join_an_optimizer_later(self, kind):
-        weight, model = nn.Parameter(torch.ones(2)), SHARDED[kind][0]()
+        weight, model = nn.Parameter(torch.ones(2)), UNSUPPORTED[kind][0]()
         optimizer = EMAOptimizer(torch.optim.SGD([weight], lr=0.1))
-        with pytest.raises(NotImplementedError, match=r'1\.0 is sharded'):
+        with pytest.raises(NotImplementedError, match=r'1\.0 .*fully_shard'):
             optimizer.add_param_group({'params': list(model.parameters())})
         assert len(optimizer.param_groups) == 1
 
 
+def test_one_empty_parameter_among_others_is_averaged():
+    model = nn.ParameterDict({'used': nn.Parameter(torch.ones(2)), 'empty': nn.Parameter(torch.empty(0))})
+    assert len(dict(ShadowModel(model).named_parameters())) == 2
+
+
+@pytest.mark.parametrize('build', [_dtensors, _fsdp2])
 @pytest.mark.usefixtures('_process_group')
-def test_a_state_dict_of_sharded_tensors_is_refused():
-    model = _dtensors()
-    with pytest.raises(NotImplementedError, match=r'0\.weight is sharded: a DTensor'):
-        compute_ema(model, dict(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).state_dict()))
+class TestAnOptimizerWithoutItsModelRefusesShards:
+    def test_at_construction(self, build):
+        model = build()
+        inner = torch.optim.SGD(model.parameters(), lr=0.1)
+        with pytest.raises(ValueError, match=r'sharded by FSDP2 or tensor parallelism.*: 0\.0.*model=model\)'):
+            EMAOptimizer(inner)
+
+    def test_when_they_join_later(self, build):
+        optimizer = EMAOptimizer(torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1))
+        with pytest.raises(ValueError, match=r'sharded by FSDP2 or tensor parallelism.*: 1\.0'):
+            optimizer.add_param_group({'params': list(build().parameters())})
+        assert len(optimizer.param_groups) == 1
 
 
 @pytest.mark.usefixtures('_process_group')

@@ -29,6 +29,8 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from composer_ema.model.sharding import is_shard, local
+
 # What cannot change, or does not belong to the module: code, other programs' records, references that hold nothing.
 _ATOMS = (
     type(None), bool, int, float, str, numbers.Number, bytes, range, slice, enum.Enum, re.Pattern, pathlib.PurePath,
@@ -66,13 +68,13 @@ class Rollback:
         self.left_alone: list[str] = []
         self._dictionaries: list[tuple[dict, dict]] = []
         self._undo: list[Callable[[], object]] = []
-        self._tensors: list[_Noted] = []
+        self._tensors: list[_Noted | _NotedShard] = []
         self._stashed = {id(tensor) for tensor in stashed}
         self._seen: dict[int, Any] = {}  # holds what it names, so that no name is given twice
         self._covered: set[int] = set()
         registered = [*module.parameters(), *module.buffers()]
         self._registered = {id(tensor) for tensor in registered}
-        self._storages = {_storage(tensor) for tensor in registered if _is_plain(tensor)}
+        self._storages = {_storage(part) for part in map(local, registered) if _is_plain(part)}
         self._note(module, '')
 
     def restore(self, *, but: Iterable[Tensor] = ()) -> None:
@@ -111,6 +113,9 @@ class Rollback:
 
     def _note_tensor(self, tensor: Tensor) -> None:
         if tensor.device.type == 'meta' or is_lazy(tensor):
+            return
+        if is_shard(tensor):
+            self._tensors.append(_NotedShard.of(tensor, copied=id(tensor) not in self._stashed))
             return
         if id(tensor) not in self._registered and _is_plain(tensor) and _storage(tensor) in self._storages:
             return  # a view of one that is noted
@@ -191,6 +196,26 @@ class _Noted(NamedTuple):
     def _was_written(self) -> bool:
         """Whether autograd saw it; it does not see what is written through ``data``."""
         return self.version is not None and self.tensor._version != self.version
+
+
+class _NotedShard(NamedTuple):
+    """The part of a sharded tensor in this process, as it was.
+
+    Args:
+        tensor: what code refers to. FSDP2 may move its part to other memory at the first forward.
+        value: a copy of the part; None where somebody else puts the value back.
+    """
+
+    tensor: Tensor
+    value: Tensor | None
+
+    @classmethod
+    def of(cls, tensor: Tensor, *, copied: bool) -> _NotedShard:
+        return cls(tensor, local(tensor).detach().clone() if copied else None)
+
+    def restore(self) -> None:
+        if self.value is not None:
+            local(self.tensor).data.copy_(self.value)  # unseen by autograd
 
 
 def rewinding(owners: Iterable[Any]) -> list[Callable[[], object]]:

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
 # Wrappers that hold the whole model are undone by type: a user's own sub-module may be called `module` too
@@ -68,10 +69,17 @@ def canonical_name(name: str) -> str:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP or tensor parallelism holds only a part of the parameters in this process."""
-    return any(isinstance(module, FullyShardedDataParallel) for module in model.modules()) or any(
-        map(is_shard, model.parameters())
-    )
+    """Whether FSDP or tensor parallelism shares parameters among processes, which then run each forward together."""
+    wrappers = (FullyShardedDataParallel, FSDPModule)
+    return any(isinstance(module, wrappers) for module in model.modules()) or any(map(is_shard, model.parameters()))
+
+
+def on_compute_device(tensor: Tensor) -> torch.device:
+    """Where a module computes with a parameter: its device, or that of its mesh if shards are kept on the host."""
+    if not isinstance(tensor, DTensor) or tensor.device.type == tensor.device_mesh.device_type:
+        return tensor.device
+    kind = tensor.device_mesh.device_type
+    return torch.device(kind, torch.get_device_module(kind).current_device())
 
 
 def is_shard(tensor: Tensor | None) -> bool:
@@ -166,6 +174,32 @@ def sum_over(mesh: DeviceMesh, part: Tensor) -> Tensor:
     return total.to(part.device)
 
 
+def difference(tensor: Tensor, other: Tensor) -> Tensor:
+    """Where ``other``, cast to the dtype of ``tensor``, differs from that: booleans, laid out as ``tensor``.
+
+    A collective call where the two are shared in different ways.
+    """
+    part = local(tensor)
+    return wrapped(part != local(laid_out_as(other.detach(), tensor)).to(part), tensor)
+
+
+def any_nonzero(tensors: Iterable[Tensor]) -> bool:
+    """Whether any element is not zero, in any process that shares these tensors. The host waits.
+
+    A collective call where tensors are sharded: all processes get the same answer.
+    """
+    shared: dict[DeviceMesh, Tensor] = {}
+    found = False
+    for tensor in tensors:
+        if isinstance(tensor, DTensor):
+            count = torch.count_nonzero(local(tensor))
+            earlier = shared.get(tensor.device_mesh)
+            shared[tensor.device_mesh] = count if earlier is None else earlier + count.to(earlier.device)
+        elif not found:
+            found = tensor.is_sparse or bool(tensor.any())
+    return any([int(sum_over(mesh, count)) > 0 for mesh, count in shared.items()]) or found
+
+
 def reshard(module: nn.Module) -> bool:
     """Frees the whole parameters that FSDP2 keeps after a forward, so that ``module`` has its shards again.
 
@@ -193,31 +227,6 @@ def _groups_of_fsdp2(module: nn.Module) -> Iterator[Any]:
             yield from (group for group in groups if group is not None)
 
 
-def kind_of_shard(tensor: Tensor) -> str | None:
-    """How processes share a tensor, in words; None for one that each process holds whole."""
-    if isinstance(tensor, DTensor):
-        return f'a DTensor of FSDP2 or tensor parallelism, {tensor.placements} over {tensor.device_mesh}'
-    # FSDP1 marks its flat parameters so, and with use_orig_params the views of them that optimizers see.
-    if getattr(tensor, '_fsdp_flattened', False):
-        return 'a parameter of FSDP1, which holds it in one flat parameter with others'
-    return None
-
-
-def refuse_sharded(tensors: Mapping[str, Tensor]) -> None:
-    """Raises a NotImplementedError that names the first sharded tensor and its kind, or returns.
-
-    Args:
-        tensors: what is to be averaged, lent or overwritten, by name.
-    """
-    for name, tensor in tensors.items():
-        kind = kind_of_shard(tensor)
-        if kind is not None:
-            raise NotImplementedError(
-                f'{name} is sharded: {kind}. This release does not average sharded models. Train with DDP, or leave '
-                'the average out.'
-            )
-
-
 def refuse_unsupported(tensors: Mapping[str, Tensor]) -> None:
     """Raises a NotImplementedError that names the first tensor whose sharding cannot be averaged, or returns.
 
@@ -236,14 +245,24 @@ def refuse_unsupported(tensors: Mapping[str, Tensor]) -> None:
         elif getattr(tensor, '_fsdp_flattened', False):  # the flat parameters, and views of them (use_orig_params)
             raise NotImplementedError(
                 f'{name} is a parameter of FSDP1 (FullyShardedDataParallel), which keeps it in one flat piece with '
-                'others. Shard the model with FSDP2: torch.distributed.fsdp.fully_shard(module), or in Composer '
+                'others, so that no process has a part of its own that an average could follow. Shard the model with '
+                'FSDP2: torch.distributed.fsdp.fully_shard(module) on each block and then on the model, or in Composer '
                 "parallelism_config={'fsdp2': {...}}."
             )
         elif hasattr(tensor, 'ds_id'):
-            raise NotImplementedError(
-                f'{name} is a parameter of DeepSpeed ZeRO, of which this process sees a placeholder of shape '
-                f'{tuple(tensor.shape)}. Shard the model with FSDP2: torch.distributed.fsdp.fully_shard(module).'
-            )
+            _refuse_placeholder(name, tensor, 'is a parameter of DeepSpeed ZeRO')
+    parameters = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter)}
+    if parameters and not any(is_lazy(tensor) or tensor.shape != (0,) for tensor in parameters.values()):
+        name, tensor = next(iter(parameters.items()))
+        _refuse_placeholder(name, tensor, 'and all other parameters are empty, as under DeepSpeed ZeRO stage 3')
+
+
+def _refuse_placeholder(name: str, tensor: Tensor, what: str) -> None:
+    raise NotImplementedError(
+        f'{name} {what}: this process sees a placeholder of shape {tuple(tensor.shape)}, not the weights, which an '
+        'average would never reach. Shard the model with FSDP2: torch.distributed.fsdp.fully_shard(module), or in '
+        "Composer parallelism_config={'fsdp2': {...}}."
+    )
 
 
 def broadcast_(tensors: Iterable[Tensor]) -> None:

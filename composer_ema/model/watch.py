@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from composer_ema.model.inventory import Inventory
-from composer_ema.model.sharding import is_shard, local
+from composer_ema.model.sharding import is_shard, local, reshard
 
 
 class Watch:
@@ -55,7 +55,14 @@ class Watch:
         self._pointers = list(map(_pointer, self._addressed))
 
     def is_current(self, module: nn.Module) -> bool:
-        """Whether ``module`` is the watched one, with the same tensors at the same places."""
+        """Whether ``module`` is the watched one, with the same tensors at the same places.
+
+        Under FSDP2 it has its shards afterwards: after a forward without a backward, whole parameters are in the place
+        of those that are watched.
+        """
+        return self._sees_the_same(module) or (reshard(module) and self._sees_the_same(module))
+
+    def _sees_the_same(self, module: nn.Module) -> bool:
         entries = list(chain.from_iterable(self._views))
         return (
             self._module() is module

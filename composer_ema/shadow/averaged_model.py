@@ -6,12 +6,12 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim.swa_utils import AveragedModel
 
 from composer_ema.model.inventory import Inventory
-from composer_ema.model.sharding import unwrap
+from composer_ema.model.sharding import any_nonzero, difference, unwrap
 from composer_ema.settings import Settings
 
 _FUNCTIONS = ('avg_fn', 'multi_avg_fn')
@@ -40,6 +40,11 @@ def settings_of(averaged: AveragedModel, options: Mapping[str, Any]) -> dict[str
 
 def copy_of(model: nn.Module, settings: Settings, arguments: Mapping[str, Any], *, use_buffers: bool) -> AveragedModel:
     """An AveragedModel over a copy of ``model`` that averages as ``settings`` say; ``arguments`` of its own win."""
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        raise NotImplementedError(
+            'AveragedModel(model) copies a model, and torch cannot copy one that is sharded by FSDP2. Pass a model of '
+            'the same architecture that is not, or save averaged_state_dict(model).'
+        )
     kept: dict[str, Any] = {'use_buffers': use_buffers}
     if not arguments.keys() & set(_FUNCTIONS):
         kept |= {name: getattr(settings, name) for name in _FUNCTIONS}
@@ -49,7 +54,7 @@ def copy_of(model: nn.Module, settings: Settings, arguments: Mapping[str, Any], 
 def warn_of_lost_digits(averaged: AveragedModel, average: Mapping[str, Tensor]) -> None:
     """Warns, on behalf of the caller's caller, where ``averaged`` is too narrow to hold ``average``."""
     held = Inventory.of(unwrap(averaged)).tensors()
-    narrowed = [name for name, kept in average.items() if not torch.equal(held[name].to(kept), kept)]
+    narrowed = [name for name, kept in average.items() if any_nonzero([difference(kept, held[name])])]
     if narrowed:
         warnings.warn(
             f'the average is {average[narrowed[0]].dtype}, the model {held[narrowed[0]].dtype}: digits are lost. '

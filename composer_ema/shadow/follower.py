@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from composer_ema.kernels.layout import Pair
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import check_same, listed
-from composer_ema.model.sharding import is_shard, local, reshard, share_of
+from composer_ema.model.sharding import is_shard, local, share_of
 from composer_ema.model.watch import Watch
 from composer_ema.shadow import loan
 from composer_ema.shadow.counter import DeviceCounter
@@ -79,7 +79,7 @@ class Follower:
     def plan_for(self, module: nn.Module, *, joining: bool = False) -> Plan:
         """The plan for ``module``, made anew where that has changed. Only an update lets new tensors join."""
         plan = self.plan
-        if plan is None or (joining and not plan.has_joined) or not _is_current(plan.watch, module):
+        if plan is None or (joining and not plan.has_joined) or not plan.watch.is_current(module):
             self.forget_plan()
             plan = self.plan = self._new_plan(module, joining)
         return plan
@@ -233,11 +233,6 @@ class Follower:
             skipped={device: counter.value for device, counter in self._skipped.items()},
             compensations=[storage.compensations for storage in self._storages],
         )
-
-
-def _is_current(watch: Watch, module: nn.Module) -> bool:
-    # After a forward without a backward FSDP2 keeps whole parameters in the place of those that are watched.
-    return watch.is_current(module) or (reshard(module) and watch.is_current(module))
 
 
 def _rows(of_storages: Sequence[dict[str, Pair]]) -> dict[str, Row]:

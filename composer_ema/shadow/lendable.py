@@ -124,6 +124,9 @@ class LendableAverage:
     def copy_to(self, model: nn.Module) -> None:
         """Overwrites the tracked tensors of ``model`` with the average, for good. Other tensors stay.
 
+        Each process writes its own shards. Where ``model`` is whole and the average is sharded, or shared in another
+        way, the average is gathered, in a collective call.
+
         A buffer that is copied, not averaged, stays as well if ``model`` has it in another shape, and any buffer that
         cannot be written, as one whose elements share memory.
 

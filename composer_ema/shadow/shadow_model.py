@@ -15,7 +15,7 @@ from typing_extensions import Unpack
 from composer_ema.averages import check_share, weight_from_smoothing
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import listed
-from composer_ema.model.sharding import broadcast_, local, unwrap
+from composer_ema.model.sharding import broadcast_, laid_out_as, local, unwrap
 from composer_ema.model.untraced import aside, is_traced, untraced
 from composer_ema.settings import Settings, ShadowSettings, takes_settings
 from composer_ema.shadow import averaged_model, foreign, loan
@@ -281,6 +281,9 @@ class ShadowModel(LendableAverage):
         model. All are copies, so later updates, steps and swaps do not change them, as they would change a state dict
         that was taken inside :meth:`swapped`.
 
+        Under FSDP2 and tensor parallelism they are sharded as the model is, and nothing is gathered. For a whole model
+        of the same architecture a sharded average is gathered, in a collective call.
+
         Args:
             model: the model followed, or another of its architecture. Only read.
 
@@ -316,7 +319,7 @@ class ShadowModel(LendableAverage):
             kept = average if average is not None else stashed.get(name, value)
             if loan.obstacle(value, kept) is not None:  # a buffer that was replaced while an average stands in
                 kept = value
-            saved[key] = kept.detach().to(value.device, value.dtype, copy=True)
+            saved[key] = laid_out_as(kept.detach(), value).to(value.device, value.dtype, copy=True)
         if expected:
             raise ValueError(
                 f"the model's state_dict() leaves out {listed(sorted(expected))}, or replaces what it holds, so the "
@@ -335,6 +338,8 @@ class ShadowModel(LendableAverage):
                 they are averaged if this shadow averages any.
 
         Raises:
+            NotImplementedError: ``model`` is sharded by FSDP2, whose modules cannot be copied. Pass a whole one: then a
+                sharded average is gathered, in a collective call.
             ValueError: ``model`` lacks a tracked name or has it in another shape.
 
         Warns:
