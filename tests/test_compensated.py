@@ -255,6 +255,17 @@ class TestShadow:
         assert of(shadow).keys() == expected
         assert any(term.abs().max() > 0 for term in of(shadow).values())
 
+    def test_a_new_average_has_terms_in_its_state_to_load_into(self):
+        model = net()
+        shadow, other = (ShadowModel(model, compensated=True) for _ in range(2))
+        step(model, shadow, 1)
+        state = other.state_dict()  # as a distributed checkpoint, which writes what it finds there
+        for name, term in of(shadow).items():
+            state['compensations'][name].copy_(term)
+        assert state['compensations'].keys() == of(shadow).keys()
+        other.load_state_dict(state)
+        plain.assert_same(of(other), of(shadow))
+
     def test_a_plain_average_has_no_terms_in_its_state(self):
         assert 'compensations' not in ShadowModel(net()).state_dict()
 

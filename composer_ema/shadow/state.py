@@ -50,7 +50,8 @@ class Loaded:
 def of_storage(storage: Storage, stash: Mapping[str, Tensor] | None) -> dict[str, Any]:
     """The state of an average in plain types; tensors alias the average and the stash.
 
-    Buffers that the model itself does not save are left out.
+    Buffers that the model itself does not save are left out. A compensated average gets its Kahan terms by this if it
+    had none: a distributed checkpoint loads into the tensors of a state, and leaves out what the state lacks.
 
     Args:
         storage: the average.
@@ -65,6 +66,7 @@ def of_storage(storage: Storage, stash: Mapping[str, Tensor] | None) -> dict[str
         _ALIASES: dict(storage.aliases),
     }
     if storage.settings.compensated:
+        storage.compensate()
         state[_COMPENSATIONS] = storage.compensations.among({**state[_PARAMETERS], **state[_BUFFERS]})
     if stash is not None:
         state[TRAINING_WEIGHTS] = {name: tensor for name, tensor in stash.items() if name not in storage.volatile}
