@@ -18,7 +18,7 @@ BENCH := $(BIN)/python -m benchmarks
 BENCH_CPU := --device cpu $(addprefix --threads ,$(BENCH_THREADS))
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow test-core lint types format docs table seeds clean \
+.PHONY: help train test test-slow test-sharded test-core lint types format docs table seeds clean \
 	bench bench-update bench-step bench-scaling bench-host bench-memory bench-reconstruct bench-gpu
 
 help: ## list the targets
@@ -38,6 +38,9 @@ test: $(READY) ## run the tests, under 10 minutes on 2 cores
 
 test-slow: $(READY) ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+test-sharded: $(READY) ## run the tests of sharded models, on 1, 2 and 4 processes over gloo
+	$(BIN)/python -m pytest $(wildcard tests/test_sharded*.py)
 
 # A suffix names the CPU build of torch, which pip finds where PIP_EXTRA_INDEX_URL gives PyTorch's index of them.
 # Without it the ordinary build is taken.
