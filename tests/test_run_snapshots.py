@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,17 @@ import pytest
 import torch
 from composer import Callback, Trainer
 from composer.loggers import InMemoryLogger
+from composer.utils.parallelism import FSDP2Config, ParallelismConfig
 from contract import SCRIPTS, free_port
 from test_ema_skipped_steps import Overflow, scaled
 from toy import averaging, bits, make_evaluator, make_trainer, snapshot
 
 from composer_ema import EMA, SWA
 from composer_ema.posthoc.history import read_run
-from composer_ema.posthoc.moments import History
+from composer_ema.posthoc.moments import History, KeptAverage
 from composer_ema.recipe import run, schema
+from composer_ema.recipe.sweep import Asked
+from composer_ema.recipe.swept import sweep_run
 from composer_ema.spans import ArgumentError
 
 # Runs of a few batches, as in conftest.py.
@@ -315,6 +319,37 @@ class TestArguments:
         assert 'halvings' in repr(EMA('3ba', snapshots={'every': '0.1dur', 'halvings': 3}))
 
 
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A process group of this process, as Composer's launcher would start it."""
+    for name, value in {'RANK': 0, 'WORLD_SIZE': 1, 'LOCAL_RANK': 0, 'LOCAL_WORLD_SIZE': 1, 'NODE_RANK': 0}.items():
+        monkeypatch.setenv(name, str(value))
+    torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_of_a_model_that_fsdp2_shards_are_those_of_a_whole_one_and_a_resumed_run_goes_on_with_them(
+    whole, alone, tmp_path
+):
+    sharded: dict[str, Any] = {
+        'parallelism_config': ParallelismConfig(fsdp2=FSDP2Config()),
+        'save_filename': 'ep{epoch}-ba{batch}-rank{rank}.pt',
+        'save_interval': '5ba',
+    }
+    trained(tmp_path, **sharded)
+    one, two = read_run(whole[0]), read_run(tmp_path)
+    assert values(two) == values(one)
+    trained(tmp_path, load_path=str(tmp_path / 'checkpoints' / 'ep1-ba5'), save_overwrite=True, **sharded)
+    resumed = read_run(tmp_path)
+    assert (resumed.run_id, resumed.left_out) == (two.run_id, [])
+    for each, other in zip(resumed.kept, two.kept, strict=True):
+        assert (each.label, list(each.weights)) == (other.label, list(other.weights))
+    assert {key: value for key, value in values(resumed).items() if key[1] > 5} == {
+        key: value for key, value in values(two).items() if key[1] > 5
+    }
+
+
 @pytest.mark.slow
 def test_of_two_processes_rank_0_writes_them_and_both_stop_at_a_folder_of_another_run(tmp_path):
     command = [sys.executable, '-m', 'composer.cli.launcher', '-n', '2', '--master_port', str(free_port())]
@@ -330,3 +365,60 @@ def test_of_two_processes_rank_0_writes_them_and_both_stop_at_a_folder_of_anothe
     assert values(one)[FIVE, 6] == values(two)[FIVE, 6]
     for rank in (0, 1):
         assert 'snapshots of another run' in (tmp_path / f'refused{rank}.txt').read_text()
+
+
+SHARDED = """
+run_name: shared
+max_duration: 4ep
+eval_interval: 0
+save_interval: 2ep
+seed: 1
+progress_bar: false
+device: cpu
+model: {name: mnist1d_mlp}
+data: {name: mnist1d, num_samples: 600, batch_size: 40, validation_split: 0.2}
+optimizer: {name: adamw, lr: 0.01}
+algorithms:
+  ema: {half_life: 6ba, snapshots: 0.1dur}
+parallelism_config: {fsdp2: {}}
+"""
+
+
+def train_on(count: int, recipe: Path, *overrides: str) -> None:
+    command = [sys.executable, '-m', 'composer.cli.launcher', '-n', str(count), '--master_port', str(free_port())]
+    finished = subprocess.run(
+        [*command, '-m', 'composer_ema.cli', 'train', recipe.name, *overrides],
+        capture_output=True, text=True, timeout=300, cwd=recipe.parent, env={**os.environ, 'OMP_NUM_THREADS': '1'},
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-6000:]
+
+
+def relative_distance(one: KeptAverage, other: KeptAverage, last: KeptAverage) -> float:
+    """How far apart two averages are, as a share of the distance of the first from the last weights."""
+
+    def distance(first: KeptAverage, second: KeptAverage) -> float:
+        squares = ((first.tensor(name).double() - second.tensor(name).double()).square() for name in first.names())
+        return sum(float(each.sum()) for each in squares) ** 0.5
+
+    return distance(one, other) / distance(one, last)
+
+
+@pytest.mark.slow
+def test_of_two_processes_that_share_a_model_go_on_with_four_and_are_swept_in_one(tmp_path):
+    recipe = tmp_path / 'shared.yaml'
+    recipe.write_text(SHARDED)
+    folder = tmp_path / 'runs' / 'shared'
+    train_on(2, recipe)
+    of_two = read_run(folder)
+    train_on(4, recipe, f'load_path={folder / "checkpoints" / "ep2-ba20"}', 'save_overwrite=true')
+    history = read_run(folder)
+    assert (history.run_id, history.left_out) == (of_two.run_id, [])
+    assert moments(history) == moments(of_two) == [4, 8, 12, 16, 20, 24, 28, 32, 36, 38, 39, 40]
+    # The checkpoints hold the same averages, which each rank saved a share of.
+    kept = {(each.label, len(each.weights)): each for each in history.kept}
+    saved = {(each.label, len(each.weights)): each for each in read_run(folder, source='checkpoints').kept}
+    for key in [(label, batch) for label in (FIVE, TEN) for batch in (20, 40)]:
+        assert relative_distance(saved[key], kept[key], kept['weights', 40]) < 3e-4
+    swept = sweep_run(folder, Asked(values=['0.3dur'], num_batches=1))
+    assert [trial.value for trial in swept.trials] == pytest.approx([0.15, 0.3])
+    assert all(trial.is_reliable(0.05) for trial in swept.trials)

@@ -269,7 +269,13 @@ def _sizes(found: Sequence[_Checkpoint], samples: Array, length: int) -> tuple[f
 def _kept(checkpoint: _Checkpoint, label: str, weights: Array, tensors: Mapping[str, Tensor]) -> KeptAverage:
     clock = {unit: checkpoint.clock.get(unit, 0) for unit in CLOCK_UNITS}
     return KeptAverage(
-        label, weights, checkpoint.path, clock, partial(sorted, tensors), lambda name: in_memory(tensors[name])
+        label=label,
+        weights=weights,
+        path=checkpoint.path,
+        clock=clock,
+        _names=partial(sorted, tensors),
+        _tensor=lambda name: in_memory(tensors[name]),
+        _outline=lambda name: (tensors[name].dtype, tuple(tensors[name].shape)),
     )
 
 
