@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from composer.core import Precision
 from composer.distributed.fsdp2_utils import generate_composer_model_policy
+from composer.distributed.prepare_distributed import parallelize_composer_model
 from composer.utils.parallelism import FSDP2Config, ParallelismConfig
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
+from composer_ema import load_average
 from composer_ema.recipe import parallelism, schema
 from composer_ema.recipe.arguments import Place, RecipeError
 from composer_ema.recipe.outline import Outline
@@ -20,6 +31,13 @@ from composer_ema.zoo.models import build_model
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / 'yamls' / 'mnist1d.yaml'
 PLACE = Place('a.yaml', parallelism.KEY)
+
+
+@pytest.fixture
+def _process_group():
+    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 class TestTheSection:
@@ -116,6 +134,16 @@ class TestBlocks:
         wrapped = generate_composer_model_policy(model)._run_policy(model, ignored_modules=set(), root_kwargs={})
         assert set(wrapped) == {*blocks(model.module), model.module}
 
+    @pytest.mark.usefixtures('_process_group')
+    @pytest.mark.filterwarnings('ignore:FSDP2 Config/APIs are experimental:UserWarning')
+    @pytest.mark.parametrize('name', ['mnist1d_cnn', 'resnet18'])
+    def test_are_sharded_each_in_a_group_of_its_own(self, name):
+        model: Any = build_model(name)
+        parallelize_composer_model(model, None, FSDP2Config(device_mesh=init_device_mesh('cpu', (1,))), Precision.FP32)
+        assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+        groups = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        assert set(groups) == {*blocks(model.module), model.module}
+
     def test_an_answer_of_the_networks_own_is_kept(self):
         class Network(nn.Linear):
             def __init__(self, num_classes: int = 10) -> None:
@@ -138,3 +166,35 @@ class TestBlocks:
         with torch.device('meta'):
             parallelism.check_model(section, build_model('resnet18'), PLACE)
         parallelism.check_model({'fsdp2': {}}, build_model('mnist1d_cnn'), PLACE)
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_sharded_recipe_of_the_package_and_one_goes_on(tmp_path):
+    def start(*words: str) -> str:
+        recipe = ['train', str(ROOT / 'yamls/mnist1d_fsdp2.yaml'), 'device=cpu', f'runs_folder={tmp_path}']
+        overrides = ['run_name=r', 'save_interval=1ep', 'autoresume=true', 'progress_bar=false']
+        overrides.append(f'max_duration={2 if words else 3}ep')
+        command = [*words, 'composer_ema.cli', *recipe, *overrides]
+        environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
+        done = subprocess.run(
+            [sys.executable, '-m', *command], capture_output=True, text=True, timeout=200, env=environment, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    start('composer.cli.launcher', '-n', '2', '-m')
+    folder = tmp_path / 'r'
+    checkpoint = folder / 'checkpoints' / 'ep2-ba80'
+    assert {path.name for path in checkpoint.iterdir()} == {'.metadata', '__0_0.distcp', '__1_0.distcp'}
+    average = load_average(checkpoint)
+    assert average.keys() == build_model('mnist1d_cnn').state_dict().keys()
+    assert all(value.isfinite().all() for value in average.values())
+
+    assert 'going on from' in start()
+    lines = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+    assert [line['batch'] for line in lines if 'loss/train/total' in line] == list(range(1, 121))
+    accuracies = [
+        line['metrics/eval_ema/MulticlassAccuracy'] for line in lines if 'metrics/eval_ema/CrossEntropy' in line
+    ]
+    assert len(accuracies) == 3
+    assert accuracies[0] < accuracies[1] < accuracies[2]

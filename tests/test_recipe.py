@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from composer.core import Callback, Precision
 from hypothesis import given, settings
@@ -693,6 +694,13 @@ def test_a_time_longer_than_a_run_of_one_epoch_speaks_of_one_epoch(write):
 
 
 class TestBuild:
+    @pytest.fixture(autouse=True)
+    def _no_process_group_stays(self):
+        """Composer starts one for a sharded model, also in a single process, and never ends it."""
+        yield
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
     @pytest.fixture
     def black_pictures(self, monkeypatch):
         """Fashion-MNIST's numbers of images without the images, so that schedules have the length of a real run."""

@@ -8,7 +8,7 @@ import torch
 from composer.core import Callback, Precision, State
 from composer.loggers import Logger
 
-from composer_ema.model.sharding import canonical_name, unwrap
+from composer_ema.model.sharding import canonical_name, is_sharded, unwrap
 from composer_ema.spans import ArgumentError
 
 _VELOCITY = 'velocity'
@@ -56,6 +56,11 @@ class GradientMomentum(Callback):
             raise ValueError(
                 'GradientMomentum cannot follow the steps that the gradient scaler of precision amp_fp16 skips. '
                 'Take amp_bf16 or fp32, or the momentum of the optimizer.'
+            )
+        if is_sharded(state.model):
+            raise ValueError(
+                'GradientMomentum cannot save what it carries of a model that processes share, as parallelism_config '
+                'asks. Take the momentum of the optimizer.'
             )
 
     @torch.no_grad()
