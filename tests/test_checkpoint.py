@@ -142,7 +142,7 @@ class TestRefusing:
 
     def test_a_folder(self, tmp_path):
         (tmp_path / 'ep1').mkdir()
-        self.refused(tmp_path / 'ep1', r'is a folder.*single \.pt file')
+        self.refused(tmp_path / 'ep1', r'is a folder.*pass a \.pt file')
 
     @pytest.mark.skipif(hasattr(os, 'geteuid') and os.geteuid() == 0, reason='root may read everything')
     def test_a_file_that_may_not_be_read(self, tmp_path):
@@ -524,9 +524,8 @@ class TestFolders:
             (['latest-rank0.pt', 'ep1-ba2-rank0.pt'], r'Pass the checkpoint in it: .*run/latest-rank0\.pt'),
             (['checkpoints/ep1.pt'], r'Pass one checkpoint of those in it, such as .*run/checkpoints/ep1\.pt'),
             (['last.ckpt', 'notes.txt'], r'such as .*run/last\.ckpt'),
-            (['.metadata', '__0_0.distcp'], r'sharded checkpoint, and these are not read yet'),
-            (['checkpoints/ep1/.metadata'], r'sharded checkpoints, such as .*checkpoints/ep1, which are not read yet'),
-            (['notes.txt'], r'It holds no checkpoint: pass a single \.pt file'),
+            (['checkpoints/ep1/.metadata'], r'Pass one of the sharded checkpoints in it, such as .*checkpoints/ep1'),
+            (['notes.txt'], r'It holds no checkpoint: pass a \.pt file, or the folder of a sharded checkpoint'),
         ],
     )  # fmt: skip
     def test_a_folder_is_refused_with_the_file_to_pass(self, tmp_path, files, advice):
