@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from composer_ema.posthoc.snapshots import Snapshots  # averages written while any loop trains
     from composer_ema.shadow.shadow_model import ShadowModel  # the averaged copy: update, swap, state
     from composer_ema.shadow.shadow_models import ShadowModels  # several averages of one model, updated together
+    from composer_ema.shadow.state import gather_state_dict  # a state of pieces, whole on rank 0
     from composer_ema.trainer.ema import EMA  # the Composer algorithm
     from composer_ema.trainer.swa import SWA  # the Composer algorithm for an equal average
 
@@ -29,6 +30,7 @@ __all__ = [
     '__version__',
     'compute_ema',
     'export',
+    'gather_state_dict',
     'load_average',
     'merge',
     'reconstruct',
@@ -46,6 +48,7 @@ _LAZY = {
     'Snapshots': 'composer_ema.posthoc.snapshots',
     'compute_ema': 'composer_ema.functional',
     'export': 'composer_ema.checkpoints.export',
+    'gather_state_dict': 'composer_ema.shadow.state',
     'load_average': 'composer_ema.checkpoints.reading',
     'merge': 'composer_ema.posthoc.merge',
     'reconstruct': 'composer_ema.posthoc.reconstruct',

@@ -84,8 +84,8 @@ class EMAOptimizer(OptimizerWrapper):
         start: the first step to average, at least 0; the next update comes ``every_n_steps`` later. The first update
             copies, and until then the average is the weights. Default: 0, an average from the beginning.
         settings: which tensors to average and how: ``buffers``, ``include``, ``exclude``, ``dtype``,
-            ``skip_nonfinite``, ``rounding``, ``compensated``, ``seed``, ``backend``, and ``avg_fn`` or ``multi_avg_fn``
-            in place of ``average``; see :class:`composer_ema.settings.Settings`.
+            ``skip_nonfinite``, ``rounding``, ``compensated``, ``shard_over_ranks``, ``seed``, ``backend``, and
+            ``avg_fn`` or ``multi_avg_fn`` in place of ``average``; see :class:`composer_ema.settings.Settings`.
 
     To keep several averages, map labels to values: ``half_life={'short': 100, 'long': 1000}``, in any of ``decay``,
     ``half_life``, ``power``, ``gamma`` and ``average`` at once; ``warmup`` and ``bias_correction`` are for all

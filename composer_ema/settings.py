@@ -62,6 +62,11 @@ class Settings:
             much memory again as averages in float32 or float64, and twice as much as averages in 16 bits. They are
             saved with the average. On the host, training waits for the update. What is lent and exported is the
             average itself, as its dtype holds it.
+        shard_over_ranks: under DDP, split the average over all ranks. Each of n ranks keeps and updates about 1/n of
+            it, a piece of every parameter, from its own copy of the weights and without communication. Buffers, which
+            are small, stay whole on each rank. The whole average is gathered, tensor by tensor, only to put it into a
+            model, to copy it, or to save it in one file; every rank must make such a call. With one process, or on a
+            model that is sharded already, the setting has no effect, and a warning says so.
         seed: key of the random bits, at least 0; kept in the state, so that a resumed run draws the same.
         backend: ``'fused'``, ``'foreach'``, ``'blocked'``, ``'reference'``, or ``'auto'``: for each tensor the first of
             them that can take it. ``'blocked'`` is for compensated averages, ``'foreach'`` for all others. On CUDA
@@ -92,6 +97,7 @@ class Settings:
     skip_nonfinite: bool = False
     rounding: Rounding = 'nearest'
     compensated: bool = False
+    shard_over_ranks: bool = False
     seed: int = 0
     backend: Backend = 'auto'
     avg_fn: AvgFn | None = None
@@ -101,7 +107,7 @@ class Settings:
         object.__setattr__(self, 'buffers', _check_buffers(self.buffers))
         _check_choice('rounding', self.rounding, typing.get_args(Rounding))
         _check_choice('backend', self.backend, typing.get_args(Backend))
-        for name in ('skip_nonfinite', 'compensated'):
+        for name in ('skip_nonfinite', 'compensated', 'shard_over_ranks'):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f'{name} must be True or False, got {getattr(self, name)!r}.')
         check_seed(self.seed)
@@ -230,6 +236,7 @@ class _Shared(TypedDict, total=False):
     skip_nonfinite: bool
     rounding: Rounding
     compensated: bool
+    shard_over_ranks: bool
     seed: int
     avg_fn: AvgFn | None
     multi_avg_fn: MultiAvgFn | None

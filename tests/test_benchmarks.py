@@ -236,6 +236,15 @@ def test_memory_of_ours_is_the_shadow_hardly_more_no_peak_and_one_stash(tmp_path
     assert ours['swap_peak_mib'] == pytest.approx(ours['weights_mib'])
 
 
+def test_split_shows_the_share_of_each_number_of_ranks(tmp_path) -> None:
+    result = run('split', tmp_path / 'split.json', '--models', MODEL, '--ranks', '1,2,4', '--rounds', '2')
+    check_head(result, 'split')
+    assert [row['ranks'] for row in result['rows']] == [1, 2, 4]
+    for row in result['rows']:
+        assert row['share'] == pytest.approx(1 / row['ranks'], abs=0.01)
+        assert row['ms'] > 0
+
+
 def test_bytes_are_counted_at_their_peak_and_at_the_end() -> None:
     from benchmarks.memory import allocated
 

@@ -71,6 +71,7 @@ EVERY_ARGUMENT = [
     {'shadow_device': torch.device('cpu')},
     {'skip_nonfinite': True},
     {'compensated': True},
+    {'shard_over_ranks': True},
     {'shadow_dtype': 'bfloat16', 'rounding': 'stochastic', 'seed': 7},
     {'evaluate_with': {'eval': 'ema', 'eval_training': 'training'}},
     {'export_weights': 'ema'},

@@ -35,6 +35,7 @@ ARGUMENTS = {
         shadow_dtype: bfloat16
         shadow_device: cpu
         skip_nonfinite: true
+        shard_over_ranks: true
         rounding: stochastic
         seed: 3
         evaluate_with: {eval_training: training}
@@ -54,6 +55,7 @@ ARGUMENTS = {
         shadow_dtype: bfloat16
         shadow_device: cpu
         skip_nonfinite: true
+        shard_over_ranks: true
         rounding: stochastic
         seed: 3
         evaluate_with: {eval_training: training}

@@ -7,15 +7,15 @@ its docstring says so.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, cast
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn, cast
 
 import torch
 import torch.distributed
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -82,7 +82,7 @@ def on_compute_device(tensor: Tensor) -> torch.device:
     return torch.device(kind, torch.get_device_module(kind).current_device())
 
 
-def is_shard(tensor: Tensor | None) -> bool:
+def is_shard(tensor: object) -> bool:
     """Whether processes share a tensor, so that this one may hold a part of it only."""
     return isinstance(tensor, DTensor)
 
@@ -101,9 +101,74 @@ def wrapped(part: Tensor, like: Tensor) -> Tensor:
     """
     if not isinstance(like, DTensor):
         return part
-    meta = TensorMeta(like.shape, like.stride(), part.dtype)
-    spec = DTensorSpec(like.device_mesh, like.placements, meta)
-    return DTensor(part, spec, requires_grad=False)  # pyright: ignore[reportCallIssue]: as __new__ takes it
+    kind = Piece if isinstance(like, Piece) else DTensor
+    spec = DTensorSpec(like.device_mesh, like.placements, TensorMeta(like.shape, like.stride(), part.dtype))
+    return kind(part, spec, requires_grad=False)  # pyright: ignore[reportCallIssue]: as __new__ takes it
+
+
+class Piece(DTensor):
+    """This rank's piece of a tensor that is whole in the model; see :func:`split_over_ranks`.
+
+    Pickle, and so ``torch.save``, refuses it: under DDP it is common that rank 0 alone saves, and a file of its pieces
+    would look like one of the whole. ``torch.distributed.checkpoint`` saves it as any DTensor.
+    """
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        del protocol
+        raise RuntimeError(
+            "this is one rank's piece of an average (shard_over_ranks=True), which would be no average when it is "
+            'loaded. Call state = composer_ema.gather_state_dict(state) on every rank and save what rank 0 gets, or '
+            'save the state as it is with torch.distributed.checkpoint.save on every rank.'
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        del memo
+        return wrapped(local(self).clone(), self)
+
+
+def split_over_ranks(whole: Tensor) -> Tensor:
+    """A whole tensor, which every rank must have, as a DTensor of which this rank has a view of about 1/n.
+
+    The tensor is cut along its first dimension that has a row for every rank, or else along its longest, so that no
+    rank gets much more than others. A DTensor, a scalar, and a tensor that is sparse or on the meta device come back
+    as they are, and so does any tensor if there is one rank only.
+    """
+    is_dense = whole.layout is torch.strided and not whole.is_nested
+    if isinstance(whole, DTensor) or not is_dense or whole.dim() == 0 or whole.is_meta or num_ranks() == 1:
+        return whole
+    shape, mesh = whole.shape, _mesh_of_ranks(whole.device.type)
+    longest = max(range(len(shape)), key=shape.__getitem__)
+    placement = Shard(next((dim for dim, rows in enumerate(shape) if rows >= mesh.size()), longest))
+    spec = DTensorSpec(mesh, (placement,), TensorMeta(shape, whole.stride(), whole.dtype))
+    part = _part(whole.detach(), mesh, [placement])
+    return Piece(part, spec, requires_grad=False)  # pyright: ignore[reportCallIssue]: as __new__ takes it
+
+
+def num_ranks() -> int:
+    """The number of ranks of the default process group; 1 without one."""
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this process in the default process group; 0 without one."""
+    return torch.distributed.get_rank() if num_ranks() > 1 else 0
+
+
+#: By device type, the mesh of all ranks and the group that it was made for.
+_meshes: dict[str, tuple[Any, DeviceMesh]] = {}
+
+
+def _mesh_of_ranks(device_type: str) -> DeviceMesh:
+    """The mesh of all ranks, of a device type that their process group can send from: ``device_type`` if it can."""
+    group = torch.distributed.group.WORLD
+    assert group is not None
+    known, mesh = _meshes.get(device_type, (None, None))
+    if known is not group or mesh is None:
+        served = [device.type for device in group._device_types]
+        mesh = DeviceMesh.from_group(group, device_type if device_type in served else served[0])
+        _meshes[device_type] = group, mesh
+    return mesh
 
 
 def lie_alike(one: Tensor, other: Tensor) -> bool:
@@ -115,9 +180,11 @@ def lie_alike(one: Tensor, other: Tensor) -> bool:
 
 def part_of(whole: Tensor, like: Tensor) -> Tensor:
     """The view of a whole tensor that this process holds where it is shared as ``like`` is."""
-    if not isinstance(like, DTensor):
-        return whole
-    sizes, offsets = compute_local_shape_and_global_offset(whole.shape, like.device_mesh, like.placements)
+    return _part(whole, like.device_mesh, like.placements) if isinstance(like, DTensor) else whole
+
+
+def _part(whole: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> Tensor:
+    sizes, offsets = compute_local_shape_and_global_offset(whole.shape, mesh, placements)
     part = whole
     for dimension, (size, offset) in enumerate(zip(sizes, offsets, strict=True)):
         if size != part.shape[dimension]:
@@ -141,6 +208,11 @@ def laid_out_as(value: Tensor, like: Tensor) -> Tensor:
     if isinstance(value, DTensor):  # not a view of what was gathered, which can be freed then
         return wrapped(part_of(whole(value), like).clone(), like) if isinstance(like, DTensor) else whole(value)
     return wrapped(part_of(value, like), like)
+
+
+def must_be_gathered(value: Tensor, like: Tensor) -> bool:
+    """Whether :func:`laid_out_as` communicates."""
+    return isinstance(value, DTensor) and not lie_alike(value, like)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -267,10 +339,6 @@ def _refuse_placeholder(name: str, tensor: Tensor, what: str) -> None:
 
 def broadcast_(tensors: Iterable[Tensor]) -> None:
     """Overwrites ``tensors`` in every process with those of rank 0. A collective call; nothing with one process."""
-    if (
-        torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-        and torch.distributed.get_world_size() > 1
-    ):
+    if num_ranks() > 1:
         for tensor in tensors:
             torch.distributed.broadcast(tensor, src=0)

@@ -180,19 +180,19 @@ class Follower:
         for storage in self._storages:
             storage.compensate()
         parameters, buffers = _rows(parameter_pairs), _rows(buffer_pairs)
+        sources = {name: pair[1] for pairs in (*parameter_pairs, *buffer_pairs) for name, pair in pairs.items()}
         for shadows, _ in chain(parameters.values(), buffers.values()):
             self._add_device(shadows[0].device)
         is_averaged = self._storages[0].is_averaged
-        rows = Rows(
-            list(parameters.values()),
-            [row for name, row in buffers.items() if is_averaged(name)],
-            [row for name, row in buffers.items() if not is_averaged(name)],
-        )
+        averaged = {name: row for name, row in buffers.items() if is_averaged(name)}
+        copied = {name: row for name, row in buffers.items() if name not in averaged}
+        rows = Rows(*(list(kind.values()) for kind in (parameters, averaged, copied)))
         self._list_buffers(inventory)
         mover = self._mover()
         self._rounding.follow(self._rounded())
-        watch = Watch(module, inventory, on_gone=_weakly(self.forget_plan), addressed=_addressed(rows, mover))
-        sources = {name: pair[1] for pairs in (*parameter_pairs, *buffer_pairs) for name, pair in pairs.items()}
+        addressed = [*_addressed({**parameters, **averaged}, sources, mover), *(sources[name] for name in copied)]
+        addressed = addressed or list(sources.values())[:1]  # a model moves as a whole
+        watch = Watch(module, inventory, on_gone=_weakly(self.forget_plan), addressed=addressed)
         return Plan(watch, joining, sources, rows, mover, self._streams)
 
     def _list_buffers(self, inventory: Inventory) -> None:
@@ -248,11 +248,14 @@ def _rows(of_storages: Sequence[dict[str, Pair]]) -> dict[str, Row]:
     }
 
 
-def _addressed(rows: Rows, mover: Mover) -> list[Tensor]:
-    """The sources whose memory an update reads where it was; at least one, since a model moves as a whole."""
-    averaged = [*rows.parameters, *rows.averaged]
-    addressed = [row[1] for row in averaged if mover.keeps_address(row)]
-    return [*addressed, *(source for _, source in rows.copied)] or [source for _, source in averaged[:1]]
+def _addressed(rows: Mapping[str, Row], sources: Mapping[str, Tensor], mover: Mover) -> list[Tensor]:
+    """The sources whose memory an update reads where it was.
+
+    A view of a source, of which each rank averages a piece, stays in the old memory when the source moves.
+    """
+    return [
+        sources[name] for name, row in rows.items() if row[1] is not local(sources[name]) or mover.keeps_address(row)
+    ]
 
 
 def _weakly(method: Callable[[], None]) -> Callable[[], None]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from composer_ema.kernels.layout import Pair, resolved, unzip
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import check_same
-from composer_ema.model.sharding import laid_out_as, local, unwrap
+from composer_ema.model.sharding import laid_out_as, local, must_be_gathered, unwrap
 from composer_ema.model.untraced import untraced
 from composer_ema.shadow import loan
 from composer_ema.shadow.follower import Follower
@@ -157,8 +157,13 @@ class LendableAverage:
             raise ValueError(f'{problem}. {loan.MAKE_IT_WRITABLE}')
         # Parameters last: a buffer may be a view of one.
         for names in (shadows.keys() - parameters.keys(), parameters):
-            if names:
-                torch._foreach_copy_(*unzip(_copy_into(live[name], shadows[name]) for name in names))
+            here = [name for name in names if not must_be_gathered(shadows[name], live[name])]
+            if here:
+                torch._foreach_copy_(*unzip(_copy_into(live[name], shadows[name]) for name in here))
+            for name in names:
+                if must_be_gathered(shadows[name], live[name]):
+                    place, content = _copy_into(live[name], shadows[name])
+                    place.copy_(content)
 
     def lent_tensors(self) -> dict[str, Tensor]:
         """All shadows by canonical name, aliased; what a model shows while it holds the average."""

@@ -20,11 +20,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from composer_ema.kernels.layout import resolved
+from composer_ema.kernels.layout import Pair, resolved
 from composer_ema.kernels.rules import is_inexact
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import listed
-from composer_ema.model.sharding import laid_out_as, local, unwrap
+from composer_ema.model.sharding import laid_out_as, local, must_be_gathered, unwrap, whole
 from composer_ema.shadow.interrupts import Refusal, insisting
 from composer_ema.shadow.storage import can_be_kept, views_of_parameters
 from composer_ema.wording import counted
@@ -108,6 +108,22 @@ class _Slot:
         if target is None:
             return True
         return target is not self.tensor and not self.is_parameter and _is_alias(target, live.values())
+
+
+@dataclass(frozen=True)
+class _Copies:
+    """What settling writes.
+
+    Args:
+        here: tensors, and values that lie in this process. First buffers, then parameters: a buffer may be a view of a
+            parameter, which has the last word then.
+        gathered: whole parameters, and the average of each of which every rank has a piece.
+        averages: those of which ``gathered`` shows something.
+    """
+
+    here: Sequence[tuple[list[Tensor], list[Tensor]]] = ()
+    gathered: Sequence[Pair] = ()
+    averages: Collection[Average] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,11 +234,8 @@ class _Books:
 
     # What the models are to show
 
-    def copies(self, guests: Collection[_Guest], remedy: str) -> list[tuple[list[Tensor], list[Tensor]]]:
+    def copies(self, guests: Collection[_Guest], remedy: str) -> _Copies:
         """The tensors of the models of ``guests`` that need not hold what they should, and what they should hold.
-
-        First the buffers, then the parameters, in lists of their own: a buffer may be a view of a parameter, which has
-        the last word then.
 
         Args:
             guests: of these books.
@@ -231,24 +244,30 @@ class _Books:
         Raises:
             Refusal: a module has lost a parameter, or cannot take its value.
         """
-        buffers, parameters = ([], []), ([], [])
+        buffers, parameters, gathered, averages = ([], []), ([], []), [], []
         names: dict[_Guest, dict[int, str]] = {}
         for key, places in self._places(self.around(guests), remedy).items():
             slot = self.slots[key]
-            value = slot.training
+            value, average = slot.training, None
             if (source := self.sources.get(key)) is not None:
                 if source not in names:
                     names[source] = {key: name for name, key in source.slots.items()}
                 shown = source.average.tensor(names[source][key])
-                value = value if shown is None else shown
+                value, average = (value, None) if shown is None else (shown, source.average)
             targets, values = parameters if slot.is_parameter else buffers
             for target in places:
-                if target.shape == value.shape:
-                    # Unseen by autograd: a graph that waits for its backward stays valid.
+                if target.shape != value.shape:
+                    continue
+                # Unseen by autograd: a graph that waits for its backward stays valid.
+                if average is not None and must_be_gathered(value, target):
+                    gathered.append((target.data, value))
+                    if average not in averages:
+                        averages.append(average)
+                else:
                     place, content = resolved(local(target).data, local(laid_out_as(value, target)))
                     targets.append(place)
                     values.append(content)
-        return [each for each in (buffers, parameters) if each[0]]
+        return _Copies([each for each in (buffers, parameters) if each[0]], gathered, averages)
 
     def _places(self, guests: Collection[_Guest], remedy: str) -> dict[int, list[Tensor]]:
         """For each stale slot of ``guests`` the tensors that are to be written in its place, each once."""
@@ -560,15 +579,20 @@ class _Settling:
 
     It keeps what it has prepared, so that a call after an interrupt is short, and ends before the next interrupt.
 
+    An average of which every rank has a piece is gathered, after all else, and only once: after an interrupt or an
+    error in the middle, the other ranks have gone on, and would answer with other tensors. Such an average then leaves
+    the model, for which this process needs no other.
+
     Args:
         is_meant: picks averages. The models around them are settled, and no others.
+        may_gather: whether every rank is here. Default: True.
     """
 
-    def __init__(self, is_meant: Callable[[_Guest], bool]) -> None:
-        self._is_meant = is_meant
+    def __init__(self, is_meant: Callable[[_Guest], bool], *, may_gather: bool = True) -> None:
+        self._is_meant, self._may_gather = is_meant, may_gather
         self._books: _Books | None = None
         self._settled = _Books()
-        self._copies: list[tuple[list[Tensor], list[Tensor]]] = []
+        self._copies = _Copies()
 
     def prepared(self, books: _Books, remedy: str = _PUT_IT_BACK) -> _Books:
         """These very books, for which the copies are known now.
@@ -583,7 +607,7 @@ class _Settling:
         guests = list(filter(self._is_meant, books.guests))
         settled = books.settled(guests)
         self._books = None
-        self._copies = [] if settled is books else books.copies(guests, remedy)
+        self._copies = _Copies() if settled is books else books.copies(guests, remedy)
         self._settled = settled
         self._books = books
         return books
@@ -604,18 +628,27 @@ class _Settling:
                 return
             if books is not _books:
                 continue
+            if copies.gathered and not self._may_gather:
+                _books = books.left(copies.averages)
+                continue
             try:
-                for targets, values in copies:
+                for targets, values in copies.here:
                     if books is _books:
                         torch._foreach_copy_(targets, values)
             except BaseException:  # it may be interrupted every time
-                for targets, values in copies:
+                for targets, values in copies.here:
                     for target, value in zip(targets, values, strict=True):
                         if books is _books:
                             target.copy_(value)
-                if books is _books:
+                if books is _books and not copies.gathered:
                     _books = settled
                 raise
+            if copies.gathered:
+                self._may_gather = False
+            for target, value in copies.gathered:
+                if books is _books:
+                    place, content = resolved(target, whole(value))
+                    place.copy_(content)
             if books is _books:
                 _books = settled
 
@@ -634,7 +667,7 @@ def _take_out_of_collected() -> None:
 
 
 def _settle_or_drop(gone: _Guest) -> None:
-    settling = _Settling(lambda guest: guest is gone)
+    settling = _Settling(lambda guest: guest is gone, may_gather=False)
     try:
         settling()
     except Exception:

@@ -15,7 +15,7 @@ from typing_extensions import Unpack
 from composer_ema.averages import check_share, weight_from_smoothing
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import listed
-from composer_ema.model.sharding import broadcast_, laid_out_as, local, unwrap
+from composer_ema.model.sharding import broadcast_, is_shard, laid_out_as, local, num_ranks, unwrap
 from composer_ema.model.untraced import aside, is_traced, untraced
 from composer_ema.settings import Settings, ShadowSettings, takes_settings
 from composer_ema.shadow import averaged_model, foreign, loan
@@ -51,8 +51,8 @@ class ShadowModel(LendableAverage):
         overlap: on CUDA, run the update of the parameters on a side stream, and the arithmetic of an average on the
             host in a thread. If you set this, call :meth:`wait_for_reads` before you modify the parameters.
         settings: which tensors are kept and how: ``buffers``, ``include``, ``exclude``, ``dtype``, ``device``,
-            ``skip_nonfinite``, ``rounding``, ``compensated``, ``seed``, ``backend``, ``avg_fn``, ``multi_avg_fn``; see
-            :class:`composer_ema.settings.Settings`.
+            ``skip_nonfinite``, ``rounding``, ``compensated``, ``shard_over_ranks``, ``seed``, ``backend``, ``avg_fn``,
+            ``multi_avg_fn``; see :class:`composer_ema.settings.Settings`.
 
     Raises:
         NotImplementedError: a tensor is sharded by FSDP1 or DeepSpeed.
@@ -529,7 +529,20 @@ def storages_of(model: nn.Module, call: str, settings: Settings, *, overlap: boo
             'no trainable parameter to average yet: all selected ones are frozen. They join when unfrozen.',
             stacklevel=4,
         )
+    if settings.shard_over_ranks and inventory.parameters:
+        _warn_where_not_split(inventory)
     return storages
+
+
+def _warn_where_not_split(inventory: Inventory) -> None:
+    """Warns on behalf of the caller's caller's caller if ``shard_over_ranks`` cannot take effect."""
+    if num_ranks() == 1:
+        why = 'there is one process, which keeps the whole average. Start several, and initialise their group first.'
+    elif all(map(is_shard, inventory.parameters.values())):
+        why = 'the model is sharded, so each process keeps its own share of the average anyway. Leave it out.'
+    else:
+        return
+    warnings.warn(f'shard_over_ranks=True has no effect: {why}', stacklevel=5)
 
 
 def number_for(storage: Storage, smoothing: float | None, weight: float | None) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from composer_ema.kernels.rules import is_inexact
 from composer_ema.model.names import check_same
+from composer_ema.model.sharding import is_shard, rank, whole
 from composer_ema.settings import check_seed
 from composer_ema.shadow.storage import Storage
 
@@ -45,6 +46,54 @@ class Loaded:
     buffers: dict[str, Tensor]
     compensations: dict[str, Tensor]
     stash: dict[str, Tensor] | None
+
+
+def gather_state_dict(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state with every sharded tensor gathered on rank 0, to save in one file. A collective call: make it everywhere.
+
+    For what :meth:`ShadowModel.state_dict`, :meth:`ShadowModels.state_dict` and :meth:`EMAOptimizer.state_dict` return
+    with ``shard_over_ranks=True``, or for a sharded model. Tensors are gathered one by one, so no rank but 0 ever holds
+    more than one whole tensor, and rank 0 keeps them on the host. It loads on any number of ranks, with
+    ``shard_over_ranks`` or without.
+
+    Args:
+        state: dictionaries, lists and tuples of tensors and plain values. Every rank must have the same names in the
+            same order.
+
+    Returns:
+        On rank 0 the state, in which tensors that were whole are the same ones; on other ranks an empty dictionary.
+
+    Example:
+        .. code:: python
+
+            optimizer = EMAOptimizer(AdamW(model.parameters()), model=model, shard_over_ranks=True)
+            ...
+            state = composer_ema.gather_state_dict(optimizer.state_dict())
+            if torch.distributed.get_rank() == 0:
+                torch.save({'model': model.module.state_dict(), 'optimizer': state}, 'checkpoint.pt')
+    """
+    is_kept = rank() == 0
+    whole_state = gathered(state, is_kept=is_kept)
+    return whole_state if is_kept else {}
+
+
+def gathered(value: Any, *, is_kept: bool) -> Any:
+    """A state, or a part of one, with every sharded tensor whole, on the host. A collective call where there is one.
+
+    Args:
+        value: dictionaries, lists and tuples of tensors and plain values.
+        is_kept: whether this process keeps what it gathers. Otherwise it holds one whole tensor at a time, and the
+            state that is returned lacks the sharded ones.
+    """
+    if isinstance(value, Mapping):
+        found = {key: gathered(each, is_kept=is_kept) for key, each in value.items()}
+        return {key: each for key, each in found.items() if is_kept or not is_shard(value[key])}
+    if isinstance(value, list | tuple):
+        return type(value)(gathered(each, is_kept=is_kept) for each in value)
+    if is_shard(value):
+        tensor = whole(value)
+        return tensor.cpu() if is_kept else None
+    return value
 
 
 def of_storage(storage: Storage, stash: Mapping[str, Tensor] | None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from composer_ema.kernels.rules import is_inexact
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import listed
 from composer_ema.model.selection import Selection
-from composer_ema.model.sharding import is_shard, laid_out_as, lie_alike, local, wrapped
+from composer_ema.model.sharding import is_shard, laid_out_as, lie_alike, local, split_over_ranks, wrapped
 from composer_ema.settings import Settings, check_device_is_here
 from composer_ema.shadow.compensation import Compensations
 from composer_ema.shadow.parts import assembled
@@ -96,7 +96,7 @@ class Storage:
                     f'{name} is a parameter stored as {parameter.layout}, but only dense ones can be averaged. '
                     'Exclude it by name, or make it dense.'
                 )
-        self.parameters |= self.copies_of(new)
+        self.parameters |= self.copies_of(self.shared(new))
         self._drop_all_but(inventory.buffers)
         views = views_of_parameters(inventory.parameters.values(), inventory.buffers)
         self.buffers |= self.copies_of({
@@ -110,7 +110,8 @@ class Storage:
         for name in views & self.buffers.keys():
             del self.buffers[name]
         self.shapes = {
-            name: wrapped(torch.empty_like(local(t), device='meta'), t) for name, t in inventory.parameters.items()
+            name: wrapped(torch.empty_like(local(parameter), device='meta'), parameter)
+            for name, parameter in self.shared(inventory.parameters).items()
         }
         self.persistent, self.aliases = inventory.persistent, inventory.aliases
         self.statistics = inventory.statistics
@@ -206,6 +207,12 @@ class Storage:
             averaged = (buffer for name, buffer in self.buffers.items() if self.is_averaged(name))
             self.compensations.side_by_side([*self.parameters.values(), *averaged])
 
+    def shared(self, parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Parameters laid out as their shadows are to be, aliased: over all ranks if the settings say so."""
+        if not self.settings.shard_over_ranks:
+            return parameters
+        return {name: split_over_ranks(parameter) for name, parameter in parameters.items()}
+
     def copies_of(self, sources: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """New shadows that hold the values of ``sources``, laid out as those, as the settings say."""
         device = self.settings.device
@@ -226,13 +233,14 @@ class Storage:
             ValueError: a shadow or its source is on the meta device, so that it has no values.
         """
         pairs = {}
+        layouts = self.shared(sources) if kind is self.parameters else sources
         for name, shadow in kind.items():
             source = sources.get(name)
             is_left = kind is self.buffers and source is not None and not can_be_kept(source)
             if source is not None and not is_left and are_alike(shadow, source):
                 if source.is_meta or shadow.is_meta:
                     self._check_has_values(name, shadow, source)
-                shadow = self._shared_as(source, shadow)
+                shadow = self._shared_as(layouts[name], shadow)
                 kind[name] = self._moved(shadow, self.settings.device or source.device, shadow.dtype)
                 pairs[name] = (kind[name], source)
         return pairs
@@ -274,16 +282,16 @@ class Storage:
         moved = part.to(device, dtype)
         return shadow if moved is part else self._replaced(shadow, wrapped(moved, shadow))
 
-    def _shared_as(self, source: Tensor, shadow: Tensor) -> Tensor:
-        """The shadow, with its Kahan term, laid out as ``source`` if processes share that.
+    def _shared_as(self, layout: Tensor, shadow: Tensor) -> Tensor:
+        """The shadow, with its Kahan term, laid out as ``layout`` if processes share that.
 
         A model may be sharded after its average was built, or loaded.
         """
-        if not is_shard(source) or lie_alike(shadow, source):
+        if not is_shard(layout) or lie_alike(shadow, layout):
             return shadow
         with torch.inference_mode(False):
-            part = local(laid_out_as(shadow, source)).clone()  # else the whole stays in memory
-        return self._replaced(shadow, wrapped(part, source))
+            part = local(laid_out_as(shadow, layout)).clone()  # else the whole stays in memory
+        return self._replaced(shadow, wrapped(part, layout))
 
     def _replaced(self, shadow: Tensor, by: Tensor) -> Tensor:
         if (term := self.compensations.take(shadow)) is not None:

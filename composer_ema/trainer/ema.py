@@ -81,8 +81,8 @@ class EMA(WeightAverage):
             end, by default 5; ``folder``, where they go, by default ``snapshots`` in the folder of a
             recipe's run, else beside the Trainer's checkpoints. Default: None, no files.
         settings: which tensors are averaged and how: ``buffers``, ``include``, ``exclude``, ``shadow_dtype``,
-            ``shadow_device``, ``skip_nonfinite``, ``rounding``, ``compensated``, ``seed``, and ``avg_fn`` or
-            ``multi_avg_fn`` in place of ``half_life``; see :class:`composer_ema.settings.Settings`.
+            ``shadow_device``, ``skip_nonfinite``, ``rounding``, ``compensated``, ``shard_over_ranks``, ``seed``, and
+            ``avg_fn`` or ``multi_avg_fn`` in place of ``half_life``; see :class:`composer_ema.settings.Settings`.
 
     Attributes:
         ema_model: the :class:`~composer_ema.ShadowModel`, with labels a dictionary of them; None before the Trainer is

@@ -11,12 +11,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from composer.core import State
+from composer.utils import dist
 from torch import Tensor, nn
 
 from composer_ema.checkpoints import formats
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.sharding import canonical_name, unwrap, whole
 from composer_ema.shadow import loan
+from composer_ema.shadow.state import gathered
 from composer_ema.trainer import shards
 
 
@@ -68,6 +70,6 @@ def _state_dict(state: State, lenders: Sequence[Lender]) -> dict[str, Any]:
             of_algorithm.pop(formats.STASH, None)  # the model slot holds it
     if state.fsdp_sharded_state_dict_enabled:
         shards.set_apart(saved, names)
-    elif state.fsdp_enabled:
-        shards.gather(saved, names)
+    elif 'algorithms' in saved:  # one file, which rank 0 writes
+        saved['algorithms'] = gathered(saved['algorithms'], is_kept=dist.get_global_rank() == 0)
     return saved

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from composer_ema.checkpoints import sharded_format
-from composer_ema.model.sharding import local, whole, wrapped
+from composer_ema.model.sharding import local, wrapped
 from composer_ema.trainer import calls
 
 
@@ -53,33 +53,6 @@ def set_apart(saved: dict[str, Any], names: set[str]) -> None:
         states.append((name, plain))
     if apart:
         saved['algorithms'], saved[sharded_format.AVERAGES] = states, apart
-
-
-def gather(saved: dict[str, Any], names: set[str]) -> None:
-    """Gathers the averages in the algorithms' states tensor by tensor. Rank 0 keeps them, on the host.
-
-    A collective call, which for a moment holds one whole tensor in every process. The states of other ranks have no
-    tensors then, as Composer leaves them no weights.
-
-    Args:
-        saved: what ``State.state_dict`` returned, for a full checkpoint. Changed.
-        names: of the algorithms that keep averages, by which their states are found.
-    """
-    is_kept = dist.get_global_rank() == 0
-    for name, state in saved.get('algorithms', ()):
-        for average in state['averages'].values() if name in names else ():
-            for section in sharded_format.SECTIONS:
-                if section in average:
-                    average[section] = _gathered(average[section], is_kept=is_kept)
-
-
-def _gathered(tensors: Mapping[str, Tensor], *, is_kept: bool) -> dict[str, Tensor]:
-    kept = {}
-    for name, tensor in tensors.items():
-        gathered = whole(tensor)
-        if is_kept:
-            kept[name] = gathered.cpu()
-    return kept
 
 
 class Outline(dict[str, Any]):

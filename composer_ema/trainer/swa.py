@@ -63,8 +63,8 @@ class SWA(WeightAverage):
             layers do: a warning gives the cause, and the run goes on to save. Default: True.
         evaluate_with, log_interval, export_weights: as for :class:`~composer_ema.EMA`, with ``'swa'`` for ``'ema'``.
         settings: which tensors are averaged and how: ``buffers``, ``include``, ``exclude``, ``shadow_dtype``,
-            ``shadow_device``, ``skip_nonfinite``, ``rounding``, ``compensated``, ``seed``, and ``avg_fn`` or
-            ``multi_avg_fn`` in place of the equal average; see :class:`composer_ema.settings.Settings`.
+            ``shadow_device``, ``skip_nonfinite``, ``rounding``, ``compensated``, ``shard_over_ranks``, ``seed``, and
+            ``avg_fn`` or ``multi_avg_fn`` in place of the equal average; see :class:`composer_ema.settings.Settings`.
 
     Attributes:
         swa_model: the :class:`~composer_ema.ShadowModel`; None before the Trainer is built.
