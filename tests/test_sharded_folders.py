@@ -24,11 +24,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain import STRICT, Net, same_bits, sgd, train
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
 from composer_ema import CheckpointError, EMAOptimizer, ShadowModel, ShadowModels, export, load_average
-from composer_ema.checkpoints import inert_pickle, sharded, sharded_format
+from composer_ema.checkpoints import inert_pickle, shard_index, sharded, sharded_format
 from composer_ema.checkpoints.inspection import TRAINING_WEIGHTS, describe
 from composer_ema.checkpoints.lazy import open_weights
 from composer_ema.checkpoints.lazy_tensor import LazyTensor, in_memory
@@ -93,7 +93,7 @@ def test_a_state_that_was_not_flattened_is_read(tmp_path):
     assert same_bits({name: opened.tensor(name) for name in opened.names}, flat)
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=3), st.data())
 def test_a_tensor_cut_into_any_boxes_is_whole_again(tmp_path_factory, shape, data):
     cuts = [sorted({0, whole, *data.draw(st.lists(st.integers(0, whole), max_size=2))}) for whole in shape]
@@ -465,12 +465,12 @@ def truncated_metadata(folder: Path, _: Path) -> None:
 
 def claims_more_than_it_has(folder: Path, _: Path) -> None:
     """A storage that is said to be a billion times as large as its record."""
-    content = blob(torch.ones(1, 3))
+    content = blob(torch.ones(2, 3))
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         parts = {info.filename: archive.read(info) for info in archive.infolist()}
     pickled = parts['archive/data.pkl']
-    assert pickled.count(b'cpuq\x04K\x03') == 1
-    parts['archive/data.pkl'] = pickled.replace(b'cpuq\x04K\x03', b'cpuq\x04\x8a\x05\x00\x00\x00\x00\x01')
+    assert pickled.count(b'cpuq\x04K\x06') == 1
+    parts['archive/data.pkl'] = pickled.replace(b'cpuq\x04K\x06', b'cpuq\x04\x8a\x05\x00\x00\x00\x00\x01')
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, 'w') as archive:
         for name, part in parts.items():
@@ -504,6 +504,31 @@ def double_chunk(metadata: Any) -> None:
             metadata.storage_data[type(index)(NAME, (1, 0))] = info
 
 
+def says_twice(folder: Path, _: Path) -> None:
+    class Other:
+        """Pickled as a MetadataIndex, and equal to none."""
+
+        def __reduce__(self) -> Any:
+            return MetadataIndex, (NAME,), {'fqn': NAME, 'offset': torch.Size([0, 0]), 'index': 0}
+
+    metadata = metadata_of(folder)
+    metadata.storage_data[Other()] = place_of(metadata, NAME, (2, 0))
+    write_metadata(folder, metadata)
+
+
+def no_file(folder: Path, _: Path) -> None:
+    (folder / '__1_0.distcp').unlink()
+    (folder / '__1_0.distcp').mkdir()
+
+
+def of_properties(**fields: Any) -> Any:
+    def edit(metadata: Any) -> None:
+        for name, value in fields.items():
+            setattr(metadata.state_dict_metadata[NAME].properties, name, value)
+
+    return of_metadata(edit)
+
+
 def share_bytes(metadata: Any) -> None:
     place_of(metadata, 'ema.parameters.last.weight', (0, 0)).offset = place_of(metadata, NAME, (0, 0)).offset
 
@@ -533,12 +558,18 @@ DAMAGES = {
     'a chunk of another dtype': (
         lambda folder, _: put(folder, NAME, blob(torch.ones(2, 3).double())), 'something else where the chunk of'),
     'no blob of torch': (lambda folder, _: put(folder, NAME, b'x' * 3000), 'was not written by torch.save'),
-    'a storage larger than its file': (claims_more_than_it_has, 'something else where the chunk|cannot be read'),
+    'a storage larger than its file': (
+        claims_more_than_it_has, 'something else where the chunk|does not match expected size'),
     'a compression': (change(transform_descriptors=['zstd']), r"transformed when it was written \(\['zstd'\]"),
     'a negative offset': (change(offset=-1), 'does not say where'),
     'no length, as safetensors have': (change(length=0), 'was not written by torch.save'),
     'a huge tensor': (of_metadata(huge), 'takes 13,194,139,533,312 bytes, and __1_0.distcp holds'),
     'a tensor beyond all memory': (of_metadata(endless), 'does not say the shape of'),
+    'a tensor of too many dimensions': (
+        of_metadata(lambda m: setattr(m.state_dict_metadata[NAME], 'size', torch.Size([1] * 65))), 'the shape of'),
+    'a sparse tensor': (of_properties(layout=torch.sparse_coo), 'is no dense tensor'),
+    'two places': (says_twice, 'says two places of'),
+    'no file': (no_file, r'__1_0\.distcp is no file'),
     'no place': (of_metadata(drop_place), 'does not say where the chunk of'),
     'a missing chunk': (of_metadata(drop_chunk), r'is incomplete: its chunks hold 6 of 12 elements'),
     'overlapping chunks': (of_metadata(double_chunk), r'two chunks of .* that overlap, at \(0, 0\) and \(1, 0\)'),
@@ -569,6 +600,17 @@ def test_a_damaged_folder_is_refused_by_name_and_runs_nothing(damage, sound, tmp
         assert str(folder) in str(error.value)
     assert not trap.exists()
     assert not (tmp_path / 'out.pt').exists()
+
+
+def test_an_index_of_absurd_size_is_not_read(sound, monkeypatch):
+    monkeypatch.setattr(shard_index, '_MAX_METADATA_BYTES', 1000)
+    with pytest.raises(CheckpointError, match='1,000 are read at most'):
+        load_average(sound)
+
+
+def test_a_name_in_the_index_imports_nothing(monkeypatch):
+    monkeypatch.setattr(torch, '__getattr__', lambda name: pytest.fail(f'torch.{name} was looked up'))
+    assert shard_index._known('torch', 'nowhere') is None
 
 
 def test_a_pickle_cannot_ask_for_more_memory_than_its_length():
@@ -619,6 +661,7 @@ def test_the_file_of_one_rank_is_not_taken_for_the_whole(sound, tmp_path):
             read(path)
 
 
+@pytest.mark.filterwarnings('ignore:DTensor random operators:UserWarning')
 def test_shards_that_one_process_pickled_are_refused(tmp_path):
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh

@@ -141,7 +141,7 @@ class _Reader:
         """An item: a tensor that is read later, or any other value."""
         if isinstance(item, ShardedTensor):
             return LazyTensor(item.shape, item.dtype, lambda: self._tensor(item))
-        return self._loaded(item, item.place)
+        return self._loaded(item, item.place)[0]
 
     def _tensor(self, item: ShardedTensor) -> Tensor:
         """The whole of a tensor; beside it there is one chunk at a time."""
@@ -156,12 +156,13 @@ class _Reader:
         return whole
 
     def _chunk(self, item: ShardedTensor, chunk: Chunk) -> Tensor:
-        found = self._loaded(item, chunk.place)
+        found, sizes = self._loaded(item, chunk.place)
         is_sound = (
             isinstance(found, Tensor)
             and (found.shape, found.dtype, found.layout) == (chunk.sizes, item.dtype, torch.strided)
             and not found.is_meta
-            and found.untyped_storage().nbytes() <= chunk.place.length
+            # torch up to 2.7 takes the pickle's word for how large a storage is.
+            and [found.untyped_storage().nbytes()] == sizes
         )
         if not is_sound:
             raise CheckpointError(
@@ -170,8 +171,8 @@ class _Reader:
             )
         return found.detach()
 
-    def _loaded(self, item: Item, place: Place) -> Any:
-        """What a blob holds, its checksums compared."""
+    def _loaded(self, item: Item, place: Place) -> tuple[Any, list[int]]:
+        """What a blob holds, its checksums compared, and the sizes of the storages in it."""
         path = self._folder / place.file
         what = f'{item.name} in {path} cannot be read'
         try:
@@ -185,9 +186,10 @@ class _Reader:
                     )
                 if isinstance(item, ShardedValue):
                     _refuse_shards(window, what)
+                sizes = _storages(window)
                 window.seek(0)
                 try:
-                    return load_safely(window)
+                    return load_safely(window), sizes
                 except Exception as error:
                     window.seek(0)
                     raise CheckpointError(f'{what}: {reason(window, error)}') from error
@@ -196,6 +198,11 @@ class _Reader:
         # A damaged blob fails in as many ways as there are bytes in it; all of them mean the same to the user.
         except Exception as error:
             raise CheckpointError(f'{what}: it is truncated or damaged. Load an earlier checkpoint.') from error
+
+
+def _storages(window: BinaryIO) -> list[int]:
+    with zipfile.ZipFile(window) as archive:
+        return [info.file_size for info in archive.infolist() if info.filename.split('/')[1:-1] == ['data']]
 
 
 def _refuse_shards(window: BinaryIO, what: str) -> None:
