@@ -7,17 +7,20 @@ One process holds all shards, so results are compared with those of a model that
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from composer_ema import ShadowModel
+from composer_ema import EMAOptimizer, ShadowModel
 from composer_ema.model.sharding import whole
 
 STEPS, SMOOTHING = 4, 0.5
@@ -155,6 +158,37 @@ def test_the_model_computes_with_the_average_while_it_is_lent_and_gets_every_bit
     tolerance = 1e-6 if got.dtype == torch.float32 else 0.02
     torch.testing.assert_close(got.float(), unsharded(inputs(device)), rtol=tolerance, atol=tolerance)
     assert all(torch.equal(value, before[name]) for name, value in gathered(model).items())
+
+
+def test_an_optimizer_with_an_average_comes_back_from_a_distributed_checkpoint(make, device, tmp_path):
+    def build() -> tuple[nn.Module, EMAOptimizer]:
+        model = make()
+        return model, EMAOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), decay=SMOOTHING, model=model)
+
+    def step(model: nn.Module, optimizer: EMAOptimizer, seed: int) -> None:
+        optimizer.zero_grad()
+        model(inputs(device, seed)).square().mean().backward()
+        optimizer.step()
+
+    model, optimizer = build()
+    for seed in range(2):
+        step(model, optimizer, seed)
+    dcp.save(_state_of(model, optimizer), checkpoint_id=tmp_path)
+    again, resumed = build()
+    state = _state_of(again, resumed)
+    dcp.load(state, checkpoint_id=tmp_path)
+    set_state_dict(again, resumed, model_state_dict=state['model'], optim_state_dict=state['optimizer'])
+    for seed in range(2, 4):
+        step(model, optimizer, seed)
+        step(again, resumed, seed)
+    for one, other in ((model, again), (optimizer.shadow, resumed.shadow)):
+        values = gathered(other)
+        assert all(torch.equal(value, values[name]) for name, value in gathered(one).items())
+
+
+def _state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    of_model, of_optimizer = get_state_dict(model, optimizer)
+    return {'model': of_model, 'optimizer': of_optimizer}
 
 
 def test_an_update_and_a_swap_never_make_the_host_wait(make, device):
