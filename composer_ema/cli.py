@@ -456,6 +456,8 @@ def set_up_warnings() -> None:
     warnings.filterwarnings('ignore', message='Cannot split tensor of length')
     # torch's SequentialLR steps its parts in the way that it warns of itself, up to 2.7 at least.
     warnings.filterwarnings('ignore', message='The epoch parameter in `scheduler.step')
+    # torch's distributed checkpoints warn of a call of their own, once in each run.
+    warnings.filterwarnings('ignore', message='TypedStorage is deprecated')
     # Composer warns of smoothed labels whose float32 sum is 1 less a rounding error.
     warnings.filterwarnings('ignore', message='Some targets have less than 1 total probability')
 
