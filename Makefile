@@ -8,7 +8,7 @@ DOCS := $(VENV)/.docs
 # The release of torch that test-core installs, and the tests that it runs: those of all that works without Composer.
 TORCH ?= 2.13.0
 CORE_VENV := .venv-core-$(TORCH)
-CORE := averages settings spans stream sharding kernels layout naming offload custom shadow following buffers \
+CORE := averages settings spans stream sharding sharded kernels layout naming offload custom shadow following buffers \
 	loan lazy sharded_format sharded_folders sharded_device updates merge snapshots functional wrapper optimizer \
 	optimizer_stepping optimizer_state optimizer_swapping batchnorm interchange package compiled profiles shares \
 	fit target reconstruct shadow_models rounding
@@ -40,7 +40,7 @@ test-slow: $(READY) ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
 test-sharded: $(READY) ## run the tests of sharded models, on 1, 2 and 4 processes over gloo
-	$(BIN)/python -m pytest $(wildcard tests/test_sharded*.py)
+	$(BIN)/python -m pytest $(wildcard tests/test_shard*.py tests/test_composer_fsdp2.py)
 
 # A suffix names the CPU build of torch, which pip finds where PIP_EXTRA_INDEX_URL gives PyTorch's index of them.
 # Without it the ordinary build is taken.

@@ -44,6 +44,10 @@ class ShadowModel(LendableAverage):
     Several shadows may follow one model and take turns in it. The model's training weights are stashed once, and return
     when the last average has been swapped out; see :mod:`composer_ema.shadow.loan`.
 
+    If FSDP2, HSDP or tensor parallelism shards the model, each rank keeps the average of its own shards. Updates and
+    swaps send nothing. A rank may make them alone, except after a forward without a backward: FSDP2 then keeps the root
+    gathered until an average reads it, and the next forward hangs unless that has happened on every rank.
+
     In a function that ``torch.compile`` compiles, each call of a method breaks the graph and runs eagerly.
 
     Args:
