@@ -132,9 +132,10 @@ def run(averages: str = 'ema', sharding: str | None = 'sharded', **arguments: An
         trainer, watch, said = build(averages, sharding, **arguments)
         seen: dict[str, Any] = {'loaded': contents(trainer.state), 'layout': layout(trainer.state)}
         if arguments.get('fit', True):
-            with warnings.catch_warnings():
-                warnings.simplefilter('ignore')
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter('always')
                 trainer.fit()
+            said += [text for each in caught if 'could not' in (text := str(each.message))]
     seen |= contents(trainer.state)
     seen |= {name: getattr(watch, name) for name in ('batches', 'noted', 'evaluated')}
     trainer.close()
@@ -242,36 +243,55 @@ def path_of(folder: Path, batch: int, sharding: str | None) -> str:
     return str(folder / (name if sharding == 'sharded' else f'{name}-rank0.pt'))
 
 
-def memory(folder: str) -> dict[str, float]:
-    """What an average of a model of 40 M elements takes, and what is taken at the most, as shares of the model."""
+def memory(kind: str, folder: str) -> dict[str, float]:
+    """What an average of a model of 40 M elements takes, and what is taken at the most, as shares of the model.
+
+    Args:
+        kind: ``'sharded'`` or ``'full'`` checkpoints.
+        folder: for the checkpoint.
+    """
+    set_local_rank()
+    taken: dict[str, float] = {}
+    ema = Measured(taken, 'start')
+    trainer, size = wide_run(ema, kind)
+    with averaging_gradients():
+        trainer.fit()
+    with peak(taken, 'save'):
+        saved = save_checkpoint(trainer.state, f'{folder}/ep{{epoch}}-ba{{batch}}-rank0.pt')
+    taken['average'] = sum(local(tensor).nbytes for _, tensor in ema.ema_model.named_parameters())
+    taken['in the file'] = 0 if saved is None else Path(saved).stat().st_size
+    trainer.close()
+    del trainer, ema
+    wide_run(Measured(taken, 'load'), kind, load_path=path_of(Path(folder), 2, kind))[0].close()
+    return {name: count / size for name, count in taken.items()}
+
+
+def wide_run(ema: EMA, kind: str, **arguments: Any) -> tuple[Trainer, int]:
+    """A Trainer of a model of forty groups, to train for two batches, and the bytes of the model."""
     torch.manual_seed(3)
     layers = [nn.Linear(1000, 1000, bias=False) for _ in range(40)]
     network = nn.Sequential(nn.Flatten(), nn.Linear(36, 1000), *layers, nn.Linear(1000, CLASSES))
     network.fsdp_wrap_fn = lambda module: isinstance(module, nn.Linear)  # pyright: ignore[reportArgumentType]
     model = ComposerClassifier(network, num_classes=CLASSES)
     size = sum(parameter.nbytes for parameter in model.parameters())
-    taken: dict[str, float] = {}
-
-    class Measured(EMA):
-        def _build(self, state: State) -> None:
-            with peak(taken, 'start'):
-                super()._build(state)
-
-    set_local_rank()
-    ema, config = Measured('2ba'), ParallelismConfig(fsdp2=FSDP2Config())
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     trainer = make_trainer(
-        [ema], model=model, optimizers=optimizer, train_dataloader=data(), max_duration='2ba', parallelism_config=config
-    )
-    with averaging_gradients():
-        trainer.fit()
-    with peak(taken, 'sharded save'):
-        saved = save_checkpoint(trainer.state, f'{folder}/x.pt')
-    assert saved is not None
-    taken['average'] = sum(local(tensor).nbytes for _, tensor in ema.ema_model.named_parameters())
-    taken['in the file'] = Path(saved).stat().st_size
-    trainer.close()
-    return {name: count / size for name, count in taken.items()}
+        [ema], model=model, optimizers=torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9),
+        train_dataloader=data(), max_duration='2ba',
+        parallelism_config=ParallelismConfig(fsdp2=FSDP2Config(state_dict_type=kind)), **arguments,
+    )  # fmt: skip
+    return trainer, size
+
+
+class Measured(EMA):
+    """Measures what building its average takes, loading it included."""
+
+    def __init__(self, taken: dict[str, float], name: str) -> None:
+        super().__init__('2ba')
+        self.taken, self.measured = taken, name
+
+    def _build(self, state: State) -> None:
+        with peak(self.taken, self.measured):
+            super()._build(state)
 
 
 @contextmanager

@@ -113,6 +113,15 @@ def evaluation_data(count: int) -> list[Tensor]:
     return [part[start : start + size] for start in range(0, SAMPLES // count, size) for part in of_rank]
 
 
+def test_batchnorm_is_refreshed_as_under_ddp():
+    sharded, replicated = (start(2, 'swa', sharding, model={'batchnorm': True}) for sharding in ('sharded', None))
+    for rank, other in zip(sharded, replicated, strict=True):
+        assert rank['warnings'] == []
+        assert 'module.2.running_var' in rank['averages']['swa']
+        for name, tensor in rank['averages']['swa'].items():
+            assert difference(tensor, other['averages']['swa'][name]) <= 1e-6
+
+
 # Checkpoints
 
 
@@ -352,9 +361,20 @@ def parameters_in(weights: dict[str, bytes]) -> dict[str, bytes]:
 
 
 def test_a_rank_needs_memory_for_its_share_alone(tmp_path):
-    for rank in ranks(4)(memory, str(tmp_path)):
-        print({name: round(share, 3) for name, share in rank.items()})  # shown by -s: shares of the model's bytes
+    for rank in ranks(4)(memory, 'sharded', str(tmp_path)):
+        print({name: round(share, 3) for name, share in rank.items()})  # pytest -s shows these shares of the model
         assert rank['average'] <= 0.3
         assert rank['start'] < 0.75
-        assert rank['sharded save'] < 0.75
-        assert rank['in the file'] < 0.9  # weights, momentum and average: a quarter of each
+        assert rank['save'] < 0.75
+        assert rank['load'] < 0.75
+        assert 0.5 < rank['in the file'] < 0.9  # weights, momentum and average: a quarter of each
+
+
+def test_rank_0_alone_keeps_what_is_gathered_for_a_full_checkpoint(tmp_path):
+    first, *others = ranks(4)(memory, 'full', str(tmp_path))
+    print({name: round(share, 3) for name, share in first.items()})
+    assert first['in the file'] > 2.9  # weights, momentum and average
+    for rank in others:
+        print({name: round(share, 3) for name, share in rank.items()})
+        assert rank['save'] < 0.75
+        assert rank['in the file'] == 0

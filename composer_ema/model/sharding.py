@@ -319,7 +319,7 @@ def refuse_unsupported(tensors: Mapping[str, Tensor]) -> None:
                 f'{name} is a parameter of FSDP1 (FullyShardedDataParallel), which keeps it in one flat piece with '
                 'others, so that no process has a part of its own that an average could follow. Shard the model with '
                 'FSDP2: torch.distributed.fsdp.fully_shard(module) on each block and then on the model, or in Composer '
-                "parallelism_config={'fsdp2': {...}}."
+                "parallelism_config={'fsdp': FSDP2Config(...)}, or fsdp2: {...} in a recipe."
             )
         elif hasattr(tensor, 'ds_id'):
             _refuse_placeholder(name, tensor, 'is a parameter of DeepSpeed ZeRO')
