@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from composer.core import Precision
 from composer.distributed.fsdp2_utils import generate_composer_model_policy
 from composer.distributed.prepare_distributed import parallelize_composer_model
@@ -24,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from composer_ema import load_average
 from composer_ema.recipe import parallelism, schema
 from composer_ema.recipe.arguments import Place, RecipeError
+from composer_ema.recipe.loaded import check_loaded
 from composer_ema.recipe.outline import Outline
 from composer_ema.zoo.blocks import IsBlock, blocks
 from composer_ema.zoo.models import build_model
@@ -166,6 +168,51 @@ class TestBlocks:
         with torch.device('meta'):
             parallelism.check_model(section, build_model('resnet18'), PLACE)
         parallelism.check_model({'fsdp2': {}}, build_model('mnist1d_cnn'), PLACE)
+
+
+class TestTheCheckpointToLoad:
+    SHARDED, FULL = ['parallelism_config.fsdp2={}'], ['parallelism_config.fsdp2.state_dict_type=full']
+
+    @pytest.fixture
+    def folder(self, tmp_path) -> Path:
+        """A sharded checkpoint of something."""
+        dcp.save({'state': {'model': {'weight': torch.ones(3)}}}, checkpoint_id=tmp_path / 'ep1-ba4')
+        return tmp_path / 'ep1-ba4'
+
+    def check(self, path: Path, *overrides: str) -> None:
+        check_loaded(schema.plan(schema.load(RECIPE, [f'load_path={path}', *overrides])), 'r')
+
+    def test_may_be_a_folder_where_the_run_saves_folders(self, folder):
+        self.check(folder, *self.SHARDED)
+
+    @pytest.mark.parametrize('overrides', [[], FULL])
+    def test_is_no_folder_where_the_run_saves_files(self, folder, overrides):
+        with pytest.raises(RecipeError, match=r'is a sharded checkpoint, and .*Write .*state_dict_type: sharded'):
+            self.check(folder, *overrides)
+
+    def test_is_no_file_where_the_run_saves_folders(self, tmp_path):
+        torch.save({'state': {}}, tmp_path / 'a.pt')
+        with pytest.raises(RecipeError, match=r'is a single file, and this run loads sharded.*state_dict_type: full'):
+            self.check(tmp_path / 'a.pt', *self.SHARDED)
+
+    def test_is_whole(self, folder):
+        shards = folder / '__0_0.distcp'
+        shards.write_bytes(shards.read_bytes()[:-200])
+        with pytest.raises(RecipeError, match=r'__0_0\.distcp.*Load an earlier one'):
+            self.check(folder, *self.SHARDED)
+        (folder / '.metadata').unlink()
+        with pytest.raises(RecipeError, match='was not written to its end'):
+            self.check(folder, *self.SHARDED)
+
+    def test_is_looked_at_by_autoresume_too(self, folder, tmp_path):
+        checkpoints = tmp_path / 'runs' / 'r' / 'checkpoints'
+        checkpoints.mkdir(parents=True)
+        (checkpoints / 'latest-rank0.pt').symlink_to(folder)
+        overrides = ['autoresume=true', f'runs_folder={tmp_path}/runs']
+        with pytest.raises(RecipeError, match=r'autoresume: .*is a sharded checkpoint') as refused:
+            check_loaded(schema.plan(schema.load(RECIPE, overrides)), 'r')
+        assert refused.value.key == 'autoresume'
+        check_loaded(schema.plan(schema.load(RECIPE, [*overrides, *self.SHARDED])), 'r')
 
 
 @pytest.mark.slow

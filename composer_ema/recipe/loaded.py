@@ -17,6 +17,8 @@ from yaml import YAMLError
 
 from composer_ema.checkpoints.reading import is_of_composer
 from composer_ema.checkpoints.safely import CheckpointError, check_sums, load_safely
+from composer_ema.checkpoints.sharded import is_sharded, open_folder
+from composer_ema.recipe import parallelism
 from composer_ema.recipe.arguments import signature
 from composer_ema.recipe.outputs import CHECKPOINT_FOLDER, RECIPE_FILE
 from composer_ema.recipe.schema import Plan
@@ -62,15 +64,33 @@ def _complaint(checked: Plan, run_name: str) -> tuple[str, str] | None:
                 f'must stay {before}, with which this run began, got {now}, which holds out other samples: the run has '
                 f'trained on some of them, or would. Write {before}, or start another run.'
             )
+        if reason := _mismatch(latest, checked):
+            return 'autoresume', reason
         reason = _damage(latest)
         remedy = 'To do so, give load_path=... and leave autoresume out.'
         return ('autoresume', f'{reason} {remedy}') if reason else None
     if not given or '://' in given or '{' in given or checked.trainer.get('load_object_store') is not None:
         return None
-    if Path(given).is_dir() and not checked.trainer.get('parallelism_config'):
-        return 'load_path', f'{given} is a folder. Give one file of it, as in {Path(given) / "latest-rank0.pt"}.'
-    reason = _damage(Path(given))
+    reason = _mismatch(Path(given), checked) or _damage(Path(given))
     return ('load_path', reason) if reason else None
+
+
+def _mismatch(path: Path, checked: Plan) -> str | None:
+    """Why a sound checkpoint of this kind, a file or a folder, cannot be loaded by a run that shards as this one."""
+    loads = parallelism.loads(checked.trainer.get(parallelism.KEY))
+    if path.is_dir() and loads == 'full':
+        if not is_sharded(path):
+            return f'{path} is a folder. Give one file of it, as in {path / "latest-rank0.pt"}.'
+        return (
+            f'{path} is a sharded checkpoint, and this run loads single files. Write parallelism_config: '
+            '{fsdp2: {state_dict_type: sharded}}, for a single process, too.'
+        )
+    if path.is_file() and path.suffix != '.symlink' and loads == 'sharded':
+        return (
+            f'{path} is a single file, and this run loads sharded checkpoints. Write '
+            'parallelism_config.fsdp2.state_dict_type: full, with which it saves such files, too.'
+        )
+    return None
 
 
 def _split_before(checked: Plan, run_name: str) -> float | None:
@@ -89,8 +109,10 @@ def _damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, as far as one can tell without unpickling it."""
     if not path.exists():
         return f'there is no file {path}.'
-    # Shards, archives and links to remote files.
-    if path.is_dir() or is_tar(path) or is_compressed_pt(str(path)) or path.suffix == '.symlink':
+    if path.is_dir():
+        return _damage_of_folder(path)
+    # Archives and links to remote files.
+    if is_tar(path) or is_compressed_pt(str(path)) or path.suffix == '.symlink':
         return None
     # torch.save writes a zip archive; its directory comes last, so a truncated file has none.
     if not zipfile.is_zipfile(path):
@@ -109,4 +131,15 @@ def _damage(path: Path) -> str | None:
         return None
     if not is_of_composer(content):
         return f'{path} was not saved by Composer: it has no state of a run. load_average() reads averages of others.'
+    return None
+
+
+def _damage_of_folder(folder: Path) -> str | None:
+    """What is wrong with the index of a sharded checkpoint; its tensors are not read."""
+    if not is_sharded(folder):
+        return f'{folder} is no sharded checkpoint, or one that was not written to its end. Load an earlier one.'
+    try:
+        open_folder(folder)
+    except CheckpointError as error:
+        return f'{error} Load an earlier one.'
     return None

@@ -12,7 +12,7 @@ from composer.models import ComposerModel
 from composer.utils import FSDPConfig
 from composer.utils.parallelism import FSDP2Config, ParallelismConfig
 
-from composer_ema.recipe.arguments import Place, check_arguments, check_value
+from composer_ema.recipe.arguments import Place, check_arguments, check_value, signature
 from composer_ema.wording import suggestion
 
 KEY = 'parallelism_config'
@@ -57,6 +57,18 @@ def built(section: Mapping[str, Any] | None) -> ParallelismConfig | Mapping[str,
     if section is None or section.get('fsdp2') is None:
         return section
     return ParallelismConfig(fsdp2=FSDP2Config(**section['fsdp2']))
+
+
+def loads(section: Mapping[str, Any] | None) -> str | None:
+    """The kind of checkpoint that a run loads and saves: ``'full'``, a file, or ``'sharded'``, a folder.
+
+    None for FSDP1, of which only Composer can tell.
+    """
+    if section is None or all(each is None for each in section.values()):
+        return 'full'
+    if section.get('fsdp2') is None:
+        return None
+    return section['fsdp2'].get('state_dict_type', signature(FSDP2Config)['state_dict_type'].default)
 
 
 def check_model(section: Mapping[str, Any] | None, model: ComposerModel, place: Place) -> None:
