@@ -12,12 +12,13 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from composer import Callback, Event
 from sharded import Silence, bits_of, ranks, whole
+from test_sharded_snapshots import same_files
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.nn.parallel import DistributedDataParallel
 from toy import bits, make_data, make_evaluator, make_trainer
 
-from composer_ema import EMA, SWA, EMAOptimizer, ShadowModel, ShadowModels, gather_state_dict, load_average
+from composer_ema import EMA, SWA, EMAOptimizer, ShadowModel, ShadowModels, Snapshots, gather_state_dict, load_average
 from composer_ema.model.sharding import local
 
 pytestmark = pytest.mark.slow
@@ -219,6 +220,29 @@ def test_what_is_saved_resumes_split_or_whole_on_any_number_of_ranks(tmp_path, c
     assert bits_of(dict(loaded.named_parameters())) == first['average']
 
 
+def keep_snapshots(folder: Path, is_split: bool) -> float:
+    """Writes snapshots of eight steps. Returns the largest share of an average that this rank has kept."""
+    model = DistributedDataParallel(network())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    snapshots = Snapshots(model, folder, every=3, num_steps=8, run_name='run', shard_over_ranks=is_split)
+    for step in range(8):
+        optimizer.zero_grad()
+        forward(model, step).backward()
+        optimizer.step()
+        snapshots.update()
+    snapshots.finish()
+    whole_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    return max(bytes_of(shadow) for shadow in snapshots.shadows.values()) / whole_bytes
+
+
+@pytest.mark.parametrize('count', COUNTS)
+def test_snapshots_of_pieces_are_those_of_whole_averages(tmp_path, count):
+    shares = ranks(count)(keep_snapshots, tmp_path / 'split', True)
+    ranks(count)(keep_snapshots, tmp_path / 'whole', False)
+    assert max(shares) <= 1.1 / count
+    assert same_files(tmp_path / 'split', tmp_path / 'whole')
+
+
 class Seen(Callback):
     """Notes the weights after every batch, and those that every evaluation runs on."""
 
@@ -242,6 +266,10 @@ def compose(algorithm: str, folder: Path | None, load_path: Path | None = None) 
     algorithms: dict[str, list[Any]] = {
         'none': [],
         'whole': [EMA('2ba')],
+        'snapshots': [EMA('2ba', snapshots={'every': '2ba', 'folder': f'{folder}/snapshots'})],
+        'split, snapshots': [
+            EMA('2ba', shard_over_ranks=True, snapshots={'every': '2ba', 'folder': f'{folder}/snapshots'})
+        ],
         'split': [EMA('2ba', shard_over_ranks=True)],
         'whole, several': [EMA({'a': '2ba', 'b': '1ep'}), SWA('1ba', update_interval='1ba')],
         'split, several': [
@@ -261,7 +289,8 @@ def compose(algorithm: str, folder: Path | None, load_path: Path | None = None) 
             eval_dataloader=make_evaluator(interval='2ba'),
             **arguments,
         )
-        shadows = [each for kept in trainer.state.algorithms for _, each in kept._averages]
+        kept: list[Any] = list(trainer.state.algorithms)
+        shadows = [average for each in kept for _, average in each._averages]
         loaded = [parameters_of(each.shadow) for each in shadows]
         trainer.fit()
     metrics = {name: float(value) for name, value in trainer.state.eval_metric_values.items()}
@@ -298,6 +327,12 @@ def test_a_trainer_keeps_pieces_and_nothing_else_changes(tmp_path, count, kind, 
     assert all(end == ends[0] for end in ends)
     if count == 2:
         assert ends[0] == (split[0]['averages'], parameters_of_model(split[0]['training']))
+
+
+def test_snapshots_of_a_trainer_are_those_of_whole_averages(tmp_path):
+    for algorithm in ('snapshots', 'split, snapshots'):
+        ranks(2)(compose, algorithm, tmp_path / algorithm)
+    assert same_files(*(tmp_path / algorithm / 'snapshots' for algorithm in ('snapshots', 'split, snapshots')))
 
 
 def parameters_in_average(path: Path, label: str) -> dict[str, bytes]:

@@ -7,7 +7,7 @@ import functools
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -50,9 +50,9 @@ class Snapshots:
     killed leaves full files, which can be used as they are.
 
     With several processes, rank 0 writes. Under DDP the other ranks may make the same calls, which keep their averages.
-    Of a model that ranks share (FSDP2, tensor parallelism) every rank must make every call: at the moment of a file,
-    the tensors are gathered one after the other, so that no rank holds more than one whole tensor. The files are the
-    same as those of one process, so a run may be resumed on another number of ranks.
+    Of a model that ranks share (FSDP2, tensor parallelism), and with ``shard_over_ranks``, every rank must make every
+    call: at the moment of a file, the tensors are gathered one after the other, so that no rank holds more than one
+    whole tensor. The files are the same as those of one process, so a run may be resumed on another number of ranks.
 
     Args:
         model: the model in training; DDP, ``torch.compile`` and the like are looked through. Only read.
@@ -115,7 +115,8 @@ class Snapshots:
         self.shadows = ShadowModels(model, list(self._profiles), overlap=overlap, **settings)
         check_contents(model)
         profiles = {label: str(profile) for label, profile in self._profiles.items()}
-        self._writer = SnapshotWriter(folder_of(path, model), run_name or path.name, profiles)
+        kept_in = folder_of(path, model, self.shadows.values())
+        self._writer = SnapshotWriter(kept_in, run_name or path.name, profiles)
         self._num_steps = self._num_samples = 0
         self._has_begun = False
 
@@ -219,14 +220,16 @@ def _of_text(state: Any) -> Mapping[str, Any]:
         raise ValueError(f'the saved state of the snapshots is damaged: {error!r}. Nothing was loaded.') from error
 
 
-def folder_of(path: Path, model: nn.Module) -> Folder:
+def folder_of(path: Path, model: nn.Module, shadows: Iterable[ShadowModel]) -> Folder:
     """The folder at ``path``, and which processes write the snapshots of ``model`` to it.
 
     Args:
         path: of the folder.
         model: wrapped as it trains. If it is wrapped in DDP, all ranks hold the same.
+        shadows: its averages, which may be split over the ranks of DDP.
     """
-    if any(map(is_shard, Inventory.of(unwrap(model)).tensors().values())):
+    averaged = (tensor for shadow in shadows for tensor in shadow.parameters())
+    if any(map(is_shard, (*Inventory.of(unwrap(model)).tensors().values(), *averaged))):
         return SharedFolder(path)
     is_replica = any(isinstance(module, DistributedDataParallel) for module in model.modules())
     return NoFolder(path) if is_replica and dist.get_rank() != 0 else SnapshotFolder(path)

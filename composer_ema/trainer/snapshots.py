@@ -148,7 +148,7 @@ class RunSnapshots:
         problems: list[str | None] = [None]
         if self._writer is None:
             folder, spacing = self.folder_in(state), self._spacing(state)
-            self._writer = self._new_writer(_folder_for(state, folder), state.run_name)
+            self._writer = self._new_writer(_folder_for(state, folder, self._shadows(averages)), state.run_name)
             if self._loaded is not None:
                 self._writer.load_state_dict(self._loaded)
         else:
@@ -257,8 +257,8 @@ class RunSnapshots:
         self._writer, self._loaded = None, state
 
 
-def _folder_for(state: State, path: Path) -> Folder:
-    found = folder_of(path, state.model)
+def _folder_for(state: State, path: Path, shadows: Mapping[str, Any]) -> Folder:
+    found = folder_of(path, state.model, shadows.values())
     # The ranks of a Trainer train one model, also where nothing of it is trainable, so that it stands in no DDP.
     return NoFolder(path) if isinstance(found, SnapshotFolder) and dist.get_global_rank() != 0 else found
 
