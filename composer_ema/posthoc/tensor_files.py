@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors
 import torch
@@ -99,12 +99,17 @@ def write(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str])
         checksum = zlib.crc32(start)
         file.write(start)
         for _, entry in ordered:
-            values = entry.values().detach().to('cpu', entry.dtype).contiguous().reshape(-1)
-            data = values.view(torch.uint8).numpy().data
-            checksum = zlib.crc32(data, checksum)
-            file.write(data)
+            checksum = _append(file, entry, checksum)
         file.seek(start.index(_in_header(_ZEROS)))
         file.write(_in_header(f'{checksum:08x}'))
+
+
+def _append(file: BinaryIO, entry: Entry, checksum: int) -> int:
+    """Writes the values of a tensor, lets go of them, and returns the checksum of the file so far."""
+    values = entry.values().detach().to('cpu', entry.dtype).contiguous().reshape(-1)
+    data = values.view(torch.uint8).numpy().data
+    file.write(data)
+    return zlib.crc32(data, checksum)
 
 
 def in_order(entries: Mapping[str, Entry]) -> list[tuple[str, Entry]]:
