@@ -9,8 +9,9 @@ DOCS := $(VENV)/.docs
 TORCH ?= 2.13.0
 CORE_VENV := .venv-core-$(TORCH)
 CORE := averages settings spans stream sharding sharded kernels layout naming offload custom shadow following buffers \
-	loan lazy sharded_format sharded_folders sharded_device updates merge snapshots functional wrapper optimizer \
-	optimizer_stepping optimizer_state optimizer_swapping batchnorm interchange package compiled profiles shares \
+	loan lazy sharded_format sharded_folders sharded_device sharded_doors updates merge snapshots functional wrapper \
+	optimizer optimizer_entries optimizer_stepping optimizer_state optimizer_swapping batchnorm interchange package \
+	compiled profiles shares \
 	fit target reconstruct shadow_models rounding
 # Threads of torch while something is measured on the CPU; empty: as many as torch takes by itself.
 BENCH_THREADS ?=

@@ -31,6 +31,7 @@ pytestmark = [
     STRICT,
     pytest.mark.usefixtures('_process_group'),
     pytest.mark.filterwarnings('ignore:TypedStorage is deprecated:UserWarning'),
+    pytest.mark.skipif(torch.__version__.startswith('2.6.'), reason='FSDP2 of torch 2.6 cannot run a forward on a CPU'),
 ]
 
 

@@ -24,6 +24,8 @@ from composer_ema import EMAOptimizer, ShadowModel, ShadowModels, compute_ema, u
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.sharding import broadcast_, canonical_name, is_sharded, local, unwrap
 
+OLD = torch.__version__.startswith('2.6.')
+
 
 class Classifier(nn.Module):
     """Calls its own sub-module ``module``, as DDP calls the model it wraps."""
@@ -339,6 +341,7 @@ class TestShardsInOneProcess:
             assert average.placements == model.get_parameter(name).placements
             assert average.full_tensor().flatten().tolist() == [1.5] * average.numel()
 
+    @pytest.mark.skipif(OLD, reason='FSDP2 of torch 2.6 cannot run a forward on a CPU')
     def test_a_forward_without_a_backward_changes_nothing_for_updates_and_loans(self):
         model = _weights(_fsdp2(), 1.0)
         shadow = ShadowModel(model)
@@ -354,6 +357,7 @@ class TestShardsInOneProcess:
                 model(torch.ones(2, 2))
         assert model[0].weight.full_tensor().flatten().tolist() == [3.0] * 4
 
+    @pytest.mark.skipif(OLD, reason='FSDP2 of torch 2.6 cannot run a forward on a CPU')
     def test_the_training_weights_return_after_a_forward_that_raised(self):
         model = _weights(_fsdp2(), 1.0)
         shadow = ShadowModel(model)
