@@ -84,7 +84,7 @@ class FolderStore(ObjectStore):
 
 
 class Uploads(LoggerDestination):
-    """Copies what Composer uploads into a folder, as it may be deleted afterwards."""
+    """Copies what Composer uploads into a folder."""
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)

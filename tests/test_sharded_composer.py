@@ -231,10 +231,7 @@ def test_a_folder_in_an_object_store_goes_on_to_the_same_bits(finished, by):
 def test_a_sharded_run_uploads_all_that_a_load_needs(finished, tmp_path):
     _, seen = finished(2, 'several', 'sharded')
     uploaded, kept = tmp_path / 'uploaded', tmp_path / 'kept'
-    start(
-        2, 'several', 'sharded', uploads=str(uploaded), save_folder=str(kept), save_interval='1ba',
-        save_num_checkpoints_to_keep=0,
-    )  # fmt: skip
+    start(2, 'several', 'sharded', uploads=str(uploaded), save_folder=str(kept), save_interval='1ba')
     [name] = {path.parent.name for path in uploaded.rglob(f'ep*-ba{MIDDLE}/.metadata')}
     [parent] = {path.parent.parent for path in uploaded.rglob(f'ep*-ba{MIDDLE}/.metadata')}
     for rank, whole in zip(start(2, 'several', 'sharded', load_path=name, store=str(parent)), seen, strict=True):
