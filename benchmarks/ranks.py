@@ -88,18 +88,18 @@ def rows(found: Mapping[int, Sequence[Found]]) -> list[dict[str, Any]]:
     alone, made = found[min(found)], []
     for size, processes in found.items():
         model_bytes = processes[0].floats * 4
-        for call in processes[0].ms:
-            slowest = _slowest(processes, call)
+        for call, rounds in processes[0].ms.items():
+            ms = _slowest(processes, call)
             row = {
                 'key': f'ranks {size} / {call}',
                 'sweep': 'ranks',
                 'size': size,
                 'floats': processes[0].floats,
                 'call': call,
-                'rounds': len(slowest),
-                'ms': median(slowest),
-                'ratio': _ratio(slowest, _slowest(processes, LIMIT)),
-                'faster': _ratio(_slowest(alone, call), slowest),
+                'rounds': len(rounds),
+                'ms': ms,
+                'ratio': ms / _slowest(processes, LIMIT),
+                'faster': _slowest(alone, call) / ms,
             }
             if call == SHARDED:
                 row['lasting'] = max(each.lasting for each in processes) / model_bytes
@@ -108,13 +108,9 @@ def rows(found: Mapping[int, Sequence[Found]]) -> list[dict[str, Any]]:
     return made
 
 
-def _slowest(processes: Sequence[Found], call: str) -> list[float]:
-    """For each round, the time of the process that took longest."""
-    return [max(times) for times in zip(*(each.ms[call] for each in processes), strict=True)]
-
-
-def _ratio(times: Sequence[float], base: Sequence[float]) -> float:
-    return median(one / other for one, other in zip(times, base, strict=True))
+def _slowest(processes: Sequence[Found], call: str) -> float:
+    """The median over the rounds of the process that takes longest."""
+    return max(median(each.ms[call]) for each in processes)
 
 
 # The projection
@@ -147,7 +143,7 @@ class Rates:
         own = first.floats / first.size
         saved = max(each.saved for each in processes)
         return cls(
-            update_bytes_per_s=own * _UPDATE_BYTES / (median(_slowest(processes, SHARDED)) / 1e3),
+            update_bytes_per_s=own * _UPDATE_BYTES / (_slowest(processes, SHARDED) / 1e3),
             lasting=max(each.lasting for each in processes) / own,
             peak=max(each.peak for each in processes) / own,
             saved=saved / own,

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from composer_ema import load_average
 from composer_ema.recipe import parallelism, schema
 from composer_ema.recipe.arguments import Place, RecipeError
+from composer_ema.recipe.build import build
 from composer_ema.recipe.loaded import check_loaded
 from composer_ema.recipe.outline import Outline
 from composer_ema.zoo.blocks import IsBlock, blocks
@@ -168,6 +169,8 @@ class TestBlocks:
         with torch.device('meta'):
             parallelism.check_model(section, build_model('resnet18'), PLACE)
         parallelism.check_model({'fsdp2': {}}, build_model('mnist1d_cnn'), PLACE)
+        with pytest.raises(RecipeError, match='names no block'):
+            build(schema.load(RECIPE, ['parallelism_config.fsdp2.activation_checkpointing=true', 'save_folder=null']))
 
 
 class TestTheCheckpointToLoad:
