@@ -211,7 +211,8 @@ class EMAOptimizer(OptimizerWrapper):
     def swap_ema_weights(self, enabled: bool = True, *, average: str | None = None) -> AbstractContextManager[None]:
         """Puts an average into the model for the block, then restores every bit of the training weights.
 
-        After an interrupt, too; see :meth:`ShadowModel.swapped`.
+        After an interrupt, too; see :meth:`ShadowModel.swapped`. With ``shard_over_ranks`` every rank must enter the
+        block, since entering gathers the average.
 
         Args:
             enabled: whether to swap at all. Default: True.
@@ -303,6 +304,9 @@ class EMAOptimizer(OptimizerWrapper):
         The functions of ``torch.distributed.checkpoint.state_dict`` keep nothing but ``'state'`` and
         ``'param_groups'``. They get the average in ``'state'``, each tensor beside the ``exp_avg`` of its parameter,
         and put it back by name on any number of processes.
+
+        With ``shard_over_ranks`` the state has this rank's pieces of the average, and ``torch.save`` refuses it. Call
+        :func:`composer_ema.gather_state_dict` with it on every rank, and save what rank 0 gets.
 
         Raises:
             RuntimeError: one of those functions calls while the model holds an average.

@@ -55,6 +55,9 @@ class LendableAverage:
         Buffers that cannot be written, as sparse ones or those whose elements share memory, stay whatever the model
         holds. A buffer that is a view of a tracked parameter shows the average of that.
 
+        With ``shard_over_ranks``, the average is gathered tensor by tensor, in a collective call. If that fails or is
+        interrupted, the training weights return and the average is out.
+
         Raises:
             RuntimeError: this average is swapped in already, perhaps by another thread, or a tracked parameter cannot
                 be written, as after ``expand``. Nothing is changed then.
@@ -123,6 +126,8 @@ class LendableAverage:
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
         """Overwrites the tracked tensors of ``model`` with the average, for good. Other tensors stay.
+
+        A collective call where the average is sharded and ``model`` is not; it gathers tensor by tensor.
 
         Each process writes its own shards. Where ``model`` is whole and the average is sharded, or shared in another
         way, the average is gathered, in a collective call.
