@@ -48,8 +48,8 @@ class ShadowModel(LendableAverage):
     swaps send nothing. A rank may make them alone, except after a forward without a backward: FSDP2 then keeps the root
     gathered until an average reads it, and the next forward hangs unless that has happened on every rank.
 
-    With ``shard_over_ranks``, each rank of DDP keeps a piece of the average. A rank may update its own piece alone. What
-    needs the whole average is a collective call, which every rank must make: :meth:`swap_in`, :meth:`swapped`,
+    With ``shard_over_ranks``, each rank of DDP keeps a piece of the average. A rank may update its own piece alone.
+    What needs the whole average is a collective call, which every rank must make: :meth:`swap_in`, :meth:`swapped`,
     :meth:`copy_to`, :meth:`averaged_state_dict`, :meth:`to_averaged_model` and :meth:`relative_distance`, and
     :meth:`swap_out` if another such average shows again. :func:`composer_ema.gather_state_dict` makes a state whole.
 
