@@ -28,16 +28,9 @@ from torch.utils.data import DataLoader
 from composer_ema.model.inventory import Inventory, is_normalisation
 from composer_ema.model.names import listed
 from composer_ema.model.rollback import Rollback, rewinding
-from composer_ema.model.sharding import (
-    canonical_name,
-    is_shard,
-    is_sharded,
-    on_compute_device,
-    refuse_unsupported,
-    reshard,
-    unwrap,
-)
+from composer_ema.model.sharding import is_shard, is_sharded, on_compute_device, refuse_unsupported, reshard
 from composer_ema.model.untraced import untraced
+from composer_ema.model.wrappers import canonical_name, unwrap
 from composer_ema.shadow import loan
 from composer_ema.shadow.shadow_model import ShadowModel
 

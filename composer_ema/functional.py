@@ -16,18 +16,10 @@ from composer_ema.kernels.layout import unzip
 from composer_ema.kernels.rules import is_inexact
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import check_same
-from composer_ema.model.sharding import (
-    canonical_name,
-    is_shard,
-    lie_alike,
-    local,
-    refuse_unsupported,
-    share_of,
-    unwrap,
-    wrapper_prefix,
-)
+from composer_ema.model.sharding import is_shard, lie_alike, local, refuse_unsupported, share_of
 from composer_ema.model.untraced import aside, is_traced
 from composer_ema.model.watch import Watch
+from composer_ema.model.wrappers import canonical_name, unwrap, wrapper_prefix
 from composer_ema.settings import Buffers, Settings
 from composer_ema.shadow import loan, rounding
 from composer_ema.shadow.shadow_model import ShadowModel

@@ -20,8 +20,9 @@ from typing_extensions import Unpack
 from composer_ema import optimizer_entries
 from composer_ema.averages import CopiesFirst, Profile
 from composer_ema.labelled import CHANGES, by_label, chosen
-from composer_ema.model.sharding import refuse_unsupported, unwrap
+from composer_ema.model.sharding import refuse_unsupported
 from composer_ema.model.untraced import aside, is_traced, untraced
+from composer_ema.model.wrappers import unwrap
 from composer_ema.optimizer_average import StepAverages, check_covered, tensor_of
 from composer_ema.optimizer_state import SINGLE
 from composer_ema.profiles import Kind, check_kind, plain_number, refuse_without_effect

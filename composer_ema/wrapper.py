@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from composer_ema.model.sharding import any_nonzero, canonical_name
+from composer_ema.model.sharding import any_nonzero
+from composer_ema.model.wrappers import canonical_name
 
 #: The attributes in which ``torch.optim.Optimizer`` keeps its hooks.
 _HOOKS = (

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from composer_ema import ShadowModel
-from composer_ema.model.sharding import canonical_name
+from composer_ema.model.wrappers import canonical_name
 
 #: Seconds after which a rank gives up waiting for another, and after which a rank that hangs says where and ends.
 COLLECTIVE, CALL = 30, 100

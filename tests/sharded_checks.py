@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from composer_ema import ShadowModel
-from composer_ema.model.sharding import canonical_name
+from composer_ema.model.wrappers import canonical_name
 
 BATCHES = 8
 WEIGHTS = (0.5, 0.1, 0.25, 0.4, 0.05, 0.3, 0.2, 0.15)

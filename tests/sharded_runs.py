@@ -34,7 +34,7 @@ from torch.distributed.tensor import DTensor
 from toy import make_data, make_trainer
 
 from composer_ema import EMA, SWA
-from composer_ema.model.sharding import unwrap
+from composer_ema.model.wrappers import unwrap
 from composer_ema.trainer.weight_average import WeightAverage
 
 #: Of all ranks together. Two epochs of three batches.

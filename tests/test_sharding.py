@@ -22,7 +22,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from composer_ema import EMAOptimizer, ShadowModel, ShadowModels, compute_ema, update_bn
 from composer_ema.model.inventory import Inventory
-from composer_ema.model.sharding import broadcast_, canonical_name, is_sharded, local, unwrap
+from composer_ema.model.sharding import broadcast_, is_sharded, local
+from composer_ema.model.wrappers import canonical_name, unwrap
 
 OLD = torch.__version__.startswith('2.6.')
 

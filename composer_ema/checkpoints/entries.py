@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 from urllib.parse import quote, unquote
 
-from composer_ema.model.sharding import canonical_name
+from composer_ema.model.wrappers import canonical_name
 from composer_ema.shadow import state as states
 
 #: First part of the keys of one average, and of what all averages share.

@@ -28,7 +28,7 @@ from torch import Tensor
 from composer_ema.checkpoints import sharded_format
 from composer_ema.kernels.rules import is_inexact
 from composer_ema.model.names import listed
-from composer_ema.model.sharding import canonical_name
+from composer_ema.model.wrappers import canonical_name
 from composer_ema.profiles import FUNCTION, check_start_share
 
 #: The format that this release writes, and reads without upgrading.

@@ -30,7 +30,7 @@ from composer_ema.checkpoints.reading import (
     trained,
 )
 from composer_ema.checkpoints.sharded import files_of
-from composer_ema.model.sharding import canonical_name
+from composer_ema.model.wrappers import canonical_name
 
 TRAINING_WEIGHTS, AVERAGE, UNKNOWN, NOT_READ = 'training weights', 'average', 'weights', 'not read'
 SAME, ABSENT = 'equal to the average', 'absent'

@@ -32,7 +32,7 @@ from composer_ema.checkpoints.reading import (
 )
 from composer_ema.checkpoints.sharded import METADATA, is_sharded
 from composer_ema.model.names import listed
-from composer_ema.model.sharding import canonical_name
+from composer_ema.model.wrappers import canonical_name
 from composer_ema.shadow import foreign
 
 TRAINING_WEIGHTS = 'training weights'

@@ -15,7 +15,7 @@ from composer_ema.checkpoints import search, states
 from composer_ema.checkpoints.states import Average
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import check_same, listed
-from composer_ema.model.sharding import canonical_name, unwrap
+from composer_ema.model.wrappers import canonical_name, unwrap
 from composer_ema.shadow import foreign
 from composer_ema.shadow.foreign import Foreign
 

@@ -22,7 +22,7 @@ from composer_ema.checkpoints import formats, others, search, sharded, sharded_f
 from composer_ema.checkpoints.lazy_tensor import in_memory
 from composer_ema.checkpoints.safely import CheckpointError, check_sums, load_safely, reason
 from composer_ema.model.names import check_same, listed
-from composer_ema.model.sharding import canonical_name, unwrap
+from composer_ema.model.wrappers import canonical_name, unwrap
 from composer_ema.shadow.foreign import is_extra_state, under_names_of
 
 # Composer's names for the newest checkpoint of a run, and ours for the folder of the run's checkpoints.

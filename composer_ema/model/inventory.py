@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
-from composer_ema.model.sharding import canonical_name, refuse_unsupported, reshard
+from composer_ema.model.sharding import refuse_unsupported, reshard
+from composer_ema.model.wrappers import canonical_name
 
 _STATISTICS = ('running_mean', 'running_var')
 
@@ -48,7 +49,7 @@ class Inventory:
 
     @classmethod
     def of(cls, module: nn.Module) -> Inventory:
-        """Walks ``module``, which :func:`~composer_ema.model.sharding.unwrap` has freed of outer wrappers.
+        """Walks ``module``, which :func:`~composer_ema.model.wrappers.unwrap` has freed of outer wrappers.
 
         Under FSDP2 it has its shards afterwards; see :func:`~composer_ema.model.sharding.reshard`.
 

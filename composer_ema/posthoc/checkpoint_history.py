@@ -31,7 +31,7 @@ from composer_ema.checkpoints.reading import (
 )  # fmt: skip
 from composer_ema.checkpoints.sharded import METADATA, SUFFIX
 from composer_ema.model.names import listed
-from composer_ema.model.sharding import canonical_name
+from composer_ema.model.wrappers import canonical_name
 from composer_ema.posthoc.moments import History, KeptAverage
 from composer_ema.posthoc.snapshot_files import WEIGHTS
 from composer_ema.posthoc.updates import Array

@@ -17,7 +17,8 @@ from composer_ema.checkpoints.lazy import UNITS
 from composer_ema.checkpoints.reading import CheckpointError, path_of
 from composer_ema.checkpoints.writing import write_weights
 from composer_ema.model.inventory import Inventory
-from composer_ema.model.sharding import local, share_of, unwrap
+from composer_ema.model.sharding import local, share_of
+from composer_ema.model.wrappers import unwrap
 from composer_ema.posthoc import target as targets
 from composer_ema.posthoc.moments import History
 from composer_ema.posthoc.open_run import Combination, OpenRun

@@ -20,7 +20,8 @@ from typing_extensions import Unpack
 from composer_ema.averages import Moment, Power
 from composer_ema.checkpoints.reading import path_of
 from composer_ema.model.inventory import Inventory
-from composer_ema.model.sharding import canonical_name, is_shard, unwrap
+from composer_ema.model.sharding import is_shard
+from composer_ema.model.wrappers import canonical_name, unwrap
 from composer_ema.posthoc.snapshot_files import COPIED
 from composer_ema.posthoc.snapshot_folder import Folder, NoFolder, SharedFolder, SnapshotFolder, Tensors
 from composer_ema.posthoc.tensor_files import check_writable

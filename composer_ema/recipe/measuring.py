@@ -18,7 +18,7 @@ from torch import Tensor
 
 from composer_ema.batchnorm import statistics_of, update_bn
 from composer_ema.model.names import check_same
-from composer_ema.model.sharding import unwrap
+from composer_ema.model.wrappers import unwrap
 from composer_ema.recipe import schema
 from composer_ema.recipe.arguments import Place, RecipeError
 from composer_ema.recipe.build import Run, build

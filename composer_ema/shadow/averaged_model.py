@@ -11,7 +11,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim.swa_utils import AveragedModel
 
 from composer_ema.model.inventory import Inventory
-from composer_ema.model.sharding import any_nonzero, difference, unwrap
+from composer_ema.model.sharding import any_nonzero, difference
+from composer_ema.model.wrappers import unwrap
 from composer_ema.settings import Settings
 
 _FUNCTIONS = ('avg_fn', 'multi_avg_fn')

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import check_same, listed
-from composer_ema.model.sharding import canonical_name
+from composer_ema.model.wrappers import canonical_name
 
 _T = TypeVar('_T')
 

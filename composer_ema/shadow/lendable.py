@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from composer_ema.kernels.layout import Pair, resolved, unzip
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import check_same
-from composer_ema.model.sharding import laid_out_as, local, must_be_gathered, unwrap
+from composer_ema.model.sharding import laid_out_as, local, must_be_gathered
 from composer_ema.model.untraced import untraced
+from composer_ema.model.wrappers import unwrap
 from composer_ema.shadow import loan
 from composer_ema.shadow.follower import Follower
 from composer_ema.shadow.interrupts import Block

@@ -24,7 +24,8 @@ from composer_ema.kernels.layout import Pair, resolved
 from composer_ema.kernels.rules import is_inexact
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import listed
-from composer_ema.model.sharding import laid_out_as, local, must_be_gathered, unwrap, whole
+from composer_ema.model.sharding import laid_out_as, local, must_be_gathered, whole
+from composer_ema.model.wrappers import unwrap
 from composer_ema.shadow.interrupts import Refusal, insisting
 from composer_ema.shadow.storage import can_be_kept, views_of_parameters
 from composer_ema.wording import counted

@@ -15,8 +15,9 @@ from typing_extensions import Unpack
 from composer_ema.averages import check_share, weight_from_smoothing
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import listed
-from composer_ema.model.sharding import broadcast_, is_shard, laid_out_as, local, num_ranks, unwrap
+from composer_ema.model.sharding import broadcast_, is_shard, laid_out_as, local, num_ranks
 from composer_ema.model.untraced import aside, is_traced, untraced
+from composer_ema.model.wrappers import unwrap
 from composer_ema.settings import Settings, ShadowSettings, takes_settings
 from composer_ema.shadow import averaged_model, foreign, loan
 from composer_ema.shadow import state as states

@@ -10,8 +10,8 @@ from torch import nn
 from typing_extensions import Unpack
 
 from composer_ema.model.names import listed
-from composer_ema.model.sharding import unwrap
 from composer_ema.model.untraced import aside, is_traced, untraced
+from composer_ema.model.wrappers import unwrap
 from composer_ema.settings import Settings, ShadowSettings, takes_settings
 from composer_ema.shadow.follower import Follower
 from composer_ema.shadow.lendable import LendableAverage

@@ -21,7 +21,8 @@ from composer_ema.averages import UPDATES, BiasCorrected, Moment, Profile
 from composer_ema.kernels.rules import is_inexact
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import check_same
-from composer_ema.model.sharding import laid_out_as, unwrap
+from composer_ema.model.sharding import laid_out_as
+from composer_ema.model.wrappers import unwrap
 from composer_ema.profiles import StartShare, check_start_share, described, record_update
 from composer_ema.settings import Settings
 from composer_ema.shadow import loan

@@ -12,7 +12,7 @@ from torch import nn
 from typing_extensions import Unpack
 
 from composer_ema.averages import UPDATES, Exponential, Moment, WarmedUp
-from composer_ema.model.sharding import canonical_name
+from composer_ema.model.wrappers import canonical_name
 from composer_ema.profiles import Kind
 from composer_ema.settings import TrainerSettings, takes_settings
 from composer_ema.shadow.shadow_model import ShadowModel

@@ -11,7 +11,7 @@ from composer.core import DataSpec, Event, State, Time, get_precision_context
 
 from composer_ema.batchnorm import statistics_of, unfrozen_statistics_of, update_bn
 from composer_ema.model.names import listed
-from composer_ema.model.sharding import unwrap
+from composer_ema.model.wrappers import unwrap
 from composer_ema.shadow.shadow_model import ShadowModel
 from composer_ema.spans import ArgumentError, Span
 from composer_ema.trainer import calls

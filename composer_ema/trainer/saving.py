@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from composer_ema.checkpoints import formats
 from composer_ema.model.inventory import Inventory
-from composer_ema.model.sharding import canonical_name, unwrap, whole
+from composer_ema.model.sharding import whole
+from composer_ema.model.wrappers import canonical_name, unwrap
 from composer_ema.shadow import loan
 from composer_ema.shadow.state import gathered
 from composer_ema.trainer import shards

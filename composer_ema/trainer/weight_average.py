@@ -21,7 +21,7 @@ from composer_ema.averages import BiasCorrected, Exponential
 from composer_ema.checkpoints import formats, labels, sharded_format
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import listed
-from composer_ema.model.sharding import unwrap
+from composer_ema.model.wrappers import unwrap
 from composer_ema.settings import Settings, settings_of
 from composer_ema.shadow import loan
 from composer_ema.shadow.interrupts import Block

@@ -8,7 +8,8 @@ import torch
 from composer.core import Callback, Precision, State
 from composer.loggers import Logger
 
-from composer_ema.model.sharding import canonical_name, is_sharded, unwrap
+from composer_ema.model.sharding import is_sharded
+from composer_ema.model.wrappers import canonical_name, unwrap
 from composer_ema.spans import ArgumentError
 
 _VELOCITY = 'velocity'

@@ -1,0 +1,55 @@
+"""What is known here alone: how PyTorch wraps a model, and what that does to names."""
+
+from __future__ import annotations
+
+import re
+from typing import cast
+
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+# Wrappers that hold the whole model are undone by type: a user's own sub-module may be called `module` too
+# (ComposerClassifier's is), so the prefix alone cannot tell.
+_WHOLE_MODEL_WRAPPERS = (DistributedDataParallel, DataParallel, AveragedModel)
+# Wrappers inside the model leave a segment in every name that no user would choose.
+_INNER_SEGMENTS = re.compile(r'(?:^|(?<=\.))(?:_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.')
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module that the user built: DDP, DataParallel, AveragedModel and torch.compile taken off.
+
+    Raises:
+        TypeError: ``model`` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f'model must be a torch.nn.Module, got {type(model).__name__}. Pass the module itself, as in '
+            'ShadowModel(model), not its parameters: an average goes by their names, and covers buffers too.'
+        )
+    while True:
+        if isinstance(model, _WHOLE_MODEL_WRAPPERS):
+            model = model.module
+        elif '_orig_mod' in model._modules:  # no get(): that of a scripted module has none
+            model = cast(nn.Module, model._modules['_orig_mod'])
+        else:
+            return model
+
+
+def wrapper_prefix(model: nn.Module) -> str:
+    """What stands before the names of :func:`unwrap`'s module in the state dict of ``model``, canonically."""
+    prefix, module = '', unwrap(model)
+    while model is not module:
+        name = 'module' if isinstance(model, _WHOLE_MODEL_WRAPPERS) else '_orig_mod'
+        model, prefix = model.get_submodule(name), f'{prefix}{name}.'
+    return canonical_name(prefix)
+
+
+def canonical_name(name: str) -> str:
+    """A parameter's name as the user wrote it, with the segments of inner wrappers taken out.
+
+    Example:
+        >>> canonical_name('blocks.0._checkpoint_wrapped_module.fc._orig_mod.weight')
+        'blocks.0.fc.weight'
+    """
+    return _INNER_SEGMENTS.sub('', name)
