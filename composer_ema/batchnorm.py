@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from composer_ema.model.inventory import Inventory, is_normalisation
 from composer_ema.model.names import listed
 from composer_ema.model.rollback import Rollback, rewinding
-from composer_ema.model.sharding import is_shard, is_sharded, on_compute_device, refuse_unsupported, reshard
+from composer_ema.model.sharding import is_shard, is_sharded, on_compute_device, refuse_placeholders, reshard
 from composer_ema.model.untraced import untraced
 from composer_ema.model.wrappers import canonical_name, unwrap
 from composer_ema.shadow import loan
@@ -145,7 +145,7 @@ def update_bn(
         raise ValueError(f'num_batches must be a whole number above 0, got {num_batches!r}. Leave it out for all.')
     module = unwrap(model)
     reshard(module)
-    refuse_unsupported({**dict(module.named_parameters()), **dict(module.named_buffers())})
+    refuse_placeholders({**dict(module.named_parameters()), **dict(module.named_buffers())})
     layers = _layers(module)
     if scripted := _scripted(module):
         warnings.warn(

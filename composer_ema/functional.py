@@ -16,7 +16,7 @@ from composer_ema.kernels.layout import unzip
 from composer_ema.kernels.rules import is_inexact
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import check_same
-from composer_ema.model.sharding import is_shard, lie_alike, local, refuse_unsupported, share_of
+from composer_ema.model.sharding import is_shard, lie_alike, local, refuse_placeholders, share_of
 from composer_ema.model.untraced import aside, is_traced
 from composer_ema.model.watch import Watch
 from composer_ema.model.wrappers import canonical_name, unwrap, wrapper_prefix
@@ -93,7 +93,8 @@ def compute_ema(
         loan.refuse(unwrap(model))
         inventory = Inventory.of(unwrap(model))  # first: under FSDP2 it brings the shards back
         sources, shadows = _tensors(unwrap(model).state_dict(keep_vars=True)), _tensors(ema_model)
-        refuse_unsupported(shadows)
+        refuse_placeholders(shadows)
+        refuse_placeholders(inventory.tensors())
         shadows = _bare(shadows, model, sources)
         check_same('ema_model', sources, shadows, remedy=_REMEDY)
         _prepare(shadows, sources, inventory, _settings_of(buffers))(weight)
@@ -132,6 +133,8 @@ class _Pairing:
 
     def __init__(self, model: nn.Module, ema_model: nn.Module, settings: Settings) -> None:
         sources, shadows = Inventory.of(model), Inventory.of(ema_model)
+        refuse_placeholders(sources.tensors())
+        refuse_placeholders(shadows.tensors())
         check_same('ema_model', sources.tensors(), shadows.tensors(), remedy=_REMEDY)
         average = weakref.ref(ema_model)
         self._watches = (

@@ -20,7 +20,7 @@ from typing_extensions import Unpack
 from composer_ema import optimizer_entries
 from composer_ema.averages import CopiesFirst, Profile
 from composer_ema.labelled import CHANGES, by_label, chosen
-from composer_ema.model.sharding import refuse_unsupported
+from composer_ema.model.sharding import refuse_placeholders
 from composer_ema.model.untraced import aside, is_traced, untraced
 from composer_ema.model.wrappers import unwrap
 from composer_ema.optimizer_average import StepAverages, check_covered, tensor_of
@@ -162,7 +162,7 @@ class EMAOptimizer(OptimizerWrapper):
         parameters = param_group['params']
         # A list, since a generator can be read only once.
         parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-        refuse_unsupported({f'{len(self.param_groups)}.{i}': tensor_of(each) for i, each in enumerate(parameters)})
+        refuse_placeholders({f'{len(self.param_groups)}.{i}': tensor_of(each) for i, each in enumerate(parameters)})
         check_covered(self._module, [*self.param_groups, {'params': parameters}])
         super().add_param_group({**param_group, 'params': parameters})
 

@@ -18,7 +18,7 @@ from composer_ema.checkpoints.labels import continued
 from composer_ema.kernels.rules import is_inexact
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import listed
-from composer_ema.model.sharding import any_nonzero, difference, is_shard, local, refuse_unsupported, share_of
+from composer_ema.model.sharding import any_nonzero, difference, is_shard, local, refuse_placeholders, share_of
 from composer_ema.model.untraced import untraced
 from composer_ema.optimizer_entries import Entries, state_of
 from composer_ema.optimizer_state import (
@@ -503,7 +503,7 @@ def _refuse_shards_without_model(groups: Sequence[Mapping[str, Any]]) -> None:
         for index, group in enumerate(groups)
         for position, entry in enumerate(group['params'])
     }
-    refuse_unsupported(tensors)
+    refuse_placeholders(tensors)
     if shards := [place for place, tensor in tensors.items() if is_shard(tensor)]:
         raise ValueError(
             f"{len(shards)} of the optimizer's parameters are sharded by FSDP2 or tensor parallelism, by group and "

@@ -275,6 +275,14 @@ def refuse_unsupported(tensors: Mapping[str, Tensor]) -> None:
             )
         elif hasattr(tensor, 'ds_id'):
             _refuse_placeholder(name, tensor, 'is a parameter of DeepSpeed ZeRO')
+
+
+def refuse_placeholders(tensors: Mapping[str, Tensor]) -> None:
+    """Raises as :func:`refuse_unsupported`, and where all parameters are empty, as DeepSpeed leaves them.
+
+    For models whose weights have to be here: in the middle of a loan memory may be away for a while.
+    """
+    refuse_unsupported(tensors)
     parameters = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter)}
     if parameters and not any(is_lazy(tensor) or tensor.shape != (0,) for tensor in parameters.values()):
         name, tensor = next(iter(parameters.items()))

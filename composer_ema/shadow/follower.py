@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from composer_ema.kernels.layout import Pair
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import check_same, listed
-from composer_ema.model.sharding import is_shard, local, share_of
+from composer_ema.model.sharding import is_shard, local, refuse_placeholders, share_of
 from composer_ema.model.watch import Watch
 from composer_ema.shadow import loan
 from composer_ema.shadow.counter import DeviceCounter
@@ -160,6 +160,7 @@ class Follower:
 
     def _new_plan(self, module: nn.Module, joining: bool) -> Plan:
         inventory = Inventory.of(module)
+        refuse_placeholders(inventory.tensors())
         if joining:  # at its value, which must be one of training
             loan.refuse(module, loan.identities(inventory.tensors().values()))
         for storage in self._storages:

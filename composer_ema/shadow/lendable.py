@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from composer_ema.kernels.layout import Pair, resolved, unzip
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import check_same
-from composer_ema.model.sharding import laid_out_as, local, must_be_gathered
+from composer_ema.model.sharding import laid_out_as, local, must_be_gathered, refuse_placeholders
 from composer_ema.model.untraced import untraced
 from composer_ema.model.wrappers import unwrap
 from composer_ema.shadow import loan
@@ -148,6 +148,7 @@ class LendableAverage:
                 'Call swap_out(model) first.'
             )
         live, parameters = Inventory.of(module).tensors(), self._storage.parameters
+        refuse_placeholders(live)
         shadows = {
             name: shadow
             for name, shadow in self.lent_tensors().items()

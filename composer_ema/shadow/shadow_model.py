@@ -15,7 +15,7 @@ from typing_extensions import Unpack
 from composer_ema.averages import check_share, weight_from_smoothing
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import listed
-from composer_ema.model.sharding import broadcast_, is_shard, laid_out_as, local, num_ranks
+from composer_ema.model.sharding import broadcast_, is_shard, laid_out_as, local, num_ranks, refuse_placeholders
 from composer_ema.model.untraced import aside, is_traced, untraced
 from composer_ema.model.wrappers import unwrap
 from composer_ema.settings import Settings, ShadowSettings, takes_settings
@@ -482,8 +482,10 @@ class ShadowModel(LendableAverage):
         """
         if self.is_swapped:
             raise RuntimeError('the model holds the average. Call swap_out(model) before another average is loaded.')
+        inventory = Inventory.of(unwrap(model))
+        refuse_placeholders(inventory.tensors())
         found = foreign.read(state)
-        tensors = foreign.fit(found, Inventory.of(unwrap(model)))
+        tensors = foreign.fit(found, inventory)
         parameters, buffers = self._storage.parameters, self._storage.buffers
         self.load_state_dict(
             {
@@ -527,6 +529,7 @@ def storages_of(model: nn.Module, call: str, settings: Settings, *, overlap: boo
         raise TypeError(f'overlap must be True or False, got {overlap!r}.')
     loan.refuse(unwrap(model))  # the average would start from another one
     inventory = Inventory.of(unwrap(model))
+    refuse_placeholders(inventory.tensors())
     storages = [Storage(settings) for _ in range(count)]
     storages[0].selection.check([*inventory.parameters, *inventory.buffers])
     check_buffer_patterns(settings.buffer_patterns, inventory.buffers)

@@ -236,4 +236,4 @@ def refuse_unsupported(state: State) -> None:
             'average could be saved and loaded in. Shard it by FSDP2, which needs no other change: import FSDP2Config '
             "from composer.utils.parallelism and pass parallelism_config={'fsdp': FSDP2Config(...)}."
         )
-    sharding.refuse_unsupported(dict(state.model.named_parameters()))
+    sharding.refuse_placeholders(dict(state.model.named_parameters()))
