@@ -24,7 +24,8 @@ class Global:
     Attributes:
         module: where it is.
         name: likewise.
-        make: returns what a call of it with these arguments stands for, instead of a :class:`Record`.
+        make: returns what a call of it with these arguments stands for, instead of a :class:`Record`. It takes the
+            time and memory of a few numbers at the most, however large the arguments are.
     """
 
     module: str
@@ -142,7 +143,11 @@ class _Machine:
         target = self._stack[-1]
         if type(target) is not dict:
             raise TypeError
-        target.update(zip(items[::2], items[1::2], strict=True))
+        keys = items[::2]
+        # Others are hashed whole: a tuple that holds another one twice, and so on, takes as long as it likes.
+        if not all(type(key) is str or type(key) is Record for key in keys):
+            raise InertPickleError('a key of a dictionary in it is neither a string nor an object.')
+        target.update(zip(keys, items[1::2], strict=True))
 
     def _set_one(self) -> None:
         value, key = self._stack.pop(), self._stack.pop()

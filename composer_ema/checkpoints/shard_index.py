@@ -25,6 +25,8 @@ _MAX_METADATA_BYTES = 2**28
 _MAX_COUNT = 2**63
 # As many as torch has.
 _MAX_DIMENSIONS = 64
+# Dictionaries and lists, one in the other. torch's writer itself ends below 1,000.
+_MAX_DEPTH = 100
 
 
 class ShardError(ValueError):
@@ -129,16 +131,24 @@ def _known(module: str, name: str) -> Global | None:
     if (module, name) == ('torch', 'Size'):
         return Global(module, name, _size)
     if (module, name) == ('collections', 'OrderedDict'):
-        return Global(module, name, dict)
+        return Global(module, name, _empty)
     if module == 'torch' and isinstance(vars(torch).get(name), (torch.dtype, torch.layout, torch.memory_format)):
         return Global(module, name)
     return None
 
 
+def _empty() -> dict[Any, Any]:
+    return {}
+
+
 def _size(dimensions: Any = ()) -> tuple[int, ...]:
-    if not isinstance(dimensions, (tuple, list)) or not all(map(_is_count, dimensions)):
-        raise InertPickleError('a size in it is no tuple of whole numbers.')
-    return tuple(dimensions)
+    if not _is_short(dimensions) or not all(map(_is_count, dimensions)):
+        raise InertPickleError(f'a size in it is no tuple of at most {_MAX_DIMENSIONS} whole numbers.')
+    return dimensions
+
+
+def _is_short(value: Any) -> TypeGuard[tuple[Any, ...]]:
+    return type(value) is tuple and len(value) <= _MAX_DIMENSIONS
 
 
 def _is_count(value: Any) -> TypeGuard[int]:
@@ -167,14 +177,16 @@ def _places(storage: Any) -> dict[tuple[str, tuple[int, ...] | None], Place]:
     for key, info in storage.items():
         index, stored = _fields(key, 'MetadataIndex'), _fields(info, '_StorageInfo')
         name, offset = index.get('fqn'), index.get('offset')
-        if not isinstance(name, str) or not isinstance(offset, (tuple, type(None))):
-            _refuse('holds the place of an item without a name')
+        if not isinstance(name, str) or not (offset is None or _is_shape(offset)):
+            _refuse('holds the place of an item without a name or an offset')
         if (name, offset) in places:
             _refuse(f'says two places of {name}')
         if transforms := stored.get('transform_descriptors'):
+            is_named = isinstance(transforms, list) and all(isinstance(each, str) for each in transforms)
+            by = listed(transforms) if is_named else 'by what is not named'
             raise ShardError(
-                f'{name} was transformed when it was written ({transforms!r}, such as a compression), which is not '
-                'read. Save without extensions.'
+                f'{name} was transformed when it was written ({by}), such as by a compression, which is not read. Save '
+                'without extensions.'
             )
         file, at, length = (stored.get(key) for key in ('relative_path', 'offset', 'length'))
         if not isinstance(file, str) or not _is_count(at) or not _is_count(length):
@@ -245,8 +257,7 @@ def _item(name: Any, record: Any, places: Mapping[tuple[str, tuple[int, ...] | N
 
 
 def _is_shape(value: Any) -> TypeGuard[tuple[int, ...]]:
-    is_short = isinstance(value, tuple) and len(value) <= _MAX_DIMENSIONS
-    return is_short and all(map(_is_count, value)) and math.prod(value) < _MAX_COUNT
+    return _is_short(value) and all(map(_is_count, value)) and math.prod(value) < _MAX_COUNT
 
 
 def _dtype(name: str, properties: Any) -> torch.dtype:
@@ -306,5 +317,7 @@ def _paths(items: Mapping[str, Item], planned: Any) -> dict[str, tuple[str | int
         path = planned.get(name)
         if not isinstance(path, tuple) or not path or not all(isinstance(key, str) or _is_count(key) for key in path):
             _refuse(f'does not say the keys of {name}')
+        if len(path) > _MAX_DEPTH:
+            raise ShardError(f'{name} lies in {len(path):,} dictionaries and lists, and {_MAX_DEPTH} are read at most.')
         paths[name] = path
     return paths

@@ -293,7 +293,7 @@ def _refuse_placeholder(name: str, tensor: Tensor, what: str) -> None:
     raise NotImplementedError(
         f'{name} {what}: this process sees a placeholder of shape {tuple(tensor.shape)}, not the weights, which an '
         'average would never reach. Shard the model with FSDP2: torch.distributed.fsdp.fully_shard(module), or in '
-        "Composer parallelism_config={'fsdp2': {...}}."
+        "Composer parallelism_config={'fsdp': FSDP2Config(...)}, or fsdp2: {...} in a recipe."
     )
 
 
