@@ -41,7 +41,8 @@ def settings_of(averaged: AveragedModel, options: Mapping[str, Any]) -> dict[str
 
 def copy_of(model: nn.Module, settings: Settings, arguments: Mapping[str, Any], *, use_buffers: bool) -> AveragedModel:
     """An AveragedModel over a copy of ``model`` that averages as ``settings`` say; ``arguments`` of its own win."""
-    if any(isinstance(module, FSDPModule) for module in model.modules()):
+    bare = unwrap(model)
+    if any(isinstance(module, FSDPModule) for module in bare.modules()):
         raise NotImplementedError(
             'AveragedModel(model) copies a model, and torch cannot copy one that is sharded by FSDP2. Pass a model of '
             'the same architecture that is not, or save averaged_state_dict(model).'
@@ -49,7 +50,7 @@ def copy_of(model: nn.Module, settings: Settings, arguments: Mapping[str, Any], 
     kept: dict[str, Any] = {'use_buffers': use_buffers}
     if not arguments.keys() & set(_FUNCTIONS):
         kept |= {name: getattr(settings, name) for name in _FUNCTIONS}
-    return AveragedModel(unwrap(model), **{**kept, **arguments})
+    return AveragedModel(bare, **{**kept, **arguments})
 
 
 def warn_of_lost_digits(averaged: AveragedModel, average: Mapping[str, Tensor]) -> None:
