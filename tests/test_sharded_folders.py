@@ -10,6 +10,7 @@ import os
 import pickle
 import shutil
 import struct
+import time
 import weakref
 import zipfile
 from pathlib import Path
@@ -112,6 +113,13 @@ def test_uneven_and_empty_shards_are_read(ranks, tmp_path):
     assert len(list((tmp_path / 'a').glob('*.distcp'))) > 2
     torch.save(state, tmp_path / 'a.pt')
     assert same_bits(load_average(tmp_path / 'a'), load_average(tmp_path / 'a.pt'))
+
+
+def test_values_are_read_whatever_torch_builds_on_by_default(tmp_path):
+    save_sharded(state_of_script(), tmp_path / 'a')
+    expected = load_average(tmp_path / 'a')
+    with torch.device('meta'):
+        assert same_bits(load_average(tmp_path / 'a'), expected)
 
 
 def of_shadow_models() -> dict[str, Any]:
@@ -666,6 +674,16 @@ def test_tuples_without_end_in_an_index_are_neither_compared_nor_shown(name, mes
     (folder / '.metadata').write_bytes(pickled.replace(b'X\x07\x00\x00\x00endless', endless))
     with pytest.raises(CheckpointError, match=message):
         load_average(folder)
+
+
+def test_thousands_of_chunks_that_begin_before_the_others_end_are_compared_in_seconds():
+    count, place = 10_000, shard_index.Place('__0_0.distcp', 0, 0)
+    steps = [shard_index.Chunk((each, each), (count - each, 1), place) for each in range(count)]
+    began = time.process_time()
+    assert shard_index._overlapping(steps) is None
+    last = shard_index.Chunk((count - 1, 7), (1, 1), place)
+    assert shard_index._overlapping([*steps, last]) == (steps[7], last)
+    assert time.process_time() - began < 30  # one by one, it takes minutes
 
 
 @given(st.binary(max_size=60))

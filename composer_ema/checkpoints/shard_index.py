@@ -287,22 +287,28 @@ def _check_cover(name: str, shape: Sequence[int], chunks: Sequence[Chunk]) -> No
 
 
 def _overlapping(chunks: Sequence[Chunk]) -> tuple[Chunk, Chunk] | None:
-    """Two chunks that share an element. Sweeps along the dimension that most of them are cut along."""
+    """Two chunks that share an element. Sweeps along the dimension that most of them are cut along.
+
+    A chunk is compared with all that begin before it ends, at once: a file may have thousands of them.
+    """
     if len(chunks) < 2:
         return None
     if not chunks[0].sizes:  # of a single number
         return chunks[0], chunks[1]
-    along = max(range(len(chunks[0].sizes)), key=lambda d: len({chunk.offsets[d] for chunk in chunks}))
-    open_chunks: list[Chunk] = []
-    for chunk in sorted(chunks, key=lambda chunk: chunk.offsets[along]):
-        open_chunks = [each for each in open_chunks if each.offsets[along] + each.sizes[along] > chunk.offsets[along]]
-        for other in open_chunks:
-            if all(
-                a < b + m and b < a + n
-                for a, n, b, m in zip(chunk.offsets, chunk.sizes, other.offsets, other.sizes, strict=True)
-            ):
-                return other, chunk
-        open_chunks.append(chunk)
+    starts = torch.tensor([chunk.offsets for chunk in chunks], device='cpu')
+    ends = starts + torch.tensor([chunk.sizes for chunk in chunks], device='cpu')
+    along = max(range(starts.shape[1]), key=lambda dimension: len(starts[:, dimension].unique()))
+    order = starts[:, along].argsort(stable=True)
+    starts, ends = starts[order], ends[order]
+    past = torch.searchsorted(starts[:, along].contiguous(), ends[:, along].contiguous())
+    for place, until in enumerate(past.tolist()):
+        if until == place + 1:
+            continue
+        others = slice(place + 1, until)
+        is_shared = ((starts[others] < ends[place]) & (starts[place] < ends[others])).all(dim=1)
+        if is_shared.any():
+            other = place + 1 + int(is_shared.int().argmax())
+            return chunks[int(order[place])], chunks[int(order[other])]
     return None
 
 

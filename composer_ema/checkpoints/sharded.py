@@ -147,7 +147,7 @@ class _Reader:
         """The whole of a tensor; beside it there is one chunk at a time."""
         if len(item.chunks) == 1:
             return self._chunk(item, item.chunks[0])
-        whole = torch.empty(item.shape, dtype=item.dtype)
+        whole = torch.empty(item.shape, dtype=item.dtype, device='cpu')
         for chunk in item.chunks:
             part = whole
             for dimension, (offset, size) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
