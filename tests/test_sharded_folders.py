@@ -486,6 +486,17 @@ def claims_more_than_it_has(folder: Path, _: Path) -> None:
     put(folder, NAME, buffer.getvalue())
 
 
+def compressed(folder: Path, _: Path) -> None:
+    """A chunk whose storage has a thousand times as many bytes as its file."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(blob(torch.zeros(1_000_000)[:6].view(2, 3)))) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(buffer, 'w', zipfile.ZIP_DEFLATED) as archive:
+        for part, content in parts.items():
+            archive.writestr(part, content)
+    put(folder, NAME, buffer.getvalue())
+
+
 def huge(metadata: Any) -> None:
     entry = metadata.state_dict_metadata[NAME]
     entry.size = torch.Size([2**40, 3])
@@ -566,6 +577,7 @@ DAMAGES = {
     'a chunk of another dtype': (
         lambda folder, _: put(folder, NAME, blob(torch.ones(2, 3).double())), 'something else where the chunk of'),
     'no blob of torch': (lambda folder, _: put(folder, NAME, b'x' * 3000), 'was not written by torch.save'),
+    'a chunk that swells in memory': (compressed, rf'{NAME} in .*__9_0\.distcp cannot be read: it is compressed'),
     'a storage larger than its file': (
         claims_more_than_it_has, 'something else where the chunk|does not match expected size'),
     'a compression': (change(transform_descriptors=['zstd']), r'transformed when it was written \(zstd\)'),

@@ -180,13 +180,13 @@ class _Reader:
                 window = cast(BinaryIO, io.BufferedReader(_Window(file, place), 2**16))
                 if not zipfile.is_zipfile(window):
                     raise CheckpointError(f'{what}: it is damaged, or was not written by torch.save.')
+                sizes = _storages(window, what)
                 if damaged := damaged_part(window):
                     raise CheckpointError(
                         f'{what}: it is damaged, the checksum of {damaged} is wrong. Load an earlier checkpoint.'
                     )
                 if isinstance(item, ShardedValue):
                     _refuse_shards(window, what)
-                sizes = _storages(window)
                 window.seek(0)
                 try:
                     return load_safely(window), sizes
@@ -200,9 +200,13 @@ class _Reader:
             raise CheckpointError(f'{what}: it is truncated or damaged. Load an earlier checkpoint.') from error
 
 
-def _storages(window: BinaryIO) -> list[int]:
+def _storages(window: BinaryIO, what: str) -> list[int]:
+    """The sizes of the storages in a blob, none of which takes more memory than disk."""
     with zipfile.ZipFile(window) as archive:
-        return [info.file_size for info in archive.infolist() if info.filename.split('/')[1:-1] == ['data']]
+        inside = archive.infolist()
+    if any(info.compress_type != zipfile.ZIP_STORED for info in inside):
+        raise CheckpointError(f'{what}: it is compressed, as torch.save writes nothing. Save without extensions.')
+    return [info.file_size for info in inside if info.filename.split('/')[1:-1] == ['data']]
 
 
 def _refuse_shards(window: BinaryIO, what: str) -> None:
