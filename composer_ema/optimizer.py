@@ -22,7 +22,7 @@ from composer_ema.averages import CopiesFirst, Profile
 from composer_ema.labelled import CHANGES, by_label, chosen
 from composer_ema.model.sharding import refuse_placeholders
 from composer_ema.model.untraced import aside, is_traced, untraced
-from composer_ema.model.wrappers import unwrap
+from composer_ema.model.wrappers import refuse_other_ranks, unwrap
 from composer_ema.optimizer_average import StepAverages, check_covered, tensor_of
 from composer_ema.optimizer_state import SINGLE
 from composer_ema.profiles import Kind, check_kind, plain_number, refuse_without_effect
@@ -138,6 +138,9 @@ class EMAOptimizer(OptimizerWrapper):
         kept = Settings.of({'device': device, **settings})
         if model is None and kept.buffers != 'statistics':
             raise ValueError(f'buffers={kept.buffers!r} has no effect: without a model there are none. Pass model=.')
+        if model is not None and kept.shard_over_ranks:
+            unwrap(model)  # refuses what is no module
+            refuse_other_ranks(model)
         profile_arguments = {
             'half_life': half_life, 'decay': decay, 'power': power, 'gamma': gamma, 'average': average,
             'warmup': warmup, 'bias_correction': bias_correction,
@@ -323,6 +326,9 @@ class EMAOptimizer(OptimizerWrapper):
         model. Load the model first: its part of such a checkpoint holds the average. After an error neither the
         optimizer nor the average has changed.
 
+        Where the parameters are sharded, whole tensors of a state, as of
+        :func:`composer_ema.gather_state_dict`, are cut alike; every rank must have them.
+
         The state of an optimizer without ``model`` has no buffers. With ``model``, their average then starts at the
         model's values, with a warning.
 
@@ -407,7 +413,7 @@ class EMAOptimizer(OptimizerWrapper):
         if ema is None and found:
             ema = self._averages.from_entries(found)
         checked = None if ema is None else self._averages.checked(ema)
-        super()._load(state)
+        super()._load(optimizer_entries.laid_out(state, self.param_groups))
         if checked is not None:
             self._averages.assign(checked, stacklevel=6, has_names=bool(found))
             return

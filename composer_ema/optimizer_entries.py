@@ -22,6 +22,7 @@ from typing import Any
 from torch import Tensor
 
 from composer_ema.checkpoints.entries import ALL, ONE, is_entry, key_of, read
+from composer_ema.model.sharding import is_shard, part_of, wrapped
 from composer_ema.optimizer_state import (
     AVERAGE,
     AVERAGES,
@@ -159,6 +160,29 @@ def split(
         if rest or not entries:  # an optimizer would take an empty state for one that it has begun
             kept[key] = rest
     return ({**state, 'state': kept} if found else dict(state)), found
+
+
+def laid_out(state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The state of an optimizer, whose whole tensors are cut as the parameters of their shape are sharded.
+
+    Args:
+        state: with ``state`` and ``param_groups``. Not changed.
+        groups: of the optimizer, with its parameters.
+    """
+    kept = dict(state.get('state', {}))
+    for key, parameter in _keys(state, groups).items():
+        if key in kept and is_shard(parameter):
+            kept[key] = {
+                name: _cut(value, parameter)
+                if isinstance(value, Tensor) and not is_shard(value) and value.shape == parameter.shape
+                else value
+                for name, value in kept[key].items()
+            }
+    return {**state, 'state': kept}
+
+
+def _cut(value: Tensor, like: Tensor) -> Tensor:
+    return wrapped(part_of(value, like).clone(), like)  # not a view, which would keep the whole in memory
 
 
 def state_of(

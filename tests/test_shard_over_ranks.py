@@ -17,6 +17,7 @@ from test_loan import UNRAISABLE, interrupt_at_random_moments
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from composer_ema import EMAOptimizer, ShadowModel, ShadowModels
@@ -192,6 +193,19 @@ class TestPieces:
             large = dict(shadow.named_parameters())['large']
             assert torch.equal(local(large), net.large[17:34])
             assert memory(shadow) <= 0.4 * memory(ShadowModel(net))
+
+
+@pytest.mark.parametrize('where', ['shadow', 'shadows', 'optimizer'])
+def test_a_model_of_other_ranks_is_refused(where):
+    with as_rank(0, 4):
+        net = DistributedDataParallel(Net(), process_group=dist.new_group([0, 1]))
+        build = {
+            'shadow': lambda: ShadowModel(net, shard_over_ranks=True),
+            'shadows': lambda: ShadowModels(net, ['a'], shard_over_ranks=True),
+            'optimizer': lambda: EMAOptimizer(torch.optim.SGD(net.parameters()), model=net, shard_over_ranks=True),
+        }
+        with pytest.raises(ValueError, match=r'all 4 ranks .* joins 2 of them, .* Leave shard_over_ranks out'):
+            build[where]()
 
 
 class TestStates:

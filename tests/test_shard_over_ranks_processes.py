@@ -109,6 +109,35 @@ def test_a_split_average_is_the_whole_one_to_the_bit_wherever_it_is_read(count, 
         assert all(facts.values()), facts
 
 
+def gather_what_is_odd() -> dict[str, bool]:
+    """Whether a model of complex and of empty parameters shows the average, and has its weights back."""
+    model = nn.Module()
+    model.complex = nn.Parameter(torch.randn(3, 7, dtype=torch.complex64))
+    model.turned = nn.Parameter(torch.randn(7, 3, dtype=torch.complex64).t())
+    model.empty = nn.Parameter(torch.randn(3, 0))
+    split, average = ShadowModel(model, shard_over_ranks=True), ShadowModel(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3j if parameter.is_complex() else 3)
+    for shadow in (split, average):
+        shadow.update(model, 0.25)
+    before, expected = bits_of(dict(model.named_parameters())), bits_of(dict(average.named_parameters()))
+    with split.swapped(model):
+        shown = bits_of(dict(model.named_parameters()))
+    saved = gather_state_dict(split.state_dict()).get('parameters')
+    return {
+        'shown': shown == expected,
+        'returned': bits_of(dict(model.named_parameters())) == before,
+        'saved': saved is None or bits_of(saved) == expected,
+    }
+
+
+@pytest.mark.parametrize('count', COUNTS)
+def test_complex_and_empty_parameters_are_gathered(count):
+    for facts in ranks(count)(gather_what_is_odd):
+        assert all(facts.values()), facts
+
+
 def update_alone() -> list[bool]:
     """Rank 0 updates three averages three times before the others do anything."""
     model = network()

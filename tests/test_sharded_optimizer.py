@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from composer_ema import EMAOptimizer, ShadowModel, compute_ema, update_bn
+from composer_ema import EMAOptimizer, ShadowModel, compute_ema, gather_state_dict, update_bn
 
 pytestmark = pytest.mark.slow
 
@@ -67,7 +67,9 @@ def interrupt(name: str, count: int, followed: str, how: str, path: str) -> dict
     run.evaluate()  # leaves the root whole
     options = options_of(how)
     state = {
-        'optimizer': get_optimizer_state_dict(run.model, optimizer, options=options),
+        'optimizer': gather_state_dict(optimizer.state_dict())
+        if how == 'gathered'
+        else get_optimizer_state_dict(run.model, optimizer, options=options),
         'model': get_model_state_dict(run.model, options=model_options(how)),
     }
     saved = content(run, optimizer)
@@ -91,9 +93,9 @@ def resume(name: str, count: int, followed: str, how: str, path: str) -> dict[st
         for parameter in run.model.parameters():
             parameter.add_(1.0)
     options = options_of(how)
-    if how in ('full', 'rank 0'):
+    if how in ('full', 'rank 0', 'gathered'):
         state = {'model': {}, 'optimizer': {}}
-        if how == 'full' or dist.get_rank() == 0:
+        if how != 'rank 0' or dist.get_rank() == 0:
             state = torch.load(path, weights_only=True)
     else:
         state = {
@@ -104,7 +106,10 @@ def resume(name: str, count: int, followed: str, how: str, path: str) -> dict[st
     run.evaluate()
     run.reshard()
     set_model_state_dict(run.model, state['model'], options=model_options(how))
-    set_optimizer_state_dict(run.model, optimizer, state['optimizer'], options=options)
+    if how == 'gathered':
+        optimizer.load_state_dict(state['optimizer'])
+    else:
+        set_optimizer_state_dict(run.model, optimizer, state['optimizer'], options=options)
     loaded = content(run, optimizer)
     train(run, range(INTERRUPTED, BATCHES))
     return {'saved': loaded, 'end': content(run, optimizer)}
@@ -120,7 +125,7 @@ def options_of(how: str) -> StateDictOptions:
 
 
 def model_options(how: str) -> StateDictOptions:
-    return StateDictOptions(full_state_dict=how in ('full', 'rank 0'), broadcast_from_rank0=how == 'rank 0')
+    return StateDictOptions(full_state_dict=how in ('full', 'rank 0', 'gathered'), broadcast_from_rank0=how == 'rank 0')
 
 
 JOURNEYS = [
@@ -128,6 +133,7 @@ JOURNEYS = [
     *(('empty', 4, 'empty', count, 'several', how) for count in (2, 4) for how in ('flat', 'asynchronous', 'rank 0')),
     ('BatchNorm', 2, 'BatchNorm', 1, 'one', 'flat'),
     ('hybrid', 4, 'hybrid', 4, 'one', 'sharded'),
+    ('uneven', 2, 'uneven', 4, 'several', 'gathered'),
     ('columns and rows', 2, 'columns and rows', 2, 'several', 'flat'),
     ('columns and rows in FSDP2', 4, 'even', 2, 'one', 'full'),
 ]

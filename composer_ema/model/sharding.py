@@ -171,6 +171,15 @@ def whole(tensor: Tensor) -> Tensor:
     """The whole of a shared tensor, gathered in every process in a collective call; of a whole one, that itself."""
     if not isinstance(tensor, DTensor):
         return tensor
+    if not tensor.numel():  # torch trips over uneven parts of nothing, on some ranks only
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    if tensor.is_complex():  # no backend sends complex numbers
+        pairs = torch.view_as_real(local(tensor).detach().resolve_conj())
+        strides = (*(2 * stride for stride in tensor.stride()), 1)
+        meta = TensorMeta(torch.Size((*tensor.shape, 2)), strides, pairs.dtype)
+        spec = DTensorSpec(tensor.device_mesh, tensor.placements, meta)
+        real = DTensor(pairs, spec, requires_grad=False)  # pyright: ignore[reportCallIssue]: as __new__ takes it
+        return torch.view_as_complex(whole(real).contiguous())
     mesh_device = tensor.device_mesh.device_type
     if tensor.device.type != mesh_device:  # as parameters that are offloaded to the host
         on_mesh = wrapped(local(tensor).to(mesh_device), tensor)

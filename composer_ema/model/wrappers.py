@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 from typing import cast
 
+import torch.distributed
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
+
+from composer_ema.model.sharding import num_ranks
 
 # Wrappers that hold the whole model are undone by type: a user's own sub-module may be called `module` too
 # (ComposerClassifier's is), so the prefix alone cannot tell.
@@ -53,3 +56,22 @@ def canonical_name(name: str) -> str:
         'blocks.0.fc.weight'
     """
     return _INNER_SEGMENTS.sub('', name)
+
+
+def refuse_other_ranks(model: nn.Module) -> None:
+    """Raises a ValueError if DDP joins fewer ranks than those over which ``shard_over_ranks`` splits an average.
+
+    The others may have other weights, and a gathered average would be made of pieces of both.
+
+    Args:
+        model: wrapped or not.
+    """
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel):
+            joined = torch.distributed.get_world_size(module.process_group)
+            if joined != num_ranks():
+                raise ValueError(
+                    f'shard_over_ranks=True splits the average over all {num_ranks()} ranks of the default process '
+                    f'group, but DistributedDataParallel joins {joined} of them, and the others may have other '
+                    'weights. Leave shard_over_ranks out, or wrap the model without process_group=.'
+                )

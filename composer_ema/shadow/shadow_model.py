@@ -17,7 +17,7 @@ from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import listed
 from composer_ema.model.sharding import broadcast_, is_shard, laid_out_as, local, num_ranks, refuse_placeholders
 from composer_ema.model.untraced import aside, is_traced, untraced
-from composer_ema.model.wrappers import unwrap
+from composer_ema.model.wrappers import refuse_other_ranks, unwrap
 from composer_ema.settings import Settings, ShadowSettings, takes_settings
 from composer_ema.shadow import averaged_model, foreign, loan
 from composer_ema.shadow import state as states
@@ -527,6 +527,8 @@ def storages_of(model: nn.Module, call: str, settings: Settings, *, overlap: boo
         )
     if not isinstance(overlap, bool):
         raise TypeError(f'overlap must be True or False, got {overlap!r}.')
+    if settings.shard_over_ranks:
+        refuse_other_ranks(model)
     loan.refuse(unwrap(model))  # the average would start from another one
     inventory = Inventory.of(unwrap(model))
     refuse_placeholders(inventory.tensors())

@@ -58,7 +58,7 @@ def gather_state_dict(state: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         state: dictionaries, lists and tuples of tensors and plain values. Every rank must have the same names in the
-            same order.
+            same order. Rank 0 of the default process group must be among those that share the tensors.
 
     Returns:
         On rank 0 the state, in which tensors that were whole are the same ones; on other ranks an empty dictionary.
