@@ -201,11 +201,11 @@ class _Reader:
 
 
 def _storages(window: BinaryIO, what: str) -> list[int]:
-    """The sizes of the storages in a blob, none of which takes more memory than disk."""
+    """The sizes of the storages in a blob. None takes more memory than it takes on the disk."""
     with zipfile.ZipFile(window) as archive:
         inside = archive.infolist()
     if any(info.compress_type != zipfile.ZIP_STORED for info in inside):
-        raise CheckpointError(f'{what}: it is compressed, as torch.save writes nothing. Save without extensions.')
+        raise CheckpointError(f'{what}: it is compressed, which torch.save never does. Save without extensions.')
     return [info.file_size for info in inside if info.filename.split('/')[1:-1] == ['data']]
 
 
