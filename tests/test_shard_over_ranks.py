@@ -251,6 +251,13 @@ class TestStates:
     def test_a_rank_other_than_0_gathers_for_nothing(self):
         assert gather_state_dict(ShadowModel(Net(), shard_over_ranks=True).state_dict()) == {}
 
+    @pytest.mark.parametrize('count', [1, 2])
+    def test_pieces_of_ranks_that_are_gone_are_not_gathered(self, count):
+        with as_rank(0, 3):
+            shadow = ShadowModel(Net(), shard_over_ranks=True)
+        with as_rank(0, count), pytest.raises(RuntimeError, match=rf'over 3 ranks, and the process group has {count}'):
+            gather_state_dict(shadow.state_dict())
+
     def test_a_gathered_state_is_whole_and_plain(self):
         with as_rank(0, 3):
             state = gather_state_dict(ShadowModel(Net(), shard_over_ranks=True, compensated=True).state_dict())

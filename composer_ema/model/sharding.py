@@ -168,9 +168,19 @@ def must_be_gathered(value: Tensor, like: Tensor) -> bool:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole of a shared tensor, gathered in every process in a collective call; of a whole one, that itself."""
+    """The whole of a shared tensor, gathered in every process in a collective call; of a whole one, that itself.
+
+    Raises:
+        RuntimeError: it was split over ranks of which some are gone.
+    """
     if not isinstance(tensor, DTensor):
         return tensor
+    if isinstance(tensor, Piece) and tensor.device_mesh.size() != num_ranks():  # torch would gather what there is
+        raise RuntimeError(
+            f"this is one rank's piece of an average that was split over {tensor.device_mesh.size()} ranks, and the "
+            f'process group has {num_ranks()} now. Start as many again, or load a state that gather_state_dict made '
+            'whole into a new average.'
+        )
     if not tensor.numel():  # torch trips over uneven parts of nothing, on some ranks only
         return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
     if tensor.is_complex():  # no backend sends complex numbers
