@@ -18,13 +18,15 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.optim.swa_utils import AveragedModel
 
-from composer_ema import EMAOptimizer, ShadowModel, compute_ema, update_bn
+from composer_ema import CheckpointError, EMAOptimizer, ShadowModel, compute_ema, load_average, update_bn
+from composer_ema.checkpoints.inspection import describe
 from composer_ema.model.sharding import local, whole
 
 pytestmark = [
@@ -248,6 +250,33 @@ class TestShadow:
         other = ShadowModel(model)
         other.load_state_dict(torch.load(file, weights_only=True))
         assert same_bits(average_of(other), average_of(shadow))
+
+    @pytest.mark.parametrize('coordinate', [0, 1])
+    def test_one_of_two_processes_parts_in_a_file_are_no_average(self, coordinate, tmp_path):
+        mesh = DeviceMesh('cpu', [0, 1], _init_backend=False)
+        mesh._coordinate_on_dim = [coordinate]
+        model = nn.Linear(3, 4)
+        state, shadow = ShadowModel(model).state_dict(), ShadowModel(model)
+        meta = TensorMeta(torch.Size((4, 3)), (3, 1), torch.float32)
+        spec = DTensorSpec(mesh, (Shard(0),), meta)
+        state['parameters']['weight'] = DTensor(torch.zeros(2, 3), spec, requires_grad=False)
+        torch.save({'ema': state}, tmp_path / 'part.pt')
+        before = average_of(shadow)
+        with pytest.raises(ValueError, match=r"weight in the state is another process's part.*gather_state_dict"):
+            shadow.load_state_dict(torch.load(tmp_path / 'part.pt', weights_only=True)['ema'])
+        assert same_bits(average_of(shadow), before)
+        for read in (load_average, describe):
+            with pytest.raises(
+                CheckpointError, match=r"part\.pt holds one process's part of weight, \(2, 3\) of \(4, 3\)"
+            ):
+                read(tmp_path / 'part.pt')
+
+    def test_the_parts_of_a_single_process_in_a_file_are_the_whole_average(self, way, tmp_path):
+        _, shadow, _ = self.pair(way)
+        torch.save({'ema': shadow.state_dict()}, tmp_path / 'whole.pt')
+        read = load_average(tmp_path / 'whole.pt')
+        assert not any(isinstance(tensor, DTensor) for tensor in read.values())
+        assert same_bits({name: read[name] for name in average_of(shadow)}, average_of(shadow))
 
     def test_it_is_cast_and_counted_and_its_buffers_are_broadcast(self, way):
         model, shadow, reference = self.pair(way)

@@ -11,6 +11,7 @@ import pickle
 import shutil
 import struct
 import time
+import warnings
 import weakref
 import zipfile
 from pathlib import Path
@@ -732,7 +733,6 @@ def test_the_file_of_one_rank_is_not_taken_for_the_whole(sound, tmp_path):
             read(path)
 
 
-@pytest.mark.filterwarnings('ignore:DTensor random operators:UserWarning')
 def test_shards_that_one_process_pickled_are_refused(tmp_path):
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
@@ -741,7 +741,9 @@ def test_shards_that_one_process_pickled_are_refused(tmp_path):
     dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
     try:
         mesh = init_device_mesh('cpu', (1,))
-        shard = distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)])
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # torch 2.6 knows no random numbers of a CPU mesh
+            shard = distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)])
         builtin = {'ema_model': {'named_parameters_dict': {'w': shard}, 'named_buffers_dict': {}},
                    'ema_weights_active': False, 'ema_started': True}  # fmt: skip
         state = {'model': {'w': torch.ones(4, 2)}, 'algorithms': [('EMA', builtin)]}

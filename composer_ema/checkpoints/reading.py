@@ -22,6 +22,7 @@ from composer_ema.checkpoints import formats, others, search, sharded, sharded_f
 from composer_ema.checkpoints.lazy_tensor import in_memory
 from composer_ema.checkpoints.safely import CheckpointError, check_sums, load_safely, reason
 from composer_ema.model.names import check_same, listed
+from composer_ema.model.sharding import is_shard, local
 from composer_ema.model.wrappers import canonical_name, unwrap
 from composer_ema.shadow.foreign import is_extra_state, under_names_of
 
@@ -217,12 +218,35 @@ def read_file(path: Path, *, is_checked: bool = False, mmap: bool = False) -> An
             return _load_safetensors(path)
         if not is_checked:
             check_sums(path)
-        return load_safely(path, mmap=mmap and zipfile.is_zipfile(path))
+        held = load_safely(path, mmap=mmap and zipfile.is_zipfile(path))
     except CheckpointError:
         raise
     # A damaged file fails in as many ways as there are bytes in it; all of them mean the same to the user.
     except Exception as error:
         raise CheckpointError(f'{path} cannot be read: {reason(path, error)}') from error
+    _take_whole(held, path)
+    return held
+
+
+def _take_whole(held: Any, path: Path) -> None:
+    """Replaces each DTensor in ``held`` by the plain tensor it is, or raises if the file holds only a part of it."""
+    waiting, seen = [held], set()
+    while waiting:
+        container = waiting.pop()
+        if not isinstance(container, dict | list) or id(container) in seen:  # a file may hold what holds itself
+            continue
+        seen.add(id(container))
+        for key, value in list(container.items() if isinstance(container, dict) else enumerate(container)):
+            if not is_shard(value):
+                waiting.append(value)
+            elif (part := local(value)).shape == value.shape:
+                container[key] = part
+            else:
+                raise CheckpointError(
+                    f"{path} holds one process's part of {key}, {tuple(part.shape)} of {tuple(value.shape)}, so the "
+                    'other parts are not in it. Save a sharded model with torch.distributed.checkpoint.save on every '
+                    'rank, or call gather_state_dict(state) on every rank and save what rank 0 gets.'
+                )
 
 
 def is_of_composer(checkpoint: Any) -> bool:

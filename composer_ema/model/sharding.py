@@ -162,6 +162,16 @@ def laid_out_as(value: Tensor, like: Tensor) -> Tensor:
     return wrapped(part_of(value, like), like)
 
 
+def is_of_another_process(value: Tensor) -> bool:
+    """Whether this is a part that another process saved by ``torch.save``, which no process can gather from."""
+    if not isinstance(value, DTensor) or local(value).shape == value.shape:
+        return False
+    mesh = value.device_mesh  # unpickled, it has the coordinate of the process that saved it
+    coordinate = mesh.get_coordinate()
+    saved_by = rank() if coordinate is None else int(mesh.mesh[tuple(coordinate)])
+    return saved_by != rank() or mesh.size() > num_ranks()
+
+
 def must_be_gathered(value: Tensor, like: Tensor) -> bool:
     """Whether :func:`laid_out_as` communicates."""
     return isinstance(value, DTensor) and not lie_alike(value, like)

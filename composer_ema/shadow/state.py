@@ -11,7 +11,7 @@ from torch import Tensor
 
 from composer_ema.kernels.rules import is_inexact
 from composer_ema.model.names import check_same
-from composer_ema.model.sharding import is_shard, rank, whole
+from composer_ema.model.sharding import is_of_another_process, is_shard, rank, whole
 from composer_ema.settings import check_seed
 from composer_ema.shadow.storage import Storage
 
@@ -156,6 +156,12 @@ def check(state: Mapping[str, Any], storage: Storage) -> Loaded:
         if tensor.is_meta or tensor.layout is not torch.strided:
             kind = 'on the meta device' if tensor.is_meta else f'stored as {tensor.layout}'
             raise ValueError(f'{name} in the state is {kind}, not a dense tensor. Nothing was loaded.')
+        if is_of_another_process(tensor):
+            raise ValueError(
+                f"{name} in the state is another process's part of a sharded tensor, so the file lacks the others. "
+                'Nothing was loaded. Save with torch.distributed.checkpoint.save on every rank, or call '
+                'gather_state_dict(state) on every rank and save what rank 0 gets.'
+            )
     return Loaded(state[_NUM_UPDATES], seed, parameters, buffers, terms, None if stash is None else dict(stash))
 
 
