@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections import OrderedDict, namedtuple
 
 import pytest
 import torch
 import toy
 from composer import Callback
 from composer.algorithms import SWA, BlurPool, GhostBatchNorm, SqueezeExcite
-from composer.core import Event
+from composer.core import Algorithm, Event
 from torch import nn
 
 from composer_ema import EMA, ShadowModel
@@ -46,6 +47,25 @@ def test_algorithms_that_replace_layers_may_stand_before_or_after(trainer, tmp_p
 
 def _operate(surgery):
     return surgery(ghost_batch_size=2) if surgery is GhostBatchNorm else surgery(min_channels=1)
+
+
+def test_the_states_of_other_algorithms_are_saved_as_they_are(trainer):
+    pair = namedtuple('pair', 'first second')
+    held = {'pair': pair(1, torch.ones(2)), 'ordered': OrderedDict(a=1)}
+
+    class Other(Algorithm):
+        def match(self, event, state):
+            return False
+
+        def apply(self, event, state, logger):
+            raise AssertionError
+
+        def state_dict(self):
+            return held
+
+    saved = dict(trainer([EMA('2ba'), Other()]).state.state_dict()['algorithms'])
+    assert saved['EMA']['averages'].keys() == {'ema'}
+    assert next(state for name, state in saved.items() if name.endswith('Other')) is held
 
 
 def test_beside_composers_swa_the_update_stays_in_line(trainer):

@@ -7,6 +7,7 @@ is arbitrary. What is really gathered is tested in ``test_shard_over_ranks_proce
 import copy
 import math
 import pickle
+from collections import namedtuple
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -268,6 +269,8 @@ class TestStates:
         state = ShadowModel(Net()).state_dict()
         gathered = gather_state_dict({'a': [state, (1, 'b', None)]})
         assert gathered['a'][1] == (1, 'b', None)
+        named = namedtuple('named', 'first second')
+        assert gather_state_dict({'a': named(1, [2])}) == {'a': named(1, [2])}
         assert all(gathered['a'][0]['parameters'][name] is tensor for name, tensor in state['parameters'].items())
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -89,7 +89,8 @@ def gathered(value: Any, *, is_kept: bool) -> Any:
         found = {key: gathered(each, is_kept=is_kept) for key, each in value.items()}
         return {key: each for key, each in found.items() if is_kept or not is_shard(value[key])}
     if isinstance(value, list | tuple):
-        return type(value)(gathered(each, is_kept=is_kept) for each in value)
+        parts, kind = [gathered(each, is_kept=is_kept) for each in value], cast(Any, type(value))
+        return kind(*parts) if hasattr(value, '_fields') else kind(parts)  # a named tuple takes its fields one by one
     if is_shard(value):
         tensor = whole(value)
         return tensor.cpu() if is_kept else None

@@ -72,5 +72,9 @@ def _state_dict(state: State, lenders: Sequence[Lender]) -> dict[str, Any]:
     if state.fsdp_sharded_state_dict_enabled:
         shards.set_apart(saved, names)
     elif 'algorithms' in saved:  # one file, which rank 0 writes
-        saved['algorithms'] = gathered(saved['algorithms'], is_kept=dist.get_global_rank() == 0)
+        is_kept = dist.get_global_rank() == 0
+        saved['algorithms'] = [
+            (name, gathered(of_algorithm, is_kept=is_kept) if name in names else of_algorithm)
+            for name, of_algorithm in saved['algorithms']
+        ]
     return saved
