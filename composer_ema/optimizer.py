@@ -112,6 +112,9 @@ class EMAOptimizer(OptimizerWrapper):
         3.0
     """
 
+    # What a call of torch's checkpoint functions reads as ``state``, until it loads or a step is made.
+    _shown: optimizer_entries.WithEntries | None = None
+
     def __init__(
         self,
         optimizer: Optimizer,
@@ -347,7 +350,7 @@ class EMAOptimizer(OptimizerWrapper):
         """For pickle and deepcopy: everything but the hooks; the model is copied too."""
         self._refuse_while_swapped('copying')
         self.wait()
-        return super().__getstate__()
+        return {**super().__getstate__(), '_shown': None}
 
     def __repr__(self) -> str:
         arguments = ', '.join(
@@ -373,6 +376,7 @@ class EMAOptimizer(OptimizerWrapper):
         if is_traced():
             aside(EMAOptimizer._before_step, self)
             return
+        self._shown = None
         self._refuse_while_swapped('step()')
         self._averages.shadows.refuse_on_loan(self._module)
         self._averages.refuse_overwritten()
@@ -388,12 +392,16 @@ class EMAOptimizer(OptimizerWrapper):
         self._averages.follow()
 
     def _shown_state(self) -> Any:
-        state = super()._shown_state()
-        return optimizer_entries.WithEntries(state, self._shown_entries) if optimizer_entries.are_asked_for() else state
+        state, asker = super()._shown_state(), optimizer_entries.asker()
+        if asker is None:
+            return state
+        if self._shown is None or self._shown.asker is not asker:  # one call may ask for each parameter by itself
+            self._shown = optimizer_entries.WithEntries(state, self._shown_entries, asker)
+        return self._shown
 
     def _saved(self) -> dict[str, Any]:
         saved = super()._saved()
-        if optimizer_entries.are_asked_for():
+        if optimizer_entries.asker() is not None:
             entries = self._entries(self.ema_state_dict())
             return optimizer_entries.joined(saved, entries, self.param_groups)
         return {**saved, _EMA: self.ema_state_dict()}
@@ -408,6 +416,7 @@ class EMAOptimizer(OptimizerWrapper):
         return optimizer_entries.entries_of(state, self._averages.names(), self.param_groups)
 
     def _load(self, state: dict[str, Any]) -> None:
+        self._shown = None
         ema = state.pop(_EMA, None)
         state, found = optimizer_entries.split(state, self.param_groups)
         if ema is None and found:

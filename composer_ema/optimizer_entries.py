@@ -12,11 +12,13 @@ that requires a gradient. Keys join their parts with slashes: a dot would divide
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 from torch import Tensor
@@ -49,8 +51,8 @@ _BETWEEN = ('composer_ema', 'torch.optim')
 Entries = Mapping[Tensor, Mapping[str, Any]]
 
 
-def are_asked_for() -> bool:
-    """Whether a function of ``torch.distributed.checkpoint.state_dict`` has called this package.
+def asker() -> FrameType | None:
+    """The call of a function of ``torch.distributed.checkpoint.state_dict`` that has called this package, if one has.
 
     Those functions drop all but two keys of ``optimizer.state_dict()``, and read ``optimizer.state`` to learn which
     entries a flattened state had. Everybody else gets the average under a key of its own, and the wrapped optimizer's
@@ -60,9 +62,9 @@ def are_asked_for() -> bool:
     while frame is not None:
         name = frame.f_globals.get('__name__', '')
         if not name.startswith(_BETWEEN):
-            return name == _TORCH
+            return frame if name == _TORCH else None
         frame = frame.f_back
-    return False
+    return None
 
 
 class WithEntries(Mapping[Tensor, Mapping[str, Any]]):
@@ -70,14 +72,20 @@ class WithEntries(Mapping[Tensor, Mapping[str, Any]]):
 
     Args:
         state: of the wrapped optimizer.
-        entries: returns what stands beside it. Called when a parameter is looked up.
+        entries: returns what stands beside it. Called once, when the first parameter is looked up.
+        asker: the call that reads it, which may look up every parameter by itself.
     """
 
-    def __init__(self, state: Entries, entries: Callable[[], Entries]) -> None:
-        self._state, self._entries = state, entries
+    def __init__(self, state: Entries, entries: Callable[[], Entries], asker: FrameType) -> None:
+        self.asker = asker
+        self._state, self._make_entries = state, entries
+
+    @functools.cached_property
+    def _entries(self) -> Entries:
+        return self._make_entries()
 
     def __getitem__(self, parameter: Tensor) -> Mapping[str, Any]:
-        return _beside(self._state.get(parameter, {}), self._entries().get(parameter, {}))
+        return _beside(self._state.get(parameter, {}), self._entries.get(parameter, {}))
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self._state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 from typing import Any
 
@@ -72,6 +73,22 @@ def test_a_run_resumed_by_torchs_functions_equals_an_uninterrupted_one(options, 
     assert same_bits(every_average(resumed), every_average(optimizer))
     assert resumed.num_steps == optimizer.num_steps == 7
     assert str(resumed.state_dict()) == str(optimizer.state_dict())
+
+
+def test_a_flat_state_is_read_once_for_all_parameters_and_anew_for_the_next_load(monkeypatch):
+    model, optimizer = build(0, 'adam', {'decay': 0.5})
+    train(model, optimizer, range(2))
+    flat, made = get_optimizer_state_dict(model, optimizer, options=FLAT), []
+    entries_of = optimizer_entries.entries_of
+    monkeypatch.setattr(optimizer_entries, 'entries_of', lambda *given: made.append(1) or entries_of(*given))
+    for loads in (1, 2):
+        set_optimizer_state_dict(model, optimizer, flat, options=FLAT)
+        assert len(made) == loads
+    without = {key: value for key, value in flat.items() if 'last.weight.average' not in key}
+    with pytest.raises(KeyError, match=r'last\.weight\.average/ema'):
+        set_optimizer_state_dict(model, optimizer, without, options=FLAT)
+    train(model, optimizer, range(2, 3))
+    pickle.dumps(optimizer)  # which keeps nothing of the load that failed
 
 
 def test_each_average_stands_beside_the_moments_of_its_parameter():
@@ -189,4 +206,4 @@ def test_a_parameter_without_a_gradient_so_far_has_an_average_and_no_moments():
 
 
 def test_only_torchs_functions_are_recognised():
-    assert not optimizer_entries.are_asked_for()
+    assert optimizer_entries.asker() is None
