@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from plain import STRICT, Net, loss_of, same_bits, train
+from sharded import mesh_of_one
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -28,6 +28,7 @@ from torch.optim.swa_utils import AveragedModel
 from composer_ema import CheckpointError, EMAOptimizer, ShadowModel, compute_ema, load_average, update_bn
 from composer_ema.checkpoints.inspection import describe
 from composer_ema.model.sharding import local, whole
+from composer_ema.shadow import lendable
 
 pytestmark = [
     STRICT,
@@ -38,11 +39,9 @@ pytestmark = [
 
 
 @pytest.fixture(scope='module')
-def _process_group(tmp_path_factory) -> Iterator[None]:
-    store = f'file://{tmp_path_factory.mktemp("store") / "store"}'
-    dist.init_process_group('gloo', init_method=store, rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+def _process_group() -> Iterator[None]:
+    with mesh_of_one():
+        yield
 
 
 def sharded(model: Net) -> Net:
@@ -277,6 +276,26 @@ class TestShadow:
         read = load_average(tmp_path / 'whole.pt')
         assert not any(isinstance(tensor, DTensor) for tensor in read.values())
         assert same_bits({name: read[name] for name in average_of(shadow)}, average_of(shadow))
+
+    def test_shared_buffers_go_into_a_whole_model_in_the_same_order_on_every_rank(self, monkeypatch):
+        names = [f'buffer{index}' for index in range(10)]
+        models = [nn.Linear(1, 1), nn.Linear(1, 1)]
+        for model in models:
+            for name in names:
+                model.register_buffer(name, torch.ones(2))
+        shared, mesh = models[0], init_device_mesh('cpu', (1,))
+        for name in names:
+            setattr(shared, name, distribute_tensor(torch.ones(2), mesh, [Replicate()]))
+        gathered, laid_out_as = [], lendable.laid_out_as
+
+        def noted(value, like):
+            gathered.extend(name for name in names if getattr(models[1], name) is like)
+            return laid_out_as(value, like)
+
+        shadow = ShadowModel(shared)
+        monkeypatch.setattr(lendable, 'laid_out_as', noted)
+        shadow.copy_to(models[1])
+        assert gathered == names  # a set would have an order of its own in each process
 
     def test_it_is_cast_and_counted_and_its_buffers_are_broadcast(self, way):
         model, shadow, reference = self.pair(way)

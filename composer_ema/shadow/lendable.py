@@ -128,10 +128,8 @@ class LendableAverage:
     def copy_to(self, model: nn.Module) -> None:
         """Overwrites the tracked tensors of ``model`` with the average, for good. Other tensors stay.
 
-        A collective call where the average is sharded and ``model`` is not; it gathers tensor by tensor.
-
         Each process writes its own shards. Where ``model`` is whole and the average is sharded, or shared in another
-        way, the average is gathered, in a collective call.
+        way, the average is gathered tensor by tensor, in a collective call.
 
         A buffer that is copied, not averaged, stays as well if ``model`` has it in another shape, and any buffer that
         cannot be written, as one whose elements share memory.
@@ -162,15 +160,15 @@ class LendableAverage:
         )
         if problem := loan.why_unwritable({name: (live[name], shadow) for name, shadow in parameters.items()}):
             raise ValueError(f'{problem}. {loan.MAKE_IT_WRITABLE}')
-        # Parameters last: a buffer may be a view of one.
-        for names in (shadows.keys() - parameters.keys(), parameters):
-            here = [name for name in names if not must_be_gathered(shadows[name], live[name])]
-            if here:
+        # Parameters last: a buffer may be a view of one. In the order of the names, which is that of all ranks.
+        for are_parameters in (False, True):
+            names = [name for name in shadows if (name in parameters) is are_parameters]
+            elsewhere = {name for name in names if must_be_gathered(shadows[name], live[name])}
+            if here := [name for name in names if name not in elsewhere]:
                 torch._foreach_copy_(*unzip(_copy_into(live[name], shadows[name]) for name in here))
-            for name in names:
-                if must_be_gathered(shadows[name], live[name]):
-                    place, content = _copy_into(live[name], shadows[name])
-                    place.copy_(content)
+            for name in filter(elsewhere.__contains__, names):  # one whole tensor at a time
+                place, content = _copy_into(live[name], shadows[name])
+                place.copy_(content)
 
     def lent_tensors(self) -> dict[str, Tensor]:
         """All shadows by canonical name, aliased; what a model shows while it holds the average."""
