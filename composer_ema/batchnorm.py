@@ -28,7 +28,15 @@ from torch.utils.data import DataLoader
 from composer_ema.model.inventory import Inventory, is_normalisation
 from composer_ema.model.names import listed
 from composer_ema.model.rollback import Rollback, rewinding
-from composer_ema.model.sharding import is_shard, is_sharded, on_compute_device, refuse_placeholders, reshard
+from composer_ema.model.sharding import (
+    is_shard,
+    is_sharded,
+    num_ranks,
+    on_compute_device,
+    rank,
+    refuse_placeholders,
+    reshard,
+)
 from composer_ema.model.untraced import untraced
 from composer_ema.model.wrappers import canonical_name, unwrap
 from composer_ema.shadow import loan
@@ -157,7 +165,7 @@ def update_bn(
         return
     to = _device_of(module) if device is None else torch.device(device)
     batches = _Batches(dataloader, to, num_batches, microbatch_size)
-    combining = _world_size() > 1 and synchronize
+    combining = num_ranks() > 1 and synchronize
     with ExitStack() as stack:
         # Where a forward waits for all processes, nobody could be told of an error in it.
         telling = combining and not _waits(module, layers)
@@ -171,7 +179,7 @@ def update_bn(
             if not unfrozen:
                 _warn_of_frozen(layers)
                 return
-            is_synced = _world_size() > 1 and _waits(module, unfrozen)
+            is_synced = num_ranks() > 1 and _waits(module, unfrozen)
             if is_synced and not synchronize:
                 who = 'a sharded model' if is_sharded(module) else 'SyncBatchNorm'
                 raise ValueError(f'synchronize=False cannot take effect: {who} needs all processes in its forward.')
@@ -386,7 +394,7 @@ def _raise_on_all(failure: Exception | None, module: nn.Module) -> None:
         raise failure
     if int(failing):
         raise RuntimeError(
-            f'{int(failing)} of {_world_size()} processes could not run their batches, so no process has new '
+            f'{int(failing)} of {num_ranks()} processes could not run their batches, so no process has new '
             'statistics. Their own errors tell why.'
         )
 
@@ -431,7 +439,7 @@ class _Batches:
     @contextmanager
     def bar(self, *, shown: bool) -> Iterator[None]:
         """Shows how many batches have been run."""
-        if not shown or not sys.stderr.isatty() or (_is_distributed() and dist.get_rank() > 0):
+        if not shown or not sys.stderr.isatty() or rank() > 0:
             yield
             return
         try:
@@ -561,14 +569,6 @@ def _random_state_kept(module: nn.Module, sources: Iterable[Any]) -> Iterator[No
                 each()
 
 
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if _is_distributed() else 1
-
-
 def _in_step(batches: _Batches, module: nn.Module) -> Iterator[Any]:
     """Batches as long as every process has one: each forward waits for all of them."""
     iterator, end = iter(batches), object()
@@ -581,9 +581,9 @@ def _in_step(batches: _Batches, module: nn.Module) -> Iterator[Any]:
         _raise_on_all(failure, module)
         having = torch.tensor(int(batch is not end), device=_device_of(module))
         dist.all_reduce(having)
-        if 0 < int(having) < _world_size():
+        if 0 < int(having) < num_ranks():
             raise ValueError(
-                f'after {batches.count - (batch is not end)} batches only {int(having)} of {_world_size()} processes '
+                f'after {batches.count - (batch is not end)} batches only {int(having)} of {num_ranks()} processes '
                 f'have another one, and {"a sharded model" if is_sharded(module) else "SyncBatchNorm"} needs one from '
                 'each. Use a DistributedSampler, or pass num_batches.'
             )

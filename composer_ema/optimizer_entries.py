@@ -24,7 +24,7 @@ from typing import Any
 from torch import Tensor
 
 from composer_ema.checkpoints.entries import ALL, ONE, is_entry, key_of, read
-from composer_ema.model.sharding import is_shard, part_of, wrapped
+from composer_ema.model.sharding import cut, is_shard
 from composer_ema.optimizer_state import (
     AVERAGE,
     AVERAGES,
@@ -181,16 +181,12 @@ def laid_out(state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> d
     for key, parameter in _keys(state, groups).items():
         if key in kept and is_shard(parameter):
             kept[key] = {
-                name: _cut(value, parameter)
+                name: cut(value, parameter)
                 if isinstance(value, Tensor) and not is_shard(value) and value.shape == parameter.shape
                 else value
                 for name, value in kept[key].items()
             }
     return {**state, 'state': kept}
-
-
-def _cut(value: Tensor, like: Tensor) -> Tensor:
-    return wrapped(part_of(value, like).clone(), like)  # not a view, which would keep the whole in memory
 
 
 def state_of(

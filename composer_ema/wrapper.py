@@ -40,10 +40,9 @@ class OptimizerWrapper(Optimizer):
     hooks of the wrapped optimizer, and those registered for all optimizers, run with the wrapped optimizer.
 
     Subclasses override ``_before_step``, ``_before_write``, ``_after_step``, ``_shown_state``, ``_saved`` and ``_load``
-    as they need.
-    The wrapper leaves out ``_after_step`` where a ``GradScaler`` skips the step. It leaves out both ``_before_step``
-    and ``_after_step`` at the step on zero gradients that ``torch.distributed.checkpoint.state_dict`` makes to build an
-    empty state.
+    as they need. The wrapper leaves out ``_after_step`` where a ``GradScaler`` skips the step. It leaves out both
+    ``_before_step`` and ``_after_step`` at the step on zero gradients that ``torch.distributed.checkpoint.state_dict``
+    makes to build an empty state.
 
     Args:
         optimizer: the optimizer that moves the weights. Call the wrapper's ``step`` in its place.

@@ -54,7 +54,20 @@ def wrapped(part: Tensor, like: Tensor) -> Tensor:
     if not isinstance(like, DTensor):
         return part
     kind = Piece if isinstance(like, Piece) else DTensor
-    spec = DTensorSpec(like.device_mesh, like.placements, TensorMeta(like.shape, like.stride(), part.dtype))
+    return _made(part, like.device_mesh, like.placements, like.shape, like.stride(), kind=kind)
+
+
+def _made(
+    part: Tensor,
+    mesh: DeviceMesh,
+    placements: Sequence[Placement],
+    shape: Sequence[int],
+    stride: tuple[int, ...],
+    *,
+    kind: type[DTensor] = DTensor,
+) -> DTensor:
+    """A DTensor of this shape and stride from this process's part, which may lie on another device than the mesh."""
+    spec = DTensorSpec(mesh, tuple(placements), TensorMeta(torch.Size(shape), stride, part.dtype))
     return kind(part, spec, requires_grad=False)  # pyright: ignore[reportCallIssue]: as __new__ takes it
 
 
@@ -91,9 +104,7 @@ def split_over_ranks(whole: Tensor) -> Tensor:
     shape, mesh = whole.shape, _mesh_of_ranks(whole.device.type)
     longest = max(range(len(shape)), key=shape.__getitem__)
     placement = Shard(next((dim for dim, rows in enumerate(shape) if rows >= mesh.size()), longest))
-    spec = DTensorSpec(mesh, (placement,), TensorMeta(shape, whole.stride(), whole.dtype))
-    part = _part(whole.detach(), mesh, [placement])
-    return Piece(part, spec, requires_grad=False)  # pyright: ignore[reportCallIssue]: as __new__ takes it
+    return _made(_part(whole.detach(), mesh, [placement]), mesh, [placement], shape, whole.stride(), kind=Piece)
 
 
 def num_ranks() -> int:
@@ -157,9 +168,14 @@ def laid_out_as(value: Tensor, like: Tensor) -> Tensor:
     """
     if lie_alike(value, like):
         return value
-    if isinstance(value, DTensor):  # not a view of what was gathered, which can be freed then
-        return wrapped(part_of(whole(value), like).clone(), like) if isinstance(like, DTensor) else whole(value)
+    if isinstance(value, DTensor):
+        return cut(value, like) if isinstance(like, DTensor) else whole(value)
     return wrapped(part_of(value, like), like)
+
+
+def cut(value: Tensor, like: Tensor) -> Tensor:
+    """As :func:`laid_out_as`, in memory of its own: a view would keep the whole there."""
+    return wrapped(part_of(whole(value), like).clone(), like)
 
 
 def is_of_another_process(value: Tensor) -> bool:
@@ -196,9 +212,7 @@ def whole(tensor: Tensor) -> Tensor:
     if tensor.is_complex():  # no backend sends complex numbers
         pairs = torch.view_as_real(local(tensor).detach().resolve_conj())
         strides = (*(2 * stride for stride in tensor.stride()), 1)
-        meta = TensorMeta(torch.Size((*tensor.shape, 2)), strides, pairs.dtype)
-        spec = DTensorSpec(tensor.device_mesh, tensor.placements, meta)
-        real = DTensor(pairs, spec, requires_grad=False)  # pyright: ignore[reportCallIssue]: as __new__ takes it
+        real = _made(pairs, tensor.device_mesh, tensor.placements, (*tensor.shape, 2), strides)
         return torch.view_as_complex(whole(real).contiguous())
     mesh_device = tensor.device_mesh.device_type
     if tensor.device.type != mesh_device:  # as parameters that are offloaded to the host

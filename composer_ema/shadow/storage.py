@@ -14,7 +14,7 @@ from composer_ema.kernels.rules import is_inexact
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import listed
 from composer_ema.model.selection import Selection
-from composer_ema.model.sharding import is_shard, laid_out_as, lie_alike, local, split_over_ranks, wrapped
+from composer_ema.model.sharding import cut, is_shard, laid_out_as, lie_alike, local, split_over_ranks, wrapped
 from composer_ema.settings import Settings, check_device_is_here
 from composer_ema.shadow.compensation import Compensations
 from composer_ema.shadow.parts import assembled
@@ -290,8 +290,7 @@ class Storage:
         if not is_shard(layout) or lie_alike(shadow, layout):
             return shadow
         with torch.inference_mode(False):
-            part = local(laid_out_as(shadow, layout)).clone()  # else the whole stays in memory
-        return self._replaced(shadow, wrapped(part, layout))
+            return self._replaced(shadow, cut(shadow, layout))
 
     def _replaced(self, shadow: Tensor, by: Tensor) -> Tensor:
         if (term := self.compensations.take(shadow)) is not None:

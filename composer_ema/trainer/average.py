@@ -520,7 +520,7 @@ class Averages:
         *,
         has_begun: bool,
         stash: Mapping[str, torch.Tensor] | None = None,
-        read: Callable[[dict[str, dict[str, Any]]], dict[str, dict[str, Any]]] = lambda saved: saved,
+        read: Callable[[dict[str, dict[str, Any]]], dict[str, dict[str, Any]]] | None = None,
     ) -> None:
         """Loads the state of each average; all is checked first. Those that are not among them start anew.
 
@@ -529,7 +529,7 @@ class Averages:
             what: the state, in the words of an error.
             has_begun: whether those that are saved were updated before.
             stash: the training weights of a model that holds an average. Default: none.
-            read: gives the states their values, once all is checked, where they lack them so far.
+            read: gives the states their values, once all is checked. Default: they have them.
 
         Raises:
             ValueError: a part that does not fit. Nothing is changed then.
@@ -541,8 +541,10 @@ class Averages:
         of_shadows = {label: _of_shadow(state) for label, state in saved.items()}
         if stash is not None and of_shadows:
             of_shadows[next(iter(of_shadows))][_STASH] = stash  # whichever stood there
-        self._built.check_averages(of_shadows)
-        self._built.load_averages(read(of_shadows))
+        if read is not None:
+            self._built.check_averages(of_shadows)
+            of_shadows = read(of_shadows)
+        self._built.load_averages(of_shadows)
         for label, average in averages.items():
             average.has_begun = has_begun and label in saved
             if label not in saved:

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, ClassVar
 
 from composer.algorithms.swa import SWA as ComposerSWA
@@ -502,7 +503,9 @@ class WeightAverage(Algorithm):
             what,
             has_begun=upgraded['started'],
             stash=upgraded.get(formats.STASH),
-            read=lambda of: state.read(of, sources, inventory.tensors()) if isinstance(state, shards.Outline) else of,
+            read=partial(state.read, sources=sources, like=inventory.tensors())
+            if isinstance(state, shards.Outline)
+            else None,
         )
         if self.snapshots is not None:
             self.snapshots.load_state_dict(upgraded.get(_SNAPSHOTS))
