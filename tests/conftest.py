@@ -17,6 +17,7 @@ import torch
 import toy
 from composer import Trainer
 from hypothesis import settings
+from sharded import mesh_of_one
 from tensors import all_tensors, copies
 from torch import Tensor, nn
 
@@ -77,6 +78,15 @@ def call(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
         return stopped.value.code, out, err
 
     return call
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    """A process group of this process, as Composer's launcher would start it; calling it ends the group."""
+    for name, value in {'RANK': 0, 'WORLD_SIZE': 1, 'LOCAL_RANK': 0, 'LOCAL_WORLD_SIZE': 1, 'NODE_RANK': 0}.items():
+        monkeypatch.setenv(name, str(value))
+    with mesh_of_one():
+        yield torch.distributed.destroy_process_group
 
 
 @pytest.fixture

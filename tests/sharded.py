@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import faulthandler
 import functools
+import gc
 import multiprocessing
 import os
 import pickle
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -118,12 +120,16 @@ def _join(rank: int, count: int, store: str) -> None:
 
 @contextmanager
 def mesh_of_one() -> Iterator[None]:
-    """A process group of this process alone, so that DTensors need no other one."""
+    """A process group of this process alone, so that DTensors need no other one. The block may end it earlier."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # torch may warn of what earlier tests have left, whenever that is collected
+        gc.collect()
     dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -77,12 +77,7 @@ def histories(name: str, count: int) -> dict[str, Any]:
 
 def lend(name: str, count: int) -> dict[str, Any]:
     """What the average answers, beside its gathered self in one piece; and whether every bit came back."""
-    run = Run(CASES[name], count)
-    shadow = ShadowModel(run.model)
-    for index in range(3):
-        run.step(index)
-        shadow.update(run.model, weight=WEIGHTS[index])
-    run.reshard()
+    run, shadow = _averaged(name, count)
     before = bits_of(tensors_of(run.model))
     own, averages = gathered(tensors_of(run.model)), gathered(averages_of(shadow))
     expected = run.evaluate(run.whole_with({**own, **averages}))
@@ -133,12 +128,7 @@ def act_on_gathered(name: str, count: int) -> bool:
 
 def round_trip(name: str, count: int) -> dict[str, bool]:
     """States on one rank, through memory: of an average, and of one that stands in the model."""
-    run = Run(CASES[name], count)
-    shadow = ShadowModel(run.model)
-    for index in range(3):
-        run.step(index)
-        shadow.update(run.model, weight=WEIGHTS[index])
-    run.reshard()
+    run, shadow = _averaged(name, count)
     average, training = bits_of(averages_of(shadow)), bits_of(tensors_of(run.model))
     other = ShadowModel(run.model)
     other.load_state_dict(copy.deepcopy(shadow.state_dict()))
@@ -190,6 +180,17 @@ def read(name: str, count: int) -> dict[str, Any]:
         and expected.keys() <= set(map(canonical_name, state)),
         'copy is the average': all(torch.equal(copied[name], expected[name]) for name in expected),
     }
+
+
+def _averaged(name: str, count: int) -> tuple[Run, ShadowModel]:
+    """A run of three batches, and the average of its weights."""
+    run = Run(CASES[name], count)
+    shadow = ShadowModel(run.model)
+    for index in range(3):
+        run.step(index)
+        shadow.update(run.model, weight=WEIGHTS[index])
+    run.reshard()
+    return run, shadow
 
 
 def _do_all(run: Run) -> None:

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 import toy
 from composer.algorithms import SAM, GradientClipping
 from composer.core import Precision
+from sharded import mesh_of_one
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.optim import SGD
@@ -112,15 +112,12 @@ def test_a_gradient_scaler_is_refused():
 
 
 def test_a_model_that_processes_share_is_refused_before_training():
-    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
-    try:
+    with mesh_of_one():
         model = torch.nn.Linear(2, 2)
         fully_shard(model, mesh=init_device_mesh('cpu', (1,)))
         state = SimpleNamespace(model=model, precision=Precision.FP32)
         with pytest.raises(ValueError, match=r'cannot save what it carries.*Take the momentum of the optimizer'):
             GradientMomentum().fit_start(state, None)  # pyright: ignore
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize('momentum', [-0.1, 1.0])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +18,6 @@ from toy import bits
 from composer_ema import EMA, SWA, CheckpointError, export, load_average, merge, reconstruct
 from composer_ema.checkpoints.inspection import TRAINING_WEIGHTS, describe
 from composer_ema.checkpoints.lazy import open_weights
-
-
-@pytest.fixture
-def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
-    """A process group of this process; calling it ends the group."""
-    for name, value in {'RANK': 0, 'WORLD_SIZE': 1, 'LOCAL_RANK': 0, 'LOCAL_WORLD_SIZE': 1, 'NODE_RANK': 0}.items():
-        monkeypatch.setenv(name, str(value))
-    torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)
-
-    def end() -> None:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-
-    yield end
-    end()
 
 
 def whole(tensors: dict[str, Any]) -> dict[str, Tensor]:

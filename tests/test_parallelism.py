@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from composer.core import Precision
 from composer.distributed.fsdp2_utils import generate_composer_model_policy
 from composer.distributed.prepare_distributed import parallelize_composer_model
 from composer.utils.parallelism import FSDP2Config, ParallelismConfig
+from sharded import mesh_of_one
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
@@ -38,9 +38,8 @@ PLACE = Place('a.yaml', parallelism.KEY)
 
 @pytest.fixture
 def _process_group():
-    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+    with mesh_of_one():
+        yield
 
 
 class TestTheSection:

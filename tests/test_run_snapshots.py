@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -317,16 +316,6 @@ class TestArguments:
     def test_are_shown_as_they_were_given(self):
         assert repr(EMA('3ba', snapshots='0.1dur')) == "EMA(half_life='3ba', snapshots='0.1dur')"
         assert 'halvings' in repr(EMA('3ba', snapshots={'every': '0.1dur', 'halvings': 3}))
-
-
-@pytest.fixture
-def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A process group of this process, as Composer's launcher would start it."""
-    for name, value in {'RANK': 0, 'WORLD_SIZE': 1, 'LOCAL_RANK': 0, 'LOCAL_WORLD_SIZE': 1, 'NODE_RANK': 0}.items():
-        monkeypatch.setenv(name, str(value))
-    torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 def test_of_a_model_that_fsdp2_shards_are_those_of_a_whole_one_and_a_resumed_run_goes_on_with_them(

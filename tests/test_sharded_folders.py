@@ -25,6 +25,7 @@ from folders import metadata_of, place_of, save, save_sharded, write_metadata
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain import STRICT, Net, same_bits, sgd, train
+from sharded import mesh_of_one
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
@@ -734,12 +735,10 @@ def test_the_file_of_one_rank_is_not_taken_for_the_whole(sound, tmp_path):
 
 
 def test_shards_that_one_process_pickled_are_refused(tmp_path):
-    import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
-    try:
+    with mesh_of_one():
         mesh = init_device_mesh('cpu', (1,))
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # torch 2.6 knows no random numbers of a CPU mesh
@@ -748,8 +747,6 @@ def test_shards_that_one_process_pickled_are_refused(tmp_path):
                    'ema_weights_active': False, 'ema_started': True}  # fmt: skip
         state = {'model': {'w': torch.ones(4, 2)}, 'algorithms': [('EMA', builtin)]}
         save({'state': state}, tmp_path / 'a')
-    finally:
-        dist.destroy_process_group()
     for read in (load_average, describe, open_weights):
         with pytest.raises(
             CheckpointError, match=r"it holds the shards of one process \(.*DTensor.*Composer's built-in"

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from sharded import mesh_of_one
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
@@ -43,11 +44,9 @@ NAMES = ['module.0.weight', 'module.0.bias', 'module.1.weight', 'module.1.bias']
 
 
 @pytest.fixture(scope='module')
-def _process_group(tmp_path_factory):
-    store = f'file://{tmp_path_factory.mktemp("store") / "store"}'
-    dist.init_process_group('gloo', init_method=store, rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+def _process_group():
+    with mesh_of_one():
+        yield
 
 
 def names(model: nn.Module) -> list[str]:
