@@ -43,7 +43,7 @@ def check(section: Any, place: Place, *, has_average: bool) -> None:
     if section.get('tp') is not None:
         raise (place / 'tp').error(
             'a recipe cannot ask for tensor parallelism: with FSDP2, Composer 0.32.1 replaces the parameters without '
-            'telling the optimizer, which then trains none of them. Write fsdp2: {} alone, or call parallelize_module '
+            'telling the optimizer, and then refuses to train. Write fsdp2: {} alone, or call parallelize_module '
             'in a loop of your own, where ShadowModel and EMAOptimizer(model=...) follow it.'
         )
     if section.get('fsdp') is not None:
