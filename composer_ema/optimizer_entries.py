@@ -38,11 +38,8 @@ from composer_ema.optimizer_state import (
     VERSION,
     upgraded,
 )
+from composer_ema.shadow.state import ALIASES, BUFFERS, NUM_UPDATES, PARAMETERS, SECTIONS, SEED
 
-_PARAMETERS, _BUFFERS, _COMPENSATIONS, _ALIASES, _NUM_UPDATES, _SEED = (
-    'parameters', 'buffers', 'compensations', 'aliases', 'num_updates', 'seed'
-)  # fmt: skip
-_KINDS = (_PARAMETERS, _BUFFERS, _COMPENSATIONS)
 _TORCH = 'torch.distributed.checkpoint.state_dict'
 # What may stand between that module and ours on the stack: our own wrappers, and the ``step`` of a scheduler.
 _BETWEEN = ('composer_ema', 'torch.optim')
@@ -118,18 +115,18 @@ def entries_of(
             STARTED_AT: saved[STARTED_AT],
             START_SHARE: math.nan if share is None else float(share),
             DESCRIPTION: _digest(saved[DESCRIPTION]),
-            _NUM_UPDATES: average[_NUM_UPDATES],
-            _SEED: average[_SEED],
+            NUM_UPDATES: average[NUM_UPDATES],
+            SEED: average[SEED],
         }
         first |= {key_of(ONE, label, name): number for name, number in numbers.items()}
         first |= {key_of(ONE, label, PROFILE, name): float(number) for name, number in saved[PROFILE].items()}
-        first |= {key_of(ONE, label, _ALIASES, *pair): 1 for pair in average.get(_ALIASES, {}).items()}
-        for kind in _KINDS:
+        first |= {key_of(ONE, label, ALIASES, *pair): 1 for pair in average.get(ALIASES, {}).items()}
+        for kind in SECTIONS:
             for name, tensor in average.get(kind, {}).items():
-                if kind == _BUFFERS or name not in owners:
+                if kind == BUFFERS or name not in owners:
                     first[key_of(ONE, label, kind, name)] = tensor
                 else:
-                    own = (ONE, label) if kind == _PARAMETERS else (ONE, label, kind)
+                    own = (ONE, label) if kind == PARAMETERS else (ONE, label, kind)
                     entries[owners[name]][key_of(*own)] = tensor
     return entries
 

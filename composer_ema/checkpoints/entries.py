@@ -13,11 +13,11 @@ from urllib.parse import quote, unquote
 
 from composer_ema.model.wrappers import canonical_name
 from composer_ema.shadow import state as states
+from composer_ema.shadow.state import ALIASES, BUFFERS, COMPENSATIONS, NUM_UPDATES, PARAMETERS, SECTIONS, SEED
 
 #: First part of the keys of one average, and of what all averages share.
 ONE, ALL = 'average', 'averages'
-_PARAMETERS, _BUFFERS, _COMPENSATIONS, _ALIASES = 'parameters', 'buffers', 'compensations', 'aliases'
-_COUNTERS = ('num_updates', 'seed')
+_COUNTERS = (NUM_UPDATES, SEED)
 _PROFILE, _AVERAGE = 'profile', 'average'
 _STATE, _GROUPS = 'state', 'param_groups'
 
@@ -83,7 +83,7 @@ def _all_in(state: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
 
 
 def _empty() -> dict[str, Any]:
-    return {_PROFILE: {}, _AVERAGE: {'version': states.VERSION, _PARAMETERS: {}, _BUFFERS: {}, _ALIASES: {}}}
+    return {_PROFILE: {}, _AVERAGE: {'version': states.VERSION, PARAMETERS: {}, BUFFERS: {}, ALIASES: {}}}
 
 
 def _put(saved: dict[str, Any], path: list[str], name: str, value: Any) -> None:
@@ -98,12 +98,12 @@ def _put(saved: dict[str, Any], path: list[str], name: str, value: Any) -> None:
     average = saved[_AVERAGE]
     match path:
         case []:
-            average[_PARAMETERS][name] = value
-        case [kind] if kind == _COMPENSATIONS:
+            average[PARAMETERS][name] = value
+        case [kind] if kind == COMPENSATIONS:
             average.setdefault(kind, {})[name] = value
-        case [kind, alias, other] if kind == _ALIASES:
+        case [kind, alias, other] if kind == ALIASES:
             average[kind][alias] = other
-        case [kind, other] if kind in (_PARAMETERS, _BUFFERS, _COMPENSATIONS):
+        case [kind, other] if kind in SECTIONS:
             average.setdefault(kind, {})[other] = value
         case [kind, number] if kind == _PROFILE:
             saved[kind][number] = value

@@ -16,13 +16,12 @@ from typing import Any
 from torch import Tensor
 
 from composer_ema.model.names import listed
+from composer_ema.shadow.state import SECTIONS
 
 #: Where the names of the tensors stand in the state of an algorithm.
 SHARDS = 'shards'
 #: Where the tensors stand in a checkpoint's ``state``, by the algorithm's qualified name.
 AVERAGES = 'sharded_averages'
-#: What of an average in the current format holds tensors. The last one stands in compensated averages alone.
-SECTIONS = ('parameters', 'buffers', 'compensations')
 
 #: Label to section to name to tensor.
 Tensors = dict[str, dict[str, dict[str, Tensor]]]

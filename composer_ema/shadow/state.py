@@ -18,10 +18,12 @@ from composer_ema.shadow.storage import Storage
 #: The version that :func:`of_storage` writes and :func:`check` reads.
 VERSION = 1
 
-TRAINING_WEIGHTS = 'training_weights'
-_VERSION, _NUM_UPDATES, _SEED, _PARAMETERS, _BUFFERS, _ALIASES, _COMPENSATIONS = (
-    'version', 'num_updates', 'seed', 'parameters', 'buffers', 'aliases', 'compensations'
-)  # fmt: skip
+_VERSION = 'version'
+#: The other keys of a state. All but the training weights are there in any, and the Kahan terms where they are kept.
+NUM_UPDATES, SEED, ALIASES, TRAINING_WEIGHTS = 'num_updates', 'seed', 'aliases', 'training_weights'
+PARAMETERS, BUFFERS, COMPENSATIONS = 'parameters', 'buffers', 'compensations'
+#: What of a state holds tensors of the average.
+SECTIONS = (PARAMETERS, BUFFERS, COMPENSATIONS)
 _REMEDY = (
     'Nothing was loaded. Build the same model with the same include, exclude and frozen parameters, '
     "or start a new average; a Composer Trainer does with load_ignore_keys=['state/algorithms']."
@@ -109,15 +111,15 @@ def of_storage(storage: Storage, stash: Mapping[str, Tensor] | None) -> dict[str
     """
     state: dict[str, Any] = {
         _VERSION: VERSION,
-        _NUM_UPDATES: storage.num_updates,
-        _SEED: storage.settings.seed,
-        _PARAMETERS: dict(storage.parameters),
-        _BUFFERS: {name: buffer for name, buffer in storage.buffers.items() if name in storage.persistent},
-        _ALIASES: dict(storage.aliases),
+        NUM_UPDATES: storage.num_updates,
+        SEED: storage.settings.seed,
+        PARAMETERS: dict(storage.parameters),
+        BUFFERS: {name: buffer for name, buffer in storage.buffers.items() if name in storage.persistent},
+        ALIASES: dict(storage.aliases),
     }
     if storage.settings.compensated:
         storage.compensate()
-        state[_COMPENSATIONS] = storage.compensations.among({**state[_PARAMETERS], **state[_BUFFERS]})
+        state[COMPENSATIONS] = storage.compensations.among({**state[PARAMETERS], **state[BUFFERS]})
     if stash is not None:
         state[TRAINING_WEIGHTS] = {name: tensor for name, tensor in stash.items() if name not in storage.volatile}
     return state
@@ -135,22 +137,22 @@ def check(state: Mapping[str, Any], storage: Storage) -> Loaded:
             f'the state has format version {version!r}, this release reads {VERSION}. Nothing was loaded.'
             + (' Pass what state_dict() of a ShadowModel returned; this is something else.' if version is None else '')
         )
-    for key, kind in ((_NUM_UPDATES, int), (_PARAMETERS, Mapping), (_BUFFERS, Mapping)):
+    for key, kind in ((NUM_UPDATES, int), (PARAMETERS, Mapping), (BUFFERS, Mapping)):
         if not isinstance(value := state.get(key), kind) or isinstance(value, bool):
             raise ValueError(
                 f"the state's {key!r} is a {type(value).__name__}, not a {kind.__name__}. Nothing was loaded."
             )
-    if state[_NUM_UPDATES] < 0:
-        raise ValueError(f"the state's num_updates is {state[_NUM_UPDATES]}, below zero. Nothing was loaded.")
-    seed = state.get(_SEED)
-    if seed is not None or _SEED in state:
+    if state[NUM_UPDATES] < 0:
+        raise ValueError(f"the state's num_updates is {state[NUM_UPDATES]}, below zero. Nothing was loaded.")
+    seed = state.get(SEED)
+    if seed is not None or SEED in state:
         try:
             check_seed(seed)  # pyright: ignore[reportArgumentType]: None is refused there
         except ValueError as error:
             raise ValueError(f'{error} Nothing was loaded.') from error
-    parameters, buffers, stash = dict(state[_PARAMETERS]), dict(state[_BUFFERS]), state.get(TRAINING_WEIGHTS)
+    parameters, buffers, stash = dict(state[PARAMETERS]), dict(state[BUFFERS]), state.get(TRAINING_WEIGHTS)
     _check_names(storage, parameters, buffers)
-    terms = _checked_compensations(state.get(_COMPENSATIONS, {}), {**parameters, **buffers})
+    terms = _checked_compensations(state.get(COMPENSATIONS, {}), {**parameters, **buffers})
     if stash is not None:
         _check_stash(storage, parameters, buffers, stash)
     for name, tensor in (*parameters.items(), *buffers.items(), *terms.items(), *(stash or {}).items()):
@@ -163,7 +165,7 @@ def check(state: Mapping[str, Any], storage: Storage) -> Loaded:
                 'Nothing was loaded. Save with torch.distributed.checkpoint.save on every rank, or call '
                 'gather_state_dict(state) on every rank and save what rank 0 gets.'
             )
-    return Loaded(state[_NUM_UPDATES], seed, parameters, buffers, terms, None if stash is None else dict(stash))
+    return Loaded(state[NUM_UPDATES], seed, parameters, buffers, terms, None if stash is None else dict(stash))
 
 
 def _check_names(storage: Storage, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
@@ -181,7 +183,7 @@ def _check_names(storage: Storage, parameters: Mapping[str, Tensor], buffers: Ma
 def _checked_compensations(terms: Any, averages: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if not isinstance(terms, Mapping):
         raise ValueError(
-            f"the state's {_COMPENSATIONS!r} is a {type(terms).__name__}, not a mapping. Nothing was loaded."
+            f"the state's {COMPENSATIONS!r} is a {type(terms).__name__}, not a mapping. Nothing was loaded."
         )
     check_same('the saved Kahan terms', averages, terms, optional=averages, remedy=_REMEDY)
     for name, term in terms.items():

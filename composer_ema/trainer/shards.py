@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from composer_ema.checkpoints import sharded_format
 from composer_ema.model.sharding import local, wrapped
+from composer_ema.shadow.state import SECTIONS
 from composer_ema.trainer import calls
 
 
@@ -88,7 +89,7 @@ class Outline(dict[str, Any]):
         for label, average in averages.items():
             read[sources[label]] = {
                 section: {name: _place_for(outline, like.get(name)) for name, outline in average[section].items()}
-                for section in sharded_format.SECTIONS
+                for section in SECTIONS
                 if section in average
             }
         root = {'state': {sharded_format.AVERAGES: {self._name: read}}}
