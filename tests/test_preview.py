@@ -118,6 +118,11 @@ class TestProfile:
         options = {'include': 'weight', 'shadow_dtype': 'bfloat16', 'rounding': 'stochastic', 'log_interval': '1ba'}
         assert profile(half_life='3ba', **options).share.tolist() == profile(half_life='3ba').share.tolist()
 
+    def test_snapshots_change_nothing_and_need_no_folder(self):
+        plain, kept = profile(half_life='20ba'), profile(half_life='20ba', snapshots='10ba')
+        assert kept.share.tolist() == plain.share.tolist()
+        assert kept.settings == plain.settings
+
     def test_equal_averages_are_equal(self):
         [found] = look(algorithms={'swa': {'swa_start': '1ep', 'update_interval': '2ba'}}).profiles
         assert found.name == 'swa'

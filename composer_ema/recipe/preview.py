@@ -31,7 +31,7 @@ from composer_ema.trainer.weight_average import WeightAverage
 from composer_ema.zoo.dataset import Extent
 
 # Arguments about the run, which do not change the weight of a step.
-_OF_THE_RUN = frozenset({'evaluate_with', 'log_interval', 'export_weights', 'refresh_batchnorm'})
+_OF_THE_RUN = frozenset({'evaluate_with', 'log_interval', 'export_weights', 'refresh_batchnorm', 'snapshots'})
 
 
 @dataclass(frozen=True)
