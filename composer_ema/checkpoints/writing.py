@@ -47,8 +47,7 @@ def refuse_overwriting(checkpoint: Path, out: Path, what: str) -> None:
         same = '' if checkpoint == out else f', which is the same file as {checkpoint}'
         is_itself = f'a file of the checkpoint {checkpoint}' if checkpoint.is_dir() else f'the checkpoint itself{same}'
         raise CheckpointError(
-            f'{out} is {is_itself}: {what} would replace what training resumes from. Write to '
-            'another file.'
+            f'{out} is {is_itself}: {what} would replace what training resumes from. Write to another file.'
         )
 
 
