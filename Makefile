@@ -34,8 +34,9 @@ $(READY): setup.cfg pyproject.toml
 train: $(READY) ## train Fashion-MNIST with EMA from yamls/fashion_mnist.yaml
 	$(BIN)/composer-ema train yamls/fashion_mnist.yaml
 
+# Each process has one thread of torch; a file's tests share fixtures, so one process runs them all.
 test: $(READY) ## run the tests, under 10 minutes on 2 cores
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow' --numprocesses 2 --dist loadfile
 
 test-slow: $(READY) ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow

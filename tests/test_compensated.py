@@ -423,7 +423,7 @@ class TestDoors:
             ({'avg_fn': lambda a, b, n: a}, ValueError, 'compensated=True has no effect on an average by a function'),
             ({'compensated': False, 'backend': 'blocked'}, ValueError, 'Pass compensated=True as well'),
         ],
-        ids=str,
+        ids=lambda part: ', '.join(part) if isinstance(part, dict) else None,
     )
     def test_what_cannot_take_effect_with_it_is_refused(self, arguments, error, message):
         with pytest.raises(error, match=message):
