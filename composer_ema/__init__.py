@@ -7,6 +7,7 @@ from composer_ema.version import __version__  # the package's version
 if TYPE_CHECKING:
     from composer_ema.batchnorm import update_bn  # BatchNorm's statistics for the weights held now, or for an average
     from composer_ema.checkpoints.export import export  # the average of a checkpoint as safetensors
+    from composer_ema.checkpoints.opening import read_checkpoint  # what a file holds, its checksums compared
     from composer_ema.checkpoints.reading import CheckpointError, load_average  # the average of a checkpoint
     from composer_ema.functional import compute_ema  # one functional update
     from composer_ema.optimizer import EMAOptimizer  # averages after each step of any optimizer, in any loop
@@ -33,6 +34,7 @@ __all__ = [
     'gather_state_dict',
     'load_average',
     'merge',
+    'read_checkpoint',
     'reconstruct',
     'update_bn',
 ]
@@ -51,6 +53,7 @@ _LAZY = {
     'gather_state_dict': 'composer_ema.shadow.state',
     'load_average': 'composer_ema.checkpoints.reading',
     'merge': 'composer_ema.posthoc.merge',
+    'read_checkpoint': 'composer_ema.checkpoints.opening',
     'reconstruct': 'composer_ema.posthoc.reconstruct',
     'update_bn': 'composer_ema.batchnorm',
 }

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from composer_ema import Snapshots, reconstruct
+from composer_ema import Snapshots, read_checkpoint, reconstruct
 from composer_ema.files import beside, write_beside
 from composer_ema.zoo.fetch import load_fashion_mnist
 
@@ -71,7 +71,7 @@ def train(options: argparse.Namespace, images: Tensor) -> None:
     )
     step = 0
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
+        state = read_checkpoint(checkpoint)
         check_same_run(options, state['run'], checkpoint)
         model.load_state_dict(state['model'])
         optimizer.load_state_dict(state['optimizer'])
@@ -246,7 +246,7 @@ def trained_classifier(options: argparse.Namespace, data: dict[str, Tensor]) -> 
             optimizer.step()
         with beside(path) as written:
             torch.save(model.state_dict(), written)
-    model.load_state_dict(torch.load(path, weights_only=True))
+    model.load_state_dict(read_checkpoint(path))
     with torch.no_grad():
         found = model(scaled(data['test_inputs'])).argmax(1)
     tqdm.write(f'accuracy of the classifier: {(found == data["test_labels"]).float().mean():.4f}')
@@ -299,7 +299,7 @@ def candidates(options: argparse.Namespace, found: dict[str, dict[str, float]]) 
 def model_of(options: argparse.Namespace, name: str) -> tuple[UNet, float]:
     model = UNet()
     if name == TRAINING_WEIGHTS:
-        model.load_state_dict(torch.load(options.out / 'training.pt', weights_only=True)['model'])
+        model.load_state_dict(read_checkpoint(options.out / 'training.pt')['model'])
         return model.eval(), 0.0
     average = reconstruct(options.out / 'snapshots', half_life=f'{name}dur', anyway=True)
     average.load_into(model)

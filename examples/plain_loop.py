@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from composer_ema import EMAOptimizer
+from composer_ema import EMAOptimizer, read_checkpoint
 from composer_ema.zoo.fetch import load_fashion_mnist
 
 
@@ -127,7 +127,7 @@ def load(options: argparse.Namespace, model: nn.Module, optimizer: EMAOptimizer)
     path = options.checkpoint
     if not path.exists():
         return 0, 0
-    state = torch.load(path, weights_only=True, map_location='cpu')
+    state = read_checkpoint(path)
     if state['data'] != what_orders_the_data(options):
         raise SystemExit(
             f'{path} belongs to a run with {state["data"]}, this one has {what_orders_the_data(options)}. '

@@ -7,7 +7,8 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from composer_ema.checkpoints.reading import CheckpointError, check_texts, checkpoint_of, path_of, read_average
+from composer_ema.checkpoints.opening import checkpoint_of, path_of
+from composer_ema.checkpoints.reading import CheckpointError, check_texts, read_average
 from composer_ema.checkpoints.writing import refuse_overwriting, write_weights
 from composer_ema.model.names import listed
 from composer_ema.shadow.foreign import outermost
@@ -30,7 +31,8 @@ def export(
     Args:
         checkpoint: as for :func:`load_average`.
         out: file to write; its folder is made if it is missing. One that ends in ``.pt``, ``.pth`` or ``.ckpt`` is a
-            state dict that ``torch.load(out, weights_only=True)`` returns; any other is a safetensors file.
+            state dict that ``torch.load(out, weights_only=True)`` returns; any other is a safetensors file, with a
+            checksum among its metadata that every reader of this package compares.
         average: as for :func:`load_average`.
         key: as for :func:`load_average`.
         strip_prefix: module to take off the names, such as ``'module'``, so that the network of a ComposerModel loads

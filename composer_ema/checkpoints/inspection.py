@@ -16,16 +16,14 @@ from torch import Tensor
 from composer_ema.checkpoints import formats, others, search, states
 from composer_ema.checkpoints.formats import Format
 from composer_ema.checkpoints.lazy_tensor import in_memory
+from composer_ema.checkpoints.opening import checkpoint_of, is_safetensors, read_file
 from composer_ema.checkpoints.others import Found
 from composer_ema.checkpoints.reading import (
     CheckpointError,
     algorithms_of,
     check_texts,
-    checkpoint_of,
     is_of_composer,
-    is_safetensors,
     mapping_in,
-    read_file,
     run_name_of,
     trained,
 )

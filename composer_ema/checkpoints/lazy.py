@@ -15,18 +15,15 @@ from torch import Tensor
 
 from composer_ema.checkpoints import formats, others, search, states
 from composer_ema.checkpoints.lazy_tensor import in_memory
+from composer_ema.checkpoints.opening import checkpoint_of, is_safetensors, metadata_of, read_file
 from composer_ema.checkpoints.reading import (
     CheckpointError,
     algorithms_of,
     average_in,
     check_texts,
-    checkpoint_of,
     has_averages,
     is_of_composer,
-    is_safetensors,
     mapping_in,
-    metadata_of,
-    read_file,
     run_name_of,
     trained,
 )

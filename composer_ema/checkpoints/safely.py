@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import io
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import safetensors
 import torch
+from torch._utils import _sparse_tensors_to_validate
+from torch._weights_only_unpickler import Unpickler
 from torch.torch_version import TorchVersion
 
 from composer_ema.model.names import listed
@@ -53,6 +57,26 @@ def load_safely(file: Path | BinaryIO, *, mmap: bool = False) -> Any:
     """
     with torch.serialization.safe_globals(_SAFE_TYPES):
         return torch.load(file, map_location='cpu', weights_only=True, mmap=mmap)
+
+
+def unpickled_safely(pickled: bytes, storage: Callable[[Any], Any]) -> Any:
+    """What a pickle of ``torch.save`` holds, read as :func:`load_safely` reads it, and with other storages.
+
+    Args:
+        pickled: the pickle.
+        storage: returns the storage that stands for one of the file, given what the pickle says of that.
+
+    Raises:
+        Exception: as for :func:`load_safely`, and what ``storage`` raises.
+    """
+    unpickler: Any = Unpickler(io.BytesIO(pickled), encoding='utf-8')
+    unpickler.persistent_load = storage
+    before = len(_sparse_tensors_to_validate)
+    try:
+        with torch.serialization.safe_globals(_SAFE_TYPES):
+            return unpickler.load()
+    finally:
+        del _sparse_tensors_to_validate[before:]  # torch would look at their values when it has read the next file
 
 
 def check_sums(path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from composer_ema.checkpoints import entries, formats
+from composer_ema.checkpoints.checksum import CHECKSUM
 from composer_ema.checkpoints.lazy_tensor import LazyTensor
 from composer_ema.model.names import listed
 from composer_ema.profiles import check_start_share
@@ -245,7 +246,7 @@ def _read_exported(state: Mapping[str, Any]) -> list[Average]:
     assert metadata is not None
     facts = {str(name): str(fact) for name, fact in metadata.items()}
     count = facts.pop('num_updates', '')
-    kind, _ = facts.pop('weights', 'average'), facts.pop('format', None)
+    kind, _, _ = facts.pop('weights', 'average'), facts.pop('format', None), facts.pop(CHECKSUM, None)
     command = 'merge' if 'merged_by' in facts else 'reconstruct' if 'predicted_error' in facts else 'export'
     return [
         Average(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from composer_ema.checkpoints import states
+from composer_ema.checkpoints.checksum import CHECKSUM, ZEROS, seal
 from composer_ema.checkpoints.reading import CheckpointError
 from composer_ema.checkpoints.sharded import files_of
 from composer_ema.files import beside
@@ -64,7 +65,8 @@ def _write_safetensors(weights: Mapping[str, Any], metadata: dict[str, str], wha
     try:
         tensors = _in_memory_of_their_own(tensors)
         with beside(out) as written:
-            safetensors.torch.save_file(tensors, written, metadata=metadata)
+            safetensors.torch.save_file(tensors, written, metadata={**metadata, CHECKSUM: ZEROS})
+            seal(written)
     except (ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
         raise CheckpointError(f'{what} cannot be written as safetensors: {error}') from error
 

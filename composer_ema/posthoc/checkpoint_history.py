@@ -20,15 +20,15 @@ from torch import Tensor
 from composer_ema.averages import UPDATES, BiasCorrected, Moment, Profile, Smoothing
 from composer_ema.checkpoints import formats
 from composer_ema.checkpoints.lazy_tensor import in_memory
+from composer_ema.checkpoints.opening import read_file
 from composer_ema.checkpoints.reading import (
     CheckpointError,
     algorithms_of,
     is_of_composer,
     mapping_in,
-    read_file,
     run_name_of,
     trained,
-)  # fmt: skip
+)
 from composer_ema.checkpoints.sharded import METADATA, SUFFIX
 from composer_ema.model.names import listed
 from composer_ema.model.wrappers import canonical_name

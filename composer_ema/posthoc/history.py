@@ -10,7 +10,8 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
-from composer_ema.checkpoints.reading import CheckpointError, path_of
+from composer_ema.checkpoints.opening import path_of
+from composer_ema.checkpoints.reading import CheckpointError
 from composer_ema.posthoc.checkpoint_history import Ordinary, checkpoints_in, read_checkpoints
 from composer_ema.posthoc.moments import History, KeptAverage
 from composer_ema.posthoc.shares import checked

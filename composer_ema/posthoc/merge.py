@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from composer_ema.checkpoints.lazy import TRAINING_WEIGHTS, UNITS, LazyWeights, open_weights
-from composer_ema.checkpoints.reading import CheckpointError, check_texts, checkpoint_of, path_of
+from composer_ema.checkpoints.opening import checkpoint_of, path_of
+from composer_ema.checkpoints.reading import CheckpointError, check_texts
 from composer_ema.checkpoints.writing import refuse_overwriting, write_weights
 from composer_ema.model.names import listed
 from composer_ema.posthoc import coefficients, shares

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from composer_ema.checkpoints.lazy import UNITS
-from composer_ema.checkpoints.reading import CheckpointError, path_of
+from composer_ema.checkpoints.opening import path_of
+from composer_ema.checkpoints.reading import CheckpointError
 from composer_ema.checkpoints.writing import write_weights
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.sharding import local, share_of

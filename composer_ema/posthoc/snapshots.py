@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import Unpack
 
 from composer_ema.averages import Moment, Power
-from composer_ema.checkpoints.reading import path_of
+from composer_ema.checkpoints.opening import path_of
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.sharding import is_shard
 from composer_ema.model.wrappers import canonical_name, unwrap

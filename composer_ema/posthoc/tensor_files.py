@@ -14,7 +14,8 @@ import safetensors
 import torch
 from torch import Tensor
 
-from composer_ema.checkpoints.reading import CheckpointError
+from composer_ema.checkpoints.checksum import CHECKSUM, ZEROS, in_header, is_sound
+from composer_ema.checkpoints.safely import CheckpointError
 from composer_ema.files import beside
 from composer_ema.model.names import listed
 from composer_ema.model.sharding import whole
@@ -26,9 +27,6 @@ _CODES = {
 }  # fmt: skip
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
 _METADATA = '__metadata__'
-# The checksum of a file in which these zeros stand in its place.
-_CHECKSUM, _ZEROS = 'crc32', '00000000'
-_AT_ONCE = 2**22
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ def write(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str])
         OSError: the file cannot be written. What was at ``path`` is untouched.
     """
     ordered = in_order(entries)
-    header: dict[str, Any] = {_METADATA: {_CHECKSUM: _ZEROS, **metadata}}
+    header: dict[str, Any] = {_METADATA: {CHECKSUM: ZEROS, **metadata}}
     offset = 0
     for name, entry in ordered:
         end = offset + entry.num_bytes
@@ -100,8 +98,8 @@ def write(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str])
         file.write(start)
         for _, entry in ordered:
             checksum = _append(file, entry, checksum)
-        file.seek(start.index(_in_header(_ZEROS)))
-        file.write(_in_header(f'{checksum:08x}'))
+        file.seek(start.index(in_header(ZEROS)))
+        file.write(in_header(f'{checksum:08x}'))
 
 
 def _append(file: BinaryIO, entry: Entry, checksum: int) -> int:
@@ -116,10 +114,6 @@ def in_order(entries: Mapping[str, Entry]) -> list[tuple[str, Entry]]:
     """The entries as they follow each other in a file, which is the order in which :func:`write` asks for values."""
     # Wide values first: every tensor then lies at a multiple of its own width, which readers in place rely on.
     return sorted(entries.items(), key=lambda pair: (-pair[1].dtype.itemsize, pair[0]))
-
-
-def _in_header(checksum: str) -> bytes:
-    return f'"{_CHECKSUM}":"{checksum}"'.encode()
 
 
 class TensorFile:
@@ -148,16 +142,7 @@ class TensorFile:
         Raises:
             CheckpointError: it has changed since it was written.
         """
-        written = self.metadata.get(_CHECKSUM)
-        if written is None:
-            return
-        with self.path.open('rb') as file:
-            length = file.read(8)
-            header = file.read(int.from_bytes(length, 'little'))
-            found = zlib.crc32(length + header.replace(_in_header(written), _in_header(_ZEROS), 1))
-            while data := file.read(_AT_ONCE):
-                found = zlib.crc32(data, found)
-        if f'{found:08x}' != written:
+        if not is_sound(self.path, self.metadata):
             raise CheckpointError(
                 f'{self.path} is damaged: it is not what was written, by its checksum. Move it out of the folder, or '
                 'put a sound copy in its place.'

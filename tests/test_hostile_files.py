@@ -1,0 +1,152 @@
+"""Files that are damaged, absurd or no files: an error in words, or the right answer, in bounded time and memory."""
+
+from __future__ import annotations
+
+import functools
+import os
+import socket
+import struct
+import zipfile
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from hostile_files import damaged, repacked, same, sound_files
+from safetensors.torch import load_file
+from torch import nn
+
+from composer_ema import CheckpointError, export, load_average, merge, read_checkpoint
+from composer_ema.checkpoints.inspection import describe
+from composer_ema.checkpoints.lazy import open_weights
+
+
+@pytest.fixture(scope='module')
+def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return sound_files(tmp_path_factory.mktemp('sound'))
+
+
+def fails_everywhere(path: Path, match: str) -> None:
+    """Every door that takes one file says the same, and writes nothing."""
+    before = sorted(path.parent.iterdir()) if path.parent.exists() else []
+    out = path.with_name('never-written.safetensors')
+    for door in (load_average, describe, read_checkpoint, open_weights, lambda path: export(path, out)):
+        with pytest.raises(CheckpointError, match=match):
+            door(path)
+    with pytest.raises(CheckpointError, match=match):
+        merge([path, path.with_name('other.pt')], out, equal=True)
+    assert (sorted(path.parent.iterdir()) if path.parent.exists() else []) == before
+
+
+class TestReadCheckpoint:
+    @pytest.mark.parametrize('name', ['script', 'optimizer', 'shadow', 'composer', 'export', 'export_of_torch'])
+    def test_returns_what_torch_or_safetensors_would(self, sound, name):
+        read = load_file if name == 'export' else functools.partial(torch.load, weights_only=True)
+        assert same(dict(sorted(read_checkpoint(sound[name]).items())), dict(sorted(read(sound[name]).items())))
+
+    def test_resumes_model_and_optimizer(self, sound):
+        model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+        model.load_state_dict(read_checkpoint(str(sound['script']))['model'])
+        assert same(dict(model.state_dict()), dict(torch.load(sound['script'])['model']))
+
+    def test_reads_a_sharded_folder_as_plain_values(self, tmp_path):
+        import torch.distributed.checkpoint as dcp
+
+        held = {'model': {'a': torch.arange(6.0).reshape(2, 3)}, 'list': [{'b': torch.ones(2)}], 'step': 3}
+        dcp.save(held, checkpoint_id=tmp_path / 'folder', no_dist=True)
+        found = read_checkpoint(tmp_path / 'folder')
+        assert same(found, held)
+        assert type(found['model']['a']) is torch.Tensor
+
+    def test_of_what_is_no_path_says_so(self):
+        with pytest.raises(TypeError, match='checkpoint must be the path of a file'):
+            read_checkpoint(3)  # pyright: ignore[reportArgumentType]: what is tested
+
+
+@pytest.mark.parametrize('seed', range(3))
+@pytest.mark.parametrize('name', ['script', 'composer', 'export', 'export_of_torch'])
+def test_a_changed_byte_is_noticed(sound, name, seed, tmp_path):
+    random, content, truth = Random(seed), sound[name].read_bytes(), read_checkpoint(sound[name])
+    for _ in range(12):
+        path = tmp_path / sound[name].name
+        path.write_bytes(damaged(content, random))
+        try:
+            found = read_checkpoint(path)
+        except CheckpointError:
+            continue
+        assert same(found, truth)  # what nothing depends on, such as the time in a zip
+
+
+@pytest.mark.parametrize('name', ['script', 'optimizer', 'shadow', 'composer', 'export', 'export_of_torch'])
+def test_a_changed_weight_is_damage_to_every_door(sound, name, tmp_path):
+    content = bytearray(sound[name].read_bytes())
+    if name == 'export':
+        at = len(content) - 1
+    else:
+        with zipfile.ZipFile(sound[name]) as archive:
+            [part] = [part for part in archive.infolist() if part.filename.endswith('/data/0')]
+        at = part.header_offset + 30 + sum(struct.unpack_from('<HH', content, part.header_offset + 26))
+    content[at] ^= 1
+    (tmp_path / sound[name].name).write_bytes(content)
+    fails_everywhere(tmp_path / sound[name].name, 'it is damaged, (its|the) checksum')
+
+
+class TestClaims:
+    def test_a_file_that_claims_more_than_it_has_is_refused(self, tmp_path):
+        views = torch.zeros(2**20).unfold(0, 2**19, 2**10)
+        for name, weights in (
+            ('expanded', {'a': torch.zeros(1).expand(10**6, 10**6)}),
+            ('views', {str(i): views[i % len(views)] for i in range(400)}),
+        ):
+            torch.save(weights, tmp_path / f'{name}.pt')
+            fails_everywhere(tmp_path / f'{name}.pt', r'has [\d,]+ bytes and its tensors would take [\d,]+')
+
+    def test_an_expanded_mask_and_tied_weights_are_read(self, tmp_path):
+        weight = torch.randn(4, 4)
+        weights = {'mask': torch.ones(1, 1, 64).expand(32, 64, 64), **{f'layer{i}': weight for i in range(100)}}
+        torch.save(weights, tmp_path / 'a.pt')
+        assert same(read_checkpoint(tmp_path / 'a.pt'), weights)
+
+    @pytest.mark.parametrize('count', [5, 2**28, 2**62, -4])
+    def test_a_storage_that_is_larger_than_its_record_is_refused(self, tmp_path, count):
+        torch.save({'a': torch.zeros(4)}, tmp_path / 'small.pt')
+        numel = b'\x8a\x08' + struct.pack('<q', count)  # torch up to 2.7 would read the memory behind it
+
+        def enlarge(name: str, content: bytes) -> bytes:
+            return content.replace(b'K\x04tq', numel + b'tq', 1) if name.endswith('data.pkl') else content
+
+        path = repacked(tmp_path / 'small.pt', tmp_path / 'large.pt', enlarge)
+        fails_everywhere(path, 'storage 0 claims .* bytes, and 16 lie in the file|cannot be read')
+
+    def test_a_zip_that_is_compressed_overlaps_itself_or_names_a_part_twice_is_refused(self, tmp_path):
+        torch.save({'a': torch.zeros(2**20)}, tmp_path / 'a.pt')
+        path = repacked(tmp_path / 'a.pt', tmp_path / 'b.pt', lambda _, content: content, zipfile.ZIP_DEFLATED)
+        fails_everywhere(path, 'compressed inside, which torch.save never does')
+        with zipfile.ZipFile(tmp_path / 'a.pt', 'a') as archive, pytest.warns(UserWarning, match='Duplicate name'):
+            archive.writestr('a/data.pkl', b'\x80\x02}.')
+        fails_everywhere(tmp_path / 'a.pt', 'no zip that torch.save wrote')
+
+
+class TestNoFiles:
+    def test_what_would_be_waited_for_is_refused_at_once(self, tmp_path):
+        os.mkfifo(tmp_path / 'pipe.pt')
+        (tmp_path / 'zero.pt').symlink_to('/dev/zero')
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(tmp_path / 'socket.pt'))
+        for name, kind in (('pipe', 'a pipe'), ('zero', 'a device'), ('socket', 'a socket')):
+            fails_everywhere(tmp_path / f'{name}.pt', f'is no file but {kind}, and is not read')
+
+    def test_a_path_that_no_file_can_have_is_refused_in_words(self, tmp_path):
+        (tmp_path / 'circle.pt').symlink_to(tmp_path / 'circle.pt')
+        (tmp_path / 'dangling.pt').symlink_to('nowhere.pt')
+        fails_everywhere(tmp_path / f'{"a" * 400}.pt', 'File name too long')
+        fails_everywhere(tmp_path / 'a\0b.pt', r'a\\x00b.pt.* is the name of no file')
+        fails_everywhere(tmp_path / 'circle.pt', 'Too many levels of symbolic links')
+        fails_everywhere(tmp_path / 'dangling.pt', "is a link to 'nowhere.pt', which is not there")
+        fails_everywhere(tmp_path / 'missing' / 'a.pt', 'does not exist')
+
+    @pytest.mark.parametrize('suffix', ['.pt', '.safetensors', ''])
+    def test_an_empty_file_and_one_of_text_are_refused(self, tmp_path, suffix):
+        for name, content in (('empty', b''), ('text', b'hello\n'), ('zip', b'PK\x03\x04'), ('pickle', b'\x80\x02.')):
+            (tmp_path / f'{name}{suffix}').write_bytes(content)
+            fails_everywhere(tmp_path / f'{name}{suffix}', 'cannot be read')
