@@ -177,8 +177,9 @@ class TestTheCheckpointToLoad:
 
     @pytest.fixture
     def folder(self, tmp_path) -> Path:
-        """A sharded checkpoint of something."""
-        dcp.save({'state': {'model': {'weight': torch.ones(3)}}}, checkpoint_id=tmp_path / 'ep1-ba4')
+        """A sharded checkpoint of something, after four batches."""
+        state = {'model': {'weight': torch.ones(3)}, 'timestamp': {'Timestamp': {'batch': 4}}}
+        dcp.save({'state': state}, checkpoint_id=tmp_path / 'ep1-ba4')
         return tmp_path / 'ep1-ba4'
 
     def check(self, path: Path, *overrides: str) -> None:

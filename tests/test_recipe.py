@@ -274,7 +274,7 @@ class TestRefused:
     @pytest.mark.parametrize(
         ('damage', 'said'),
         [
-            (lambda content: None, 'there is no file'),
+            (lambda content: None, 'is missing'),
             (lambda content: b'', 'is no checkpoint'),
             (lambda content: content[:-30], 'only the beginning'),
             (lambda content: content.replace(b'\x81' * 64, b'\x81' * 63 + b'\x80'), 'checksum'),
@@ -341,7 +341,7 @@ class TestRefused:
         weight = next(iter(load_average(latest).values())).numpy().tobytes()
         assert weight in content
         latest.write_bytes(content.replace(weight, bytes([weight[0] ^ 1]) + weight[1:]))
-        with pytest.raises(RecipeError, match=r'autoresume: .*latest-rank0\.pt cannot be read.*load_path='):
+        with pytest.raises(RecipeError, match=r'autoresume: .*ep1-ba5-rank0\.pt cannot be read.*load_path='):
             build(schema.load(path))
 
     def test_checkpoint_that_was_given_first_may_be_gone_when_the_run_resumes(self, write, tmp_path):
@@ -1012,7 +1012,7 @@ class TestResume:
         assert resumed.num_batches == 15
         assert [point.epoch for point in resumed.points['ema']] == [1, 2, 3]
         assert shown[0].startswith('autoresume: going on from ')
-        assert shown[0].endswith('latest-rank0.pt, batch 5')
+        assert shown[0].endswith('ep1-ba5-rank0.pt, batch 5')
 
     @pytest.mark.parametrize(
         ('began', 'goes_on'), [([], 'data.validation_split=0.25'), (['data.validation_split=0.25'], '')]

@@ -59,6 +59,32 @@ def open_folder(folder: Path) -> Branch:
         raise CheckpointError(f'{folder} cannot be read: {error}') from error
 
 
+def check_folder(folder: Path) -> None:
+    """Reads a sharded checkpoint through: its index, and all bytes of its items, of which it compares the checksums.
+
+    Raises:
+        CheckpointError: it is damaged, incomplete, or written in a way that is not read.
+    """
+    try:
+        index = read_index(folder)
+        _nested(index)
+    except (ShardError, OSError) as error:
+        raise CheckpointError(f'{folder} cannot be read: {error}') from error
+    for item in index.items.values():
+        for place in [chunk.place for chunk in item.chunks] if isinstance(item, ShardedTensor) else [item.place]:
+            path = folder / place.file
+            with path.open('rb') as file:
+                try:
+                    damaged = damaged_part(cast(BinaryIO, io.BufferedReader(_Window(file, place), 2**16)))
+                # A damaged blob fails in as many ways as there are bytes in it; all of them mean the same to the user.
+                except Exception as error:
+                    raise CheckpointError(f'{item.name} in {path} cannot be read: it is damaged.') from error
+            if damaged:
+                raise CheckpointError(
+                    f'{item.name} in {path} cannot be read: it is damaged, the checksum of {damaged} is wrong.'
+                )
+
+
 def files_of(folder: Path) -> list[Path]:
     """The files of a sharded checkpoint."""
     return [folder / METADATA, *sorted(folder.glob(f'*{SUFFIX}'))]

@@ -18,11 +18,14 @@ from composer_ema.posthoc.snapshot_files import SNAPSHOT_FOLDER
 from composer_ema.recipe import groups, parallelism
 from composer_ema.recipe.arguments import Place, RecipeError, said, signature
 from composer_ema.recipe.fitting import Fitted, fit
-from composer_ema.recipe.loaded import check_loaded, latest_checkpoint
+from composer_ema.recipe.loaded import check_loaded
+from composer_ema.recipe.matching import Load, refusing_misfits
 from composer_ema.recipe.named import REFUSALS, Named
 from composer_ema.recipe.outputs import CHECKPOINT_FOLDER, METRICS_FILE
 from composer_ema.recipe.progress import other_progress_may_resume, progress_of
 from composer_ema.recipe.recorder import Recorder
+from composer_ema.recipe.resuming import Found
+from composer_ema.recipe.save_folder import SaveFolder
 from composer_ema.recipe.scheduled import Length, Scheduled
 from composer_ema.recipe.schema import Plan, Recipe, plan
 from composer_ema.trainer.weight_average import WeightAverage
@@ -44,6 +47,7 @@ class Run:
         recorder: The callback that writes the metrics.
         remarks: Strings and rich renderables to show before training: what overrides dropped, parameter groups, the
             schedule.
+        resumed: What autoresume has loaded; None where it has not, or from an object store.
     """
 
     recipe: Recipe
@@ -52,6 +56,7 @@ class Run:
     trainer: Trainer
     recorder: Recorder
     remarks: list[Any]
+    resumed: Found | None
 
 
 def build(recipe: Recipe, *, scratch: Path | None = None, callbacks: Sequence[Callback] = ()) -> Run:
@@ -76,7 +81,7 @@ def build(recipe: Recipe, *, scratch: Path | None = None, callbacks: Sequence[Ca
     seed = _seed(checked)
     run_name = _run_name(checked)
     folder = Path(checked.runs_folder) / run_name
-    check_loaded(checked, run_name)
+    resumed = check_loaded(checked, run_name)
     if scratch is None:
         _refuse_to_overwrite(checked, folder, place)
 
@@ -103,7 +108,7 @@ def build(recipe: Recipe, *, scratch: Path | None = None, callbacks: Sequence[Ca
     recorder = Recorder(folder / METRICS_FILE if scratch is None else None)
     progress, lines = progress_of(checked.trainer, loggers) if scratch is None else ({'progress_bar': False}, [])
     arguments = {
-        **_trainer_arguments(checked.trainer, folder, scratch),
+        **_trainer_arguments(checked.trainer, folder, scratch, resumed),
         **progress,
         'seed': seed,
         'run_name': run_name,
@@ -119,9 +124,15 @@ def build(recipe: Recipe, *, scratch: Path | None = None, callbacks: Sequence[Ca
     if stepped.every_batch is not None:
         arguments['step_schedulers_every_batch'] = stepped.every_batch
     settings = stepped.settings()
-    with _no_empty_folders_left(folder / CHECKPOINT_FOLDER, folder, folder.parent), other_progress_may_resume():
+    with (
+        _no_empty_folders_left(folder / CHECKPOINT_FOLDER, folder, folder.parent),
+        other_progress_may_resume(),
+        refusing_misfits(_load(checked, resumed)),
+    ):
         try:
             trainer = Trainer(**arguments)
+        except RecipeError:
+            raise
         except REFUSALS as error:
             raise refused(checked, error) from error
         try:
@@ -132,7 +143,20 @@ def build(recipe: Recipe, *, scratch: Path | None = None, callbacks: Sequence[Ca
     length = checked.length(len(data.train))
     resolved = recipe.replace(seed=seed, run_name=run_name, **_schedule_values(recipe, stepped.scheduled))
     remarks = [*recipe.remarks, *_remarks(checked, stepped.scheduled, length, optimizer)]
-    return Run(resolved, checked, folder, trainer, recorder, remarks)
+    return Run(resolved, checked, folder, trainer, recorder, remarks, resumed)
+
+
+def _load(checked: Plan, resumed: Found | None) -> Load | None:
+    """How the Trainer loads its checkpoint, for errors; None where we know of none."""
+    given = checked.trainer
+    is_strict = given.get('load_strict_model_weights', True)
+    if resumed is not None:
+        return Load(checked.place / 'autoresume', str(resumed.path), is_strict, ignores=False)
+    if given.get('autoresume') or given.get('load_path'):
+        key = 'load_path' if given.get('load_path') else 'autoresume'
+        path = given.get('load_path') or 'the checkpoint in the object store'
+        return Load(checked.place / key, path, is_strict, ignores=bool(given.get('load_ignore_keys')))
+    return None
 
 
 def refused(checked: Plan, error: Exception) -> RecipeError:
@@ -189,9 +213,14 @@ def _numbered_name(checked: Plan, *, resumes: bool) -> str:
     numbers = [int(match[1] or 1) for name in taken if (match := re.fullmatch(rf'{re.escape(stem)}(?:-(\d+))?', name))]
     names = [stem if number == 1 else f'{stem}-{number}' for number in sorted({1, *numbers})]
     if resumes:
-        return next((name for name in reversed(names) if latest_checkpoint(checked, name)), names[-1])
+        return next((name for name in reversed(names) if _holds_checkpoint(checked, name)), names[-1])
     number = max(numbers, default=0) + 1
     return stem if number == 1 else f'{stem}-{number}'
+
+
+def _holds_checkpoint(checked: Plan, run_name: str) -> bool:
+    folder = SaveFolder.of(checked, run_name)
+    return folder is not None and folder.has_any()
 
 
 @contextlib.contextmanager
@@ -266,7 +295,9 @@ def _built(named: Named, checked: Plan) -> Algorithm:
     return named.build(evaluate_with={f'eval_{weights}': weights for weights in checked.evaluate if weights in own})
 
 
-def _trainer_arguments(given: Mapping[str, Any], folder: Path, scratch: Path | None) -> dict[str, Any]:
+def _trainer_arguments(
+    given: Mapping[str, Any], folder: Path, scratch: Path | None, resumed: Found | None
+) -> dict[str, Any]:
     """The arguments of the recipe, with checkpoints in the run folder, or in ``scratch``."""
     arguments = {'save_folder': str(folder / CHECKPOINT_FOLDER), **given}
     arguments[parallelism.KEY] = parallelism.built(given.get(parallelism.KEY))
@@ -274,6 +305,13 @@ def _trainer_arguments(given: Mapping[str, Any], folder: Path, scratch: Path | N
     arguments.setdefault('save_overwrite', bool(given.get('autoresume')))
     if scratch is not None and arguments['save_folder'] is not None:
         arguments['save_folder'] = str(scratch / CHECKPOINT_FOLDER)
+    if given.get('autoresume') and (resumed is not None or not given.get('save_latest_filename', True)):
+        # Composer looks for the link alone, and refuses to look where the recipe wants none.
+        arguments['autoresume'] = False
+    if resumed is not None:
+        # What the recipe says of a load is about the checkpoint that the run began with, as in Composer's autoresume.
+        arguments.update(dict.fromkeys(('load_object_store', 'load_ignore_keys', 'load_exclude_algorithms')))
+        arguments.update(load_path=str(resumed.path), load_weights_only=False)
     return arguments
 
 

@@ -2,77 +2,87 @@
 
 from __future__ import annotations
 
-import inspect
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
 
-from composer import Trainer
-from composer.utils import dist, format_name_with_dist
-from composer.utils.compression import is_compressed_pt
-from composer.utils.file_helpers import is_tar
+from composer.utils import dist
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from composer_ema.checkpoints.reading import is_of_composer
-from composer_ema.checkpoints.safely import CheckpointError, check_sums, load_safely
-from composer_ema.checkpoints.sharded import is_sharded, open_folder
-from composer_ema.recipe import parallelism
-from composer_ema.recipe.arguments import signature
-from composer_ema.recipe.outputs import CHECKPOINT_FOLDER, RECIPE_FILE
+from composer_ema.checkpoints.safely import CheckpointError, check_sums, load_safely, reason
+from composer_ema.checkpoints.sharded import check_folder, is_sharded
+from composer_ema.recipe import parallelism, resuming
+from composer_ema.recipe.arguments import RecipeError, signature
+from composer_ema.recipe.outputs import RECIPE_FILE
+from composer_ema.recipe.packed import unpacked
+from composer_ema.recipe.resuming import Found
+from composer_ema.recipe.save_folder import SaveFolder
 from composer_ema.recipe.schema import Plan
 
-_DEFAULT_LATEST = inspect.signature(Trainer).parameters['save_latest_filename'].default
 
-
-def latest_checkpoint(checked: Plan, run_name: str) -> Path | None:
-    """The file that autoresume loads for a run of this name; None where there is none on this machine's disks."""
-    in_run_folder = str(Path(checked.runs_folder) / run_name / CHECKPOINT_FOLDER)
-    folder = checked.trainer.get('save_folder', in_run_folder)
-    latest = checked.trainer.get('save_latest_filename', _DEFAULT_LATEST)
-    if not folder or not latest or '://' in folder:
-        return None
-    path = Path(format_name_with_dist(folder, run_name), format_name_with_dist(latest, run_name))
-    return path if path.exists() else None
-
-
-def check_loaded(checked: Plan, run_name: str) -> None:
+def check_loaded(checked: Plan, run_name: str) -> Found | None:
     """Refuses a missing or damaged checkpoint.
+
+    Returns:
+        What autoresume goes on from; None where it is to go on from nothing on this machine's disks.
 
     Raises:
         RecipeError: At ``load_path`` or ``autoresume``, in every process.
     """
-    complaint: list[Any] = [None]
-    # Rank 0 reads it through, which takes a while for a large one; then all processes raise the same error.
+    outcome: list[Any] = [None, None]
+    # Rank 0 reads it through, which takes a while for a large one; then all processes raise the same error, or go on
+    # from the same checkpoint.
     if dist.get_global_rank() == 0:
-        complaint[0] = _complaint(checked, run_name)
-    dist.broadcast_object_list(complaint)
-    if complaint[0] is not None:
-        key, message = complaint[0]
-        raise (checked.place / key).error(message)
+        try:
+            outcome[0] = _checked(checked, run_name)
+        except RecipeError as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
-def _complaint(checked: Plan, run_name: str) -> tuple[str, str] | None:
-    """The key to blame and why; None for a sound checkpoint, for none, and for one that only Composer can judge."""
-    latest = latest_checkpoint(checked, run_name) if checked.trainer.get('autoresume') else None
+def _checked(checked: Plan, run_name: str) -> Found | None:
+    if checked.trainer.get('autoresume'):
+        found = _to_resume(checked, run_name)
+        if found is not None:
+            return found
     given = checked.trainer.get('load_path')
-    if latest is not None:
-        now, before = checked.validation_split, _split_before(checked, run_name)
-        if before is not None and before != now:
-            return 'data.validation_split', (
-                f'must stay {before}, with which this run began, got {now}, which holds out other samples: the run has '
-                f'trained on some of them, or would. Write {before}, or start another run.'
-            )
-        if reason := _mismatch(latest, checked):
-            return 'autoresume', reason
-        reason = _damage(latest)
-        remedy = 'To do so, give load_path=... and leave autoresume out.'
-        return ('autoresume', f'{reason} {remedy}') if reason else None
     if not given or '://' in given or '{' in given or checked.trainer.get('load_object_store') is not None:
         return None
-    reason = _mismatch(Path(given), checked) or _damage(Path(given))
-    return ('load_path', reason) if reason else None
+    place, path = checked.place / 'load_path', Path(given)
+    if reason := _mismatch(path, checked):
+        raise place.error(reason)
+    if reason := damage(path):
+        raise place.error(f'{reason} Load an earlier one.')
+    return None
+
+
+def _to_resume(checked: Plan, run_name: str) -> Found | None:
+    place = checked.place / 'autoresume'
+    if checked.trainer.get('save_folder', '') is None:
+        raise place.error('goes on from what the run has saved, and save_folder: null saves nothing. Leave one out.')
+    folder = SaveFolder.of(checked, run_name)
+    if folder is None or not folder.has_any():
+        return None
+    now, before = checked.validation_split, _split_before(checked, run_name)
+    if before is not None and before != now:
+        raise (checked.place / 'data.validation_split').error(
+            f'must stay {before}, with which this run began, got {now}, which holds out other samples: the run has '
+            f'trained on some of them, or would. Write {before}, or start another run.'
+        )
+    try:
+        found = resuming.find(folder, run_name, damage)
+    except resuming.CannotResumeError as error:
+        raise place.error(str(error)) from error
+    if found is not None and (reason := _mismatch(found.path, checked)):
+        raise place.error(reason)
+    return found
 
 
 def _mismatch(path: Path, checked: Plan) -> str | None:
@@ -105,41 +115,56 @@ def _split_before(checked: Plan, run_name: str) -> float | None:
     return before
 
 
-def _damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, as far as one can tell without unpickling it."""
-    if not path.exists():
-        return f'there is no file {path}.'
-    if path.is_dir():
-        return _damage_of_folder(path)
-    # Archives and links to remote files.
-    if is_tar(path) or is_compressed_pt(str(path)) or path.suffix == '.symlink':
-        return None
-    # torch.save writes a zip archive; its directory comes last, so a truncated file has none.
-    if not zipfile.is_zipfile(path):
-        return f'{path} is no checkpoint, or only the beginning of one. Load an earlier one.'
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, as far as one can tell without unpickling it; None for a whole one."""
+    found: str | None
     try:
-        check_sums(path)
+        if not path.exists():
+            return f'{path}{_led_astray(path)} is missing.'
+        if path.is_dir():
+            return _damage_of_folder(path)
+        if not path.is_file():
+            return f'{path} is no file, but a pipe, a socket or a device.'
+        if path.suffix == '.symlink':  # Composer's link to a checkpoint in an object store
+            return None
+        with unpacked(path) as file:
+            found = _damage_of_file(file, path)
+    except (OSError, CheckpointError) as error:
+        found = str(error)
+    return found.removesuffix(' Load an earlier checkpoint.') if found else None
+
+
+def _led_astray(path: Path) -> str:
+    return f' is a link to {os.readlink(path)}, which' if path.is_symlink() else ''
+
+
+def _damage_of_file(file: Path, path: Path) -> str | None:
+    """What is wrong with ``file``, that is the checkpoint ``path`` or what was packed in it."""
+    # torch.save writes a zip archive; its directory comes last, so a truncated file has none.
+    if not zipfile.is_zipfile(file):
+        return f'{path} is no checkpoint, or only the beginning of one.'
+    try:
+        check_sums(file)
+        with zipfile.ZipFile(file) as archive:
+            is_from_torch = any(name.endswith('data.pkl') for name in archive.namelist())
     except CheckpointError as error:
-        return str(error)
-    with zipfile.ZipFile(path) as archive:
-        is_from_torch = any(name.endswith('data.pkl') for name in archive.namelist())
+        return str(error).replace(str(file), str(path))
     if not is_from_torch:
         return f'{path} is an archive of another kind, no checkpoint.'
     try:
-        content = load_safely(path, mmap=True)
-    except Exception:  # it holds types of the user's own, which only Composer's loading accepts
-        return None
+        content = load_safely(file, mmap=True)
+    except Exception as error:
+        why = reason(file, error)
+        # Types of the user's own, which only Composer's loading accepts.
+        return None if 'could run code' in why else f'{path} cannot be read: {why}'
     if not is_of_composer(content):
         return f'{path} was not saved by Composer: it has no state of a run. load_average() reads averages of others.'
     return None
 
 
 def _damage_of_folder(folder: Path) -> str | None:
-    """What is wrong with the index of a sharded checkpoint; its tensors are not read."""
+    """What is wrong with a sharded checkpoint."""
     if not is_sharded(folder):
-        return f'{folder} is no sharded checkpoint, or one that was not written to its end. Load an earlier one.'
-    try:
-        open_folder(folder)
-    except CheckpointError as error:
-        return f'{error} Load an earlier one.'
+        return f'{folder} is no sharded checkpoint, or one that was not written to its end.'
+    check_folder(folder)
     return None
