@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -12,8 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from composer_ema import EMAOptimizer, ShadowModel, export
-
-Draw = Callable[[Random, Path], Path]
 
 
 def averaged_model() -> tuple[nn.Module, EMAOptimizer]:
@@ -113,3 +111,103 @@ def same(one: Any, other: Any) -> bool:
     if isinstance(one, list | tuple):
         return type(one) is type(other) and len(one) == len(other) and all(map(same, one, other))
     return one == other
+
+
+def deep(levels: int) -> Any:
+    """A list in a list in a list."""
+    value: Any = []
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+def circle() -> dict[str, Any]:
+    """A dictionary that holds itself."""
+    value: dict[str, Any] = {'a': torch.ones(2)}
+    value['self'] = value
+    return value
+
+
+#: Values that no trainer would write where they are put.
+ABSURD: dict[str, Callable[[], Any]] = {
+    'none': lambda: None,
+    'true': lambda: True,
+    'text': lambda: 'text',
+    'escape': lambda: '\x1b]0;title\x07\x1b[31m[bold]$x$\u202e\n',
+    'surrogate': lambda: '\udcff',
+    'zero': lambda: 0,
+    'huge number': lambda: 10**400,
+    'negative': lambda: -1,
+    'nan': lambda: float('nan'),
+    'infinite': lambda: float('inf'),
+    'complex number': lambda: 1j,
+    'bytes': lambda: b'bytes',
+    'empty list': list,
+    'list': lambda: [1, 'a', None],
+    'empty dict': dict,
+    'dict of numbers': lambda: {1: 2, (1, 2): 3},
+    'set': lambda: {1, 2},
+    'deep': lambda: deep(10_000),
+    'circle': circle,
+    'long name': lambda: {'n' * 400: torch.ones(2)},
+    'odd names': lambda: {'a\0b': torch.ones(2), '../../x/y': torch.ones(2), '': torch.ones(1), '.': torch.ones(1)},
+    'many': lambda: dict.fromkeys(map(str, range(20_000)), 0),
+    'shared lists': lambda: [[0] * 5_000] * 5_000,
+    'scalar': lambda: torch.tensor(1.0),
+    'empty tensor': lambda: torch.empty(0, 3),
+    'other shape': lambda: torch.ones(7, 7),
+    'whole numbers': lambda: torch.arange(4),
+    'booleans': lambda: torch.tensor([True, False]),
+    'complex': lambda: torch.ones(4, dtype=torch.complex64),
+    'conjugate': lambda: torch.ones(4, dtype=torch.complex64).conj(),
+    'float8': lambda: torch.ones(4).to(torch.float8_e4m3fn),
+    'half': lambda: torch.ones(4, dtype=torch.float16),
+    'not finite': lambda: torch.tensor([float('nan'), float('inf')]),
+    'sparse': lambda: torch.sparse_coo_tensor(torch.tensor([[0], [1]]), torch.ones(1), (4, 4)),
+    'huge sparse': lambda: torch.sparse_coo_tensor(torch.tensor([[0], [1]]), torch.ones(1), (10**6, 10**6)),
+    'sparse rows': lambda: torch.eye(4).to_sparse_csr(),
+    'quantized': lambda: torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8),
+    'nested': lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    'meta': lambda: torch.ones(4, device='meta'),
+    'expanded': lambda: torch.zeros(1).expand(1000, 1000),
+    'expanded too far': lambda: torch.zeros(1).expand(10**6, 10**6),
+    'strided': lambda: torch.arange(24.0).reshape(4, 6)[:, ::2].t(),
+    'parameter': lambda: nn.Parameter(torch.ones(4)),
+}  # fmt: skip
+
+
+def mutated(held: Any, random: Random) -> tuple[Any, str]:
+    """A copy of nested dictionaries and lists with something absurd in one place, and what was done in words."""
+    places = list(_places(held))
+    path = random.choice(places)
+    kind = random.choice(list(ABSURD))
+    return _changed(held, path, kind, random.randrange(10)), f'{kind} at {path}'
+
+
+def _places(held: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    yield path
+    if isinstance(held, dict):
+        for key, value in held.items():
+            yield from _places(value, (*path, key))
+    elif isinstance(held, list | tuple):
+        for place, value in enumerate(held):
+            yield from _places(value, (*path, place))
+
+
+def _changed(held: Any, path: tuple[Any, ...], kind: str, how: int) -> Any:
+    if not path:
+        return ABSURD[kind]()
+    key, *rest = path
+    if isinstance(held, dict):
+        own = dict(held)
+        if not rest and how == 0:
+            del own[key]
+        elif not rest and how == 1:
+            own['\x1b[31mname' if kind == 'escape' else 'n' * 400] = own.pop(key)
+        elif not rest and how == 2:
+            own[3] = own.pop(key)
+        else:
+            own[key] = _changed(held[key], tuple(rest), kind, how)
+        return own
+    changed = [_changed(value, tuple(rest), kind, how) if place == key else value for place, value in enumerate(held)]
+    return tuple(changed) if isinstance(held, tuple) else changed

@@ -12,7 +12,7 @@ from random import Random
 
 import pytest
 import torch
-from hostile_files import damaged, repacked, same, sound_files
+from hostile_files import ABSURD, averaged_model, damaged, mutated, of_composer, repacked, same, sound_files
 from safetensors.torch import load_file
 from torch import nn
 
@@ -150,3 +150,49 @@ class TestNoFiles:
         for name, content in (('empty', b''), ('text', b'hello\n'), ('zip', b'PK\x03\x04'), ('pickle', b'\x80\x02.')):
             (tmp_path / f'{name}{suffix}').write_bytes(content)
             fails_everywhere(tmp_path / f'{name}{suffix}', 'cannot be read')
+
+
+@pytest.fixture(scope='module')
+def states() -> dict[str, dict]:
+    """What is in sound files, by kind."""
+    model, optimizer = averaged_model()
+    script = {'model': dict(model.state_dict()), 'optimizer': optimizer.state_dict()}
+    return {'composer': of_composer(model, optimizer), 'script': script, 'shadow': optimizer.shadow.state_dict()}
+
+
+class TestAbsurdContents:
+    @pytest.mark.filterwarnings('ignore')
+    @pytest.mark.parametrize('seed', range(4))
+    def test_something_absurd_anywhere_is_read_or_refused_in_words(self, states, seed, tmp_path):
+        for number in range(10):
+            random = Random(1000 * seed + number)
+            held, _ = mutated(states[random.choice(list(states))], random)
+            torch.save(held, tmp_path / 'a.pt')
+            for door in random.sample([load_average, describe, read_checkpoint, open_weights], 2):
+                try:
+                    door(tmp_path / 'a.pt')
+                except CheckpointError:
+                    continue
+                # No other error is caught.
+
+    @pytest.mark.parametrize('kind', ['nested', 'sparse', 'sparse rows', 'huge sparse', 'meta'])
+    @pytest.mark.filterwarnings('ignore')
+    def test_a_tensor_that_is_not_dense_is_not_merged(self, tmp_path, kind):
+        for name in ('a', 'b'):
+            torch.save({'model': {'w': ABSURD[kind](), 'b': torch.ones(2)}}, tmp_path / f'{name}.pt')
+        with pytest.raises(CheckpointError, match=r'\bw\b.*(dense|nested|meta)'):
+            merge([tmp_path / 'a.pt', tmp_path / 'b.pt'], tmp_path / 'c.pt', equal=True)
+        assert not (tmp_path / 'c.pt').exists()
+
+    def test_an_algorithm_that_is_a_huge_sparse_tensor_is_not_iterated(self, states, tmp_path):
+        state = states['composer']['state'] | {'algorithms': [ABSURD['huge sparse']()]}
+        torch.save({'state': state}, tmp_path / 'a.pt')
+        with pytest.raises(CheckpointError, match="'algorithms' is no list of pairs"):
+            describe(tmp_path / 'a.pt')
+
+    def test_a_setting_that_would_be_a_billion_numbers_is_refused(self, states, tmp_path):
+        optimizer = states['script']['optimizer']
+        own = optimizer['ema'] | {'settings': optimizer['ema']['settings'] | {'warmup': ABSURD['shared lists']()}}
+        torch.save(optimizer | {'ema': own}, tmp_path / 'a.pt')
+        with pytest.raises(CheckpointError, match="maps 'warmup' to a list"):
+            describe(tmp_path / 'a.pt')

@@ -18,7 +18,7 @@ them or without. An algorithm may add further keys of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sized
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -40,6 +40,8 @@ HIDDEN = 'hidden'
 State = Mapping[str, Any]
 # From here on no count is real, torch holds no such integer, and Python may refuse to print it.
 _NO_COUNT = 2**63
+# How long a list or a mapping may be among settings, by how deep others may lie in it.
+_LONGEST = {1: 100, 2: 10_000}
 
 
 @dataclass(frozen=True)
@@ -201,7 +203,7 @@ def _is_plain(value: Any, depth: int = 2) -> bool:
         return abs(value) < _NO_COUNT
     if value is None or isinstance(value, (str, Real)):
         return True
-    if depth == 0:  # a list may hold itself
+    if depth == 0 or (isinstance(value, Sized) and len(value) > _LONGEST[depth]):  # a list may hold itself, many times
         return False
     if isinstance(value, Mapping):
         return all(_is_plain(key, 0) and _is_plain(each, depth - 1) for key, each in value.items())

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from composer_ema.checkpoints import formats, others, search, states
 from composer_ema.checkpoints.formats import Format
-from composer_ema.checkpoints.lazy_tensor import in_memory
-from composer_ema.checkpoints.opening import checkpoint_of, is_safetensors, read_file
+from composer_ema.checkpoints.lazy_tensor import in_memory, is_dense
+from composer_ema.checkpoints.opening import UNKNOWN_CONTENT, checkpoint_of, is_safetensors, read_file
 from composer_ema.checkpoints.others import Found
 from composer_ema.checkpoints.reading import (
     CheckpointError,
@@ -174,7 +174,7 @@ def describe(checkpoint: str | os.PathLike[str], *, key: str | None = None) -> D
     except CheckpointError:
         raise
     # The file is sound, so something that we do not know wrote what it holds.
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except UNKNOWN_CONTENT as error:
         raise CheckpointError(f'{path} holds a state that cannot be read: {error}') from error
 
 
@@ -339,7 +339,7 @@ def _model_slot(state: Mapping[str, Any], rows: Mapping[str, Format], stash: Ten
 def _is_in(tensors: Tensors, model: Tensors) -> bool:
     """Whether ``model`` has these tensors, bit for bit in its own dtypes, as far as it has their names."""
     shared = [(tensor, model[name]) for name, tensor in tensors.items() if name in model]
-    dense = [(one, other) for one, other in shared if _is_dense(one) and _is_dense(other)]
+    dense = [(one, other) for one, other in shared if is_dense(one) and is_dense(other)]
     pairs = ((in_memory(one), in_memory(other)) for one, other in dense)
     return bool(dense) and all(_is_same(_computable(one.to(other.dtype)), _computable(other)) for one, other in pairs)
 
@@ -418,7 +418,7 @@ def _norms(average: Tensor | None, training: Tensor | None) -> tuple[float, floa
     """Norms of average minus training weights and of the training weights; None for what has no distance."""
     if average is None or training is None or average.shape != training.shape or not average.dtype.is_floating_point:
         return None
-    if not _is_dense(average) or not _is_dense(training):
+    if not is_dense(average) or not is_dense(training):
         return None
     average, training = in_memory(average), in_memory(training)
     average, wide = _computable(average), _computable(training.to(average.dtype))
@@ -448,11 +448,6 @@ def _versions(state: Mapping[str, Any]) -> dict[str, str]:
 
 def _tensors(of: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: value for name, value in of.items() if isinstance(value, Tensor)}
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether every element has a value in memory."""
-    return tensor.layout is torch.strided and not tensor.is_meta and not tensor.is_quantized
 
 
 def _size(tensor: Tensor) -> int:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from composer_ema.checkpoints import formats, others, search, states
-from composer_ema.checkpoints.lazy_tensor import in_memory
-from composer_ema.checkpoints.opening import checkpoint_of, is_safetensors, metadata_of, read_file
+from composer_ema.checkpoints.lazy_tensor import in_memory, is_dense
+from composer_ema.checkpoints.opening import UNKNOWN_CONTENT, checkpoint_of, is_safetensors, metadata_of, read_file
 from composer_ema.checkpoints.reading import (
     CheckpointError,
     algorithms_of,
@@ -50,6 +50,7 @@ class LazyWeights:
         run_name: the run that wrote the file; None where it does not tell.
         metadata: what a safetensors file, or :func:`composer_ema.export`, keeps beside the tensors. Else empty.
         extra_state: what modules keep besides tensors, by name.
+        odd: names of tensors that are sparse, quantized or nested.
     """
 
     def __init__(self, path: Path, average: str | None, key: str | None) -> None:
@@ -60,6 +61,7 @@ class LazyWeights:
         held = read_file(path, mmap=True)
         self._tensors, self.extra_state, self.weights = self._chosen(held)
         self.names = tuple(self._tensors)
+        self.odd = tuple(name for name, tensor in self._tensors.items() if not is_dense(tensor))
         self._described = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in self._tensors.items()}
         self.metadata = metadata_of(path) if is_safetensors(path) else dict(states.exported_with(held) or {})
         try:
@@ -147,7 +149,7 @@ def _weights_in(held: Any, path: Path, average: str | None, key: str | None) -> 
     except CheckpointError:
         raise
     # The file is sound, so something that we do not know wrote what it holds.
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except UNKNOWN_CONTENT as error:
         raise CheckpointError(f'{path} cannot be read: {error}') from error
 
 

@@ -59,6 +59,12 @@ def in_memory(tensor: Tensor) -> Tensor:
     return tensor._read() if isinstance(tensor, LazyTensor) else tensor
 
 
+def is_dense(tensor: Tensor) -> bool:
+    """Whether every element has a value of its own to compute with."""
+    is_strided = tensor.layout is torch.strided and not tensor.is_nested
+    return is_strided and not tensor.is_meta and not tensor.is_quantized
+
+
 def _with_values(value: Any) -> Any:
     if isinstance(value, Tensor):
         return in_memory(value)

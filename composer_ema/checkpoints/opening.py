@@ -28,6 +28,8 @@ _LATEST, _IN_RUN = 'latest-rank0.pt', 'checkpoints'
 _LINK, _LONGEST_PATH = '.symlink', 4096
 # With this torch's HuggingFaceStorageWriter marks its files; those of processes that save apart are named shard-...
 _SHARDING = 'DCP_SHARDING_INFO'
+#: How reading a state fails that something unknown wrote to a sound file; torch raises RuntimeErrors of its tensors.
+UNKNOWN_CONTENT = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError)
 _SUFFIXES = ('.pt', '.pth', '.ckpt', '.tar', '.safetensors')
 
 

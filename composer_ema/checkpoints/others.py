@@ -307,7 +307,9 @@ def _warn_of_unaveraged(tensors: Collection[str], source: str, inventory: Invent
 
 
 def check_readable(tensors: Mapping[str, Any]) -> None:
-    """Raises a ValueError for a tensor that has a shape and no values."""
+    """Raises a ValueError for a tensor that has a shape and no values, or no shape."""
+    if nested := [name for name, tensor in tensors.items() if isinstance(tensor, Tensor) and tensor.is_nested]:
+        raise ValueError(f'{listed(sorted(nested))} in the file are nested tensors, which no average has.')
     meta = [name for name, tensor in tensors.items() if isinstance(tensor, Tensor) and tensor.is_meta]
     if meta:
         raise ValueError(

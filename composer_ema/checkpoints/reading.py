@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from composer_ema.checkpoints import formats, others, search, sharded_format, states
 from composer_ema.checkpoints.lazy_tensor import in_memory
-from composer_ema.checkpoints.opening import checkpoint_of, described, read_file
+from composer_ema.checkpoints.opening import UNKNOWN_CONTENT, checkpoint_of, described, read_file
 from composer_ema.checkpoints.safely import CheckpointError
 from composer_ema.model.names import check_same, listed
 from composer_ema.model.wrappers import canonical_name, unwrap
@@ -138,7 +138,7 @@ def average_in(
     except CheckpointError:
         raise
     # The file is sound, so something other than a Trainer with an average wrote what it holds.
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except UNKNOWN_CONTENT as error:
         raise CheckpointError(f'{path} holds no average that can be read: {error}') from error
 
 
@@ -284,6 +284,9 @@ def algorithms_of(state: Mapping[str, Any]) -> dict[str, Any]:
     algorithms = state.get('algorithms')
     if not isinstance(algorithms, (list, Mapping, NoneType)):
         raise TypeError(f"its 'algorithms' is a {type(algorithms).__name__}.")
+    is_pairs = all(isinstance(each, (list, tuple)) and len(each) == 2 for each in algorithms or ())
+    if not isinstance(algorithms, Mapping) and not is_pairs:
+        raise TypeError("its 'algorithms' is no list of pairs.")
     states_by_name = dict(algorithms or {})
     if wrong := [name for name in states_by_name if not isinstance(name, str)]:
         raise TypeError(f"its 'algorithms' has a {type(wrong[0]).__name__} in place of a name.")

@@ -20,7 +20,7 @@ from torch import Tensor
 from composer_ema.averages import UPDATES, BiasCorrected, Moment, Profile, Smoothing
 from composer_ema.checkpoints import formats
 from composer_ema.checkpoints.lazy_tensor import in_memory
-from composer_ema.checkpoints.opening import read_file
+from composer_ema.checkpoints.opening import UNKNOWN_CONTENT, read_file
 from composer_ema.checkpoints.reading import (
     CheckpointError,
     algorithms_of,
@@ -167,7 +167,7 @@ def _read(path: Path) -> _Checkpoint:
     except CheckpointError:
         raise
     # The file is sound, so something that we do not know wrote what it holds.
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except UNKNOWN_CONTENT as error:
         raise CheckpointError(f'{path} cannot be read: {error}') from error
 
 

@@ -174,6 +174,11 @@ class _File:
                 f'{path} is a snapshot, which may hold differences to other weights. Pass its folder to '
                 'composer-ema reconstruct.'
             )
+        if odd := [name for name in source.odd if _is_averaged(source.describe(name)[1])]:
+            raise CheckpointError(
+                f'{path} holds tensors that are sparse, quantized or nested, and dense ones alone are merged: '
+                f'{listed(odd)}. Save them as dense tensors.'
+            )
         # Reading the next file must not add to the memory of this one.
         source.close()
         return cls(source, place, dict(source.trained) if times is None else {unit: times[place]})
