@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,19 +11,20 @@ import torch
 from composer import Evaluator, Trainer
 from composer.core import Algorithm, Callback
 from composer.utils import dist, get_device, reproducibility
+from omegaconf import OmegaConf
 
 from composer_ema.posthoc.snapshot_files import SNAPSHOT_FOLDER
-from composer_ema.recipe import groups, parallelism
+from composer_ema.recipe import groups, parallelism, run_folder
 from composer_ema.recipe.arguments import Place, RecipeError, said, signature
 from composer_ema.recipe.fitting import Fitted, fit
 from composer_ema.recipe.loaded import check_loaded
 from composer_ema.recipe.matching import Load, refusing_misfits
 from composer_ema.recipe.named import REFUSALS, Named
-from composer_ema.recipe.outputs import CHECKPOINT_FOLDER, METRICS_FILE
+from composer_ema.recipe.outputs import CHECKPOINT_FOLDER
 from composer_ema.recipe.progress import other_progress_may_resume, progress_of
 from composer_ema.recipe.recorder import Recorder
 from composer_ema.recipe.resuming import Found
-from composer_ema.recipe.save_folder import SaveFolder
+from composer_ema.recipe.run_folder import RunFolder
 from composer_ema.recipe.scheduled import Length, Scheduled
 from composer_ema.recipe.schema import Plan, Recipe, plan
 from composer_ema.trainer.weight_average import WeightAverage
@@ -70,20 +69,27 @@ def build(recipe: Recipe, *, scratch: Path | None = None, callbacks: Sequence[Ca
         callbacks: Further callbacks, after those of the recipe.
 
     Returns:
-        Run: Ready for ``run.trainer.fit()``.
+        Run: Ready for ``run.trainer.fit()``. It holds its run folder until ``run.trainer.close()``. The files there
+        are replaced when the first batch has been trained.
 
     Raises:
-        RecipeError: The recipe is wrong; with few exceptions this is raised before data is touched.
+        RecipeError: The recipe is wrong; with few exceptions this is raised before data is touched. The run folder is
+            as it was.
     """
     checked = plan(recipe)
-    place = checked.place
     _start_processes(checked)
-    seed = _seed(checked)
-    run_name = _run_name(checked)
-    folder = Path(checked.runs_folder) / run_name
+    folder = run_folder.take(checked) if scratch is None else run_folder.look(checked)
+    try:
+        return _build_in(folder, checked, scratch, callbacks)
+    except BaseException:
+        folder.release()
+        raise
+
+
+def _build_in(taken: RunFolder, checked: Plan, scratch: Path | None, callbacks: Sequence[Callback]) -> Run:
+    recipe, place, seed = checked.recipe, checked.place, _seed(checked)
+    run_name, folder = taken.name, taken.path
     resumed = check_loaded(checked, run_name)
-    if scratch is None:
-        _refuse_to_overwrite(checked, folder, place)
 
     reproducibility.seed_all(seed)
     model = checked.model.build()
@@ -105,7 +111,7 @@ def build(recipe: Recipe, *, scratch: Path | None = None, callbacks: Sequence[Ca
             f'its loader has {len(data.train)}. Correct what samples= of its registration returns.'
         )
     stepped = stepped or _fit(checked, len(data.train), model, optimizer)
-    recorder = Recorder(folder / METRICS_FILE if scratch is None else None)
+    recorder = Recorder(taken if scratch is None else None)
     progress, lines = progress_of(checked.trainer, loggers) if scratch is None else ({'progress_bar': False}, [])
     arguments = {
         **_trainer_arguments(checked.trainer, folder, scratch, resumed),
@@ -124,24 +130,23 @@ def build(recipe: Recipe, *, scratch: Path | None = None, callbacks: Sequence[Ca
     if stepped.every_batch is not None:
         arguments['step_schedulers_every_batch'] = stepped.every_batch
     settings = stepped.settings()
-    with (
-        _no_empty_folders_left(folder / CHECKPOINT_FOLDER, folder, folder.parent),
-        other_progress_may_resume(),
-        refusing_misfits(_load(checked, resumed)),
-    ):
+    with other_progress_may_resume(), refusing_misfits(_load(checked, resumed)):
         try:
             trainer = Trainer(**arguments)
         except RecipeError:
             raise
         except REFUSALS as error:
             raise refused(checked, error) from error
-        try:
-            stepped.check_unchanged(settings)
-        except RecipeError:
-            trainer.close()
-            raise
+    try:
+        stepped.check_unchanged(settings)
+        if scratch is None:
+            _check_past(checked, taken, recorder)
+    except BaseException:
+        trainer.close()
+        raise
     length = checked.length(len(data.train))
     resolved = recipe.replace(seed=seed, run_name=run_name, **_schedule_values(recipe, stepped.scheduled))
+    taken.recipe = as_yaml(resolved)
     remarks = [*recipe.remarks, *_remarks(checked, stepped.scheduled, length, optimizer)]
     return Run(resolved, checked, folder, trainer, recorder, remarks, resumed)
 
@@ -157,6 +162,11 @@ def _load(checked: Plan, resumed: Found | None) -> Load | None:
         path = given.get('load_path') or 'the checkpoint in the object store'
         return Load(checked.place / key, path, is_strict, ignores=bool(given.get('load_ignore_keys')))
     return None
+
+
+def as_yaml(recipe: Recipe) -> str:
+    """The resolved recipe in YAML, with the value of every interpolation."""
+    return OmegaConf.to_yaml(OmegaConf.create(recipe.values))
 
 
 def refused(checked: Plan, error: Exception) -> RecipeError:
@@ -192,64 +202,30 @@ def _seed(checked: Plan) -> int:
     return DEFAULT_SEED if seed is None else seed
 
 
-def _run_name(checked: Plan) -> str:
-    """The run name of the recipe, or the name of its file with the first free number.
+def _check_past(checked: Plan, folder: RunFolder, recorder: Recorder) -> None:
+    """Refuses to write a run that a checkpoint began into the folder of another, or to wind a run back unasked.
 
-    ``fashion_mnist``, then ``fashion_mnist-2``, ``fashion_mnist-3``, ... as such folders exist. Autoresume takes the
-    last one that holds a checkpoint, or the last one if none does.
+    Raises:
+        RecipeError: At ``run_name``, on every rank.
     """
-    if checked.recipe.run_name is not None:
-        return checked.recipe.run_name
-    names: list[Any] = [_numbered_name(checked, resumes=bool(checked.trainer.get('autoresume')))]
-    # Rank 0 decides: the folder may appear on another process's disk a moment later.
-    dist.broadcast_object_list(names)
-    return names[0]
+    if checked.trainer.get('autoresume') or checked.trainer.get('save_overwrite'):
+        return
 
-
-def _numbered_name(checked: Plan, *, resumes: bool) -> str:
-    stem = checked.recipe.name
-    folder = Path(checked.runs_folder)
-    taken = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    numbers = [int(match[1] or 1) for name in taken if (match := re.fullmatch(rf'{re.escape(stem)}(?:-(\d+))?', name))]
-    names = [stem if number == 1 else f'{stem}-{number}' for number in sorted({1, *numbers})]
-    if resumes:
-        return next((name for name in reversed(names) if _holds_checkpoint(checked, name)), names[-1])
-    number = max(numbers, default=0) + 1
-    return stem if number == 1 else f'{stem}-{number}'
-
-
-def _holds_checkpoint(checked: Plan, run_name: str) -> bool:
-    folder = SaveFolder.of(checked, run_name)
-    return folder is not None and folder.has_any()
-
-
-@contextlib.contextmanager
-def _no_empty_folders_left(*folders: Path) -> Iterator[None]:
-    """On an error inside, removes the folders that were created inside and are still empty, innermost first."""
-    missing = [folder for folder in folders if not folder.exists()]
-    try:
-        yield
-    except BaseException:
-        for folder in missing:
-            with contextlib.suppress(OSError):  # it holds something
-                folder.rmdir()
-        raise
-
-
-def _refuse_to_overwrite(checked: Plan, folder: Path, place: Place) -> None:
-    trainer = checked.trainer
-    continues = trainer.get('autoresume') or trainer.get('load_path') or trainer.get('save_overwrite')
-    metrics, checkpoints = folder / METRICS_FILE, folder / CHECKPOINT_FOLDER
-    if in_the_way := next((path for path in (folder, *folder.parents) if path.is_file()), None):
-        raise (place / 'runs_folder').error(f'{in_the_way} is a file, and the run is to lie in {folder}. Give another.')
-    is_taken = (metrics.exists() and metrics.stat().st_size > 0) or any(checkpoints.glob('*'))
-    # Every process must have looked before the first one writes.
-    dist.barrier()
-    if is_taken and not continues:
-        raise (place / 'run_name').error(
-            f'{folder} already holds a run. Continue it with autoresume=true, replace it with save_overwrite=true, '
-            'or give another run_name.'
+    def check() -> None:
+        if not folder.is_taken or recorder.goes_on_in_file():
+            return
+        place, loaded = checked.place / 'run_name', checked.trainer.get('load_path')
+        if recorder.num_lines and recorder.has_past_in_file():
+            raise place.error(
+                f'{folder.path} holds a run that has gone on after {loaded}. Continue it with autoresume=true, go back '
+                'to this checkpoint with save_overwrite=true, or give another run_name.'
+            )
+        raise place.error(
+            f'{folder.path} holds another run than the one that {loaded} continues. Give another run_name, or replace '
+            'the run with save_overwrite=true.'
         )
+
+    run_folder.on_rank_0(check)
 
 
 def _seed_of_data(data: Named, seed: int) -> dict[str, int]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from composer.core import Callback, State
@@ -15,8 +17,12 @@ from composer.utils import dist
 
 from composer_ema.files import write_beside
 from composer_ema.recipe.outputs import BETA1, MOMENTUM
+from composer_ema.wording import counted
 
-_NUM_LINES, _EVALUATIONS = 'num_lines', 'evaluations'
+if TYPE_CHECKING:
+    from composer_ema.recipe.run_folder import RunFolder
+
+_NUM_LINES, _EVALUATIONS, _LINES, _DIGEST = 'num_lines', 'evaluations', 'lines', 'digest'
 _STEP_SECONDS, _UPDATE_SECONDS, _NUM_BATCHES = 'step_seconds', 'update_seconds', 'num_batches'
 
 
@@ -49,8 +55,9 @@ class Recorder(Callback):
     instead. Parameter groups after the first are written only where they differ from it.
 
     Lines are appended, so a killed process loses at most the line that it was writing. The state holds the number of
-    lines written up to the checkpoint. On resume the file is cut to that number, and the run writes the rest again. A
-    run that resumes into another folder starts its file with the evaluations so far.
+    lines written up to the checkpoint, and a digest of them. On resume the file is cut to that number, and the run
+    writes the rest again. A run that resumes where the file does not begin with these lines starts it anew, with the
+    evaluations so far. Until the first batch is trained, or something is to be written, the file is left as it is.
 
     Pass the recorder to the Trainer as its first callback, and ``collector`` as a logger. Composer runs loggers after
     all callbacks, and so after a checkpoint is written; therefore a callback writes the lines, and the logger only
@@ -58,9 +65,11 @@ class Recorder(Callback):
     and BATCH_END the step and the update of the average, and no other callback.
 
     Args:
-        path: The file to write; None writes nothing. Default: None.
+        folder: The run folder with the file to write; begun before the file is touched, released when the Trainer is
+            closed. None writes nothing. Default: None.
 
     Attributes:
+        path: The file.
         collector: The logger that collects metrics.
         evaluations: The lines that hold metrics of an evaluator, oldest first.
         step_seconds: Time from BATCH_START to BATCH_END, summed over ``num_batches`` batches.
@@ -69,17 +78,19 @@ class Recorder(Callback):
         num_batches: Number of batches measured.
     """
 
-    def __init__(self, path: Path | None = None) -> None:
-        self.path = path
+    def __init__(self, folder: RunFolder | None = None) -> None:
+        self.path = None if folder is None else folder.metrics
+        self._folder = folder
         self.collector = Collector()
         self.num_lines = 0
+        self._digest: str | None = ''  # None where a checkpoint of an earlier version did not say it
         self.evaluations: list[dict[str, Any]] = []
         self.step_seconds = 0.0
         self.update_seconds = 0.0
         self.num_batches = 0
         self._batch_started: float | None = None
         self._updates_seen = 0.0
-        self._has_fit = False
+        self._has_begun = self._has_fit = False
         self._step: dict[str, float] = {}
 
     @property
@@ -91,8 +102,9 @@ class Recorder(Callback):
         return {
             _NUM_LINES: self.num_lines,
             # One string: a sharded checkpoint would have a key for each entry of a list, and a run that is resumed,
-            # which has none of them yet, would look for the list itself and fail.
-            _EVALUATIONS: json.dumps(self.evaluations),
+            # which has none of them yet, would look for the list itself and fail. It would fail as well where an older
+            # checkpoint lacks a key, hence the digest in here.
+            _EVALUATIONS: json.dumps({_LINES: self.evaluations, _DIGEST: self._digest}),
             _STEP_SECONDS: self.step_seconds,
             _UPDATE_SECONDS: self.update_seconds,
             _NUM_BATCHES: self.num_batches,
@@ -100,8 +112,11 @@ class Recorder(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.num_lines = state[_NUM_LINES]
-        evaluations = state[_EVALUATIONS]  # a list in checkpoints of earlier versions
-        self.evaluations = json.loads(evaluations) if isinstance(evaluations, str) else [*map(dict, evaluations)]
+        evaluations = state[_EVALUATIONS]
+        found = json.loads(evaluations) if isinstance(evaluations, str) else [*map(dict, evaluations)]
+        if isinstance(found, list):  # in checkpoints of earlier versions
+            found = {_LINES: found, _DIGEST: None}
+        self.evaluations, self._digest = found[_LINES], found[_DIGEST]
         self.step_seconds = state[_STEP_SECONDS]
         self.update_seconds = state[_UPDATE_SECONDS]
         self.num_batches = state[_NUM_BATCHES]
@@ -109,8 +124,6 @@ class Recorder(Callback):
     def fit_start(self, state: State, logger: Logger) -> None:
         self.collector.take()
         self._updates_seen = _seconds_in_updates(state)
-        if self.path is not None and dist.get_global_rank() == 0:
-            self._cut_file(self.path)
 
     def batch_start(self, state: State, logger: Logger) -> None:
         self._batch_started = perf_counter()
@@ -118,6 +131,7 @@ class Recorder(Callback):
     def after_train_batch(self, state: State, logger: Logger) -> None:
         # This is the last event before the step. By BATCH_END the schedulers have moved on.
         self._step = step_settings(state.optimizers)
+        self._begin()
 
     def batch_end(self, state: State, logger: Logger) -> None:
         if self._batch_started is not None:
@@ -130,6 +144,7 @@ class Recorder(Callback):
         self._write_line(state, self._step)
 
     def epoch_checkpoint(self, state: State, logger: Logger) -> None:
+        self._begin()  # a run resumed after the last batch of an epoch comes here first
         self._count_updates(state)
         self._write_line(state)
 
@@ -141,16 +156,64 @@ class Recorder(Callback):
         if self._has_fit:
             self._write_line(state)
 
+    def post_close(self) -> None:
+        if self._folder is not None:
+            self._folder.release()
+
+    def goes_on_in_file(self) -> bool:
+        """Whether the file holds the lines that were written up to the loaded checkpoint, and no others."""
+        lines = self._lines_in_file()
+        return len(lines) == self.num_lines and self._are_own(lines)
+
+    def has_past_in_file(self) -> bool:
+        """Whether the file begins with the lines that were written up to the loaded checkpoint."""
+        lines = self._lines_in_file()[: self.num_lines]
+        return len(lines) == self.num_lines and self._are_own(lines)
+
+    def _begin(self) -> None:
+        """Once the run has really begun, replaces what is to be replaced in its folder."""
+        if self._has_begun or self._folder is None:
+            return
+        self._has_begun = True
+        problem: list[str | None] = [None]
+        try:
+            if dist.get_global_rank() == 0:
+                self._begin_file(self._folder.metrics)
+            self._folder.begin()
+        except OSError as error:
+            problem[0] = str(error)
+            raise
+        finally:
+            dist.broadcast_object_list(problem)
+        if problem[0] is not None:
+            raise RuntimeError(f'on rank 0: {problem[0]}')
+
+    def _begin_file(self, path: Path) -> None:
+        lines = self._lines_in_file()
+        if self.has_past_in_file():
+            lines = lines[: self.num_lines]
+        else:
+            if lines:
+                warnings.warn(
+                    f'{path} does not begin with the {counted(self.num_lines, "line")} that led to the checkpoint, so '
+                    'it holds another run, or was edited. It begins anew, with the evaluations up to the checkpoint.',
+                    stacklevel=2,
+                )
+            lines = [json.dumps(line) for line in self.evaluations]
+        self.num_lines, self._digest = len(lines), _digest_of(lines)
+        write_beside(path, ''.join(f'{line}\n' for line in lines))
+
+    def _lines_in_file(self) -> list[str]:
+        if self.path is None or not self.path.is_file():
+            return []
+        return self.path.read_text(encoding='utf-8', errors='replace').splitlines()
+
+    def _are_own(self, lines: Iterable[str]) -> bool:
+        return self._digest is None or self._digest == _digest_of(lines)
+
     def _count_updates(self, state: State) -> None:
         seen, self._updates_seen = self._updates_seen, _seconds_in_updates(state)
         self.update_seconds += self._updates_seen - seen
-
-    def _cut_file(self, path: Path) -> None:
-        lines = path.read_text().splitlines()[: self.num_lines] if path.exists() else []
-        if len(lines) < self.num_lines:
-            lines = [json.dumps(line) for line in self.evaluations]
-        self.num_lines = len(lines)
-        write_beside(path, ''.join(f'{line}\n' for line in lines))
 
     def _write_line(self, state: State, step: Mapping[str, float] | None = None) -> None:
         metrics = {**(step or {}), **self.collector.take()}
@@ -167,8 +230,10 @@ class Recorder(Callback):
             self.evaluations.append(line)
         self.num_lines += 1
         if self.path is not None and dist.get_global_rank() == 0:
+            text = json.dumps(line)
+            self._digest = _digest_of([text], self._digest or '')
             with self.path.open('a') as file:
-                file.write(json.dumps(line) + '\n')
+                file.write(f'{text}\n')
 
 
 def step_settings(optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, float]:
@@ -198,6 +263,13 @@ def momentum_of(group: Mapping[str, Any]) -> tuple[str, Any]:
     if 'momentum' in group:
         return MOMENTUM, group['momentum']
     return BETA1, (group.get('betas') or [None])[0]
+
+
+def _digest_of(lines: Iterable[str], before: str = '') -> str:
+    """A digest of lines that grows line by line: each one's is of the digest before it and the line."""
+    for line in lines:
+        before = hashlib.sha256(f'{before}{line}'.encode()).hexdigest()
+    return before
 
 
 def _seconds_in_updates(state: State) -> float:

@@ -10,12 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from composer.core import Callback
-from composer.utils import dist
-from omegaconf import OmegaConf
 
-from composer_ema.files import write_beside
-from composer_ema.recipe.build import Run, build, refused
-from composer_ema.recipe.outputs import RECIPE_FILE
+from composer_ema.recipe.build import Run, as_yaml, build, refused
 from composer_ema.recipe.schema import Recipe
 from composer_ema.trainer.weight_average import WeightAverage
 from composer_ema.wording import counted
@@ -80,8 +76,6 @@ def train(recipe: Recipe, show: Callable[[Any], None], *, callbacks: Sequence[Ca
         for remark in run.remarks:
             show(remark)
         _show_what_is_resumed(run, show)
-        if dist.get_global_rank() == 0:
-            write_beside(run.folder / RECIPE_FILE, as_yaml(run.recipe))
         _fit(run, show)
     finally:
         run.trainer.close()
@@ -121,11 +115,6 @@ def rehearse(recipe: Recipe) -> Rehearsal:
             return Rehearsal(as_yaml(run.recipe), _parts(run), run.remarks)
         finally:
             run.trainer.close()
-
-
-def as_yaml(recipe: Recipe) -> str:
-    """The resolved recipe in YAML, with the value of every interpolation."""
-    return OmegaConf.to_yaml(OmegaConf.create(recipe.values))
 
 
 def _show_what_is_resumed(run: Run, show: Callable[[Any], None]) -> None:

@@ -18,6 +18,7 @@ from composer_ema.posthoc import shares
 from composer_ema.posthoc.open_run import OpenRun
 from composer_ema.posthoc.shares import Vector
 from composer_ema.posthoc.target import RunClock, Target, choose, start_of
+from composer_ema.recipe.lock import InUseError, Lock
 from composer_ema.recipe.measuring import measure_of, recipe_of
 from composer_ema.recipe.outputs import RECIPE_FILE, SWEEP_FILE
 from composer_ema.recipe.sweep import Asked, Sweep, check_metric, forgetting, own_values, sweep
@@ -45,13 +46,31 @@ def sweep_run(
 
     Raises:
         RecipeError: The run held out no samples, or cannot be built here.
-        CheckpointError: It kept nothing that averages can be made of, or has not ended.
+        CheckpointError: It kept nothing that averages can be made of, or has not ended, or another process works in it.
         ArgumentError: What is asked for is out of range for this run.
     """
     if not (folder / RECIPE_FILE).is_file():
         raise CheckpointError(
             f'{folder} has no {RECIPE_FILE}, so it is no folder of a run that composer-ema train has made. Pass one.'
         )
+    try:
+        lock = Lock(folder)
+    except InUseError as error:
+        raise CheckpointError(f'{error} Sweep it when that has ended.') from error
+    except OSError as error:
+        raise CheckpointError(
+            f'{folder} cannot be written to, and a sweep keeps its results there: {error.strerror or error}. Sweep a '
+            'copy of it.'
+        ) from error
+    try:
+        return _sweep_locked(folder, asked, overrides, report)
+    finally:
+        lock.release()
+
+
+def _sweep_locked(
+    folder: Path, asked: Asked, overrides: Sequence[str], report: Callable[[int, int, Trial], None]
+) -> Sweep:
     recipe = recipe_of(folder, overrides, on_test=asked.on_test)
     changes = forgetting(recipe.values) if asked.family == 'half_life' else {}
     kept = Opened(folder, changes)
