@@ -1,20 +1,39 @@
-"""Reads a pickle as records: what it would build is noted, nothing is imported, called or built.
+"""Reads a pickle as records: what it would build is noted, and nothing is called but what the reader's table makes.
 
-Invariant: the work and the memory grow with the length of the pickle alone, whatever it says.
+Invariant: the work and the memory grow with the length of the pickle alone, whatever it says, as far as the functions
+of the table keep to that.
 """
 
 from __future__ import annotations
 
+import mmap
 import struct
-from collections.abc import Callable, Mapping
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from composer_ema.model.names import listed
+
 _MARK = object()
+# Of a tuple that is a key or a member of a set, all that is inside of it counted.
+_MAX_KEY_PARTS = 64
 
 
 class InertPickleError(ValueError):
     """A pickle is broken, or asks for what is not known. The message says for what."""
+
+
+class UnknownNamesError(InertPickleError):
+    """A pickle names what is not known, and what could run code therefore.
+
+    Attributes:
+        names: all of them, sorted.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = sorted(names)
+        super().__init__(f'it names {listed(self.names)}, which has no place in it and could run code.')
 
 
 @dataclass(frozen=True)
@@ -24,13 +43,21 @@ class Global:
     Attributes:
         module: where it is.
         name: likewise.
-        make: returns what a call of it with these arguments stands for, instead of a :class:`Record`. It takes the
-            time and memory of a few numbers at the most, however large the arguments are.
+        make: returns what a call of it with these arguments stands for, instead of a :class:`Record`. Whatever the
+            arguments are, it takes no more time and memory than the file is long.
+        new: likewise for a class whose ``__new__`` alone is called. Default: ``make``.
+        build: gives what ``make`` returned the state that the pickle holds for it, once. Default: it takes none.
+        value: what stands for a constant, instead of the Global.
+        is_trusted: whether what it makes is filled as pickle does it, through methods of its own.
     """
 
     module: str
     name: str
     make: Callable[..., Any] | None = None
+    new: Callable[..., Any] | None = None
+    build: Callable[[Any, Any], None] | None = None
+    value: Any = None
+    is_trusted: bool = False
 
 
 class Record:
@@ -50,10 +77,11 @@ class Record:
 
 
 Known = Callable[[str, str], 'Global | None']
+Data = bytes | mmap.mmap
 
 
-def loads(data: bytes, known: Known) -> Any:
-    """What ``data`` holds: strings, numbers, None, tuples, lists and dictionaries, records and globals.
+def loads(data: Data, known: Known) -> Any:
+    """What ``data`` holds: strings, numbers, None, tuples, lists, sets and dictionaries, records and globals.
 
     Args:
         data: a pickle of protocol 2 to 5, as the standard library writes it.
@@ -62,31 +90,73 @@ def loads(data: bytes, known: Known) -> Any:
     Raises:
         InertPickleError: the pickle is broken, names what is not known, or does what data never does.
     """
+    return load_at(data, 0, known)[0]
+
+
+def load_at(data: Data, start: int, known: Known, persistent: Callable[[Any], Any] | None = None) -> tuple[Any, int]:
+    """What a pickle that begins at ``start`` holds, and where it ends.
+
+    Args:
+        data: as for :func:`loads`; more may follow the pickle.
+        start: of the pickle.
+        known: as for :func:`loads`.
+        persistent: returns what an identifier stands for. Default: there are none.
+
+    Raises:
+        InertPickleError: as for :func:`loads`.
+    """
+    machine = _Machine(data, start, known, persistent)
     try:
-        return _Machine(data, known).run()
-    except InertPickleError:
-        raise
+        return machine.run()
     # A broken pickle fails in as many ways as there are bytes in it: it is short, or takes what is not there.
-    except (IndexError, KeyError, TypeError, ValueError, struct.error, RecursionError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError, AttributeError, struct.error) as error:
+        # What stands for the unknown is not what the pickle takes it for, and that is no damage.
+        if machine.unknown:
+            raise UnknownNamesError(machine.unknown) from error
+        if isinstance(error, InertPickleError):
+            raise
         raise InertPickleError(f'the pickle is truncated or damaged ({type(error).__name__}).') from error
 
 
-class _Machine:
-    """The stack machine of the pickle format, without what imports, calls or builds."""
+def is_key(value: Any) -> bool:
+    """Whether a value may be a key. A tuple that holds another one twice, and so on, would be hashed for ever."""
+    left, waiting = _MAX_KEY_PARTS, [value]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, (tuple, frozenset)):
+            left -= len(each)
+            if left < 0:
+                return False
+            waiting += each
+    return True
 
-    def __init__(self, data: bytes, known: Known) -> None:
-        self._data, self._at, self._known = data, 0, known
+
+class _Machine:
+    """The stack machine of the pickle format, without what imports or calls anything that is not in a table.
+
+    Attributes:
+        unknown: the names that the table lacks.
+    """
+
+    def __init__(self, data: Data, start: int, known: Known, persistent: Callable[[Any], Any] | None) -> None:
+        self.unknown: set[str] = set()
+        self._data, self._at, self._known, self._persistent = data, start, known, persistent
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
         self._globals: dict[tuple[str, str], Global] = {}
+        # By identity, what may still be given a state, which keeps it alive, and how.
+        self._unbuilt: dict[int, tuple[Any, Callable[[Any, Any], None]]] = {}
+        self._trusted: dict[int, Any] = {}
 
-    def run(self) -> Any:
+    def run(self) -> tuple[Any, int]:
         data, operations = self._data, _OPERATIONS
         while True:
             code = data[self._at]
             self._at += 1
             if code == _STOP:
-                return self._stack.pop()
+                if self.unknown:
+                    raise UnknownNamesError(self.unknown)
+                return self._stack.pop(), self._at
             operation = operations.get(code)
             if operation is None:
                 raise InertPickleError(f'the pickle holds the operation {bytes([code])!r}, which data does not need.')
@@ -106,8 +176,21 @@ class _Machine:
     def _text(self, form: struct.Struct) -> None:
         self._stack.append(self._take(self._number(form)).decode('utf-8', 'surrogatepass'))
 
+    def _bytes(self, form: struct.Struct) -> None:
+        self._stack.append(self._take(self._number(form)))
+
+    def _text_or_bytes(self, form: struct.Struct) -> None:
+        """A string of Python 2, which is either."""
+        taken = self._take(self._number(form))
+        try:
+            self._stack.append(taken.decode())
+        except UnicodeDecodeError:
+            self._stack.append(taken)
+
     def _line(self) -> str:
-        end = self._data.index(b'\n', self._at)
+        end = self._data.find(b'\n', self._at)
+        if end < 0:
+            raise IndexError
         line = self._take(end - self._at).decode()
         self._at += 1
         return line
@@ -141,13 +224,13 @@ class _Machine:
 
     def _set(self, items: list[Any]) -> None:
         target = self._stack[-1]
-        if type(target) is not dict:
+        if type(target) not in _DICTIONARIES and id(target) not in self._trusted:
             raise TypeError
         keys = items[::2]
-        # Others are hashed whole: a tuple that holds another one twice, and so on, takes as long as it likes.
-        if not all(type(key) is str or type(key) is Record for key in keys):
-            raise InertPickleError('a key of a dictionary in it is neither a string nor an object.')
-        target.update(zip(keys, items[1::2], strict=True))
+        if not all(map(is_key, keys)):
+            raise InertPickleError('a key of a dictionary in it is a tuple of too many parts.')
+        for key, value in zip(keys, items[1::2], strict=True):
+            target[key] = value
 
     def _set_one(self) -> None:
         value, key = self._stack.pop(), self._stack.pop()
@@ -155,36 +238,67 @@ class _Machine:
 
     def _extend(self, items: list[Any]) -> None:
         target = self._stack[-1]
-        if type(target) is not list:
+        if type(target) is not list and id(target) not in self._trusted:
             raise TypeError
         target.extend(items)
+
+    def _add(self, items: list[Any]) -> None:
+        target = self._stack[-1]
+        if type(target) is not set or not all(map(is_key, items)):
+            raise TypeError
+        target.update(items)
+
+    def _frozen(self, items: list[Any]) -> None:
+        if not all(map(is_key, items)):
+            raise TypeError
+        self._stack.append(frozenset(items))
 
     def _global(self, module: Any, name: Any) -> None:
         if not isinstance(module, str) or not isinstance(name, str):
             raise TypeError
         found = self._globals.get((module, name)) or self._known(module, name)
         if found is None:
-            raise InertPickleError(f'it names {module}.{name}, which has no place in it and could run code.')
+            self.unknown.add(f'{module}.{name}')
+            found = Global(module, name)
         self._globals[module, name] = found
-        self._stack.append(found)
+        self._stack.append(found if found.value is None else found.value)
 
     def _named(self) -> None:
         name, module = self._stack.pop(), self._stack.pop()
         self._global(module, name)
 
-    def _call(self) -> None:
+    def _call(self, *, is_new: bool = False) -> None:
         arguments, kind = self._stack.pop(), self._stack.pop()
         if type(kind) is not Global or type(arguments) is not tuple:
             raise TypeError
-        self._stack.append(Record(kind, arguments) if kind.make is None else kind.make(*arguments))
+        make = (kind.new or kind.make) if is_new else kind.make
+        made = Record(kind, arguments) if make is None else make(*arguments)
+        if kind.build is not None:
+            self._unbuilt[id(made)] = made, kind.build
+        if kind.is_trusted:
+            self._trusted[id(made)] = made
+        self._stack.append(made)
 
     def _build(self) -> None:
-        state, record = self._stack.pop(), self._stack[-1]
-        if type(record) is not Record or record.state is not None:
+        state, target = self._stack.pop(), self._stack[-1]
+        if type(target) is Record:
+            if target.state is not None:
+                raise TypeError
+            target.state = state
+            return
+        # A second state would change what others may have taken hold of: an array gives its memory back.
+        unbuilt = self._unbuilt.pop(id(target), None)
+        if unbuilt is None:
             raise TypeError
-        record.state = state
+        unbuilt[1](target, state)
+
+    def _refer(self) -> None:
+        if self._persistent is None:
+            raise InertPickleError('the pickle refers to something outside of it.')
+        self._stack.append(self._persistent(self._stack.pop()))
 
 
+_DICTIONARIES = (dict, OrderedDict, Counter, defaultdict)
 _U1, _U2, _U4, _U8, _I4 = (struct.Struct(form) for form in ('<B', '<H', '<I', '<Q', '<i'))
 _FLOAT = struct.Struct('>d')
 _STOP = ord('.')
@@ -225,7 +339,16 @@ _OPERATIONS: Mapping[int, Callable[[_Machine], None]] = {
         b'c': lambda m: m._global(m._line(), m._line()),
         b'\x93': lambda m: m._named(),
         b'R': lambda m: m._call(),
-        b'\x81': lambda m: m._call(),  # NEWOBJ
+        b'\x81': lambda m: m._call(is_new=True),  # NEWOBJ
         b'b': lambda m: m._build(),
+        b'Q': lambda m: m._refer(),  # BINPERSID
+        b'\x8f': lambda m: m._stack.append(set()),
+        b'\x90': lambda m: m._add(m._to_mark()),
+        b'\x91': lambda m: m._frozen(m._to_mark()),
+        b'C': lambda m: m._bytes(_U1),
+        b'B': lambda m: m._bytes(_U4),
+        b'\x8e': lambda m: m._bytes(_U8),
+        b'U': lambda m: m._text_or_bytes(_U1),
+        b'T': lambda m: m._text_or_bytes(_U4),
     }.items()
 }

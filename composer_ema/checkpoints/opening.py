@@ -17,11 +17,11 @@ import safetensors
 from torch import Tensor
 
 from composer_ema.checkpoints import sharded, states
-from composer_ema.checkpoints.archive import check_archive, check_claims
 from composer_ema.checkpoints.checksum import is_sound
+from composer_ema.checkpoints.claims import check_claims
 from composer_ema.checkpoints.lazy_tensor import in_memory
 from composer_ema.checkpoints.safely import CheckpointError, check_sums, load_safely, reason
-from composer_ema.model.sharding import is_shard, local
+from composer_ema.checkpoints.torch_values import SavedShard
 
 # Composer's names for the newest checkpoint of a run, and ours for the folder of the run's checkpoints.
 _LATEST, _IN_RUN = 'latest-rank0.pt', 'checkpoints'
@@ -155,7 +155,6 @@ def read_file(path: Path, *, is_checked: bool = False, mmap: bool = False) -> An
             return _load_safetensors(path, is_checked=is_checked)
         if not is_checked:
             check_sums(path)
-            check_archive(path)
         held = load_safely(path, mmap=mmap and zipfile.is_zipfile(path))
     except CheckpointError:
         raise
@@ -181,13 +180,13 @@ def _take_whole(held: Any, path: Path) -> None:
             continue
         seen.add(id(container))
         for key, value in list(container.items() if isinstance(container, dict) else enumerate(container)):
-            if not is_shard(value):
+            if not isinstance(value, SavedShard):
                 waiting.append(value)
-            elif (part := local(value)).shape == value.shape:
+            elif (part := value.part).shape == value.shape:
                 container[key] = part
             else:
                 raise CheckpointError(
-                    f"{path} holds one process's part of {key}, {tuple(part.shape)} of {tuple(value.shape)}, so the "
+                    f"{path} holds one process's part of {key}, {tuple(part.shape)} of {value.shape}, so the "
                     'other parts are not in it. Save a sharded model with torch.distributed.checkpoint.save on every '
                     'rank, or call gather_state_dict(state) on every rank and save what rank 0 gets.'
                 )

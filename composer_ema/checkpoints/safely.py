@@ -5,40 +5,16 @@ Invariant: what a file holds is never executed.
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import io
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 import safetensors
 import torch
-from torch._utils import _sparse_tensors_to_validate
-from torch._weights_only_unpickler import Unpickler
-from torch.torch_version import TorchVersion
 
+from composer_ema.checkpoints import torch_file
+from composer_ema.checkpoints.inert_pickle import InertPickleError, UnknownNamesError
 from composer_ema.model.names import listed
-
-# The two functions that pickled arrays and scalars name, under numpy 1's name and under numpy 2's.
-_RECONSTRUCT, _SCALAR = np.zeros(0).__reduce__()[0], np.float64(0).__reduce__()[0]
-# What checkpoints hold besides tensors and plain types: times, torch's version, numpy's random state, and in timm's
-# the arguments of its script.
-_SAFE_TYPES: list[Any] = [
-    argparse.Namespace,
-    datetime.timedelta,
-    TorchVersion,
-    np.ndarray,
-    np.dtype,
-    *(type(np.dtype(code)) for code in '?bBhHiIlLqQefd'),
-    *(
-        (function, f'numpy.{module}.multiarray.{name}')
-        for name, function in (('_reconstruct', _RECONSTRUCT), ('scalar', _SCALAR))
-        for module in ('core', '_core')
-    ),
-]
 
 
 class CheckpointError(ValueError):
@@ -46,37 +22,27 @@ class CheckpointError(ValueError):
 
 
 def load_safely(file: Path | BinaryIO, *, mmap: bool = False) -> Any:
-    """``torch.load`` that executes nothing and lets through what checkpoints hold besides tensors and plain types.
+    """What a torch file holds, on the CPU: tensors, arrays and plain types. Executes nothing in it.
+
+    Classes that were registered with ``torch.serialization.add_safe_globals`` are trusted, too, except torch's own.
 
     Args:
         file: the file, or a part of one that stands open.
         mmap: whether tensors stay on the disk until they are used.
 
     Raises:
-        Exception: whatever torch raises about a file that it cannot read, or whose types it does not know.
+        UnknownNamesError: it names what could run code.
+        Exception: it cannot be read; :func:`reason` says why.
     """
-    with torch.serialization.safe_globals(_SAFE_TYPES):
-        return torch.load(file, map_location='cpu', weights_only=True, mmap=mmap)
+    return torch_file.load(file, _trusted(), in_place=mmap)
 
 
-def unpickled_safely(pickled: bytes, storage: Callable[[Any], Any]) -> Any:
-    """What a pickle of ``torch.save`` holds, read as :func:`load_safely` reads it, and with other storages.
-
-    Args:
-        pickled: the pickle.
-        storage: returns the storage that stands for one of the file, given what the pickle says of that.
-
-    Raises:
-        Exception: as for :func:`load_safely`, and what ``storage`` raises.
-    """
-    unpickler: Any = Unpickler(io.BytesIO(pickled), encoding='utf-8')
-    unpickler.persistent_load = storage
-    before = len(_sparse_tensors_to_validate)
-    try:
-        with torch.serialization.safe_globals(_SAFE_TYPES):
-            return unpickler.load()
-    finally:
-        del _sparse_tensors_to_validate[before:]  # torch would look at their values when it has read the next file
+def _trusted() -> dict[str, Any]:
+    pairs = (
+        each if isinstance(each, tuple) else (each, f'{each.__module__}.{each.__qualname__}')
+        for each in torch.serialization.get_safe_globals()
+    )
+    return {name: chosen for chosen, name in pairs if not name.startswith('torch.')}
 
 
 def check_sums(path: Path) -> None:
@@ -113,14 +79,13 @@ def reason(file: Path | BinaryIO, error: Exception) -> str:
         return str(error)
     if isinstance(error, safetensors.SafetensorError):
         return f'it is truncated, damaged, or no safetensors file: {error}.'
-    try:
-        known = {f'{t.__module__}.{t.__qualname__}' for t in _SAFE_TYPES if not isinstance(t, tuple)}
-        known |= {t[1] for t in _SAFE_TYPES if isinstance(t, tuple)}
-        unsafe = sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) - known)
-    except Exception:
-        return (
-            'it is truncated, damaged, or no torch file. Load an earlier checkpoint; decompress a compressed one first.'
-        )
-    if unsafe:
-        return f'it holds the types {listed(unsafe)}, which could run code when loaded.'
-    return str(error).splitlines()[0]
+    if isinstance(error, UnknownNamesError):
+        return f'it holds the types {listed(error.names)}, which could run code when loaded.'
+    if isinstance(error, InertPickleError):
+        return f'{error} Load an earlier checkpoint.' if str(error).startswith('it ') else _DAMAGED
+    if isinstance(error, OSError):
+        return str(error)
+    return _DAMAGED
+
+
+_DAMAGED = 'it is truncated, damaged, or no torch file. Load an earlier checkpoint; decompress a compressed one first.'

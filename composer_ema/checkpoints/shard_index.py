@@ -92,7 +92,23 @@ def read_index(folder: Path) -> Index:
         ShardError: it is damaged or incomplete, names what is not known, or was written in a way that is not read.
         OSError: a file cannot be read.
     """
-    path = folder / METADATA
+    return _read(folder / METADATA, folder)
+
+
+def index_of(path: Path) -> Index:
+    """Reads and checks the index of a sharded checkpoint whose files may be elsewhere still.
+
+    Args:
+        path: of the ``.metadata``.
+
+    Raises:
+        ShardError: as :func:`read_index`, except for what the other files hold.
+        OSError: it cannot be read.
+    """
+    return _read(path, None)
+
+
+def _read(path: Path, folder: Path | None) -> Index:
     size = path.stat().st_size
     if size > _MAX_METADATA_BYTES:
         raise ShardError(f'its {METADATA} takes {size:,} bytes, and {_MAX_METADATA_BYTES:,} are read at most.')
@@ -101,7 +117,8 @@ def read_index(folder: Path) -> Index:
     except InertPickleError as error:
         raise ShardError(f'its {METADATA} cannot be read: {error}') from error
     places = _places(metadata.get('storage_data'))
-    _check_files(folder, places.values())
+    if folder is not None:
+        _check_files(folder, places.values())
     described = metadata.get('state_dict_metadata')
     if not isinstance(described, dict):
         _refuse('lists no items')

@@ -30,6 +30,7 @@ from composer_ema.checkpoints import sharded_format
 from composer_ema.model.sharding import local, wrapped
 from composer_ema.shadow.state import SECTIONS
 from composer_ema.trainer import calls
+from composer_ema.trainer.safe_loading import reading_safely
 
 
 def will_be_sharded(state: State) -> bool:
@@ -73,7 +74,9 @@ class Outline(dict[str, Any]):
 
     def __init__(self, state: Mapping[str, Any], name: str, reader: dist_cp.StorageReader, what: str) -> None:
         self._name, self._reader = name, reader
-        super().__init__(sharded_format.joined(state, _outlines(reader.read_metadata(), name), what))
+        with reading_safely():
+            metadata = reader.read_metadata()
+        super().__init__(sharded_format.joined(state, _outlines(metadata, name), what))
 
     def read(
         self, averages: Mapping[str, Mapping[str, Any]], sources: Mapping[str, str], like: Mapping[str, Tensor]
@@ -93,7 +96,7 @@ class Outline(dict[str, Any]):
                 if section in average
             }
         root = {'state': {sharded_format.AVERAGES: {self._name: read}}}
-        with torch.no_grad():
+        with torch.no_grad(), reading_safely():
             dist_cp.load(root, storage_reader=self._reader)
         return {label: {**average, **read[sources[label]]} for label, average in averages.items()}
 
