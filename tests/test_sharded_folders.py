@@ -581,7 +581,7 @@ DAMAGES = {
     'no blob of torch': (lambda folder, _: put(folder, NAME, b'x' * 3000), 'was not written by torch.save'),
     'a chunk that swells in memory': (compressed, rf'{NAME} in .*__9_0\.distcp cannot be read: it is compressed'),
     'a storage larger than its file': (
-        claims_more_than_it_has, 'something else where the chunk|does not match expected size'),
+        claims_more_than_it_has, 'its storage 0 claims 17,179,869,184 bytes, and 24 lie in the file'),
     'a compression': (change(transform_descriptors=['zstd']), r'transformed when it was written \(zstd\)'),
     'a negative offset': (change(offset=-1), 'does not say where'),
     'no length, as safetensors have': (change(length=0), 'was not written by torch.save'),
@@ -656,7 +656,7 @@ def test_a_pickle_cannot_ask_for_more_memory_than_its_length():
 TWICE = b')' + b'q\x00h\x00\x86' * 200
 HUNDRED = b'](' + b'K\x01' * 100 + b'e'
 ENDLESS = {
-    'a key of tuples': (b'}' + TWICE + b'Ns', 'a key of a dictionary in it is neither a string nor an object'),
+    'a key of tuples': (b'}' + TWICE + b'Ns', 'a key of a dictionary in it is none that data has'),
     'a key nested so deep that Python dies': (b'}N' + b'\x85' * 300_000 + b'Ns', 'a key of a dictionary'),
     'keys of one hash': (b'}\x8a\x09' + (2**61 - 1).to_bytes(9, 'little') + b'Ns', 'a key of a dictionary'),
     'a dictionary that is copied': (b'ccollections\nOrderedDict\n}\x85R', 'truncated or damaged'),

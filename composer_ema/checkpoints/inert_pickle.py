@@ -7,10 +7,13 @@ of the table keep to that.
 from __future__ import annotations
 
 import mmap
+import numbers
 import struct
+import sys
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 from composer_ema.model.names import listed
@@ -18,6 +21,8 @@ from composer_ema.model.names import listed
 _MARK = object()
 # Of a tuple that is a key or a member of a set, all that is inside of it counted.
 _MAX_KEY_PARTS = 64
+# Compared with each other they take seconds.
+_MAX_TUPLES = 10_000
 
 
 class InertPickleError(ValueError):
@@ -119,16 +124,34 @@ def load_at(data: Data, start: int, known: Known, persistent: Callable[[Any], An
 
 
 def is_key(value: Any) -> bool:
-    """Whether a value may be a key. A tuple that holds another one twice, and so on, would be hashed for ever."""
+    """Whether a value may be a key of a dictionary or a member of a set.
+
+    A tuple that holds another one twice, and so on, would be hashed for ever; and of numbers beyond the modulus of
+    Python's hashes, of complex ones and of sets a file could hold a million with the same hash.
+    """
     left, waiting = _MAX_KEY_PARTS, [value]
     while waiting:
         each = waiting.pop()
-        if isinstance(each, (tuple, frozenset)):
+        if type(each) is tuple:
             left -= len(each)
             if left < 0:
                 return False
             waiting += each
+        elif isinstance(each, numbers.Integral):
+            if abs(int(each)) >= sys.hash_info.modulus:
+                return False
+        elif not isinstance(each, (str, bytes, numbers.Real, NoneType, Global)) and not _is_hashed_by_identity(each):
+            return False
     return True
+
+
+def are_keys(values: Collection[Any]) -> bool:
+    """Whether each of the values may be a key, and all of them together: tuples of one hash are easily made, too."""
+    return all(map(is_key, values)) and sum(type(each) is tuple for each in values) <= _MAX_TUPLES
+
+
+def _is_hashed_by_identity(value: Any) -> bool:
+    return type(value).__hash__ is object.__hash__
 
 
 class _Machine:
@@ -227,8 +250,8 @@ class _Machine:
         if type(target) not in _DICTIONARIES and id(target) not in self._trusted:
             raise TypeError
         keys = items[::2]
-        if not all(map(is_key, keys)):
-            raise InertPickleError('a key of a dictionary in it is a tuple of too many parts.')
+        if not are_keys([key for key in keys if id(key) not in self._trusted]):
+            raise InertPickleError('a key of a dictionary in it is none that data has.')
         for key, value in zip(keys, items[1::2], strict=True):
             target[key] = value
 
@@ -244,12 +267,12 @@ class _Machine:
 
     def _add(self, items: list[Any]) -> None:
         target = self._stack[-1]
-        if type(target) is not set or not all(map(is_key, items)):
+        if type(target) is not set or not are_keys(items):
             raise TypeError
         target.update(items)
 
     def _frozen(self, items: list[Any]) -> None:
-        if not all(map(is_key, items)):
+        if not are_keys(items):
             raise TypeError
         self._stack.append(frozenset(items))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import mmap
+import struct
 import sys
 import zipfile
 import zlib
@@ -123,7 +124,8 @@ class _Archive:
         if start + size > self._length:
             raise InertPickleError('it is damaged: a storage in it reaches out of it.')
         if self._mapped is not None and not self._is_swapped and start % _ALIGNMENT == 0 and size:
-            return self._mapped[start : start + size]
+            part: Any = self._mapped[start : start + size]
+            return part
         untyped = torch.UntypedStorage(size)
         self._file.seek(start)
         if _fill(untyped, self._file) != entry.CRC:
@@ -138,9 +140,8 @@ class _Archive:
         header = self._file.read(_LOCAL_HEADER)
         if len(header) < _LOCAL_HEADER or header[:4] != b'PK\x03\x04':
             raise InertPickleError('it is damaged: an entry has no header.')
-        return (
-            entry.header_offset + _LOCAL_HEADER + sum(int.from_bytes(header[at : at + 2], 'little') for at in (26, 28))
-        )
+        name, padding = struct.unpack_from('<HH', header, 26)
+        return entry.header_offset + _LOCAL_HEADER + name + padding
 
 
 def _fill(untyped: torch.UntypedStorage, file: BinaryIO) -> int:

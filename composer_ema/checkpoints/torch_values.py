@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._utils import _set_obj_state, set_tensor_metadata
 from torch.torch_version import TorchVersion
 
-from composer_ema.checkpoints.inert_pickle import Global, InertPickleError, Known, Record, is_key
+from composer_ema.checkpoints.inert_pickle import Global, InertPickleError, Known, Record, are_keys
 
 # As many as torch has, and what its sizes are counted with.
 _MAX_DIMENSIONS, _MAX_COUNT = 64, 2**63
@@ -155,7 +156,7 @@ def _with_metadata(tensor: Tensor, metadata: Any) -> Tensor:
     marks = {name for name, is_set in metadata.items() if is_set is True}
     if marks - {'conj', 'neg'} or not (tensor.is_complex() or (tensor.is_floating_point() and marks <= {'neg'})):
         raise _refuse('a tensor in it is marked as none can be')
-    torch._utils.set_tensor_metadata(tensor, dict.fromkeys(marks, True))
+    set_tensor_metadata(tensor, dict.fromkeys(marks, True))
     return tensor
 
 
@@ -172,13 +173,14 @@ def _sparse_tensor(layout: Any, data: Any) -> Tensor:
     count = {torch.sparse_coo: 2}.get(layout, 3 if layout in coordinates else 0)
     if not count or type(data) is not tuple or len(data) not in ({3, 4} if count == 2 else {4}):
         raise _refuse('a sparse tensor in it is none')
-    parts, size = data[:count], _shape(data[count])
+    parts: Any = data[:count]
+    size = _shape(data[count])
     if not all(map(_is_dense, parts)):
         raise _refuse('a sparse tensor in it has no indices or values')
     if count == 2:
         coalesced = data[3] if len(data) == 4 and type(data[3]) is bool else None
-        return torch.sparse_coo_tensor(*parts, size, is_coalesced=coalesced, check_invariants=True)
-    return torch.sparse_compressed_tensor(*parts, size, layout=layout, check_invariants=True)
+        return torch.sparse_coo_tensor(parts[0], parts[1], size, is_coalesced=coalesced, check_invariants=True)
+    return torch.sparse_compressed_tensor(parts[0], parts[1], parts[2], size, layout=layout, check_invariants=True)
 
 
 def _quantized_tensor(
@@ -240,7 +242,7 @@ def _of_type(function: Any, kind: Any, arguments: Any, state: Any) -> Any:
         raise _refuse('a tensor in it is rebuilt by no known function')
     made = function.make(*arguments)
     if kind.is_trusted:
-        return torch._utils._set_obj_state(made.as_subclass(kind.make), state)
+        return _set_obj_state(made.as_subclass(kind.make), state)
     if (kind.module, kind.name) not in _TENSOR_CLASSES:
         raise InertPickleError(f'it holds a tensor of the class {kind.module}.{kind.name}, which is not read.')
     return made
@@ -268,7 +270,7 @@ def _dtype(code: Any, align: Any = False, copy: Any = True) -> np.dtype[Any]:
     return np.dtype(code, copy=True)
 
 
-def _ordered(dtype: np.dtype[Any], state: Any) -> None:
+def _ordered(dtype: Any, state: Any) -> None:
     order, rest = state[1], state[2:5]
     if order not in ('<', '>', '=', '|') or rest != (None, None, None) or (dtype.kind in 'SU' and order == '>'):
         raise InertPickleError('it holds an array with fields, or of a dtype that is not read.')
@@ -283,7 +285,7 @@ def _array(kind: Any, shape: Any, code: Any) -> np.ndarray[Any, Any]:
     return np.empty(0, np.int8)
 
 
-def _filled(array: np.ndarray[Any, Any], state: Any) -> None:
+def _filled(array: Any, state: Any) -> None:
     _, shape, dtype, is_fortran, data = state
     shape = _shape(shape)
     if not isinstance(dtype, np.dtype) or dtype.hasobject or type(is_fortran) is not bool or type(data) is not bytes:
@@ -318,7 +320,7 @@ def _bytearray(data: Any = b'', code: Any = None) -> bytearray:
 
 def _members(kind: Callable[[Any], Any]) -> Callable[..., Any]:
     def make(members: Any = ()) -> Any:
-        if type(members) not in (list, tuple) or not all(map(is_key, members)):
+        if type(members) not in (list, tuple) or not are_keys(members):
             raise _refuse('a set in it has no members')
         return kind(members)
 
@@ -327,11 +329,9 @@ def _members(kind: Callable[[Any], Any]) -> Callable[..., Any]:
 
 def _ordered_dict(pairs: Any = ()) -> OrderedDict[Any, Any]:
     made: OrderedDict[Any, Any] = OrderedDict()
-    if type(pairs) not in (list, tuple):
+    if type(pairs) not in (list, tuple) or not are_keys([key for key, _ in pairs]):
         raise _refuse('a dictionary in it has no items')
     for key, value in pairs:
-        if not is_key(key):
-            raise _refuse('a key in it is a tuple of too many parts')
         made[key] = value
     return made
 

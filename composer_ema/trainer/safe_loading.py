@@ -158,7 +158,7 @@ def _algorithm(source: str) -> Algorithm:
     call = ast.parse(source, mode='eval').body if len(source) <= _LONGEST_CALL else None
     if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute):
         raise ValueError(f'{source[:80]!r} is no call of an algorithm.')
-    kind = getattr(composer.algorithms, call.func.attr, None)
+    kind: Any = getattr(composer.algorithms, call.func.attr, None)
     is_known = isinstance(call.func.value, ast.Name) and isinstance(kind, type) and issubclass(kind, Algorithm)
     if not is_known or not all(keyword.arg for keyword in call.keywords):
         raise ValueError(f'{source[:80]!r} is no call of an algorithm of Composer.')
