@@ -180,7 +180,7 @@ class TestAbsurdContents:
     def test_a_tensor_that_is_not_dense_is_not_merged(self, tmp_path, kind):
         for name in ('a', 'b'):
             torch.save({'model': {'w': ABSURD[kind](), 'b': torch.ones(2)}}, tmp_path / f'{name}.pt')
-        with pytest.raises(CheckpointError, match=r'\bw\b.*(dense|nested|meta)'):
+        with pytest.raises(CheckpointError, match=r'\bw\b.*(dense|meta)|holds nested tensors, which'):
             merge([tmp_path / 'a.pt', tmp_path / 'b.pt'], tmp_path / 'c.pt', equal=True)
         assert not (tmp_path / 'c.pt').exists()
 
