@@ -425,4 +425,6 @@ def _memory(of: str) -> int:
 def test_on_four_ranks_a_file_adds_the_memory_of_a_few_tensors(tmp_path):
     of_files = [[round(each[update], 3) for update in (2, 5, 8)] for each in ranks(4)(peaks, tmp_path)]
     print('peak memory added by a file, by rank, in models:', of_files)
-    assert 0 < max(map(max, of_files)) < 6 / LAYERS  # a tensor, its buffer in the gather, and what the allocator keeps
+    # A tensor, its buffer in the gather, and what the allocators keep: .1 alone, up to .3 on a busy machine. A whole
+    # model would be .75 and more.
+    assert 0 < max(map(max, of_files)) < 0.5
