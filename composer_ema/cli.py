@@ -18,8 +18,10 @@ try:
     import typer
     from rich.console import Console
     from rich.table import Table
+    from typer.core import TyperGroup
 
     from composer_ema.pictures.tables import Whole, facts
+    from composer_ema.wording import visible
 except ModuleNotFoundError as error:
     # The console script imports this module before it calls main, so main cannot catch this.
     sys.stderr.write(f'{error}. {_REMEDY}\n')
@@ -33,7 +35,35 @@ _OF_THE_USER = ('RecipeError', 'CheckpointError', 'ReconstructionError', 'PlotEr
 _CHECKPOINT_HELP = 'A checkpoint, of Composer or another library: a file, or the folder of a sharded one.'
 _KEY_HELP = 'Where in the file the average is, as in ema or state.ema. Default: everywhere.'
 
+# Which click it is, one that is installed or one that typer brings, depends on the release of typer.
+_UsageError: Any = typer.BadParameter.__base__
+
+
+class _Commands(TyperGroup):
+    """The commands, whose complaints about arguments quote them escaped: a shell puts names of files there."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        with _quoted_visibly():
+            return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _quoted_visibly():
+            return super().invoke(ctx)
+
+
+@contextlib.contextmanager
+def _quoted_visibly() -> Iterator[None]:
+    try:
+        yield
+    except _UsageError as error:
+        said = error.format_message()
+        if visible(said, keep='\n') == said:
+            raise
+        raise _UsageError(visible(said, keep='\n'), error.ctx) from None
+
+
 app = typer.Typer(
+    cls=_Commands,
     help='Train with an average of the weights, and get the average out.',
     no_args_is_help=True,
     add_completion=False,
@@ -281,6 +311,7 @@ def plot(
 
 
 def _draw_recipes(recipes: list[tuple[Path, list[str]]], axis: Any, batches_per_epoch: int | None) -> Any:
+    from rich.markup import escape
     from rich.progress import track
 
     from composer_ema.pictures.previews import describe, draw_previews
@@ -294,7 +325,7 @@ def _draw_recipes(recipes: list[tuple[Path, list[str]]], axis: Any, batches_per_
     previews = []
     for recipe, name in zip(loaded, names, strict=True):
         console = _error_console()
-        bar = functools.partial(track, description=name, console=console, transient=True)
+        bar = functools.partial(track, description=escape(visible(name)), console=console, transient=True)
         # Off the terminal, rich leaves an empty line.
         bar = bar if console.is_terminal else iter
         previews.append(preview(recipe, name=name, batches_per_epoch=batches_per_epoch, track=bar))
@@ -406,17 +437,20 @@ def _refresh(text: str | None) -> bool | int | str:
 @contextlib.contextmanager
 def _trials_reported() -> Iterator[Any]:
     """A bar on a terminal, elsewhere a line for each average that was evaluated."""
+    from rich.markup import escape
     from rich.progress import Progress
 
     from composer_ema.pictures.sweeps import in_brief
 
     console = _error_console()
     if not console.is_terminal:
-        yield lambda done, total, trial: sys.stderr.write(f'{done} of {total}, {in_brief(trial)}\n')
+        yield lambda done, total, trial: sys.stderr.write(f'{done} of {total}, {visible(in_brief(trial))}\n')
         return
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task('training weights', total=None)
-        yield lambda done, total, trial: progress.update(bar, completed=done, total=total, description=in_brief(trial))
+        yield lambda done, total, trial: progress.update(
+            bar, completed=done, total=total, description=escape(visible(in_brief(trial)))
+        )
 
 
 @app.command()
@@ -435,7 +469,8 @@ def inspect(
 
         found = describe(checkpoint, key=key)
         if as_json:
-            show(json.dumps(dataclasses.asdict(found), indent=2))
+            # ASCII, with every character that does not print escaped as JSON has it.
+            show(json.dumps(dataclasses.asdict(found), indent=2).replace('\x7f', r'\u007f'))
             return
         from composer_ema.pictures import checkpoints
 
@@ -469,12 +504,13 @@ def show(renderable: Any) -> None:
     if isinstance(renderable, Table):
         Console().print(Whole(renderable), highlight=False, crop=False)
     else:
-        Console().print(renderable, markup=False, highlight=False, soft_wrap=True)
+        text = visible(renderable, keep='\n') if isinstance(renderable, str) else renderable
+        Console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def show_error(message: str) -> None:
     """Prints an error in red to standard error, on one line."""
-    _error_console().print(message, style='red', markup=False, highlight=False, soft_wrap=True)
+    _error_console().print(visible(message), style='red', markup=False, highlight=False, soft_wrap=True)
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -495,7 +531,11 @@ def parse_seeds(text: str) -> list[int]:
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     """Leaves out the line of code that warned, which says nothing to a reader of the terminal."""
     if os.environ.get('RANK', '0') == '0':
-        _error_console().print(f'warning: {message}', style='yellow', markup=False, highlight=False, soft_wrap=True)
+        _print_warning(visible(' '.join(str(message).splitlines())))
+
+
+def _print_warning(text: str) -> None:
+    _error_console().print(f'warning: {text}', style='yellow', markup=False, highlight=False, soft_wrap=True)
 
 
 def _checked_seeds(text: str | None) -> list[int]:

@@ -1,4 +1,7 @@
-"""What messages have in common: the legal names near a wrong one, or all of them, and numbers that agree with nouns."""
+"""What messages have in common: the legal names near a wrong one, or all of them, and numbers that agree with nouns.
+
+And :func:`visible`, which every text goes through before a terminal, a log or a picture shows it.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,27 @@ _TWO_SLIPS = 6
 _SHORTEST_PART = 4
 #: How many near names a message offers; where more are near, none is nearer than the others.
 _OFFERED = 3
+
+
+def visible(text: object, keep: str = '') -> str:
+    r"""A text in which a file or a name cannot hide or move anything: what does not print is shown as Python writes it.
+
+    Such are control characters, with which a terminal is told to move, to rename its window or to answer; line breaks;
+    marks that turn the direction of writing, or have no width; and bytes that are no text.
+
+    Args:
+        text: what is to be shown.
+        keep: characters to leave as they are, such as the line breaks of a table of ours. Default: none.
+
+    Example:
+        >>> print(visible('\x1b[31mred\n'), visible('naïve 名前 →'), visible('a\u202eb'), visible('two\nlines', '\n'))
+        \x1b[31mred\n naïve 名前 → a\u202eb two
+        lines
+    """
+    text = str(text)
+    if text.isprintable():
+        return text
+    return ''.join(each if each.isprintable() or each in keep else repr(each)[1:-1] for each in text)
 
 
 def squash(name: str) -> str:

@@ -15,10 +15,17 @@ import torch
 from composer_ema.checkpoints import torch_file
 from composer_ema.checkpoints.inert_pickle import InertPickleError, UnknownNamesError
 from composer_ema.model.names import listed
+from composer_ema.wording import visible
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be read or holds no average. The message says which file and why."""
+    """A checkpoint cannot be read or holds no average. The message says which file and why.
+
+    What does not print is escaped in it: it quotes names out of files, and is shown on terminals.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(visible(message))
 
 
 def load_safely(file: Path | BinaryIO, *, mmap: bool = False) -> Any:

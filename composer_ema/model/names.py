@@ -6,6 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
+from composer_ema.wording import visible
+
+# A name with more characters is shown by its ends.
+_LONGEST, _END = 200, 90
+
 
 def check_same(
     what: str,
@@ -49,5 +54,6 @@ def _kind(value: object) -> str:
 
 
 def listed(names: Sequence[str], limit: int = 12) -> str:
-    """The first names, and how many more there are."""
-    return ', '.join(names[:limit]) + (f' and {len(names) - limit} more' if len(names) > limit else '')
+    """The first names, and how many more there are. Those that a file made very long are cut in the middle."""
+    shown = [visible(name if len(name) <= _LONGEST else f'{name[:_END]}...{name[-_END:]}') for name in names[:limit]]
+    return ', '.join(shown) + (f' and {len(names) - limit} more' if len(names) > limit else '')

@@ -12,6 +12,7 @@ import numpy as np
 from composer_ema.pictures.errors import PlotError
 from composer_ema.pictures.style import GREY, MARKED_POINTS, RC
 from composer_ema.recipe.outputs import Array, Axis
+from composer_ema.wording import visible
 
 if TYPE_CHECKING:  # matplotlib takes a second to import, and most of what imports this module never draws
     from matplotlib.axes import Axes
@@ -228,10 +229,10 @@ def _finish_axes(axes: Axes, *, end: float, whole: bool) -> None:
 def add_legend(figure: Figure, entries: Sequence[tuple[Any, str]], *, title: str | None) -> None:
     """Adds the title over the panels and the legend below them. The figure grows by the height of the legend."""
     if title is not None:
-        figure.suptitle(_literally(textwrap.fill(title, _TITLE_CHARACTERS)), x=0.01, ha='left', fontsize=10)
+        figure.suptitle(textwrap.fill(literally(title), _TITLE_CHARACTERS), x=0.01, ha='left', fontsize=10)
     if not entries:
         return
-    labels = [_literally('\n'.join(map(_wrapped, text.split('\n')))) for _, text in entries]
+    labels = ['\n'.join(map(_wrapped, literally(text, keep='\n').split('\n'))) for _, text in entries]
     longest = max(len(line) for text in labels for line in text.split('\n'))
     columns = max(1, min(len(entries), _LEGEND_CHARACTERS // (longest + 8)))
     lines = sum(text.count('\n') + 1 for text in labels) / columns
@@ -246,7 +247,14 @@ def _wrapped(line: str) -> str:
     return textwrap.fill(line, _LEGEND_CHARACTERS, subsequent_indent='  ')
 
 
-def _literally(text: str) -> str:
-    """Escapes what matplotlib would read as mathematics, and a leading underscore, which hides a legend's entry."""
-    text = text.replace('$', r'\$')
+def literally(text: str, keep: str = '') -> str:
+    """A text as matplotlib shows it as it is, for names that a run, a recipe or a file gave.
+
+    Dollar signs are no mathematics, and a leading underscore, which hides a legend's entry, stands behind a space.
+
+    Args:
+        text: The text.
+        keep: Characters to leave as they are, though they do not print; see :func:`composer_ema.wording.visible`.
+    """
+    text = visible(text, keep).replace('$', r'\$')
     return f' {text}' if text.startswith('_') else text

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
 
 from composer_ema.checkpoints import inspection
@@ -62,7 +61,7 @@ def _name(average: AverageInfo, *, is_one_of_several: bool) -> str:
 
 
 def _overview(found: Description) -> Table:
-    table = Table(title=escape(found.path), title_justify='left', show_header=False)
+    table = Table(title=found.path, title_justify='left', show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow='fold')
     _add(table, 'run', found.run_name)
@@ -105,7 +104,7 @@ def _add_average(table: Table, average: AverageInfo, *, is_one_of_several: bool)
 
 def _add(table: Table, name: str, value: str | None) -> None:
     if value:
-        table.add_row(name, escape(value))
+        table.add_row(name, value)
 
 
 def _summary(title: str, tensors: Sequence[TensorInfo]) -> Table:
@@ -129,12 +128,12 @@ def _every_tensor(title: str, tensors: Sequence[TensorInfo]) -> Table:
             _size(tensor.average_bytes),
             distance,
         )
-        table.add_row(escape(tensor.name), *row)
+        table.add_row(tensor.name, *row)
     return table
 
 
 def _new_table(title: str, *headers: str, numbers: Sequence[str]) -> Table:
-    table = Table(title=escape(title), title_justify='left')
+    table = Table(title=title, title_justify='left')
     for header in headers:
         table.add_column(header)
     for header in numbers:

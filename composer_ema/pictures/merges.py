@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from rich.markup import escape
 from rich.table import Table
 
 from composer_ema.model.names import listed
@@ -16,7 +15,7 @@ def of_merge(merged: Merged) -> Table:
     first = merged.parts[0].trained
     units = [unit for unit in first if all(part.trained.get(unit) for part in merged.parts[1:])]
     has_runs = len({part.run_name for part in merged.parts}) > 1
-    table = Table(title=escape(f'{merged.out}: {merged.weights}'), title_justify='left')
+    table = Table(title=f'{merged.out}: {merged.weights}', title_justify='left')
     table.add_column('checkpoint', overflow='fold')
     if has_runs:
         table.add_column('run', overflow='fold')
@@ -24,9 +23,9 @@ def of_merge(merged: Merged) -> Table:
         table.add_column(UNITS[unit], justify='right')
     table.add_column('coefficient', justify='right')
     for part in merged.parts:
-        run = [escape(part.run_name or '')] if has_runs else []
+        run = [part.run_name or ''] if has_runs else []
         times = [f'{part.trained[unit]:,.10g}' for unit in units]
-        table.add_row(escape(str(part.path)), *run, *times, f'{part.coefficient:.6f}')
+        table.add_row(str(part.path), *run, *times, f'{part.coefficient:.6f}')
     return table
 
 

@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
 from rich.table import Table
 
 from composer_ema.pictures.curves import Point, evaluations, first_reaching
 from composer_ema.pictures.tables import facts, number
 from composer_ema.pictures.weights import TRAINING, averages, in_words
-from composer_ema.wording import counted
+from composer_ema.wording import counted, visible
 
 if TYPE_CHECKING:  # it imports Composer, which a reader of finished runs need not wait for
     from composer_ema.recipe.run import Outcome
@@ -75,7 +74,7 @@ def parts_table(parts: Mapping[str, str]) -> Table:
 def epochs_table(outcome: Result) -> Table:
     """Accuracy and loss of each set of weights, one row per evaluation."""
     words = in_words(outcome.points)
-    table = Table(title=escape(outcome.run_name), title_justify='left')
+    table = Table(title=outcome.run_name, title_justify='left')
     table.add_column('epoch', justify='right')
     for quantity in ('accuracy %', 'loss'):
         for label in outcome.points:
@@ -104,7 +103,7 @@ def summary(outcome: Result) -> str:
 def seeds_table(outcomes: Sequence[Result], title: str) -> Table:
     """One row for each set of weights, per seed and for the mean over seeds."""
     header, *rows = _seeds_rows(outcomes)
-    table = Table(title=escape(title), title_justify='left')
+    table = Table(title=title, title_justify='left')
     for name in header:
         table.add_column(name, justify='left' if name == 'weights' else 'right', no_wrap=name == 'weights')
     for row, following in zip(rows, [*rows[1:], None], strict=True):
@@ -116,7 +115,8 @@ def seeds_markdown(outcomes: Sequence[Result]) -> str:
     """The table of :func:`seeds_table` in Markdown."""
     header, *rows = _seeds_rows(outcomes)
     rule = [':---' if name == 'weights' else '---:' for name in header]
-    return ''.join(f'| {" | ".join(line)} |\n' for line in (header, rule, *rows))
+    cells = ([visible(cell).replace('|', r'\|') for cell in line] for line in (header, rule, *rows))
+    return ''.join(f'| {" | ".join(line)} |\n' for line in cells)
 
 
 def _seeds_rows(outcomes: Sequence[Result]) -> list[list[str]]:

@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
-from rich.markup import escape
 from rich.table import Table
 
-from composer_ema.pictures.canvas import add_legend, new_figure
+from composer_ema.pictures.canvas import add_legend, literally, new_figure
 from composer_ema.pictures.style import BLACK, BLUE, GREY, RC, VERMILION
 from composer_ema.pictures.tables import number
 from composer_ema.recipe.choice import UNRELIABLE, Choice
@@ -44,7 +43,7 @@ def picture_name(family: Family, *, on_test: bool) -> str:
 
 def table(sweep: Sweep) -> Table:
     """One row for each average and one for the training weights: half-life, metrics, predicted error."""
-    made = Table(title=escape(f'{sweep.run_name}, on {sweep.samples}'), title_justify='left')
+    made = Table(title=f'{sweep.run_name}, on {sweep.samples}', title_justify='left')
     for heading in _headings(sweep):
         made.add_column(heading, justify='right')
     best = None if sweep.choice is None else sweep.choice.best
@@ -192,7 +191,7 @@ def _limit(axes: Axes, x: Array, y: Array, level: float, *, lower_is_better: boo
 def _label(axes: Axes, sweep: Sweep, name: str) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-    axes.set_ylabel(f'{name} (%)' if _is_share(name) else name)
+    axes.set_ylabel(literally(f'{name} (%)' if _is_share(name) else name))
     if sweep.family == 'half_life':
         axes.set_xlabel('half-life (% of the run)')
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{100 * value:g}'))

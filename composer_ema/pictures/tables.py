@@ -1,4 +1,7 @@
-"""Prints tables whole: as wide as they are off the terminal, and with nothing cut on a narrow one."""
+"""Prints tables whole: as wide as they are off the terminal, and with nothing cut on a narrow one.
+
+Strings in a table are shown as they are: nothing in them is markup, and what does not print is escaped.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +10,22 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
-from rich.markup import escape
 from rich.measure import Measurement
 from rich.padding import Padding
 from rich.table import Column, Table
 from rich.text import Text
+
+from composer_ema.wording import visible
 
 #: Wider than any table.
 _UNLIMITED = 1_000_000
 
 
 def facts(title: str, rows: Mapping[str, str]) -> Table:
-    """A table without headings: in each row the name of a fact, and the fact. Brackets in them are no markup."""
-    table = Table(title=escape(title), title_justify='left', show_header=False)
+    """A table without headings: in each row the name of a fact, and the fact."""
+    table = Table(title=title, title_justify='left', show_header=False)
     for name, fact in rows.items():
-        table.add_row(escape(name), escape(fact))
+        table.add_row(name, fact)
     return table
 
 
@@ -48,6 +52,10 @@ class Whole:
 
     def __init__(self, table: Table) -> None:
         self._table = copy.copy(table)
+        self._table.columns = [
+            dataclasses.replace(column, header=_text(column.header, keep='\n'), _cells=list(map(_text, column.cells)))
+            for column in table.columns
+        ]
         # Rich would break a title that is longer than the table.
         self._title, self._table.title = table.title, None
 
@@ -58,7 +66,7 @@ class Whole:
         frame = Measurement.get(console, unlimited, self._table).maximum - sum(longest)
         room = options.max_width - frame
         if self._title:
-            yield _unbroken(_text(self._title, 'table.title'))
+            yield _unbroken(_text(self._title, style='table.title'))
         if not console.is_terminal or sum(longest) <= room:
             yield from console.render(self._with(longest), unlimited)
         elif not self._table.show_header:
@@ -121,8 +129,8 @@ def _lines(items: Sequence[Text], width: int) -> Iterator[Text]:
         yield line
 
 
-def _text(cell: RenderableType, style: str = '') -> Text:
-    return cell.copy() if isinstance(cell, Text) else Text.from_markup(str(cell), style=style)
+def _text(cell: RenderableType, *, style: str = '', keep: str = '') -> Text:
+    return cell.copy() if isinstance(cell, Text) else Text(visible(cell, keep), style=style)
 
 
 def _unbroken(text: Text) -> Text:

@@ -13,6 +13,7 @@ from composer.loggers import ConsoleLogger, Logger, LoggerDestination, ProgressB
 from composer.utils import dist, is_notebook
 
 from composer_ema.recipe.recorder import Collector, epochs_done
+from composer_ema.wording import visible
 
 _LOSS, _METRICS = 'loss/train/', 'metrics/'
 
@@ -64,7 +65,8 @@ class EpochLines(LoggerDestination):
             if name.startswith((_LOSS, _METRICS))
         ]
         if dist.get_global_rank() == 0:
-            print(': '.join(filter(None, (_how_far(state), ', '.join(values)))), file=self._stream, flush=True)
+            line = ': '.join(filter(None, (_how_far(state), ', '.join(values))))
+            print(visible(line), file=self._stream, flush=True)
 
 
 def progress_of(
