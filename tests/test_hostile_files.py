@@ -12,6 +12,7 @@ from random import Random
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from hostile_files import ABSURD, averaged_model, damaged, mutated, of_composer, repacked, same, sound_files
 from safetensors.torch import load_file
 from torch import nn
@@ -19,6 +20,7 @@ from torch import nn
 from composer_ema import CheckpointError, export, load_average, merge, read_checkpoint
 from composer_ema.checkpoints.inspection import describe
 from composer_ema.checkpoints.lazy import open_weights
+from composer_ema.posthoc.reconstruct import Reconstruction
 
 
 @pytest.fixture(scope='module')
@@ -50,8 +52,6 @@ class TestReadCheckpoint:
         assert same(dict(model.state_dict()), dict(torch.load(sound['script'])['model']))
 
     def test_reads_a_sharded_folder_as_plain_values(self, tmp_path):
-        import torch.distributed.checkpoint as dcp
-
         held = {'model': {'a': torch.arange(6.0).reshape(2, 3)}, 'list': [{'b': torch.ones(2)}], 'step': 3}
         dcp.save(held, checkpoint_id=tmp_path / 'folder', no_dist=True)
         found = read_checkpoint(tmp_path / 'folder')
@@ -196,3 +196,60 @@ class TestAbsurdContents:
         torch.save(optimizer | {'ema': own}, tmp_path / 'a.pt')
         with pytest.raises(CheckpointError, match="maps 'warmup' to a list"):
             describe(tmp_path / 'a.pt')
+
+
+class TestInputsAreNeverReplaced:
+    @pytest.fixture
+    def run(self, sound, tmp_path) -> Path:
+        """The folder of a run, by hand: two checkpoints, the link to the newest, and what else a run leaves."""
+        checkpoints = tmp_path / 'run' / 'checkpoints'
+        checkpoints.mkdir(parents=True)
+        for name in ('ep1.pt', 'ep2.pt'):
+            (checkpoints / name).write_bytes(sound['composer'].read_bytes())
+        (checkpoints / 'latest-rank0.pt').symlink_to('ep2.pt')
+        for name in ('metrics.jsonl', 'recipe.yaml', 'sweep.jsonl', 'averages-00000010.safetensors'):
+            (tmp_path / 'run' / name).write_text('{}\n')
+        os.link(checkpoints / 'ep1.pt', tmp_path / 'hard.pt')
+        (tmp_path / 'soft.pt').symlink_to(checkpoints / 'ep1.pt')
+        (tmp_path / 'elsewhere').symlink_to(checkpoints)
+        return tmp_path / 'run'
+
+    @pytest.mark.parametrize(
+        'out',
+        [
+            'run/checkpoints/ep1.pt', 'run/checkpoints/../checkpoints/ep1.pt', 'hard.pt', 'soft.pt', 'elsewhere/ep1.pt',
+            'run/checkpoints/ep2.pt', 'run/checkpoints/latest-rank0.pt', 'run/metrics.jsonl', 'run/recipe.yaml',
+            'run/sweep.jsonl', 'run/averages-00000010.safetensors',
+        ],
+    )  # fmt: skip
+    def test_by_any_writer_through_any_name(self, run, call, out, tmp_path):
+        before = {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
+        source, out = run / 'checkpoints' / 'ep1.pt', tmp_path / out
+        average = Reconstruction('half_life=1ba', {'ba': 3.0}, load_average(source), 0.0, (), 3, 'run', False, ())
+        (tmp_path / 'other.pt').write_bytes(source.read_bytes())
+        writers = [
+            lambda: export(source, out),
+            lambda: merge([source, tmp_path / 'other.pt'], out, equal=True, overwrite=True),
+            lambda: average.save(out),
+        ]
+        # A reconstruction knows no checkpoint; of a second name of one, it would replace the name alone.
+        for write in writers[: 2 if out.name == 'hard.pt' else 3]:
+            with pytest.raises(CheckpointError, match='Write to another file'):
+                write()
+        (tmp_path / 'other.pt').unlink()
+        assert call('export', source, out)[0] == 2
+        assert {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()} == before
+
+    def test_nor_is_a_file_of_a_sharded_checkpoint(self, sound, tmp_path):
+        dcp.save({'model': {'a': torch.ones(2)}}, checkpoint_id=tmp_path / 'folder', no_dist=True)
+        [shard] = (tmp_path / 'folder').glob('*.distcp')
+        for out in (shard, tmp_path / 'folder' / '.metadata'):
+            content = out.read_bytes()
+            with pytest.raises(CheckpointError, match='a file of the checkpoint'):
+                export(sound['script'], out)
+            assert out.read_bytes() == content
+
+    def test_an_export_may_be_replaced_by_another(self, sound, tmp_path):
+        for out in (tmp_path / 'a.pt', tmp_path / 'a.safetensors'):
+            export(sound['script'], out)
+            export(sound['composer'], out)

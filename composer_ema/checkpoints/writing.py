@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,10 +15,15 @@ from torch import Tensor
 from composer_ema.checkpoints import states
 from composer_ema.checkpoints.checksum import CHECKSUM, ZEROS, seal
 from composer_ema.checkpoints.reading import CheckpointError
-from composer_ema.checkpoints.sharded import files_of
+from composer_ema.checkpoints.sharded import files_of, is_sharded
 from composer_ema.files import beside
 from composer_ema.model.names import listed
 
+# What a run leaves in its folder besides checkpoints.
+_OF_A_RUN = ('metrics.jsonl', 'recipe.yaml', 'sweep.jsonl')
+_SNAPSHOT = re.compile(r'(averages|weights)-\d{8,}\.safetensors', re.ASCII)
+# Composer's name for the link to the newest checkpoint, with the rank.
+_LATEST = 'latest-rank*'
 #: Endings of the files that torch writes; any other file is written as safetensors.
 TORCH_SUFFIXES = ('.pt', '.pth', '.ckpt')
 
@@ -32,8 +38,10 @@ def write_weights(weights: Mapping[str, Any], metadata: dict[str, str], what: st
         out: the file; its folder is made if it is missing.
 
     Raises:
-        CheckpointError: the format cannot hold a tensor, or the file cannot be written. ``out`` is not touched.
+        CheckpointError: the format cannot hold a tensor, or the file cannot be written; ``out`` is a file that a run
+            needs. It is not touched.
     """
+    _refuse_replacing_of_a_run(out, what)
     write = _write_torch if out.suffix in TORCH_SUFFIXES else _write_safetensors
     try:
         write(weights, metadata, what, out)
@@ -50,6 +58,23 @@ def refuse_overwriting(checkpoint: Path, out: Path, what: str) -> None:
         raise CheckpointError(
             f'{out} is {is_itself}: {what} would replace what training resumes from. Write to another file.'
         )
+
+
+def _refuse_replacing_of_a_run(out: Path, what: str) -> None:
+    """Raises if ``out`` is a file by which a run is resumed, drawn or reconstructed, be it through a link."""
+    if not out.exists():
+        return
+    target = out.resolve()
+    folder = target.parent
+    if target.name in _OF_A_RUN or _SNAPSHOT.fullmatch(target.name):
+        kind = 'a file of a run'
+    elif is_sharded(folder):
+        kind = f'a file of the checkpoint {folder}'
+    elif target.suffix in TORCH_SUFFIXES and next(folder.glob(_LATEST), None) is not None:
+        kind = f'one of the checkpoints of a run, in {folder}'
+    else:
+        return
+    raise CheckpointError(f'{out} is {kind}: {what} would replace it. Write to another file.')
 
 
 def _write_safetensors(weights: Mapping[str, Any], metadata: dict[str, str], what: str, out: Path) -> None:
