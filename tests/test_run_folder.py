@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hostile_starts
 import pytest
 import yaml
 from composer import Callback
@@ -20,11 +22,12 @@ from composer.utils import dist
 from test_recipe import TINY, quiet
 
 from composer_ema.files import write_beside
+from composer_ema.pictures import conclusion
 from composer_ema.recipe import lock, run_folder, schema
 from composer_ema.recipe.arguments import RecipeError
 from composer_ema.recipe.lock import LOCK_FILE, InUseError, Lock
 from composer_ema.recipe.recorder import Recorder
-from composer_ema.recipe.run import train
+from composer_ema.recipe.run import Outcome, train
 from composer_ema.recipe.run_folder import RunFolder
 
 HOLD = """
@@ -293,6 +296,20 @@ class TestOneAtATime:
         assert 'is in use by process' in done.stdout + done.stderr
         assert contents(held) == before
 
+    def test_nothing_is_lost_or_mixed_where_runs_start_at_once(self, tmp_path):
+        trial = hostile_starts.Trial(tmp_path, hostile_starts.forked)
+        for number in range(2):
+            drawn = hostile_starts.draw(random.Random(f'small-{number}'))
+            assert trial.play(drawn, number) == [], drawn
+
+    def test_a_picture_is_not_drawn_into_a_folder_that_another_run_has_taken(self, held):
+        outcome = Outcome('a', 1, held, 0.9, [], None, 0)
+        before, shown = contents(held), []
+        conclusion.of_run(outcome, shown.append)
+        assert 'no picture of the run: ' in shown[0]
+        assert 'in use by process' in shown[0]
+        assert contents(held) == before
+
 
 class TestLock:
     def test_it_is_free_as_soon_as_its_owner_is_killed(self, tmp_path):
@@ -331,6 +348,20 @@ class TestLock:
             each.join()
         assert len(most) > 10
         assert set(most) == {1}
+
+    def test_the_lock_of_a_file_that_its_owner_removes_in_between_counts_for_nothing(self, tmp_path, monkeypatch):
+        real = lock._locked
+
+        def remove_first(folder: Path, descriptor: int) -> bool:
+            (tmp_path / LOCK_FILE).unlink()
+            monkeypatch.setattr(lock, '_locked', real)
+            return real(folder, descriptor)
+
+        monkeypatch.setattr(lock, '_locked', remove_first)
+        taken = Lock(tmp_path)
+        with pytest.raises(InUseError):
+            Lock(tmp_path)
+        taken.release()
 
     def test_a_lock_file_that_another_one_has_removed_and_made_anew_is_left_to_it(self, tmp_path):
         taken = Lock(tmp_path)

@@ -15,6 +15,7 @@ from composer_ema.pictures.errors import PlotError
 from composer_ema.pictures.report import Result
 from composer_ema.pictures.runs import draw_runs
 from composer_ema.pictures.writing import write
+from composer_ema.recipe.lock import InUseError, Lock
 from composer_ema.wording import counted
 
 if TYPE_CHECKING:
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 def of_run(outcome: Outcome, show: Callable[[Any], None]) -> Result:
     """Draws a run into its folder, on rank 0 only, then shows its table and where it lies.
 
-    A run that cannot be drawn is reported in words: the run itself is done and saved.
+    A run that cannot be drawn is reported in words: the run itself is done and saved. Where another process has begun
+    to work in the folder since, nothing is drawn, or it would be that one's picture.
 
     Args:
         outcome: What ``run.train`` returned.
@@ -36,8 +38,9 @@ def of_run(outcome: Outcome, show: Callable[[Any], None]) -> Result:
     """
     if dist.get_global_rank() == 0:
         try:
-            write(draw_runs([read_run(outcome.folder)]), outcome.folder / CURVES)
-        except PlotError as error:
+            with Lock(outcome.folder):
+                write(draw_runs([read_run(outcome.folder)]), outcome.folder / CURVES)
+        except (PlotError, InUseError, OSError) as error:
             show(f'no picture of the run: {error}')
     result = report.result(outcome)
     if result.points:

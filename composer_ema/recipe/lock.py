@@ -83,7 +83,7 @@ class InUseError(Exception):
 
 
 class Lock:
-    """The lock of a folder, held by this process. Forked children do not hold it.
+    """The lock of a folder, held by this process until it is released. Forked children do not hold it.
 
     Args:
         folder: The folder, which must exist.
@@ -105,6 +105,12 @@ class Lock:
             self.release()
             raise
         _held.add(self)
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
     def release(self) -> None:
         """Removes the lock file and gives the lock back; does nothing the second time."""

@@ -62,10 +62,8 @@ def sweep_run(
             f'{folder} cannot be written to, and a sweep keeps its results there: {error.strerror or error}. Sweep a '
             'copy of it.'
         ) from error
-    try:
+    with lock:
         return _sweep_locked(folder, asked, overrides, report)
-    finally:
-        lock.release()
 
 
 def _sweep_locked(
