@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+import shutil
+import tarfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from hostile_checkpoints import PACKINGS, Ground, attack, listing
+from torch import nn
 
 from composer_ema.recipe import schema
 from composer_ema.recipe.arguments import RecipeError
+from composer_ema.recipe.build import build
 from composer_ema.recipe.loaded import check_loaded
 from composer_ema.recipe.resuming import Found
+from composer_ema.recipe.run import train
 
 RECIPE = Path(__file__).parent.parent / 'yamls' / 'mnist1d.yaml'
 LATEST = 'latest-rank0.pt'
@@ -241,3 +247,133 @@ class TestShardedFolders:
     def test_of_a_run_that_saves_files_are_refused(self, resume):
         with pytest.raises(RecipeError, match=r'autoresume: .*is a sharded checkpoint, and this run loads single'):
             resume()
+
+
+@pytest.fixture(scope='module')
+def ground(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ground]:
+    """A run with checkpoints at batches 2, 4 and 5 of one epoch."""
+    ground = Ground(tmp_path_factory.mktemp('ground'))
+    yield ground
+    ground.close()
+
+
+def quiet(renderable: Any) -> None:
+    """Shows nothing."""
+
+
+class Flat(nn.Module):
+    """Another network for the same images."""
+
+    def __init__(self, num_classes: int = 3) -> None:
+        super().__init__()
+        self.head = nn.Linear(17 * 17, num_classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(images.flatten(1))
+
+
+class TestARun:
+    @pytest.fixture
+    def recipe(self, ground) -> Path:
+        return ground.folder / 'tiny.yaml'
+
+    def test_killed_before_its_link_was_made_goes_on_to_the_same_bits(self, ground, recipe, tmp_path):
+        shutil.copytree(ground.saved, tmp_path / 'tiny' / 'checkpoints', symlinks=True)
+        (tmp_path / 'tiny-2' / 'checkpoints').mkdir(parents=True)
+        for name in (LATEST, 'ep1-ba5-rank0.pt'):
+            (tmp_path / 'tiny' / 'checkpoints' / name).unlink()
+        shown: list[Any] = []
+        train(schema.load(recipe, ['autoresume=true', f'runs_folder={tmp_path}']), shown.append)
+        path = tmp_path / 'tiny' / 'checkpoints' / 'ep0-ba4-rank0.pt'
+        assert shown[0] == f'autoresume: going on from {path}, batch 4; latest-rank0.pt is missing'
+        assert ground.load(tmp_path / 'tiny' / 'checkpoints' / LATEST) == ('loaded', ground.prints[5])
+
+    @pytest.mark.parametrize(
+        ('overrides', 'said'),
+        [
+            (['model.num_classes=4'], r'another model.* 2 of another shape: module\.layers\.12\.bias \(\(3,\) in the '),
+            (
+                ['model={name: flat}'],
+                r'2 missing: module.head.bias, module.head.weight; 26 unexpected.*and 22 more',
+            ),
+            (['optimizer={name: sgd, lr: 0.1}'], r'with the optimizer AdamW, .*load_ignore_keys: \[state/optimizers'),
+            (
+                ['model.num_classes=4', 'load_ignore_keys=[state/model/*]'],
+                r'could not be loaded: the saved average does not fit the model.*state/algorithms',
+            ),
+        ],
+    )
+    def test_refuses_a_checkpoint_of_another_one_before_it_is_loaded(self, ground, recipe, register, overrides, said):
+        register('models', 'flat', Flat)
+        before = listing(ground.folder)
+        path = ground.saved / 'ep0-ba4-rank0.pt'
+        with pytest.raises(RecipeError, match=said) as refused:
+            build(schema.load(recipe, [f'load_path={path}', 'run_name=new', *overrides]))
+        assert refused.value.key == 'load_path'
+        assert listing(ground.folder) == before
+
+    def test_that_resumes_is_told_so_at_autoresume(self, ground, recipe):
+        with pytest.raises(
+            RecipeError, match=r'autoresume: .*ep1-ba5-rank0\.pt was saved with another model'
+        ) as refused:
+            build(schema.load(recipe, ['autoresume=true', 'run_name=whole', 'model.num_classes=4']))
+        assert 'load_ignore_keys' not in str(refused.value), 'which autoresume ignores'
+
+    @pytest.mark.parametrize(
+        'overrides',
+        [
+            ['optimizer={name: sgd, lr: 0.1}', 'load_ignore_keys=[state/optimizers, state/schedulers]'],
+            ['optimizer={name: sgd, lr: 0.1}', 'load_weights_only=true'],
+            ['algorithms=null'],
+            ['algorithms={swa: {}}'],
+            [
+                *('model.num_classes=4', 'load_weights_only=true', 'load_strict_model_weights=false'),
+                "load_ignore_keys=['state/model/module.layers.12.*']",
+            ],
+        ],
+    )
+    def test_loads_what_fits_if_it_is_told_to(self, ground, recipe, overrides):
+        path = ground.saved / 'ep0-ba4-rank0.pt'
+        run = build(schema.load(recipe, [f'load_path={path}', 'run_name=new', *overrides]))
+        saved = torch.load(path, weights_only=False)['state']['model']
+        assert run.trainer.state.model.state_dict()['module.layers.0.weight'].equal(saved['module.layers.0.weight'])
+        run.trainer.close()
+        shutil.rmtree(run.folder, ignore_errors=True)
+
+    @pytest.mark.parametrize('ending', ['.tar', '.pt.gz'])
+    def test_unpacks_nothing_beside_a_packed_checkpoint(self, ground, recipe, tmp_path, ending):
+        path = tmp_path / f'ep1{ending}'
+        path.write_bytes(PACKINGS[ending](ground.contents[4]))
+        (tmp_path / 'ep1.pt').write_text('mine')
+        before = listing(tmp_path)
+        run = build(schema.load(recipe, [f'load_path={path}', f'runs_folder={ground.folder}/packed']))
+        assert run.trainer.state.timestamp.batch == 4
+        run.trainer.close()
+        assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ('given', 'said'),
+    [
+        ('https://example.org/a.pt', 'not from https://'),
+        ('{folder}/{{zz}}.pt', 'braces stand for'),
+        ('{folder}/a#b.pt', 'for an address on the net'),
+        ('{folder}/../{{run_name}}.pt', r'r\.pt is missing'),
+        ('{folder}/up.tar', 'Composer would unpack to another place'),
+        ('{folder}/a.pt.zip', 'nothing to decompress it with'),
+    ],
+)
+def test_paths_and_archives_that_composer_would_take_otherwise(ground, tmp_path, given, said):
+    for name in ('a#b.pt', 'a.pt.zip'):
+        (tmp_path / name).write_bytes(ground.contents[4])
+    with tarfile.open(tmp_path / 'up.tar', 'w') as archive:
+        archive.add(tmp_path / 'a#b.pt', '../composer_states.pt')
+    outcome, message = ground.load(given.format(folder=tmp_path))
+    assert outcome == 'refused'
+    assert re.search(f'load_path: .*{said}', message)
+
+
+def test_damaged_checkpoints_are_refused_by_name_or_load_what_was_saved(ground, tmp_path, monkeypatch):
+    monkeypatch.setattr('tempfile.tempdir', str(tmp_path))
+    wrong: list[str] = []
+    assert attack(ground, seed=11, rounds=50, show=wrong.append) == 0, wrong

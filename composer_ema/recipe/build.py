@@ -18,9 +18,10 @@ from composer_ema.recipe import groups, parallelism, run_folder
 from composer_ema.recipe.arguments import Place, RecipeError, said, signature
 from composer_ema.recipe.fitting import Fitted, fit
 from composer_ema.recipe.loaded import check_loaded
-from composer_ema.recipe.matching import Load, refusing_misfits
+from composer_ema.recipe.matching import how_loaded, refusing_misfits
 from composer_ema.recipe.named import REFUSALS, Named
 from composer_ema.recipe.outputs import CHECKPOINT_FOLDER
+from composer_ema.recipe.packed import decompressed
 from composer_ema.recipe.progress import other_progress_may_resume, progress_of
 from composer_ema.recipe.recorder import Recorder
 from composer_ema.recipe.resuming import Found
@@ -130,9 +131,10 @@ def _build_in(taken: RunFolder, checked: Plan, scratch: Path | None, callbacks: 
     if stepped.every_batch is not None:
         arguments['step_schedulers_every_batch'] = stepped.every_batch
     settings = stepped.settings()
-    with other_progress_may_resume(), refusing_misfits(_load(checked, resumed)):
+    with other_progress_may_resume(), refusing_misfits(how_loaded(checked, resumed)):
         try:
-            trainer = Trainer(**arguments)
+            with decompressed(arguments.get('load_path') or '') as path:
+                trainer = Trainer(**{**arguments, **({'load_path': path} if path else {})})
         except RecipeError:
             raise
         except REFUSALS as error:
@@ -149,19 +151,6 @@ def _build_in(taken: RunFolder, checked: Plan, scratch: Path | None, callbacks: 
     taken.recipe = as_yaml(resolved)
     remarks = [*recipe.remarks, *_remarks(checked, stepped.scheduled, length, optimizer)]
     return Run(resolved, checked, folder, trainer, recorder, remarks, resumed)
-
-
-def _load(checked: Plan, resumed: Found | None) -> Load | None:
-    """How the Trainer loads its checkpoint, for errors; None where we know of none."""
-    given = checked.trainer
-    is_strict = given.get('load_strict_model_weights', True)
-    if resumed is not None:
-        return Load(checked.place / 'autoresume', str(resumed.path), is_strict, ignores=False)
-    if given.get('autoresume') or given.get('load_path'):
-        key = 'load_path' if given.get('load_path') else 'autoresume'
-        path = given.get('load_path') or 'the checkpoint in the object store'
-        return Load(checked.place / key, path, is_strict, ignores=bool(given.get('load_ignore_keys')))
-    return None
 
 
 def as_yaml(recipe: Recipe) -> str:
@@ -287,7 +276,7 @@ def _trainer_arguments(
     if resumed is not None:
         # What the recipe says of a load is about the checkpoint that the run began with, as in Composer's autoresume.
         arguments.update(dict.fromkeys(('load_object_store', 'load_ignore_keys', 'load_exclude_algorithms')))
-        arguments.update(load_path=str(resumed.path), load_weights_only=False)
+        arguments.update(load_path=str(resumed.path.absolute()), load_weights_only=False)
     return arguments
 
 

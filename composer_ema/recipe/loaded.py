@@ -7,7 +7,9 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from composer.utils import dist
+from composer.utils import parse_uri
+from composer.utils.file_helpers import BACKEND_TO_OBJECT_STORE_FACTORY
+from composer.utils.misc import partial_format
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -16,35 +18,29 @@ from composer_ema.checkpoints.reading import is_of_composer
 from composer_ema.checkpoints.safely import CheckpointError, check_sums, load_safely, reason
 from composer_ema.checkpoints.sharded import check_folder, is_sharded
 from composer_ema.recipe import parallelism, resuming
-from composer_ema.recipe.arguments import RecipeError, signature
+from composer_ema.recipe.arguments import Place, signature
 from composer_ema.recipe.outputs import RECIPE_FILE
 from composer_ema.recipe.packed import unpacked
 from composer_ema.recipe.resuming import Found
+from composer_ema.recipe.run_folder import on_rank_0
 from composer_ema.recipe.save_folder import SaveFolder
 from composer_ema.recipe.schema import Plan
+
+# Of the addresses that Composer knows.
+_SCHEMES = (*BACKEND_TO_OBJECT_STORE_FACTORY, 'AZURE_BLOBS', 'dbfs')
 
 
 def check_loaded(checked: Plan, run_name: str) -> Found | None:
     """Refuses a missing or damaged checkpoint.
 
     Returns:
-        What autoresume goes on from; None where it is to go on from nothing on this machine's disks.
+        On every rank, what autoresume goes on from; None where it is to go on from nothing on this machine's disks.
 
     Raises:
         RecipeError: At ``load_path`` or ``autoresume``, in every process.
     """
-    outcome: list[Any] = [None, None]
-    # Rank 0 reads it through, which takes a while for a large one; then all processes raise the same error, or go on
-    # from the same checkpoint.
-    if dist.get_global_rank() == 0:
-        try:
-            outcome[0] = _checked(checked, run_name)
-        except RecipeError as error:
-            outcome[1] = error
-    dist.broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
+    # Rank 0 reads it through, which takes a while for a large one.
+    return on_rank_0(lambda: _checked(checked, run_name))
 
 
 def _checked(checked: Plan, run_name: str) -> Found | None:
@@ -52,15 +48,42 @@ def _checked(checked: Plan, run_name: str) -> Found | None:
         found = _to_resume(checked, run_name)
         if found is not None:
             return found
-    given = checked.trainer.get('load_path')
-    if not given or '://' in given or '{' in given or checked.trainer.get('load_object_store') is not None:
+    place, given = checked.place / 'load_path', checked.trainer.get('load_path')
+    if not given or checked.trainer.get('load_object_store') is not None:
         return None
-    place, path = checked.place / 'load_path', Path(given)
+    if '://' in given:
+        scheme = given.partition('://')[0]
+        if scheme not in _SCHEMES:
+            raise place.error(
+                f'Composer loads from {", ".join(_SCHEMES)} and from this machine, not from {scheme}://. Download it.'
+            )
+        return None
+    path = Path(_formatted(given, run_name, place))
     if reason := _mismatch(path, checked):
         raise place.error(reason)
     if reason := damage(path):
         raise place.error(f'{reason} Load an earlier one.')
+    _check_spelling(path, place)
     return None
+
+
+def _formatted(given: str, run_name: str, place: Place) -> str:
+    """The path that Composer loads: with the run's name and rank 0 in it."""
+    try:
+        return partial_format(given, run_name=run_name).format(rank=0, local_rank=0, node_rank=0)
+    except (KeyError, ValueError, IndexError, AttributeError) as error:
+        raise place.error(
+            f'braces stand for {{run_name}} or {{rank}} in the path of a checkpoint, got {given!r}.'
+        ) from error
+
+
+def _check_spelling(path: Path, place: Place) -> None:
+    """Refuses a path that Composer would take for another one, or for an address."""
+    if parse_uri(str(path)) != ('', '', str(path)):
+        raise place.error(
+            f'Composer takes {str(path)!r} for an address on the net, because of its #, ?, ; or colon. Rename the '
+            'folder or the file; a relative path with a colon may begin with ./ instead.'
+        )
 
 
 def _to_resume(checked: Plan, run_name: str) -> Found | None:
@@ -80,8 +103,10 @@ def _to_resume(checked: Plan, run_name: str) -> Found | None:
         found = resuming.find(folder, run_name, damage)
     except resuming.CannotResumeError as error:
         raise place.error(str(error)) from error
-    if found is not None and (reason := _mismatch(found.path, checked)):
-        raise place.error(reason)
+    if found is not None:
+        if reason := _mismatch(found.path, checked):
+            raise place.error(reason)
+        _check_spelling(found.path.absolute(), place)
     return found
 
 
@@ -131,6 +156,9 @@ def damage(path: Path) -> str | None:
             found = _damage_of_file(file, path)
     except (OSError, CheckpointError) as error:
         found = str(error)
+    # A damaged file fails in as many ways as there are bytes in it; all of them mean the same to the user.
+    except Exception as error:
+        found = f'{path} cannot be read: it is truncated or damaged ({type(error).__name__}).'
     return found.removesuffix(' Load an earlier checkpoint.') if found else None
 
 

@@ -8,6 +8,7 @@ is built.
 from __future__ import annotations
 
 import contextlib
+import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from composer_ema.checkpoints.sharded import open_folder
 from composer_ema.model.names import listed
 from composer_ema.model.wrappers import canonical_name
 from composer_ema.recipe.arguments import Place, RecipeError, said
+from composer_ema.recipe.resuming import Found
+from composer_ema.recipe.schema import Plan
 
 _SOME = 4  # of the names that do not fit
 _LONGEST = 300  # letters of an error that is not ours
@@ -47,6 +50,24 @@ class Load:
     path: str
     is_strict: bool
     ignores: bool
+
+
+def how_loaded(checked: Plan, resumed: Found | None) -> Load | None:
+    """How the Trainer of a recipe loads; None where it loads nothing, as far as we know.
+
+    Args:
+        checked: The recipe.
+        resumed: What autoresume has found on this machine's disks.
+    """
+    given = checked.trainer
+    is_strict = given.get('load_strict_model_weights', True)
+    if resumed is not None:
+        return Load(checked.place / 'autoresume', str(resumed.path), is_strict, ignores=False)
+    if path := given.get('load_path'):
+        return Load(checked.place / 'load_path', path, is_strict, ignores=bool(given.get('load_ignore_keys')))
+    if given.get('autoresume'):
+        return Load(checked.place / 'autoresume', 'the checkpoint in the object store', is_strict, ignores=False)
+    return None
 
 
 @contextlib.contextmanager
@@ -79,7 +100,7 @@ def refusing_misfits(how: Load | None) -> Iterator[None]:
             raise how.place.error(f'{how.path} {error}') from error
         # What is damaged or of another kind fails in as many ways as there are bytes in it.
         except (Exception, CheckpointException) as error:
-            raise how.place.error(f'{how.path} could not be loaded: {_in_short(error)} {_remedy(how)}') from error
+            raise how.place.error(f'{how.path} could not be loaded: {_in_short(error, _remedy(how))}') from error
 
     with _replaced(composer.utils.checkpoint, 'load_checkpoint', load_checkpoint):
         yield
@@ -166,12 +187,19 @@ def _shapes(weights: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _in_short(error: BaseException) -> str:
-    """An error that is not ours, on one line: its type, without which a KeyError is only a name, and its beginning."""
+def _in_short(error: BaseException, remedy: str) -> str:
+    """An error on one line. One that is not ours needs its type, without which a KeyError is a name, and a remedy."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
+    if _is_ours(error):
+        return said(error)
     text = f'{type(error).__name__}: {said(error)}'.rstrip('.')
-    return f'{text[:_LONGEST]}...' if len(text) > _LONGEST else f'{text}.'
+    return f'{text[:_LONGEST]}... {remedy}' if len(text) > _LONGEST else f'{text}. {remedy}'
+
+
+def _is_ours(error: BaseException) -> bool:
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return bool(frames) and frames[-1][0].f_globals.get('__name__', '').startswith('composer_ema.')
 
 
 @contextlib.contextmanager

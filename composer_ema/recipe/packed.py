@@ -1,4 +1,4 @@
-"""Checkpoints that Composer packed into a tar file or compressed: unpacked elsewhere, to be looked at."""
+"""Checkpoints that Composer packed into a tar file or compressed: unpacked elsewhere, to be looked at and loaded."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+from composer.utils import dist
 from composer.utils.compression import CompressorNotFound, get_compressor, is_compressed_pt
 from composer.utils.file_helpers import is_tar
 
@@ -37,6 +38,25 @@ def unpacked(path: Path) -> Iterator[Path]:
         inside = Path(folder) / _IN_TAR
         (_untar if is_tar(path) else _decompress)(path, inside)
         yield inside
+
+
+@contextlib.contextmanager
+def decompressed(path: str) -> Iterator[str]:
+    """Lends a checkpoint for Composer to load: a compressed one decompressed, in a temporary folder of each machine.
+
+    Composer would decompress it beside itself, over whatever has the name without the ending, and in every process.
+    """
+    if '://' in path or is_tar(path) or not is_compressed_pt(path):
+        yield path
+        return
+    is_first = dist.get_local_rank() == 0
+    with tempfile.TemporaryDirectory() if is_first else contextlib.nullcontext() as own:
+        folder = dist.all_gather_object(own)[dist.get_global_rank() - dist.get_local_rank()]
+        inside = Path(str(folder), _IN_TAR)
+        if is_first:
+            _decompress(Path(path), inside)
+        dist.barrier()
+        yield str(inside)
 
 
 def _untar(path: Path, inside: Path) -> None:

@@ -7,7 +7,7 @@ a checkpoint that no link leads to, or half a checkpoint, or no link at all.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from composer_ema.checkpoints.reading import is_of_composer, run_name_of, trained
 from composer_ema.checkpoints.safely import load_safely
 from composer_ema.checkpoints.sharded import open_folder
+from composer_ema.recipe.packed import unpacked
 from composer_ema.recipe.save_folder import SaveFolder
 from composer_ema.wording import counted
 
@@ -92,15 +93,9 @@ def _find(folder: SaveFolder, run_name: str, damage: Callable[[Path], str | None
                 'anew.'
             )
         return None
-    after = (
-        [] if pointed is None else [path for path in named if path == pointed or _written(path) >= _written(pointed)]
-    )
-    before = [path for path in named if path not in after]
     wrong: dict[Path, str] = {}
     others: dict[Path, str] = {}
-    for paths in (after, before):
-        candidates = [_look_at(path, named[path]) for path in paths]
-        candidates.sort(key=lambda each: (each.batch, each.path == pointed, _written(each.path)), reverse=True)
+    for candidates in _in_turn(named, pointed):
         for each in candidates:
             if not folder.is_own and each.run_name not in (None, run_name):
                 others[each.path] = str(each.run_name)
@@ -119,6 +114,27 @@ def _find(folder: SaveFolder, run_name: str, damage: Callable[[Path], str | None
     raise CannotResumeError(f'there is nothing whole to go on from. {" ".join(_first(wrong.values()))} {_REMEDY}')
 
 
+def _in_turn(named: Mapping[Path, int | None], pointed: Path | None) -> Iterator[list[_Candidate]]:
+    """The checkpoints in the order in which they are to be taken: what the link leads to and newer ones, then the rest.
+
+    Args:
+        named: The checkpoints, and the batches that their names tell.
+        pointed: What the link leads to.
+    """
+    first: list[_Candidate] = []
+    if pointed is not None:
+        own, since = _look_at(pointed, named[pointed]), _written(pointed)
+        after = (_look_at(path, named[path]) for path in named if path != pointed and _written(path) >= since)
+        first = [own, *(each for each in after if each.batch > own.batch)]
+        yield _newest_first(first)
+    done = {each.path for each in first}
+    yield _newest_first([_look_at(path, batch) for path, batch in named.items() if path not in done])
+
+
+def _newest_first(candidates: list[_Candidate]) -> list[_Candidate]:
+    return sorted(candidates, key=lambda each: (each.batch, _written(each.path)), reverse=True)
+
+
 def _look_at(path: Path, batch_in_name: int | None) -> _Candidate:
     """What a checkpoint says of itself, without reading its tensors."""
     by_name = _Candidate(path, batch_in_name or 0)
@@ -126,7 +142,8 @@ def _look_at(path: Path, batch_in_name: int | None) -> _Candidate:
         if path.is_dir():
             held = open_folder(path)
         elif path.is_file():  # a pipe would make us wait
-            held = load_safely(path, mmap=True)
+            with unpacked(path) as file:
+                held = load_safely(file, mmap=True)
         else:
             return by_name
         state: Mapping[str, Any] = held['state'] if is_of_composer(held) else {}

@@ -124,8 +124,9 @@ def _show_what_is_resumed(run: Run, show: Callable[[Any], None]) -> None:
     if state.load_path is None:
         show(f'autoresume: {run.folder} holds no checkpoint; training starts from the beginning')
     else:
-        remark = f'; {run.resumed.remark}' if run.resumed is not None and run.resumed.remark else ''
-        show(f'autoresume: going on from {state.load_path}, batch {int(state.timestamp.batch)}{remark}')
+        path, remark = (state.load_path, '') if run.resumed is None else (run.resumed.path, run.resumed.remark)
+        remark = remark and f'; {remark}'
+        show(f'autoresume: going on from {path}, batch {int(state.timestamp.batch)}{remark}')
 
 
 def _fit(run: Run, show: Callable[[Any], None]) -> None:
