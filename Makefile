@@ -13,13 +13,15 @@ CORE := averages settings spans stream sharding sharded kernels layout naming of
 	optimizer optimizer_entries optimizer_stepping optimizer_state optimizer_swapping batchnorm interchange package \
 	compiled profiles shares \
 	fit target reconstruct shadow_models rounding
+# What the hostile trials draw their inputs from; another seed is another trial.
+SEED ?= 0
 # Threads of torch while something is measured on the CPU; empty: as many as torch takes by itself.
 BENCH_THREADS ?=
 BENCH := $(BIN)/python -m benchmarks
 BENCH_CPU := --device cpu $(addprefix --threads ,$(BENCH_THREADS))
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow test-sharded test-core lint types format docs table seeds clean \
+.PHONY: help train test test-slow test-sharded test-core trials lint types format docs table seeds clean \
 	bench bench-update bench-step bench-scaling bench-host bench-memory bench-reconstruct bench-gpu
 
 help: ## list the targets
@@ -43,6 +45,12 @@ test-slow: $(READY) ## run the tests that take minutes
 
 test-sharded: $(READY) ## run the tests of sharded models, on 1, 2 and 4 processes over gloo
 	$(BIN)/python -m pytest $(wildcard tests/test_shard*.py tests/test_composer_fsdp2.py)
+
+# Each ends with a line of what it tried and what failed. All are run, whatever the first ones find.
+trials: export OMP_NUM_THREADS = 1
+trials: $(READY) ## attack the package: damaged files, kills, simultaneous starts, absurd recipes and arguments; SEED=0
+	@failed=0; for trial in $(wildcard tests/scripts/trial_*.py); do \
+		$(BIN)/python $$trial --seed $(SEED) || failed=1; done; exit $$failed
 
 # A suffix names the CPU build of torch, which pip finds where PIP_EXTRA_INDEX_URL gives PyTorch's index of them.
 # Without it the ordinary build is taken.
