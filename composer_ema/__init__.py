@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from composer_ema.shadow.shadow_models import ShadowModels  # several averages of one model, updated together
     from composer_ema.shadow.state import gather_state_dict  # a state of pieces, whole on rank 0
     from composer_ema.trainer.ema import EMA  # the Composer algorithm
+    from composer_ema.trainer.safe_loading import safe_loading  # a Trainer loads without executing its checkpoint
     from composer_ema.trainer.swa import SWA  # the Composer algorithm for an equal average
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     'merge',
     'read_checkpoint',
     'reconstruct',
+    'safe_loading',
     'update_bn',
 ]
 
@@ -55,6 +57,7 @@ _LAZY = {
     'merge': 'composer_ema.posthoc.merge',
     'read_checkpoint': 'composer_ema.checkpoints.opening',
     'reconstruct': 'composer_ema.posthoc.reconstruct',
+    'safe_loading': 'composer_ema.trainer.safe_loading',
     'update_bn': 'composer_ema.batchnorm',
 }
 

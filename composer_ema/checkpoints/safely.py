@@ -6,6 +6,7 @@ Invariant: what a file holds is never executed.
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,6 +27,22 @@ class CheckpointError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(visible(message))
+
+
+class UnsafeCheckpointError(CheckpointError):
+    """A checkpoint names types that could run code.
+
+    Attributes:
+        names: all of them.
+    """
+
+    def __init__(self, message: str, names: Sequence[str]) -> None:
+        super().__init__(message)
+        self.names = list(names)
+
+    def __reduce__(self) -> Any:
+        """For pickle, in which errors travel between processes."""
+        return type(self), (str(self), self.names)
 
 
 def load_safely(file: Path | BinaryIO, *, mmap: bool = False) -> Any:

@@ -90,7 +90,8 @@ def build(recipe: Recipe, *, scratch: Path | None = None, callbacks: Sequence[Ca
 def _build_in(taken: RunFolder, checked: Plan, scratch: Path | None, callbacks: Sequence[Callback]) -> Run:
     recipe, place, seed = checked.recipe, checked.place, _seed(checked)
     run_name, folder = taken.name, taken.path
-    resumed = check_loaded(checked, run_name)
+    with checked.trust.reading():
+        resumed = check_loaded(checked, run_name)
 
     reproducibility.seed_all(seed)
     model = checked.model.build()
@@ -131,7 +132,9 @@ def _build_in(taken: RunFolder, checked: Plan, scratch: Path | None, callbacks: 
     if stepped.every_batch is not None:
         arguments['step_schedulers_every_batch'] = stepped.every_batch
     settings = stepped.settings()
-    with other_progress_may_resume(), refusing_misfits(how_loaded(checked, resumed)):
+    load = how_loaded(checked, resumed)
+    loading = checked.trust.loading(None if load is None else load.path)
+    with loading, other_progress_may_resume(), refusing_misfits(load):
         try:
             with decompressed(arguments.get('load_path') or '') as path:
                 trainer = Trainer(**{**arguments, **({'load_path': path} if path else {})})

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from composer_ema.checkpoints.inert_pickle import UnknownNamesError
 from composer_ema.checkpoints.reading import is_of_composer
 from composer_ema.checkpoints.safely import CheckpointError, check_sums, load_safely, reason
 from composer_ema.checkpoints.sharded import check_folder, is_sharded
@@ -25,6 +26,7 @@ from composer_ema.recipe.resuming import Found
 from composer_ema.recipe.run_folder import on_rank_0
 from composer_ema.recipe.save_folder import SaveFolder
 from composer_ema.recipe.schema import Plan
+from composer_ema.recipe.trust import Trust
 
 # Of the addresses that Composer knows.
 _SCHEMES = (*BACKEND_TO_OBJECT_STORE_FACTORY, 'AZURE_BLOBS', 'dbfs')
@@ -61,7 +63,7 @@ def _checked(checked: Plan, run_name: str) -> Found | None:
     path = Path(_formatted(given, run_name, place))
     if reason := _mismatch(path, checked):
         raise place.error(reason)
-    if reason := damage(path):
+    if reason := damage(path, checked.trust):
         raise place.error(f'{reason} Load an earlier one.')
     _check_spelling(path, place)
     return None
@@ -100,7 +102,7 @@ def _to_resume(checked: Plan, run_name: str) -> Found | None:
             f'trained on some of them, or would. Write {before}, or start another run.'
         )
     try:
-        found = resuming.find(folder, run_name, damage)
+        found = resuming.find(folder, run_name, lambda path: damage(path, checked.trust))
     except resuming.CannotResumeError as error:
         raise place.error(str(error)) from error
     if found is not None:
@@ -140,8 +142,13 @@ def _split_before(checked: Plan, run_name: str) -> float | None:
     return before
 
 
-def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, as far as one can tell without unpickling it; None for a whole one."""
+def damage(path: Path, trust: Trust) -> str | None:
+    """What is wrong with a checkpoint, as far as one can tell without unpickling it; None for a whole one.
+
+    Args:
+        path: Of the checkpoint.
+        trust: What may be in it.
+    """
     found: str | None
     try:
         if not path.exists():
@@ -153,7 +160,7 @@ def damage(path: Path) -> str | None:
         if path.suffix == '.symlink':  # Composer's link to a checkpoint in an object store
             return None
         with unpacked(path) as file:
-            found = _damage_of_file(file, path)
+            found = _damage_of_file(file, path, trust)
     except (OSError, CheckpointError) as error:
         found = str(error)
     # A damaged file fails in as many ways as there are bytes in it; all of them mean the same to the user.
@@ -166,7 +173,7 @@ def _led_astray(path: Path) -> str:
     return f' is a link to {os.readlink(path)}, which' if path.is_symlink() else ''
 
 
-def _damage_of_file(file: Path, path: Path) -> str | None:
+def _damage_of_file(file: Path, path: Path, trust: Trust) -> str | None:
     """What is wrong with ``file``, that is the checkpoint ``path`` or what was packed in it."""
     # torch.save writes a zip archive; its directory comes last, so a truncated file has none.
     if not zipfile.is_zipfile(file):
@@ -181,10 +188,10 @@ def _damage_of_file(file: Path, path: Path) -> str | None:
         return f'{path} is an archive of another kind, no checkpoint.'
     try:
         content = load_safely(file, mmap=True)
+    except UnknownNamesError as error:
+        return None if trust.in_all else f'{path} cannot be read: {reason(file, error)} {trust.remedy(error.names)}'
     except Exception as error:
-        why = reason(file, error)
-        # Types of the user's own, which only Composer's loading accepts.
-        return None if 'could run code' in why else f'{path} cannot be read: {why}'
+        return f'{path} cannot be read: {reason(file, error)}'
     if not is_of_composer(content):
         return f'{path} was not saved by Composer: it has no state of a run. load_average() reads averages of others.'
     return None

@@ -20,12 +20,14 @@ from composer.core import State
 from composer.utils import FSDPConfig
 from torch.distributed.checkpoint.api import CheckpointException
 
+from composer_ema.checkpoints.safely import CheckpointError, UnsafeCheckpointError
 from composer_ema.checkpoints.sharded import open_folder
 from composer_ema.model.names import listed
 from composer_ema.model.wrappers import canonical_name
 from composer_ema.recipe.arguments import Place, RecipeError, said
 from composer_ema.recipe.resuming import Found
 from composer_ema.recipe.schema import Plan
+from composer_ema.recipe.trust import Trust
 
 _SOME = 4  # of the names that do not fit
 _LONGEST = 300  # letters of an error that is not ours
@@ -98,6 +100,10 @@ def refusing_misfits(how: Load | None) -> Iterator[None]:
             raise
         except _MisfitError as error:
             raise how.place.error(f'{how.path} {error}') from error
+        except UnsafeCheckpointError as error:
+            raise how.place.error(f'{error} {Trust.remedy(error.names)}') from error
+        except CheckpointError as error:
+            raise how.place.error(str(error)) from error
         # What is damaged or of another kind fails in as many ways as there are bytes in it.
         except (Exception, CheckpointException) as error:
             raise how.place.error(f'{how.path} could not be loaded: {_in_short(error, _remedy(how))}') from error

@@ -21,13 +21,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from composer_ema.recipe import groups, parallelism, registry, schedules
+from composer_ema.recipe import groups, parallelism, registry, schedules, trust
 from composer_ema.recipe.arguments import Place, RecipeError, check_arguments, check_value, said, signature
 from composer_ema.recipe.command import is_override
 from composer_ema.recipe.named import Named, find, named
 from composer_ema.recipe.overrides import override
 from composer_ema.recipe.registry import Registry
 from composer_ema.recipe.scheduled import Length, Scheduled
+from composer_ema.recipe.trust import Trust
 from composer_ema.spans import ArgumentError
 from composer_ema.trainer.weight_average import WeightAverage
 from composer_ema.wording import suggestion
@@ -46,6 +47,7 @@ SECTIONS = (
     'evaluate',
     'report',
     'runs_folder',
+    *trust.KEYS,
 )
 # Trainer arguments that a section of the recipe stands for.
 _BUILT_FROM_SECTIONS = frozenset(
@@ -120,6 +122,7 @@ class Plan:
     evaluate: list[str]
     report: Report
     runs_folder: str
+    trust: Trust
     trainer: dict[str, Any]
 
     @property
@@ -244,6 +247,7 @@ def plan(recipe: Recipe) -> Plan:
         evaluate=evaluate,
         report=_called(Report, values.get('report'), place / 'report'),
         runs_folder=check_value(str, values.get('runs_folder', 'runs'), place / 'runs_folder'),
+        trust=trust.read(values, place),
         trainer=trainer,
     )
 

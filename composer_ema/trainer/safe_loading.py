@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import functools
+import io
 import os
 import tarfile
 from collections.abc import Iterator
@@ -35,7 +36,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from composer_ema.checkpoints.safely import CheckpointError, load_safely, reason
+from composer_ema.checkpoints.inert_pickle import UnknownNamesError
+from composer_ema.checkpoints.safely import CheckpointError, UnsafeCheckpointError, load_safely, reason
 from composer_ema.checkpoints.shard_index import METADATA, Index, ShardedTensor, ShardError, index_of
 
 _LONGEST_CALL = 1000
@@ -112,14 +114,18 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 def _load(file: Any, *_: Any, **__: Any) -> Any:
     """In place of ``torch.load``; tensors come to the CPU, from where Composer takes them."""
-    source = Path(file) if isinstance(file, (str, os.PathLike)) else file
+    # torch 2.7 lends a part of a file that cannot seek from its end: it goes beyond it.
+    source = Path(file) if isinstance(file, (str, os.PathLike)) else io.BytesIO(file.read())
     try:
         return load_safely(source)
     except FileNotFoundError:  # which Composer explains
         raise
     except Exception as error:
         what = str(source) if isinstance(source, Path) else 'a part of the checkpoint'
-        raise CheckpointError(f'{what} cannot be read: {reason(source, error)}') from error
+        message = f'{what} cannot be read: {reason(source, error)}'
+        if isinstance(error, UnknownNamesError):
+            raise UnsafeCheckpointError(message, error.names) from error
+        raise CheckpointError(message) from error
 
 
 def _read_metadata(reader: FileSystemReader) -> Metadata:
