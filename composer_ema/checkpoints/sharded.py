@@ -187,7 +187,7 @@ class _Reader:
             isinstance(found, Tensor)
             and (found.shape, found.dtype, found.layout) == (chunk.sizes, item.dtype, torch.strided)
             and not found.is_meta
-            # torch up to 2.7 takes the pickle's word for how large a storage is.
+            # A tensor of a larger storage would keep all of that in memory.
             and [found.untyped_storage().nbytes()] == sizes
         )
         if not is_sound:
