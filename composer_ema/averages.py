@@ -8,16 +8,20 @@ keeps the average, 1 replaces it. The caller measures the time, passes it to :me
 from __future__ import annotations
 
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import Any
+
+from composer_ema import plain
+from composer_ema.wording import shown
 
 _LN2 = math.log(2.0)
 # The relative standard deviation of equal shares, the largest of a power function with gamma >= 0.
 _WIDEST = 12**-0.5
 _LARGEST_GAMMA = 1e9
+_LARGEST = sys.float_info.max
 
 #: The unit of a profile that counts updates, however much time passes between them.
 UPDATES = 'updates'
@@ -33,7 +37,7 @@ class Moment:
         num_updates: number of updates before this one, at least 0.
 
     Raises:
-        TypeError: ``num_updates`` is not a whole number.
+        TypeError: a time is not a number, or ``num_updates`` is not a whole number.
         ValueError: an argument is out of range.
     """
 
@@ -42,16 +46,17 @@ class Moment:
     num_updates: int
 
     def __post_init__(self) -> None:
-        # Written so that NaN fails as well.
-        if not 0 <= self.elapsed < math.inf:
-            raise ValueError(
-                f'elapsed must be finite and at least 0, got {self.elapsed}. Measure it from the last update.'
-            )
-        if not 0 <= self.since_start < math.inf:
-            raise ValueError(
-                f'since_start must be finite and at least 0, got {self.since_start}. '
-                'Measure it from the start of the average.'
-            )
+        # Once per update: a comparison with NaN is false, one with what is no number raises.
+        try:
+            are_times = 0 <= self.elapsed <= _LARGEST and 0 <= self.since_start <= _LARGEST
+        except Exception:
+            are_times = False
+        if not are_times:
+            for name, since in (('elapsed', 'the last update'), ('since_start', 'the start of the average')):
+                remedy = f'Measure it from {since}.'
+                time = plain.number(name, getattr(self, name), remedy=remedy)
+                if not 0 <= time < math.inf:
+                    raise ValueError(f'{name} must be finite and at least 0, got {time}. {remedy}')
         _check_count(self.num_updates)
 
     @classmethod
@@ -148,17 +153,15 @@ class HalfLife(Exponential):
     unit: str = UPDATES
 
     def __post_init__(self) -> None:
-        if isinstance(self.half_life, bool) or not isinstance(self.half_life, Real):
-            raise TypeError(
-                f'half_life must be a number of {self.unit}, got {self.half_life!r} of type '
-                f'{type(self.half_life).__name__}. Pass for example half_life=100.'
-            )
-        if not 0 <= self.half_life < math.inf:
+        _set(self, unit=plain.word('unit', self.unit))
+        kind = f'a number of {self.unit}'
+        half_life = plain.number('half_life', self.half_life, kind=kind, remedy='Pass for example half_life=100.')
+        if not 0 <= half_life < math.inf:
             smoothing = 'decay' if self.unit == 'steps' else 'smoothing'
             raise ValueError(
-                f'half_life must be finite and at least 0, got {self.half_life}. '
-                f'To freeze the average pass {smoothing}=1.'
+                f'half_life must be finite and at least 0, got {half_life}. To freeze the average pass {smoothing}=1.'
             )
+        _set(self, half_life=half_life)
 
     def log_smoothing(self, moment: Moment) -> float:
         return _log_smoothing(moment.elapsed, self.half_life)
@@ -192,8 +195,9 @@ class Smoothing(Exponential):
     name: str = 'smoothing'
 
     def __post_init__(self) -> None:
+        _set(self, unit=plain.word('unit', self.unit), name=plain.word('name', self.name))
         remedy = 'n steps pass half_life=n.' if self.unit == 'steps' else "n batches pass half_life='nba'."
-        check_share(self.name, self.smoothing, f'For a half-life of {remedy}')
+        _set(self, smoothing=check_share(self.name, self.smoothing, f'For a half-life of {remedy}'))
 
     def log_smoothing(self, moment: Moment) -> float:
         if moment.elapsed == 0:
@@ -268,26 +272,27 @@ class Power(Profile):
     def __post_init__(self) -> None:
         if self.sigma_rel is not None and self.gamma is not None:
             raise ValueError(
-                f'pass either power or gamma, got power={self.sigma_rel} and gamma={self.gamma}. gamma is the exponent '
-                'that a power stands for.'
+                f'pass either power or gamma, got power={shown(self.sigma_rel)} and gamma={shown(self.gamma)}. gamma '
+                'is the exponent that a power stands for.'
             )
-        object.__setattr__(self, 'is_by_gamma', self.gamma is not None)
+        _set(self, unit=plain.word('unit', self.unit), is_by_gamma=self.gamma is not None)
         if self.is_by_gamma:
-            _check_number('gamma', self.gamma, 'Pass for example gamma=6.94.')
-            if not 0 <= self.gamma <= _LARGEST_GAMMA:
+            remedy = 'Pass for example gamma=6.94.'
+            gamma = plain.number('gamma', self.gamma, remedy=remedy)
+            if not 0 <= gamma <= _LARGEST_GAMMA:
                 raise ValueError(
-                    f'gamma must lie in [0, {_LARGEST_GAMMA:.0e}], where 0 is an equal average, got {self.gamma}. '
-                    'Pass for example gamma=6.94.'
+                    f'gamma must lie in [0, {_LARGEST_GAMMA:.0e}], where 0 is an equal average, got {gamma}. {remedy}'
                 )
-            object.__setattr__(self, 'sigma_rel', _sigma_rel(self.gamma))
+            _set(self, gamma=gamma, sigma_rel=_sigma_rel(gamma))
             return
-        _check_number('power', self.sigma_rel, 'Pass for example power=0.1.')
-        if not 1e-9 <= self.sigma_rel <= _WIDEST:
+        remedy = 'Pass for example power=0.1.'
+        sigma_rel = plain.number('power', self.sigma_rel, remedy=remedy)
+        if not 1e-9 <= sigma_rel <= _WIDEST:
             raise ValueError(
-                f'power must lie in [1e-9, {_WIDEST:.4f}], where the largest is an equal average, got '
-                f'{self.sigma_rel}. Pass for example power=0.1.'
+                f'power must lie in [1e-9, {_WIDEST:.4f}], where the largest is an equal average, got {sigma_rel}. '
+                f'{remedy}'
             )
-        object.__setattr__(self, 'gamma', _gamma(self.sigma_rel))
+        _set(self, sigma_rel=sigma_rel, gamma=_gamma(sigma_rel))
 
     def weight(self, moment: Moment) -> float:
         if moment.elapsed >= moment.since_start:
@@ -311,6 +316,7 @@ class WarmedUp(Exponential):
         ratio: upper limit of the half-life as a share of the time since the start, finite and above 0.
 
     Raises:
+        TypeError: ``ratio`` is no number, or ``profile`` no exponential average.
         ValueError: ``ratio`` is out of range, or ``profile`` never moves the average.
 
     Example:
@@ -322,11 +328,14 @@ class WarmedUp(Exponential):
     ratio: float
 
     def __post_init__(self) -> None:
-        if isinstance(self.ratio, bool) or not isinstance(self.ratio, Real) or not 0 < self.ratio < math.inf:
-            raise ValueError(
-                f'warmup must be a finite number above 0, got {self.ratio!r}. It limits the half-life to a share of '
-                'the time since the start: pass for example warmup=0.1.'
-            )
+        kind = 'a finite number above 0'
+        remedy = 'It limits the half-life to a share of the time since the start: pass for example warmup=0.1.'
+        ratio = plain.number('warmup', self.ratio, kind=kind, remedy=remedy)
+        if not 0 < ratio < math.inf:
+            raise ValueError(f'warmup must be {kind}, got {ratio}. {remedy}')
+        _set(self, ratio=ratio)
+        if not isinstance(self.profile, HalfLife | Smoothing):
+            raise TypeError(f'profile must be a HalfLife or a Smoothing to warm up, got {shown(self.profile)}.')
         _refuse_frozen(self.profile, 'warmup', 'to warm up')
 
     @property
@@ -360,7 +369,8 @@ class BiasCorrected(Profile):
         log_kept: logarithm of the product of all smoothings so far, at most 0.
 
     Raises:
-        ValueError: ``profile`` never moves the average, so there is nothing to correct.
+        TypeError: ``profile`` is no exponential average, or ``log_kept`` no number.
+        ValueError: ``profile`` never moves the average, so there is nothing to correct, or ``log_kept`` is above 0.
 
     Example:
         >>> profile, moment = BiasCorrected(Smoothing(0.5)), Moment.of_update(0)
@@ -375,6 +385,11 @@ class BiasCorrected(Profile):
     log_kept: float = 0.0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.profile, Exponential):
+            raise TypeError(f'profile must be an exponential average to correct, got {shown(self.profile)}.')
+        self.log_kept = plain.number('log_kept', self.log_kept)
+        if not self.log_kept <= 0:
+            raise ValueError(f'log_kept must be at most 0, the logarithm of a share, got {self.log_kept}.')
         _refuse_frozen(self.profile, 'bias_correction', 'to correct')
 
     @property
@@ -461,16 +476,16 @@ def weight_from_smoothing(smoothing: float) -> float:
         TypeError: ``smoothing`` is not a number.
         ValueError: ``smoothing`` lies outside [0, 1].
     """
-    check_share('smoothing', smoothing, 'For a half-life of n updates pass 2 ** (-1 / n).')
-    return 1.0 - smoothing
+    return 1.0 - check_share('smoothing', smoothing, 'For a half-life of n updates pass 2 ** (-1 / n).')
 
 
-def check_share(name: str, value: float, remedy: str) -> None:
-    """Raises unless ``value`` is a number in [0, 1]; the message ends with ``remedy``."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f'{name} must be a number in [0, 1], got {value!r} of type {type(value).__name__}. {remedy}')
+def check_share(name: str, value: float, remedy: str) -> float:
+    """Returns ``value`` as an int or a float, or raises unless it is a number in [0, 1]; see :mod:`plain`."""
+    if type(value) is not float:
+        value = plain.number(name, value, kind='a number in [0, 1]', remedy=remedy)
     if not 0 <= value <= 1:
-        raise ValueError(f'{name} must lie in [0, 1], got {value}. {remedy}')
+        raise ValueError(f'{name} must lie in [0, 1], got {shown(value)}. {remedy}')
+    return value
 
 
 def check_numbers(state: Mapping[str, Any], names: tuple[str, ...]) -> None:
@@ -490,14 +505,15 @@ def _refuse_frozen(profile: Exponential, name: str, to_do: str) -> None:
         )
 
 
-def _check_number(name: str, value: Any, remedy: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f'{name} must be a number, got {value!r} of type {type(value).__name__}. {remedy}')
+def _set(profile: Profile, **attributes: Any) -> None:
+    """Sets attributes of a frozen profile, while it is built."""
+    for name, value in attributes.items():
+        object.__setattr__(profile, name, value)
 
 
 def _check_count(num_updates: int) -> None:
     if isinstance(num_updates, bool) or not isinstance(num_updates, int):
-        raise TypeError(f'num_updates must be a whole number of at least 0, got {num_updates!r}.')
+        raise TypeError(f'num_updates must be a whole number of at least 0, got {shown(num_updates)}.')
     if num_updates < 0:
         raise ValueError(f'num_updates must be at least 0, got {num_updates}. The first update has 0.')
 

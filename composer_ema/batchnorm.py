@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import math
 import random
 import sys
 import warnings
@@ -25,6 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader
 
+from composer_ema import plain
 from composer_ema.model.inventory import Inventory, is_normalisation
 from composer_ema.model.names import listed
 from composer_ema.model.rollback import Rollback, rewinding
@@ -39,8 +41,10 @@ from composer_ema.model.sharding import (
 )
 from composer_ema.model.untraced import untraced
 from composer_ema.model.wrappers import canonical_name, unwrap
+from composer_ema.settings import check_device_is_here
 from composer_ema.shadow import loan
 from composer_ema.shadow.shadow_model import ShadowModel
+from composer_ema.wording import shown
 
 if TYPE_CHECKING:  # this module works without Composer
     from composer.core import DataSpec
@@ -149,8 +153,18 @@ def update_bn(
                 else 'Pass optimizer.shadow of an EMAOptimizer, ema.ema_model of EMA, or swa.swa_model of SWA.'
             )
         )
-    if num_batches is not None and (type(num_batches) is not int or num_batches < 1):
-        raise ValueError(f'num_batches must be a whole number above 0, got {num_batches!r}. Leave it out for all.')
+    loader: Any = getattr(dataloader, 'dataloader', None) if _is_spec(dataloader) else dataloader
+    if isinstance(loader, str | bytes | type) or not (isinstance(loader, Iterable) or hasattr(loader, '__getitem__')):
+        raise TypeError(f'dataloader must give batches, got {shown(dataloader)}. Pass a DataLoader or a list of them.')
+    if num_batches is not None:
+        remedy = 'Leave it out for all.'
+        num_batches = plain.whole('num_batches', num_batches, least=1, below=sys.maxsize, remedy=remedy)
+    if forward is not None and not callable(forward):
+        raise TypeError(f'forward must be a function of the model and a batch, got {shown(forward)}.')
+    synchronize, progress_bar = plain.flag('synchronize', synchronize), plain.flag('progress_bar', progress_bar)
+    to = _parse_device(device)
+    if microbatch_size is not None:
+        microbatch_size = _check_microbatch_size(microbatch_size, dataloader)
     module = unwrap(model)
     reshard(module)
     refuse_placeholders({**dict(module.named_parameters()), **dict(module.named_buffers())})
@@ -163,8 +177,7 @@ def update_bn(
         )
     if not layers:
         return
-    to = _device_of(module) if device is None else torch.device(device)
-    batches = _Batches(dataloader, to, num_batches, microbatch_size)
+    batches = _Batches(dataloader, _device_of(module) if to is None else to, num_batches, microbatch_size)
     combining = num_ranks() > 1 and synchronize
     with ExitStack() as stack:
         # Where a forward waits for all processes, nobody could be told of an error in it.
@@ -403,12 +416,9 @@ class _Batches:
     """The batches of a loader, on a device, counted and shown."""
 
     def __init__(self, dataloader: Any, device: torch.device, limit: int | None, microbatch_size: float | None) -> None:
-        composer_core = sys.modules.get('composer.core')
         self._spec: Any = None
-        if composer_core is not None and isinstance(dataloader, composer_core.DataSpec):
+        if _is_spec(dataloader):
             self._spec, dataloader = dataloader, dataloader.dataloader
-        if microbatch_size is not None:
-            _check_microbatch_size(microbatch_size, self._spec)
         self._loader, self._device, self._limit = _with_workers_of_its_own(dataloader), device, limit
         self._microbatch_size = microbatch_size
         self._on_batch: Callable[[], object] = lambda: None
@@ -475,15 +485,37 @@ def _with_workers_of_its_own(dataloader: Any) -> Any:
     return fresh
 
 
-def _check_microbatch_size(microbatch_size: float, spec: Any) -> None:
-    is_number = isinstance(microbatch_size, (int, float)) and not isinstance(microbatch_size, bool)
-    if not is_number or not microbatch_size > 0:
-        raise ValueError(f'microbatch_size must be a number of samples above 0, got {microbatch_size!r}.')
-    if spec is None:
+def _parse_device(device: Any) -> torch.device | None:
+    if device is None:
+        return None
+    try:
+        if isinstance(device, bool) or not isinstance(device, torch.device | str | int):
+            raise TypeError
+        parsed = torch.device(device)
+    except (RuntimeError, TypeError, ValueError) as error:
+        message = f"device must be where batches go, such as 'cpu' or 'cuda:0', got {shown(device)}."
+        raise (ValueError if isinstance(device, str | int) else TypeError)(message) from error
+    check_device_is_here(parsed, 'device')
+    return parsed
+
+
+def _is_spec(dataloader: Any) -> bool:
+    """Whether it is Composer's DataSpec, of which there is none without Composer."""
+    composer_core = sys.modules.get('composer.core')
+    return composer_core is not None and isinstance(dataloader, composer_core.DataSpec)
+
+
+def _check_microbatch_size(microbatch_size: Any, dataloader: Any) -> float:
+    kind = 'a number of samples above 0'
+    size = plain.number('microbatch_size', microbatch_size, kind=kind)
+    if not 0 < size < math.inf:
+        raise ValueError(f'microbatch_size must be {kind}, got {shown(microbatch_size)}.')
+    if not _is_spec(dataloader):
         raise ValueError(
-            f'microbatch_size={microbatch_size} needs a Composer DataSpec, which says how a batch is split. '
+            f'microbatch_size={shown(microbatch_size)} needs a Composer DataSpec, which says how a batch is split. '
             'Pass DataSpec(dataloader), or a loader of smaller batches.'
         )
+    return size
 
 
 def _to_device(batch: Any, device: torch.device) -> Any:

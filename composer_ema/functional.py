@@ -24,6 +24,7 @@ from composer_ema.settings import Buffers, Settings
 from composer_ema.shadow import loan, rounding
 from composer_ema.shadow.shadow_model import ShadowModel
 from composer_ema.shadow.storage import can_be_kept, check_buffer_patterns, views_of_parameters
+from composer_ema.wording import shown
 
 _SHARD_ALIKE = (
     'Nothing was changed. Shard ema_model as model is sharded, or pass a ShadowModel(model), which is sharded as its '
@@ -83,14 +84,19 @@ def compute_ema(
     if isinstance(ema_model, ShadowModel):
         if buffers is not None:
             raise TypeError(
-                f'a ShadowModel averages buffers as it was built to, got buffers={buffers!r}. Leave it out here, and '
-                'pass it to ShadowModel.'
+                f'a ShadowModel averages buffers as it was built to, got buffers={shown(buffers)}. Leave it out '
+                'here, and pass it to ShadowModel.'
             )
         ema_model.update(model, smoothing)
     elif isinstance(ema_model, nn.Module):
         _step_between(unwrap(model), unwrap(ema_model), _settings_of(buffers))(weight)
     elif isinstance(ema_model, Mapping):
         loan.refuse(unwrap(model))
+        if strange := [name for name in ema_model if not isinstance(name, str)]:
+            raise TypeError(
+                f'ema_model must map names to tensors, got the name {shown(strange[0])}. Pass '
+                'copy.deepcopy(model.state_dict()).'
+            )
         inventory = Inventory.of(unwrap(model))  # first: under FSDP2 it brings the shards back
         sources, shadows = _tensors(unwrap(model).state_dict(keep_vars=True)), _tensors(ema_model)
         refuse_placeholders(shadows)
@@ -181,6 +187,12 @@ def _prepare(
     """
     check_buffer_patterns(settings.buffer_patterns, inventory.buffers)
     for name, source in sources.items():
+        if source.is_meta or shadows[name].is_meta:
+            whose = 'model' if source.is_meta else 'ema_model'
+            raise ValueError(
+                f'{name} of {whose} is on the meta device, so it has no values. Nothing was changed. Call '
+                "to_empty(device='cpu') and initialise or load its weights first."
+            )
         if source.layout is not torch.strided or source.is_nested:
             kind = 'nested' if source.is_nested else f'stored as {source.layout}'
             raise ValueError(

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from numbers import Real
-from types import NoneType
 from typing import Any
 
+from composer_ema import plain, wording
 from composer_ema.averages import Profile
 from composer_ema.profiles import check_kind, choose
 from composer_ema.spans import ArgumentError
@@ -47,8 +46,8 @@ def by_label(given: Mapping[str, Any], *, reserved: Collection[str] = ()) -> dic
         for name, value in changes.items():
             if isinstance(value, Mapping):
                 raise ArgumentError(
-                    f'{name}={value!r} names averages by label, and the only average has none. Pass a single value, or '
-                    "label the average, as in half_life={'long': ...}.",
+                    f'{name}={shown(value)} names averages by label, and the only average has none. Pass a single '
+                    "value, or label the average, as in half_life={'long': ...}.",
                     name,
                 )
         return None
@@ -64,7 +63,7 @@ def by_label(given: Mapping[str, Any], *, reserved: Collection[str] = ()) -> dic
         for label, value in values.items():
             _check_label(maker, label, own, reserved)
             _check_value(maker, label, value)
-            own[label] = {maker: value}
+            own[str.__str__(label)] = {maker: value}
     for change, value in changes.items():
         _give_out(change, value, own)
     return own
@@ -77,7 +76,19 @@ def chosen(label: str | None, **arguments: Any) -> Profile:
     except (TypeError, ValueError) as error:
         if label is None:
             raise
+        if isinstance(error, ArgumentError):
+            raise ArgumentError(f'{label}: {error}', error.argument) from error
         raise type(error)(f'{label}: {error}') from error
+
+
+def is_given(value: Any, default: Any) -> bool:
+    """Whether an argument is neither None nor equal to its default."""
+    if value is None or value is default:
+        return False
+    try:
+        return plain.flag('', value) is not default if isinstance(default, bool) else bool(value != default)
+    except Exception:  # what is no flag, or cannot be compared, such as an array
+        return True
 
 
 def _give_out(change: str, value: Any, own: Mapping[str, dict[str, Any]]) -> None:
@@ -87,12 +98,14 @@ def _give_out(change: str, value: Any, own: Mapping[str, dict[str, Any]]) -> Non
     else:
         exponential = [label for label, arguments in own.items() if arguments.keys().isdisjoint(_OTHERS)]
         if not exponential:
-            raise ArgumentError(f'{change}={value!r} has no effect: no average is exponential. Leave it out.', change)
+            raise ArgumentError(
+                f'{change}={shown(value)} has no effect: no average is exponential. Leave it out.', change
+            )
         value = dict.fromkeys(exponential, value)
     for label, each in value.items():
         if label not in own:
-            remedy = suggestion(label, own, 'The averages are')
-            raise ArgumentError(f'{change} names the average {label!r}, which there is not. {remedy}', change)
+            remedy = suggestion(label if isinstance(label, str) else '', own, 'The averages are')
+            raise ArgumentError(f'{change} names the average {shown(label)}, which there is not. {remedy}', change)
         if each is not None:
             own[label][change] = each
 
@@ -104,8 +117,7 @@ def _check_value(maker: str, label: str, value: Any) -> None:
         )
     if maker != _AVERAGE:
         return
-    check_kind(value)
-    if value != 'equal':
+    if check_kind(value) != 'equal':
         raise ArgumentError(
             f'{maker}[{label!r}]={value!r} does not say which exponential average. Write the label under half_life '
             'instead.',
@@ -123,7 +135,7 @@ def _refuse_empty(name: str, values: Mapping[str, Any]) -> None:
 def _check_label(maker: str, label: Any, own: Mapping[str, Any], reserved: Collection[str]) -> None:
     if not isinstance(label, str) or not _LABEL.fullmatch(label):
         raise ArgumentError(
-            f'{maker} must map labels to values, got the label {_shortened(label)}. A label starts with a letter and '
+            f'{maker} must map labels to values, got the label {shown(label)}. A label starts with a letter and '
             "has at most 64 letters, digits, '_' and '-', as 'long' or 'ba_100'.",
             maker,
         )
@@ -139,9 +151,4 @@ def _check_label(maker: str, label: Any, own: Mapping[str, Any], reserved: Colle
 
 def shown(value: Any) -> str:
     """A value as it is written in Python; a time as the string that stands for it."""
-    return repr(value) if isinstance(value, str | Real | NoneType) else repr(str(value))
-
-
-def _shortened(label: Any) -> str:
-    written = repr(label)
-    return written if len(written) <= 80 else f'{written[:77]}...'
+    return repr(str(value)) if plain.is_time(value) else wording.shown(value)

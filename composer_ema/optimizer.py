@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -17,20 +17,20 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Unpack
 
-from composer_ema import optimizer_entries
+from composer_ema import optimizer_entries, plain
 from composer_ema.averages import CopiesFirst, Profile
-from composer_ema.labelled import CHANGES, by_label, chosen
+from composer_ema.labelled import CHANGES, by_label, chosen, is_given
 from composer_ema.model.sharding import refuse_placeholders
 from composer_ema.model.untraced import aside, is_traced, untraced
 from composer_ema.model.wrappers import refuse_other_ranks, unwrap
 from composer_ema.optimizer_average import StepAverages, check_covered, tensor_of
 from composer_ema.optimizer_state import SINGLE
-from composer_ema.profiles import Kind, check_kind, plain_number, refuse_without_effect
+from composer_ema.profiles import Kind, check_kind, refuse_without_effect
 from composer_ema.settings import OptimizerSettings, Settings, takes_settings
 from composer_ema.shadow.interrupts import Block
 from composer_ema.shadow.shadow_model import ShadowModel
 from composer_ema.shadow.shadow_models import ShadowModels
-from composer_ema.wording import counted, suggestion
+from composer_ema.wording import counted, shown
 from composer_ema.wrapper import OptimizerWrapper, ParameterGroups
 
 DEFAULT_DECAY = 0.9999
@@ -141,17 +141,20 @@ class EMAOptimizer(OptimizerWrapper):
         kept = Settings.of({'device': device, **settings})
         if model is None and kept.buffers != 'statistics':
             raise ValueError(f'buffers={kept.buffers!r} has no effect: without a model there are none. Pass model=.')
+        module = None if model is None else unwrap(model)  # refuses what is no module
         if model is not None and kept.shard_over_ranks:
-            unwrap(model)  # refuses what is no module
             refuse_other_ranks(model)
         profile_arguments = {
             'half_life': half_life, 'decay': decay, 'power': power, 'gamma': gamma, 'average': average,
             'warmup': warmup, 'bias_correction': bias_correction,
         }  # fmt: skip
-        start = _check_start(start)
+        remedy = '0 averages from the beginning.'
+        start = plain.whole('start', start, remedy=remedy)
+        remedy = 'To freeze the average pass decay=1.'
+        every_n_steps = plain.whole('every_n_steps', every_n_steps, least=1, remedy=remedy)
         profiles, chosen = _profiles(profile_arguments, kept.function_name, copies_first=start > 0)
-        arguments = {**chosen, 'every_n_steps': _check_interval(every_n_steps), 'start': start}
-        self._module = ParameterGroups(optimizer) if model is None else unwrap(model)
+        arguments = {**chosen, 'every_n_steps': every_n_steps, 'start': start}
+        self._module = ParameterGroups(optimizer) if module is None else module
         self._averages = StepAverages(arguments, profiles, kept, self._module, optimizer.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -162,12 +165,11 @@ class EMAOptimizer(OptimizerWrapper):
 
         Raises:
             NotImplementedError: a parameter is sharded by FSDP1 or DeepSpeed. Nothing was added.
+            TypeError: no dictionary with ``'params'``, or these are no tensors. Nothing was added.
             ValueError: a parameter does not belong to ``model``, or is sharded and ``model`` was not given. Nothing was
                 added.
         """
-        parameters = param_group['params']
-        # A list, since a generator can be read only once.
-        parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        parameters = _params_of(param_group)
         refuse_placeholders({f'{len(self.param_groups)}.{i}': tensor_of(each) for i, each in enumerate(parameters)})
         check_covered(self._module, [*self.param_groups, {'params': parameters}])
         super().add_param_group({**param_group, 'params': parameters})
@@ -227,14 +229,15 @@ class EMAOptimizer(OptimizerWrapper):
 
         Raises:
             RuntimeError: the model holds an average of this optimizer already.
+            TypeError: ``enabled`` is neither True nor False.
             ValueError: no average is called so.
 
         Warns:
             UserWarning: the average still holds more than a hundredth of its start. Said once.
         """
-        if not enabled:
-            return nullcontext()
         label = self._label(average)
+        if not plain.flag('enabled', enabled):
+            return nullcontext()
         lent = self._averages.shadows[label].swapped(self._module)
 
         def enter() -> None:
@@ -297,6 +300,7 @@ class EMAOptimizer(OptimizerWrapper):
             RuntimeError: the model holds the average.
             ValueError: the state does not fit. Nothing was loaded.
         """
+        plain.mapping('state', state, 'Pass what ema_state_dict() returned.')
         self._refuse_while_swapped('load_ema_state_dict()')
         self._averages.shadows.refuse_on_loan(self._module)
         self._averages.assign(self._averages.checked(state), stacklevel=4)
@@ -342,6 +346,7 @@ class EMAOptimizer(OptimizerWrapper):
             RuntimeError: the model holds the average.
             ValueError: the state does not fit.
         """
+        plain.mapping('state_dict', state_dict, 'Pass what state_dict() returned.')
         self._refuse_while_swapped('load_state_dict()')
         self._averages.shadows.refuse_on_loan(self._module)
         super().load_state_dict(state_dict)
@@ -361,9 +366,7 @@ class EMAOptimizer(OptimizerWrapper):
     def _label(self, average: str | None) -> str:
         """The label that was given, or that of the first average."""
         labels = list(self._averages.shadows)
-        if average is not None and average not in labels:
-            raise ValueError(f'no average is called {average!r}. {suggestion(average, labels, "The averages are")}')
-        return labels[0] if average is None else average
+        return labels[0] if average is None else plain.label('average', average, labels)
 
     def _refuse_while_swapped(self, what: str) -> None:
         if self._averages.is_swapped:
@@ -448,47 +451,53 @@ def _profiles(
     given: dict[str, Any] = {
         name: value
         for name, value in arguments.items()
-        if value is not None and (isinstance(value, Mapping) or value != _NOT_GIVEN.get(name))
+        if isinstance(value, Mapping) or is_given(value, _NOT_GIVEN.get(name))
     }
-    kept = {name: _plain(given.get(name, _NOT_KEPT.get(name))) for name in arguments}
     if function is not None:
         average = given.pop('average', None)
         if average is not None:
-            check_kind(average)
-            raise ValueError(f'pass either average={average!r} or a function, got both.')
+            shown_average = f'average={shown(check_kind(average) if not isinstance(average, Mapping) else average)}'
+            raise ValueError(f'pass either {shown_average} or a function, got both.')
         refuse_without_effect(given, 'an average by a function of yours')
-        return {SINGLE: None}, {**kept, 'average': function}
+        return {SINGLE: None}, {**_plain_of({}, arguments), 'average': function}
     own = by_label(given)
     if own is None:
         if given.keys() <= set(CHANGES):
-            given['decay'] = kept['decay'] = _plain(arguments['decay'])
+            given['decay'] = arguments['decay']
         own = {SINGLE: dict(given)}
     profiles: dict[str, Profile | None] = {}
     for label, one in own.items():
         named = {'smoothing' if name == 'decay' else name: value for name, value in one.items()}
         profile = chosen(None if label == SINGLE else label, unit='steps', smoothing_name='decay', **named)
         profiles[label] = CopiesFirst(profile) if copies_first else profile
-    return profiles, kept
+    return profiles, _plain_of(given, arguments)
+
+
+def _plain_of(given: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Arguments that have been checked, as a state keeps them."""
+    return {name: _plain(given.get(name, _NOT_KEPT.get(name))) for name in names}
 
 
 def _plain(value: Any) -> Any:
     """An argument, perhaps by label, as ``torch.load(weights_only=True)`` reads it."""
     if isinstance(value, Mapping):
-        return {str(label): _plain(each) for label, each in value.items()}
-    return plain_number(value)
+        return {str.__str__(label): _plain(each) for label, each in value.items()}
+    return plain.scalar(value)
 
 
-def _check_start(start: int) -> int:
-    if isinstance(start, bool) or not isinstance(start, int):
-        raise TypeError(f'start must be a whole number of steps, got {start!r}.')
-    if start < 0:
-        raise ValueError(f'start must be at least 0 steps, got {start}. 0 averages from the beginning.')
-    return start
-
-
-def _check_interval(every_n_steps: int) -> int:
-    if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int):
-        raise TypeError(f'every_n_steps must be a whole number of at least 1, got {every_n_steps!r}.')
-    if every_n_steps < 1:
-        raise ValueError(f'every_n_steps must be at least 1, got {every_n_steps}. To freeze the average pass decay=1.')
-    return every_n_steps
+def _params_of(param_group: Any) -> list[Any]:
+    """The parameters of a new group, a list since a generator can be read only once."""
+    if not isinstance(param_group, dict) or 'params' not in param_group:
+        raise TypeError(
+            f"param_group must be a dictionary with 'params', got {shown(param_group)}. Pass for example "
+            "{'params': layer.parameters(), 'lr': 0.1}."
+        )
+    params: Any = param_group['params']
+    is_ordered = isinstance(params, Iterable) and not isinstance(params, set | frozenset | Mapping)
+    found: list[Any] = list(params) if is_ordered and not isinstance(params, Tensor) else [params]
+    for each in found:
+        if not isinstance(tensor := tensor_of(each), Tensor):
+            raise TypeError(f"'params' of param_group must be tensors, got {shown(params)}. Pass layer.parameters().")
+        if not (tensor.is_leaf or tensor.retains_grad):
+            raise ValueError("'params' of param_group must be leaf tensors, got one that was computed. Detach it.")
+    return found

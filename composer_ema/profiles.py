@@ -8,9 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, Literal, get_args
 
+from composer_ema import plain
 from composer_ema.averages import (
     UPDATES,
     BiasCorrected,
@@ -24,6 +24,7 @@ from composer_ema.averages import (
     Smoothing,
     WarmedUp,
 )
+from composer_ema.wording import shown
 
 #: What ``average=`` may be.
 Kind = Literal['exponential', 'equal']
@@ -84,11 +85,9 @@ def choose(
         ValueError: bias_correction has no effect on a power average, which forgets its start anyway. Leave it out.
     """
     makers = {'half_life': half_life, smoothing_name: smoothing, 'power': power, 'gamma': gamma}
-    given = {name: plain_number(value) for name, value in makers.items() if value is not None}
-    if not isinstance(bias_correction, bool):
-        raise TypeError(f'bias_correction must be True or False, got {bias_correction!r}.')
-    check_kind(average)
-    if average == 'equal':
+    given = {name: value for name, value in makers.items() if value is not None}
+    bias_correction = plain.flag('bias_correction', bias_correction)
+    if check_kind(average) == 'equal':
         changes = {'warmup': warmup, 'bias_correction': bias_correction or None}
         refuse_without_effect({**given, **changes}, 'an equal average')
         return Equal(_unit_of_updates(unit))
@@ -106,28 +105,24 @@ def choose(
     profile = HalfLife(value, unit) if is_half_life else Smoothing(value, _unit_of_updates(unit), smoothing_name)
     if warmup is not None and bias_correction:
         raise ValueError(
-            f'pass either warmup or bias_correction, got warmup={warmup} and bias_correction=True. Both make the '
-            'average forget where it started; warmup=0.1 also keeps it close to the weights while they move fast.'
+            f'pass either warmup or bias_correction, got warmup={shown(warmup)} and bias_correction=True. Both make '
+            'the average forget where it started; warmup=0.1 also keeps it close to the weights while they move fast.'
         )
     if warmup is not None:
-        return WarmedUp(profile, plain_number(warmup))
+        return WarmedUp(profile, warmup)
     return BiasCorrected(profile) if bias_correction else profile
 
 
-def check_kind(average: Any) -> None:
-    """Raises a ValueError unless ``average`` is one of :data:`Kind`."""
-    kinds = get_args(Kind)
-    if average not in kinds:
-        raise ValueError(
-            f"average must be 'exponential' or 'equal', got {average!r}. For any other pass avg_fn or multi_avg_fn."
-        )
+def check_kind(average: Any) -> str:
+    """Returns ``average`` as a string, or raises a ValueError unless it is one of :data:`Kind`."""
+    return plain.choice('average', average, get_args(Kind), 'For any other pass avg_fn or multi_avg_fn.')
 
 
 def refuse_without_effect(arguments: Mapping[str, Any], on: str) -> None:
     """Raises a ValueError that names the first argument that is not None: it has no effect ``on`` an average."""
     for name, value in arguments.items():
         if value is not None:
-            raise ValueError(f'{name}={value} has no effect on {on}. Leave it out.')
+            raise ValueError(f'{name}={shown(value)} has no effect on {on}. Leave it out.')
 
 
 def of_description(description: str, *, unit: str = UPDATES) -> Profile:
@@ -299,8 +294,10 @@ def _refuse_forgetting_twice(warmup: float | None, bias_correction: bool) -> Non
 def _written(given: Mapping[str, Any], unit: str) -> list[str]:
     """The arguments as the user wrote them."""
     suffix = '' if unit in (UPDATES, _STEPS) else unit
-    shown = {name: f"'{value}{suffix}'" if name == 'half_life' and suffix else value for name, value in given.items()}
-    return [f'{name}={value}' for name, value in shown.items()]
+    return [
+        f"{name}='{value}{suffix}'" if name == 'half_life' and suffix else f'{name}={shown(value)}'
+        for name, value in given.items()
+    ]
 
 
 def _remedy(unit: str) -> str:
@@ -309,13 +306,6 @@ def _remedy(unit: str) -> str:
 
 def _unit_of_updates(unit: str) -> str:
     return _STEPS if unit == _STEPS else UPDATES
-
-
-def plain_number(number: Any) -> Any:
-    """A number of another library as Python's own, for states and descriptions; anything else as it is."""
-    if isinstance(number, Real) and not isinstance(number, int):
-        return float(number)
-    return number
 
 
 def _number(text: str, description: str) -> float:

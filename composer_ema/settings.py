@@ -19,8 +19,9 @@ from typing import Any, Literal, TypedDict, TypeVar
 import torch
 from torch import Tensor
 
+from composer_ema import plain
 from composer_ema.spans import ArgumentError
-from composer_ema.wording import suggestion
+from composer_ema.wording import shown, suggestion
 
 BufferMode = Literal['average', 'copy']
 #: One mode for all floating buffers, or patterns over their names with a mode each.
@@ -104,20 +105,19 @@ class Settings:
     multi_avg_fn: MultiAvgFn | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, 'buffers', _check_buffers(self.buffers))
-        _check_choice('rounding', self.rounding, typing.get_args(Rounding))
-        _check_choice('backend', self.backend, typing.get_args(Backend))
-        for name in ('skip_nonfinite', 'compensated', 'shard_over_ranks'):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f'{name} must be True or False, got {getattr(self, name)!r}.')
-        check_seed(self.seed)
-        object.__setattr__(self, 'dtype', parse_dtype(self.dtype))
-        object.__setattr__(self, 'device', parse_device(self.device))
+        checked = {
+            'buffers': _check_buffers(self.buffers),
+            'rounding': plain.choice('rounding', self.rounding, typing.get_args(Rounding)),
+            'backend': plain.choice('backend', self.backend, typing.get_args(Backend)),
+            **{name: plain.flag(name, getattr(self, name)) for name in _FLAGS},
+            'seed': check_seed(self.seed),
+            'dtype': parse_dtype(self.dtype),
+            'device': parse_device(self.device),
+            **{name: _check_patterns(name, getattr(self, name)) for name in ('include', 'exclude')},
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
         _ = self.included, self.excluded, self.buffer_patterns
-        for name in ('include', 'exclude'):
-            patterns = getattr(self, name)
-            if patterns is not None and not isinstance(patterns, str):
-                object.__setattr__(self, name, tuple(patterns))  # the caller's list may change
         _check_rounding(self.rounding, self.dtype)
         _check_compensated(self.compensated, self.rounding, self.backend)
         _check_functions(self.avg_fn, self.multi_avg_fn)
@@ -202,7 +202,7 @@ class Settings:
 
     def as_plain(self, names: Collection[str]) -> dict[str, Any]:
         """The settings called ``names``, as they are or behind ``shadow_``, as strings, numbers, lists and None."""
-        plain = {}
+        written = {}
         for name in names:
             value = getattr(self, name.removeprefix(_PREFIX))
             if isinstance(value, torch.dtype):
@@ -215,8 +215,8 @@ class Settings:
                 value = dict(value)
             elif isinstance(value, Sequence) and not isinstance(value, str):
                 value = list(value)
-            plain[name] = value
-        return plain
+            written[name] = value
+        return written
 
     def _check_function_stands_alone(self) -> None:
         """Only the formula can skip, round and choose a backend."""
@@ -264,6 +264,7 @@ class TrainerSettings(_Shared, total=False):
     shadow_device: str | torch.device | None
 
 
+_FLAGS = ('skip_nonfinite', 'compensated', 'shard_over_ranks')
 # Where a class keeps the names of the settings that it takes.
 _TAKEN = '_settings_taken'
 _DEFAULTS = {each.name: each.default for each in dataclasses.fields(Settings)}
@@ -316,10 +317,8 @@ def settings_of(cls: type) -> list[str]:
 
 
 def check_seed(seed: int) -> int:
-    """Returns ``seed`` or raises a ValueError: it is a whole number in [0, 2**63)."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise ArgumentError(f'seed must be a whole number in [0, 2**63), got {seed!r}.', 'seed')
-    return seed
+    """Returns ``seed`` as an int, or raises a TypeError or ValueError: it is a whole number in [0, 2**63)."""
+    return plain.whole('seed', seed)
 
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -328,12 +327,15 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     Raises:
         ValueError: no floating dtype.
     """
-    parsed = getattr(torch, dtype.removeprefix('torch.'), None) if isinstance(dtype, str) else dtype
-    if parsed is None and dtype is None:
+    if dtype is None:
         return None
-    if parsed not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"the shadow's dtype must be float64, float32, bfloat16 or float16, got {dtype!r}.")
+    parsed: Any = getattr(torch, dtype.removeprefix('torch.'), None) if isinstance(dtype, str) else dtype
+    if not isinstance(parsed, torch.dtype) or parsed not in _DTYPES:
+        raise ValueError(f"the shadow's dtype must be float64, float32, bfloat16 or float16, got {shown(dtype)}.")
     return parsed
+
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def parse_device(device: torch.device | str | None) -> torch.device | None:
@@ -342,19 +344,27 @@ def parse_device(device: torch.device | str | None) -> torch.device | None:
     Raises:
         ValueError: torch does not know the device.
     """
-    if device is None:
-        return None
+    if device is None or isinstance(device, torch.device):
+        return device
     try:
+        if not isinstance(device, (str, int)) or isinstance(device, bool):
+            raise TypeError
         return torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"the shadow's device must be one such as 'cpu' or 'cuda:0', got {device!r}.") from error
+    except (RuntimeError, TypeError, ValueError) as error:
+        remedy = f' A dtype is passed as dtype={device}.' if isinstance(device, torch.dtype) else ''
+        message = f"the shadow's device must be one such as 'cpu' or 'cuda:0', got {shown(device)}.{remedy}"
+        raise ValueError(message) from error
 
 
-def check_device_is_here(device: torch.device | None) -> None:
+def check_device_is_here(device: torch.device | None, argument: str = f'{_PREFIX}device') -> None:
     """Raises where an average is about to be kept on a device that this machine lacks.
 
     Not when the device is parsed, since a recipe may be read where it does not run. CUDA is not initialised by this, so
     that processes forked later can use it.
+
+    Args:
+        device: the device; None is always here.
+        argument: what the user calls it. Default: that of the shadow.
 
     Raises:
         ArgumentError: torch finds no such device.
@@ -366,41 +376,44 @@ def check_device_is_here(device: torch.device | None) -> None:
     count = None if count_devices is None else count_devices()
     if count is not None and (device.index or 0) >= count:
         found = f'{count or "no"} {device.type} device{"" if count == 1 else "s"}'
+        is_of_shadow = argument.startswith(_PREFIX)
+        named, else_ = (
+            ("the shadow's device", ' to keep the average beside the weights') if is_of_shadow else (argument, '')
+        )
         raise ArgumentError(
-            f"the shadow's device must be one of this machine, got '{device}', and torch finds {found} here. Pass "
-            "'cpu', or leave the device out to keep the average beside the weights.",
-            f'{_PREFIX}device',
+            f"{named} must be one of this machine, got '{device}', and torch finds {found} here. Pass 'cpu', or leave "
+            f'the device out{else_}.',
+            argument,
         )
 
 
 def name_of(function: Callable[..., Any]) -> str:
     """A function's own name, for messages and for the record of a run."""
-    return getattr(function, '__qualname__', None) or type(function).__qualname__
-
-
-def _check_choice(name: str, value: object, legal: Sequence[str]) -> None:
-    if value not in legal:
-        *first, last = (repr(each) for each in legal)
-        raise ArgumentError(f'{name} must be {", ".join(first)} or {last}, got {value!r}.', name)
+    name = getattr(function, '__qualname__', None)
+    return str.__str__(name) if isinstance(name, str) and name else type(function).__qualname__
 
 
 def _check_buffers(buffers: Any) -> Buffers:
     if isinstance(buffers, Mapping):
         for pattern, mode in buffers.items():
-            if mode not in typing.get_args(BufferMode):
+            if not isinstance(mode, str) or mode not in typing.get_args(BufferMode):
                 raise ArgumentError(
-                    f"buffers must give each pattern 'average' or 'copy', got {mode!r} for {pattern!r}.", 'buffers'
+                    f"buffers must give each pattern 'average' or 'copy', got {shown(mode)} for {shown(pattern)}.",
+                    'buffers',
                 )
         if not buffers:
             raise ArgumentError("buffers is a mapping without patterns. Leave it out, or pass 'statistics'.", 'buffers')
-        return dict(buffers)  # the caller's may change
+        # The caller's may change.
+        own: Any = {_check_pattern('buffers', pattern): str.__str__(mode) for pattern, mode in buffers.items()}
+        return own
     if not isinstance(buffers, str) or buffers not in ('statistics', 'average', 'copy'):
         raise ArgumentError(
             f"buffers must be 'statistics', 'average', 'copy', or a mapping of patterns to the latter two, "
-            f'got {buffers!r}.',
+            f'got {shown(buffers)}.',
             'buffers',
         )
-    return buffers
+    one: Any = str.__str__(buffers)
+    return one
 
 
 def _check_rounding(rounding: Rounding, dtype: object) -> None:
@@ -434,26 +447,39 @@ def _check_functions(avg_fn: AvgFn | None, multi_avg_fn: MultiAvgFn | None) -> N
     for name, function in (('avg_fn', avg_fn), ('multi_avg_fn', multi_avg_fn)):
         if function is not None and not callable(function):
             raise TypeError(
-                f'{name} must be a function of averaged, current and num_averaged, got {function!r}. '
+                f'{name} must be a function of averaged, current and num_averaged, got {shown(function)}. '
                 'Pass for example torch.optim.swa_utils.get_ema_multi_avg_fn(0.999) as multi_avg_fn.'
             )
     if avg_fn is not None and multi_avg_fn is not None:
         raise ValueError('pass either avg_fn or multi_avg_fn, got both. multi_avg_fn is the faster one.')
 
 
+def _check_patterns(argument: str, patterns: Any) -> str | tuple[str, ...] | None:
+    """Regular expressions as strings of their own: the caller's list may change."""
+    if patterns is None:
+        return None
+    if isinstance(patterns, str):
+        return str.__str__(patterns)
+    if not isinstance(patterns, Sequence) or isinstance(patterns, bytes | bytearray):
+        raise TypeError(f'{argument} must be a regular expression or a list of them, got {shown(patterns)}.')
+    return tuple(_check_pattern(argument, pattern) for pattern in patterns)
+
+
+def _check_pattern(argument: str, pattern: Any) -> str:
+    if not isinstance(pattern, str):
+        raise TypeError(f'{argument} must hold strings, got {shown(pattern)} of type {type(pattern).__name__}.')
+    return str.__str__(pattern)
+
+
 def _compile(argument: str, patterns: str | Sequence[str] | None) -> tuple[re.Pattern[str], ...]:
-    if patterns is not None and not isinstance(patterns, (str, Sequence)):
-        raise TypeError(f'{argument} must be a regular expression or a list of them, got {patterns!r}.')
     compiled = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
-        if not isinstance(pattern, str):
-            raise TypeError(f'{argument} must hold strings, got {pattern!r} of type {type(pattern).__name__}.')
         try:
             compiled.append(re.compile(pattern))
-        except re.error as error:
+        except (re.error, RecursionError, OverflowError) as error:
             raise ArgumentError(
-                f'{argument} pattern {pattern!r} is not a regular expression: {error}. '
-                f'To match it literally pass {re.escape(pattern)!r}.',
+                f'{argument} pattern {shown(pattern)} is not a regular expression: {error}. '
+                f'To match it literally pass {shown(re.escape(pattern))}.',
                 argument,
             ) from error
     return tuple(compiled)

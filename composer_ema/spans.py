@@ -8,6 +8,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+from composer_ema.wording import shown
+
 #: Composer's units of training time, each with the words an error message uses.
 UNITS = {
     'ba': 'batches',
@@ -24,6 +26,8 @@ CLOCK_UNITS = tuple(NOUNS)
 #: Units that a part of may have passed; batches, samples and tokens come whole.
 FRACTIONAL_UNITS = frozenset({'iter', 'ep', 'dur'})
 
+# Whole numbers beyond are no floats.
+_LARGEST = 1.7e308
 _TIME_STRING = re.compile(r'\s*(?P<value>[^a-zA-Z]*(?:[eE][^a-zA-Z]+)?)(?P<unit>[a-zA-Z]*)\s*')
 
 
@@ -77,19 +81,20 @@ class Span:
             ArgumentError: it does not parse, its unit is not in ``units``, or its value is out of range.
         """
         value, unit = _split(time, name)
+        got = shown(time) if isinstance(time, str) else repr(f'{value}{unit}')
         example = f'Pass for example {_given(name, _example(value, unit, units, positive=positive))}.'
         if unit not in units:
             legal = ', '.join(f'{unit} ({UNITS[unit]})' for unit in units)
-            raise ArgumentError(f'{name} takes the units {legal}, got {str(time)!r}. {example}', name)
+            raise ArgumentError(f'{name} takes the units {legal}, got {got}. {example}', name)
         if not math.isfinite(value):
-            raise ArgumentError(f'{name} must be finite, got {str(time)!r}. {example}', name)
+            raise ArgumentError(f'{name} must be finite, got {got}. {example}', name)
         if value < 0 or (positive and value == 0):
             raise ArgumentError(
-                f'{name} must {"be above zero" if positive else "not be negative"}, got {str(time)!r}. {example}', name
+                f'{name} must {"be above zero" if positive else "not be negative"}, got {got}. {example}', name
             )
         if unit not in FRACTIONAL_UNITS and value != int(value):
             raise ArgumentError(
-                f'{name} counts whole {UNITS[unit]}, got {str(time)!r}. Round it, or pass a share of epochs.', name
+                f'{name} counts whole {UNITS[unit]}, got {got}. Round it, or pass a share of epochs.', name
             )
         return cls(int(value) if value == int(value) and unit != 'dur' else float(value), unit)
 
@@ -139,14 +144,16 @@ def _split(time: Any, name: str) -> tuple[float, str]:
         match = _TIME_STRING.fullmatch(time)
         value = match and _number(match['value'])
         if match is None or value is None:
-            raise ArgumentError(f"{name} must be a number followed by a unit, such as '1000ba', got {time!r}.", name)
+            raise ArgumentError(
+                f"{name} must be a number followed by a unit, such as '1000ba', got {shown(time)}.", name
+            )
         return value, match['unit'].lower()
     value, unit = getattr(time, 'value', None), getattr(time, 'unit', None)
     unit = getattr(unit, 'value', unit)
-    if isinstance(value, (int, float)) and isinstance(unit, str):
-        return value, unit
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and isinstance(unit, str):
+        return (math.inf if value > _LARGEST else value), str.__str__(unit)
     raise TypeError(
-        f"{name} must be a time string such as '1000ba', got {time!r} of type {type(time).__name__}. "
+        f"{name} must be a time string such as '1000ba', got {shown(time)} of type {type(time).__name__}. "
         'A bare number has no unit: write the unit behind it.'
     )
 

@@ -17,6 +17,8 @@ _TWO_SLIPS = 6
 _SHORTEST_PART = 4
 #: How many near names a message offers; where more are near, none is nearer than the others.
 _OFFERED = 3
+#: Up to this many letters, a message shows a value as Python writes it.
+_SHOWN = 120
 
 
 def visible(text: object, keep: str = '') -> str:
@@ -120,6 +122,23 @@ def counted(number: float, noun: str) -> str:
     """
     amount = f'{int(number):,}' if float(number).is_integer() else f'{number:,.6g}'
     return f'{amount} {noun if number == 1 else _plural(noun)}'
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it: as Python writes it, on one line, cut where that is long.
+
+    Args:
+        value: Anything, also what cannot say what it is.
+
+    Example:
+        >>> shown('half_life'), shown('x' * 200)[:6], shown(lambda: 0)[:10]
+        ("'half_life'", "'xxxxx", '<function ')
+    """
+    try:
+        written = visible(' '.join(repr(value).split()))
+    except Exception:  # of the value's own
+        return f'a {type(value).__name__}'
+    return written if len(written) <= _SHOWN else f'{written[: _SHOWN - 3]}...'
 
 
 def _plural(noun: str) -> str:

@@ -14,8 +14,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from composer_ema import plain
 from composer_ema.model.sharding import any_nonzero
 from composer_ema.model.wrappers import canonical_name
+from composer_ema.wording import shown
 
 #: The attributes in which ``torch.optim.Optimizer`` keeps its hooks.
 _HOOKS = (
@@ -141,7 +143,7 @@ class OptimizerWrapper(Optimizer):
         Args:
             set_to_none: False fills the gradients with zeros. Default: True.
         """
-        self._optimizer.zero_grad(set_to_none)
+        self._optimizer.zero_grad(plain.flag('set_to_none', set_to_none))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters to the wrapped optimizer."""
@@ -158,6 +160,8 @@ class OptimizerWrapper(Optimizer):
         Returns:
             What the wrapped optimizer returns.
         """
+        if closure is not None and not callable(closure):
+            raise TypeError(f'closure must be a function that recomputes the loss, got {shown(closure)}.')
         is_phantom = self._is_phantom(closure)
         if not is_phantom:
             self._before_step()
@@ -189,9 +193,10 @@ class OptimizerWrapper(Optimizer):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Loads what :meth:`state_dict` returned."""
-        loaded = dict(state_dict)
+        loaded = dict(plain.mapping('state_dict', state_dict, 'Pass what state_dict() returned.'))
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             loaded = dict(_or(hook(self, loaded), loaded))
+        _check_parts(loaded)
         self._load(loaded)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
@@ -327,6 +332,19 @@ class ParameterGroups(nn.Module):
             for group in self._optimizer.param_groups
             for parameter, name in zip(group['params'], group.get('param_names', ()), strict=False)
         }
+
+
+def _check_parts(state: Mapping[str, Any]) -> None:
+    """Raises a ValueError unless a state has the parts of an optimizer's."""
+    groups = state.get('param_groups')
+    are_groups = isinstance(groups, list | tuple) and all(
+        isinstance(each, Mapping) and 'params' in each for each in groups
+    )
+    if not are_groups or not isinstance(state.get('state'), Mapping):
+        raise ValueError(
+            f"state_dict must have the 'state' and the 'param_groups' of an optimizer, got the keys "
+            f'{shown(list(state))}. Nothing was loaded. Pass what state_dict() returned.'
+        )
 
 
 def _is_zero_on_host(rate: float | Tensor) -> bool:

@@ -321,8 +321,8 @@ class TestOtherAverages:
             ({'avg_fn': torch.lerp, 'multi_avg_fn': torch.lerp}, ValueError, r'either avg_fn or multi_avg_fn'),
             ({'avg_fn': torch.lerp, 'skip_nonfinite': True}, ValueError, r'skip_nonfinite=True has no effect'),
             ({'avg_fn': 0.9}, TypeError, r'avg_fn must be a function'),
-            ({'start': -1}, ValueError, r'start must be at least 0 steps, got -1'),
-            ({'start': 1.5}, TypeError, r'start must be a whole number of steps, got 1\.5'),
+            ({'start': -1}, ValueError, r'start must be a whole number of at least 0, got -1'),
+            ({'start': 1.5}, TypeError, r'start must be a whole number of at least 0, got 1\.5'),
         ],
     )
     def test_what_contradicts_is_refused(self, options, error, message):

@@ -41,6 +41,7 @@ HOUSE = (
     'profiles',
     'averages',
     'settings',
+    'plain',
     'spans',
     'wording',
     'files',

@@ -219,7 +219,7 @@ def test_several_averages_are_read_by_label(trainer):
     for label in ALONE:
         ema.get_ema_model(other, average=label)
         assert bits(other)['module.0.weight'] == averages_of(ema)[label]['module.0.weight']
-    with pytest.raises(ValueError, match=r"no average called 'lnog'.* Did you mean 'long'"):
+    with pytest.raises(ValueError, match=r"no average is called 'lnog'.* Did you mean 'long'"):
         ema.get_ema_model(other, 'lnog')
     with pytest.raises(ValueError, match='keeps averages by label'):
         ema.ema_model = ShadowModel(other)

@@ -22,6 +22,7 @@ from composer_ema.checkpoints.claims import check_claims
 from composer_ema.checkpoints.lazy_tensor import in_memory
 from composer_ema.checkpoints.safely import CheckpointError, check_sums, load_safely, reason
 from composer_ema.checkpoints.torch_values import SavedShard
+from composer_ema.wording import shown
 
 # Composer's names for the newest checkpoint of a run, and ours for the folder of the run's checkpoints.
 _LATEST, _IN_RUN = 'latest-rank0.pt', 'checkpoints'
@@ -124,7 +125,8 @@ def path_of(file: Any, name: str) -> Path:
 
 def described(value: Any) -> str:
     """A value of the wrong type, in an error."""
-    return f'{value!r}' if isinstance(value, (str, bytes, int, float, NoneType)) else f'a {type(value).__name__}'
+    is_simple = isinstance(value, (str, bytes, int, float, NoneType))
+    return shown(value) if is_simple else f'a {type(value).__name__}'
 
 
 def read_file(path: Path, *, is_checked: bool = False, mmap: bool = False) -> Any:

@@ -19,16 +19,23 @@ _WHOLE_MODEL_WRAPPERS = (DistributedDataParallel, DataParallel, AveragedModel)
 _INNER_SEGMENTS = re.compile(r'(?:^|(?<=\.))(?:_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.')
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module, call: str = 'ShadowModel(model)') -> nn.Module:
     """The module that the user built: DDP, DataParallel, AveragedModel and torch.compile taken off.
+
+    Args:
+        model: wrapped or not.
+        call: how a module is passed, for the error. Default: to a ShadowModel.
 
     Raises:
         TypeError: ``model`` is no module.
     """
     if not isinstance(model, nn.Module):
+        got = type(model).__name__
+        if isinstance(model, type):
+            got = f'the class {model.__name__}, which is to be called first'
         raise TypeError(
-            f'model must be a torch.nn.Module, got {type(model).__name__}. Pass the module itself, as in '
-            'ShadowModel(model), not its parameters: an average goes by their names, and covers buffers too.'
+            f'model must be a torch.nn.Module, got {got}. Pass the module itself, as in {call}, not its parameters: an '
+            'average goes by their names, and covers buffers too.'
         )
     while True:
         if isinstance(model, _WHOLE_MODEL_WRAPPERS):

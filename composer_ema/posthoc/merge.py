@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from composer_ema import plain
 from composer_ema.checkpoints.lazy import TRAINING_WEIGHTS, UNITS, LazyWeights, open_weights
 from composer_ema.checkpoints.opening import checkpoint_of, path_of
 from composer_ema.checkpoints.reading import CheckpointError, check_texts
@@ -26,7 +27,7 @@ from composer_ema.posthoc import coefficients, shares
 from composer_ema.posthoc.snapshot_files import is_snapshot
 from composer_ema.spans import NOUNS, ArgumentError, Span
 from composer_ema.version import __version__
-from composer_ema.wording import counted, suggestion
+from composer_ema.wording import counted, shown, suggestion
 
 # Bytes of each file that are worked on at a time.
 _AT_ONCE = 64 * 2**20
@@ -133,11 +134,10 @@ def merge(
     """
     paths, out = _paths(checkpoints), path_of(out, 'out')
     check_texts(average=average, key=key)
-    for name, given in (('weights', weights), ('times', times)):
-        _check_count(name, given, paths)
+    equal, overwrite = plain.flag('equal', equal), plain.flag('overwrite', overwrite)
+    weights, times = _numbers('weights', weights, paths), _numbers('times', times, paths)
     rule = _Rule.of(equal=equal, half_life=half_life, schedule=schedule, weights=weights)
     _check_out(paths, out, overwrite=overwrite)
-    times = None if times is None else _numbers('times', times)
     places = _distinct(paths, is_refused=weights is not None or times is not None)
     files = _in_order([_File.open(paths[place], average, key, place, times, rule.unit) for place in places], rule)
     _check_alike(files, average or key)
@@ -213,11 +213,11 @@ class _Rule:
             span = Span.parse(half_life, name='half_life', units=(*UNITS, 'dur'), positive=True)
             return cls(f'half_life={span}', 'ba' if span.unit == 'dur' else span.unit, half_life=span)
         if schedule is not None:
-            if schedule not in shares.SCHEDULES:
-                legal = list(shares.SCHEDULES)
+            legal = list(shares.SCHEDULES)
+            if not isinstance(schedule, str) or schedule not in legal:
+                remedy = suggestion(schedule, legal) if isinstance(schedule, str) else ''
                 raise ArgumentError(
-                    f'schedule must be one of {listed(legal)}, got {schedule!r}. {suggestion(schedule, legal)}',
-                    'schedule',
+                    f'schedule must be one of {listed(legal)}, got {shown(schedule)}. {remedy}', 'schedule'
                 )
             return cls(f'schedule={schedule}', schedule=schedule)
         if weights is not None:
@@ -246,15 +246,20 @@ class _Rule:
         return coefficients.halving(times, span, known).tolist()
 
 
-def _numbers(name: str, given: Any) -> tuple[float, ...]:
-    try:
-        return tuple(map(float, given))
-    except (TypeError, ValueError) as error:
-        raise TypeError(f'{name} must be numbers, one for each checkpoint, got {given!r}.') from error
+def _numbers(name: str, given: Any, paths: Sequence[Path]) -> tuple[float, ...] | None:
+    """An argument that gives one number for each checkpoint, or None."""
+    if given is None:
+        return None
+    kind = 'numbers, one for each checkpoint'
+    numbers = tuple(float(plain.number(f'each of {name}', each)) for each in plain.several(name, given, kind))
+    if len(numbers) != len(paths):
+        raise ArgumentError(
+            f'{name} must be one number for each checkpoint, got {len(numbers)} for {len(paths)} checkpoints.', name
+        )
+    return numbers
 
 
-def _checked_weights(given: Any) -> tuple[float, ...]:
-    numbers = _numbers('weights', given)
+def _checked_weights(numbers: tuple[float, ...]) -> tuple[float, ...]:
     total = math.fsum(numbers)
     if not all(map(math.isfinite, numbers)):
         raise ArgumentError(f'weights must be finite, got {list(numbers)}.', 'weights')
@@ -265,19 +270,11 @@ def _checked_weights(given: Any) -> tuple[float, ...]:
 
 
 def _paths(checkpoints: Any) -> list[Path]:
-    if isinstance(checkpoints, (str, bytes, os.PathLike)):
-        raise TypeError(f'checkpoints must be a list of files, got {checkpoints!r}. Pass two or more.')
-    paths = [checkpoint_of(each, 'each of checkpoints') for each in checkpoints]
+    given = plain.several('checkpoints', checkpoints, 'a list of files', 'Pass two or more.')
+    paths = [checkpoint_of(each, 'each of checkpoints') for each in given]
     if len(paths) < 2:
         raise ArgumentError(f'a merge takes two or more checkpoints, got {len(paths)}. Pass more.', 'checkpoints')
     return paths
-
-
-def _check_count(name: str, given: Sequence[float] | None, paths: Sequence[Path]) -> None:
-    if given is not None and len(given) != len(paths):
-        raise ArgumentError(
-            f'{name} must be one number for each checkpoint, got {len(given)} for {len(paths)} checkpoints.', name
-        )
 
 
 def _check_out(paths: Sequence[Path], out: Path, *, overwrite: bool) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from composer_ema import plain
 from composer_ema.checkpoints.lazy import UNITS
 from composer_ema.checkpoints.opening import path_of
 from composer_ema.checkpoints.reading import CheckpointError
@@ -219,6 +220,7 @@ def reconstruct(
             print(f'{average.predicted_error:.2%}')
             average.load_into(model)
     """
+    anyway = plain.flag('anyway', anyway)
     target = targets.choose(half_life=half_life, power=power, gamma=gamma, equal=equal, schedule=schedule)
     moment = None if at is None else Span.parse(at, name='at')
     opened = run if isinstance(run, OpenRun) else OpenRun(run)

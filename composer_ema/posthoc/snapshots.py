@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import json
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import Unpack
 
+from composer_ema import plain
 from composer_ema.averages import Moment, Power
 from composer_ema.checkpoints.opening import path_of
 from composer_ema.model.inventory import Inventory
@@ -31,6 +32,7 @@ from composer_ema.shadow import loan
 from composer_ema.shadow.shadow_model import ShadowModel
 from composer_ema.shadow.shadow_models import ShadowModels
 from composer_ema.spans import ArgumentError, Span
+from composer_ema.wording import shown
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +111,9 @@ class Snapshots:
         length = None if num_steps is None else Span(check_count('num_steps', num_steps), 'ba')
         self._spacing = spacing_of(interval_of(every), length, check_halvings(halvings))
         self._length = length
-        self._overwrite = overwrite
+        self._overwrite = plain.flag('overwrite', overwrite)
+        if run_name is not None:
+            run_name = plain.text('run_name', run_name, 'Leave it out for the name of the folder.')
         self._profiles = profiles_of(power)
         self._model = model
         #: The averages by label.
@@ -134,10 +138,13 @@ class Snapshots:
                 in samples. Default: they are not counted.
 
         Raises:
-            ArgumentError: the folder holds the snapshots of another run.
+            ArgumentError: the folder holds the snapshots of another run, or ``num_samples`` is below 0.
+            TypeError: ``num_samples`` is no whole number.
             OSError: a file cannot be written; ranks that do not write it raise a RuntimeError with the reason.
             RuntimeError: the model holds an average.
         """
+        if type(num_samples) is not int or not 0 <= num_samples < 2**63:
+            num_samples = check_count('num_samples', num_samples, least=0)
         if not self._has_begun:
             self._begin()
         moment = Moment.of_update(self._num_steps)
@@ -184,18 +191,22 @@ class Snapshots:
         """Goes on with the run that :meth:`state_dict` is of. Files that it wrote later are removed at the next update.
 
         Raises:
+            TypeError: ``state`` is no dictionary.
             ValueError: another version, other averages, or names and shapes that do not fit. Nothing is changed.
         """
-        version = state.get(_VERSION) if isinstance(state, Mapping) else None
+        version = plain.mapping('state', state, 'Nothing was loaded. Pass what state_dict() returned.').get(_VERSION)
         if type(version) is not int or version != VERSION:
             raise ValueError(
-                f'the state has format version {version!r}, this release reads {VERSION}. Nothing was loaded. Pass '
-                'what state_dict() of Snapshots returned.'
+                f'the state has format version {shown(version)}, this release reads {VERSION}. Nothing was loaded. '
+                'Pass what state_dict() of Snapshots returned.'
             )
-        steps, samples = (check_count(name, state.get(name), least=0) for name in (_STEPS, _SAMPLES))
+        try:
+            steps, samples = (check_count(name, state.get(name), least=0) for name in (_STEPS, _SAMPLES))
+        except TypeError as error:
+            raise ValueError(f'the saved state of the snapshots is damaged: {error} Nothing was loaded.') from error
         writer = copy.copy(self._writer)
         writer.load_state_dict(_of_text(state.get(_WRITER)))
-        self.shadows.load_state_dict(state[_SHADOWS])
+        self.shadows.load_state_dict(state.get(_SHADOWS, {}))
         self._writer, self._num_steps, self._num_samples = writer, steps, samples
         self._has_begun = False
 
@@ -242,12 +253,18 @@ def profiles_of(power: Any) -> dict[str, Power]:
     Raises:
         TypeError, ValueError: a width that is none, or one that is given twice.
     """
-    widths: Any = [power] if isinstance(power, Real) else power
-    if isinstance(widths, str) or not isinstance(widths, Sequence) or not widths:
-        raise TypeError(f'power must be a number, or a list of them, got {power!r}. Pass for example [0.05, 0.10].')
+    widths: Any = power if isinstance(power, Sequence) else [power]
+    if isinstance(widths, str | bytes) or not widths:
+        raise TypeError(
+            f'power must be a number, or a list of them, got {shown(power)}. Pass for example [0.05, 0.10].'
+        )
+    if any(width is None for width in widths):
+        raise TypeError(
+            f'power must be a number, or a list of them, got {shown(power)}. Pass for example [0.05, 0.10].'
+        )
     profiles = {str(profile): profile for profile in (Power(width, 'ba') for width in widths)}
     if len(profiles) < len(widths):
-        raise ValueError(f'power must name each width once, got {list(widths)}.')
+        raise ValueError(f'power must name each width once, got {shown(widths)}.')
     return profiles
 
 
@@ -257,8 +274,8 @@ def interval_of(every: Any) -> Span:
     Raises:
         TypeError, ArgumentError: no time, or one in another unit.
     """
-    if isinstance(every, int) and not isinstance(every, bool):
-        every = f'{every}ba'
+    with contextlib.suppress(TypeError):  # a time, or nothing that is one
+        every = Span(plain.whole('every', every), 'ba')
     span = Span.parse(every, name='every', units=('ba', 'sp', 'dur'), positive=True)
     if span.unit == 'dur' and span.value > 1:
         raise ArgumentError(f'every must be at most the whole run, 1dur, got {span}.', 'every')
@@ -267,9 +284,7 @@ def interval_of(every: Any) -> Span:
 
 def check_count(name: str, value: Any, *, least: int = 1) -> int:
     """Returns a whole number of at least ``least``, or raises."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f'{name} must be a whole number of at least {least}, got {value!r}.')
-    return value
+    return plain.whole(name, value, least=least)
 
 
 def check_halvings(halvings: Any) -> int | None:

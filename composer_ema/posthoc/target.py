@@ -13,7 +13,7 @@ from composer_ema.averages import Power
 from composer_ema.posthoc import shares
 from composer_ema.posthoc.shares import Vector
 from composer_ema.spans import UNITS, ArgumentError, Span
-from composer_ema.wording import suggestion
+from composer_ema.wording import shown, suggestion
 
 # Epochs and shares of a run come in fractions.
 _SAME_TIME = 1e-9
@@ -192,7 +192,7 @@ def choose(
     given = {'half_life': half_life, 'power': power, 'gamma': gamma, 'equal': equal, 'schedule': schedule}
     asked = {name: value for name, value in given.items() if value is not None}
     if len(asked) != 1:
-        listing = ' and '.join(f'{name}={value}' for name, value in asked.items()) or 'none'
+        listing = ' and '.join(f'{name}={shown(value)}' for name, value in asked.items()) or 'none'
         raise ArgumentError(
             f'say which average you want with exactly one of {", ".join(given)}, got {listing}. Pass for example '
             "half_life='0.1dur'."
@@ -211,11 +211,11 @@ def choose(
 
 def _schedule(text: str) -> Decayed:
     if not isinstance(text, str):
-        raise TypeError(f"schedule must be a string such as 'cosine', got {text!r} of type {type(text).__name__}.")
+        raise TypeError(f"schedule must be a string such as 'cosine', got {shown(text)} of type {type(text).__name__}.")
     name, has_span, span = text.partition(':')
     if name not in shares.SCHEDULES:
         advice = suggestion(name, shares.SCHEDULES, 'It may be')
-        raise ArgumentError(f'schedule={text!r} is no known decay of the learning rate. {advice}', 'schedule')
+        raise ArgumentError(f'schedule={shown(text)} is no known decay of the learning rate. {advice}', 'schedule')
     return Decayed(name, Span.parse(span if has_span else '1dur', name='schedule', positive=True))
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from typing_extensions import Unpack
 
+from composer_ema import plain
 from composer_ema.averages import check_share, weight_from_smoothing
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import listed
@@ -24,7 +25,8 @@ from composer_ema.shadow import state as states
 from composer_ema.shadow.distance import relative_distance
 from composer_ema.shadow.follower import Follower
 from composer_ema.shadow.lendable import LendableAverage
-from composer_ema.shadow.storage import Storage, check_buffer_patterns
+from composer_ema.shadow.storage import Storage, check_buffer_patterns, check_renamed, check_tensors
+from composer_ema.wording import shown
 
 
 @takes_settings
@@ -86,7 +88,7 @@ class ShadowModel(LendableAverage):
             aside(ShadowModel.__init__, self, model, overlap=overlap, **settings)
             return
         storages = storages_of(model, 'ShadowModel(model)', Settings.of(settings), overlap=overlap)
-        super().__init__(storages[0], Follower(storages, overlap=overlap))
+        super().__init__(storages[0], Follower(storages, overlap=bool(overlap)))
 
     @classmethod
     def from_tensors(
@@ -98,11 +100,18 @@ class ShadowModel(LendableAverage):
             parameters: canonical name to tensor.
             buffers: likewise.
             options: as for the class.
+
+        Raises:
+            TypeError, ValueError: what is given is no mapping of names to dense tensors that hold values, or as for the
+                class.
         """
+        weights, others = check_tensors('parameters', parameters), check_tensors('buffers', buffers)
+        if both := weights.keys() & others.keys():
+            raise ValueError(f'parameters and buffers both have {listed(sorted(both))}. Pass each tensor once.')
         shadow = cls(nn.Module(), **options)
         storage = shadow._storage
-        storage.parameters, storage.buffers = storage.copies_of(parameters), storage.copies_of(buffers)
-        storage.persistent = set(buffers)
+        storage.parameters, storage.buffers = storage.copies_of(weights), storage.copies_of(others)
+        storage.persistent = set(others)
         return shadow
 
     @classmethod
@@ -135,12 +144,12 @@ class ShadowModel(LendableAverage):
 
     @property
     def num_updates(self) -> int:
-        """Updates made so far."""
+        """Updates made so far. Set, it is a whole number of at least 0."""
         return self._storage.num_updates
 
     @num_updates.setter
     def num_updates(self, count: int) -> None:
-        self._storage.num_updates = count
+        self._storage.num_updates = plain.whole('num_updates', count)
 
     @property
     def has_function(self) -> bool:
@@ -186,10 +195,11 @@ class ShadowModel(LendableAverage):
             >>> sorted(name for name, _ in shadow.named_parameters())
             ['bias', 'parametrizations.weight.original0', 'parametrizations.weight.original1']
         """
-        module = unwrap(model)
+        module, renamed = unwrap(model), check_renamed(renamed)
+        joining, leaving = plain.flag('joining', joining), plain.flag('leaving', leaving)
         if leaving or renamed:
             self._refuse_new_names(module)
-            self._follower.change_names(module, renamed or {}, leaving=leaving, joining=joining)
+            self._follower.change_names(module, renamed, leaving=leaving, joining=joining)
         else:
             self._follower.forget_plan()
             self._follower.plan_for(module, joining=joining)
@@ -206,9 +216,10 @@ class ShadowModel(LendableAverage):
 
     def leave_out(self, names: Collection[str]) -> None:
         """Forgets the averages of these names; those that the model still has join anew at the next update."""
+        names = set(plain.names('names', names))
         self._follower.forget_plan()
         for kind in (self._storage.parameters, self._storage.buffers):
-            for name in kind.keys() & set(names):
+            for name in kind.keys() & names:
                 del kind[name]
 
     @untraced
@@ -348,6 +359,7 @@ class ShadowModel(LendableAverage):
         Raises:
             NotImplementedError: ``model`` is sharded by FSDP2, whose modules cannot be copied. Pass a whole one: then a
                 sharded average is gathered, in a collective call.
+            TypeError: an argument that ``AveragedModel`` does not take.
             ValueError: ``model`` lacks a tracked name or has it in another shape.
 
         Warns:
@@ -404,7 +416,12 @@ class ShadowModel(LendableAverage):
 
     @untraced
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None) -> ShadowModel:
-        """Moves the shadow to a device, casts its floating tensors to a dtype, and stays there. Returns itself."""
+        """Moves the shadow to a device, casts its floating tensors to a dtype, and stays there. Returns itself.
+
+        Raises:
+            ValueError: a device that this machine lacks or that holds no values, such as ``'meta'``, or no floating
+                dtype. Nothing is changed.
+        """
         changed = self._storage.settings.moved_to(device, dtype)
         self._follower.forget_plan()
         self._storage.convert(changed)
@@ -431,9 +448,10 @@ class ShadowModel(LendableAverage):
 
         Raises:
             RuntimeError: the average is swapped into a model, whose stash may be older than what is loaded.
+            TypeError: ``state`` is no dictionary.
             ValueError: another version, or names and shapes that do not fit, all listed.
         """
-        loaded = self._checked(state)
+        loaded = self._checked(plain.mapping('state', state, 'Nothing was loaded. Pass what state_dict() returned.'))
         self._warn_of_lost_digits(loaded.parameters)
         self._assign(loaded)
 
@@ -520,17 +538,12 @@ def storages_of(model: nn.Module, call: str, settings: Settings, *, overlap: boo
         RuntimeError: ``model`` holds an average.
         TypeError, ValueError: as for :class:`ShadowModel`.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f'model must be a torch.nn.Module, got {type(model).__name__}. Pass the module itself, as in {call}, not '
-            'its parameters: the average goes by their names, and covers buffers too.'
-        )
-    if not isinstance(overlap, bool):
-        raise TypeError(f'overlap must be True or False, got {overlap!r}.')
+    module = unwrap(model, call)
+    plain.flag('overlap', overlap)
     if settings.shard_over_ranks:
         refuse_other_ranks(model)
-    loan.refuse(unwrap(model))  # the average would start from another one
-    inventory = Inventory.of(unwrap(model))
+    loan.refuse(module)  # the average would start from another one
+    inventory = Inventory.of(module)
     refuse_placeholders(inventory.tensors())
     storages = [Storage(settings) for _ in range(count)]
     storages[0].selection.check([*inventory.parameters, *inventory.buffers])
@@ -567,16 +580,19 @@ def number_for(storage: Storage, smoothing: float | None, weight: float | None) 
     if storage.settings.has_function:
         if smoothing is not None or weight is not None:
             raise TypeError(
-                f'the average follows a function of yours, so there is no share to give, got smoothing={smoothing} '
-                f'and weight={weight}. Call update(model) alone, or build the shadow without the function.'
+                f'the average follows a function of yours, so there is no share to give, got '
+                f'smoothing={shown(smoothing)} and weight={shown(weight)}. Call update(model) alone, or build the '
+                'shadow without the function.'
             )
         return storage.num_updates
     if (smoothing is None) == (weight is None):
-        raise TypeError(f'pass either smoothing or weight, got smoothing={smoothing} and weight={weight}.')
-    number = weight if smoothing is None else weight_from_smoothing(smoothing)
-    assert number is not None
-    check_share('weight', number, 'It is the share of the model in the new average.')
-    return number
+        raise TypeError(
+            f'pass either smoothing or weight, got smoothing={shown(smoothing)} and weight={shown(weight)}.'
+        )
+    if smoothing is not None:
+        return weight_from_smoothing(smoothing)
+    assert weight is not None
+    return check_share('weight', weight, 'It is the share of the model in the new average.')
 
 
 def _apart(loaded: Mapping[str, Tensor], own: set[int], kept: Mapping[str, Tensor]) -> dict[str, Tensor]:

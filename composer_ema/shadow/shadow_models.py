@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from typing_extensions import Unpack
 
+from composer_ema import plain
 from composer_ema.model.names import listed
 from composer_ema.model.untraced import aside, is_traced, untraced
 from composer_ema.model.wrappers import unwrap
@@ -17,7 +18,8 @@ from composer_ema.shadow.follower import Follower
 from composer_ema.shadow.lendable import LendableAverage
 from composer_ema.shadow.shadow_model import ShadowModel, number_for, storages_of
 from composer_ema.shadow.state import Loaded
-from composer_ema.shadow.storage import Storage
+from composer_ema.shadow.storage import Storage, check_renamed
+from composer_ema.wording import shown
 
 #: The version that :meth:`ShadowModels.state_dict` writes and :meth:`ShadowModels.load_state_dict` reads.
 VERSION = 1
@@ -138,11 +140,15 @@ class ShadowModels(Mapping[str, ShadowModel]):
         storages = storages_of(
             model, 'ShadowModels(model, labels)', Settings.of(settings), overlap=overlap, count=len(names)
         )
-        self._set_up(dict(zip(names, storages, strict=True)), Follower(storages, overlap=overlap, labels=names))
+        follower = Follower(storages, overlap=bool(overlap), labels=names)
+        self._set_up(dict(zip(names, storages, strict=True)), follower)
 
     @classmethod
     def of_one(cls, label: str, shadow: ShadowModel) -> ShadowModels:
         """A single average that exists already, under a label. It stays what it is, its own updates included."""
+        (label,) = _check_labels([label])
+        if not isinstance(shadow, ShadowModel):
+            raise TypeError(f'shadow must be a ShadowModel, got {shown(shadow)}.')
         self = cls.__new__(cls)
         self._follower, self._members = shadow._follower, {label: shadow}
         return self
@@ -240,11 +246,12 @@ class ShadowModels(Mapping[str, ShadowModel]):
         Warns:
             UserWarning: no average is left of those that there were.
         """
-        module = unwrap(model)
+        module, renamed = unwrap(model), check_renamed(renamed)
+        joining, leaving = plain.flag('joining', joining), plain.flag('leaving', leaving)
         if leaving or renamed:
             for member in self._members.values():
                 member._refuse_new_names(module)
-            self._follower.change_names(module, renamed or {}, leaving=leaving, joining=joining)
+            self._follower.change_names(module, renamed, leaving=leaving, joining=joining)
         else:
             self._follower.forget_plan()
             self._follower.plan_for(module, joining=joining)
@@ -255,12 +262,17 @@ class ShadowModels(Mapping[str, ShadowModel]):
 
     def leave_out(self, names: Collection[str]) -> None:
         """Forgets the averages of these names; those that the model still has join anew at the next update."""
+        names = plain.names('names', names)
         for member in self._members.values():
             member.leave_out(names)
 
     @untraced
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None) -> ShadowModels:
-        """Moves all averages to a device, casts their floating tensors to a dtype, and stays there. Returns itself."""
+        """Moves all averages to a device, casts their floating tensors to a dtype, and stays there. Returns itself.
+
+        Raises:
+            ValueError: as for :meth:`ShadowModel.to`. Nothing is changed.
+        """
         storages = [member._storage for member in self._members.values()]
         changed = [storage.settings.moved_to(device, dtype) for storage in storages]
         self._follower.forget_plan()
@@ -288,14 +300,15 @@ class ShadowModels(Mapping[str, ShadowModel]):
 
         Raises:
             RuntimeError: an average is swapped into a model.
+            TypeError: ``state`` is no dictionary.
             ValueError: another version, other labels, or names and shapes that do not fit, all listed.
         """
-        version = state.get(_VERSION) if isinstance(state, Mapping) else None
+        version = plain.mapping('state', state, 'Nothing was loaded. Pass what state_dict() returned.').get(_VERSION)
         if type(version) is not int or version != VERSION or not isinstance(state.get(_AVERAGES), Mapping):
             raise ValueError(
-                f'the state has format version {version!r} and is not one of several averages that this release reads, '
-                f'version {VERSION}. Nothing was loaded. Pass what state_dict() of ShadowModels returned; the state of '
-                'one average goes to shadows[label].load_state_dict(state).'
+                f'the state has format version {shown(version)} and is not one of several averages that this release '
+                f'reads, version {VERSION}. Nothing was loaded. Pass what state_dict() of ShadowModels returned; the '
+                'state of one average goes to shadows[label].load_state_dict(state).'
             )
         averages = state[_AVERAGES]
         if averages.keys() != self._members.keys():
@@ -310,9 +323,11 @@ class ShadowModels(Mapping[str, ShadowModel]):
         """What the states of some averages hold, each by its label, if all of them fit. Nothing is changed.
 
         Raises:
-            KeyError: there is no average of a label.
-            RuntimeError, ValueError: as for :meth:`load_state_dict`.
+            TypeError: ``averages`` maps no labels.
+            RuntimeError, ValueError: there is no average of a label, or as for :meth:`load_state_dict`.
         """
+        for label in plain.mapping('averages', averages, 'Pass states by label.'):
+            plain.label('averages', label, self._members)
         loaded = {}
         for label, state in averages.items():
             try:
@@ -328,8 +343,7 @@ class ShadowModels(Mapping[str, ShadowModel]):
         """Loads the states of some averages, each by its label; all of them are checked before the first is assigned.
 
         Raises:
-            KeyError: there is no average of a label.
-            RuntimeError, ValueError: as for :meth:`load_state_dict`.
+            TypeError, RuntimeError, ValueError: as for :meth:`check_averages`.
         """
         loaded = self.check_averages(averages)
         for label, each in loaded.items():
@@ -368,7 +382,7 @@ class ShadowModels(Mapping[str, ShadowModel]):
             return [shares] * len(self._members)
         if shares.keys() != self._members.keys():
             missing = [repr(label) for label in self._members if label not in shares]
-            strange = [repr(label) for label in shares if label not in self._members]
+            strange = [shown(label) for label in shares if label not in self._members]
             problem = ' and '.join([f'{each} is missing' for each in missing] + [f'{each} is none' for each in strange])
             raise ValueError(
                 f'{name} must give a share for each average, {listed([repr(each) for each in self._members])}, but '
@@ -378,12 +392,11 @@ class ShadowModels(Mapping[str, ShadowModel]):
 
 
 def _check_labels(labels: Iterable[str]) -> list[str]:
-    if isinstance(labels, str):
-        raise TypeError(f"labels must be a list of names, got {labels!r}. Pass for example ['short', 'long'].")
-    names = list(labels)
+    names = plain.several('labels', labels, 'a list of names', "Pass for example ['short', 'long'].")
     for name in names:
         if not isinstance(name, str) or not name:
-            raise TypeError(f"labels must hold names, got {name!r}. Pass for example ['short', 'long'].")
+            raise TypeError(f"labels must hold names, got {shown(name)}. Pass for example ['short', 'long'].")
+    names = [str.__str__(name) for name in names]
     if not names or len(set(names)) < len(names):
-        raise ValueError(f'labels must name at least one average, each once, got {names}.')
+        raise ValueError(f'labels must name at least one average, each once, got {shown(names)}.')
     return names

@@ -14,6 +14,7 @@ from composer_ema.model.names import check_same
 from composer_ema.model.sharding import is_of_another_process, is_shard, rank, whole
 from composer_ema.settings import check_seed
 from composer_ema.shadow.storage import Storage
+from composer_ema.wording import shown
 
 #: The version that :func:`of_storage` writes and :func:`check` reads.
 VERSION = 1
@@ -65,6 +66,9 @@ def gather_state_dict(state: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         On rank 0 the state, in which tensors that were whole are the same ones; on other ranks an empty dictionary.
 
+    Raises:
+        TypeError: ``state`` is no dictionary.
+
     Example:
         .. code:: python
 
@@ -74,6 +78,8 @@ def gather_state_dict(state: Mapping[str, Any]) -> dict[str, Any]:
             if torch.distributed.get_rank() == 0:
                 torch.save({'model': model.module.state_dict(), 'optimizer': state}, 'checkpoint.pt')
     """
+    if not isinstance(state, Mapping):
+        raise TypeError(f'state must be a dictionary, got {shown(state)}. Pass what state_dict() returned.')
     is_kept = rank() == 0
     whole_state = gathered(state, is_kept=is_kept)
     return whole_state if is_kept else {}
@@ -134,7 +140,7 @@ def check(state: Mapping[str, Any], storage: Storage) -> Loaded:
     version = state.get(_VERSION) if isinstance(state, Mapping) else None
     if type(version) is not int or version != VERSION:
         raise ValueError(
-            f'the state has format version {version!r}, this release reads {VERSION}. Nothing was loaded.'
+            f'the state has format version {shown(version)}, this release reads {VERSION}. Nothing was loaded.'
             + (' Pass what state_dict() of a ShadowModel returned; this is something else.' if version is None else '')
         )
     for key, kind in ((NUM_UPDATES, int), (PARAMETERS, Mapping), (BUFFERS, Mapping)):
@@ -142,13 +148,14 @@ def check(state: Mapping[str, Any], storage: Storage) -> Loaded:
             raise ValueError(
                 f"the state's {key!r} is a {type(value).__name__}, not a {kind.__name__}. Nothing was loaded."
             )
-    if state[NUM_UPDATES] < 0:
-        raise ValueError(f"the state's num_updates is {state[NUM_UPDATES]}, below zero. Nothing was loaded.")
+    if not 0 <= state[NUM_UPDATES] < 2**63:
+        rule = 'below zero' if state[NUM_UPDATES] < 0 else 'above any count'
+        raise ValueError(f"the state's num_updates is {shown(state[NUM_UPDATES])}, {rule}. Nothing was loaded.")
     seed = state.get(SEED)
     if seed is not None or SEED in state:
         try:
-            check_seed(seed)  # pyright: ignore[reportArgumentType]: None is refused there
-        except ValueError as error:
+            seed = check_seed(seed)  # pyright: ignore[reportArgumentType]: None is refused there
+        except (TypeError, ValueError) as error:
             raise ValueError(f'{error} Nothing was loaded.') from error
     parameters, buffers, stash = dict(state[PARAMETERS]), dict(state[BUFFERS]), state.get(TRAINING_WEIGHTS)
     _check_names(storage, parameters, buffers)
@@ -165,7 +172,7 @@ def check(state: Mapping[str, Any], storage: Storage) -> Loaded:
                 'Nothing was loaded. Save with torch.distributed.checkpoint.save on every rank, or call '
                 'gather_state_dict(state) on every rank and save what rank 0 gets.'
             )
-    return Loaded(state[NUM_UPDATES], seed, parameters, buffers, terms, None if stash is None else dict(stash))
+    return Loaded(int(state[NUM_UPDATES]), seed, parameters, buffers, terms, None if stash is None else dict(stash))
 
 
 def _check_names(storage: Storage, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:

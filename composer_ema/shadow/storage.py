@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from composer_ema.kernels.layout import Pair
 from composer_ema.kernels.rules import is_inexact
@@ -19,7 +21,7 @@ from composer_ema.settings import Settings, check_device_is_here
 from composer_ema.shadow.compensation import Compensations
 from composer_ema.shadow.parts import assembled
 from composer_ema.spans import ArgumentError
-from composer_ema.wording import counted
+from composer_ema.wording import counted, shown
 
 
 class Storage:
@@ -130,8 +132,6 @@ class Storage:
             ValueError: an old name that is not tracked, a new one that the model does not have, has in another shape
                 or that is tracked already. Nothing is changed.
         """
-        if not isinstance(renamed, Mapping):
-            raise TypeError(f'renamed must map old names to new ones, got {renamed!r}. Pass for example {{old: new}}.')
         tensors, tracked = inventory.tensors(), {*self.parameters, *self.buffers}
         for old, new in renamed.items():
             shadow, source = self.tensor(old), tensors.get(new)
@@ -312,6 +312,33 @@ class Storage:
         if not source.is_floating_point():
             return source.dtype
         return self.settings.dtype or (torch.float32 if source.element_size() < 4 else source.dtype)
+
+
+def check_renamed(renamed: Any) -> Mapping[str, str]:
+    """The argument ``renamed`` as a mapping, empty where it is None; raises a TypeError where it maps no names."""
+    if renamed is None:
+        return {}
+    if not isinstance(renamed, Mapping) or not all(isinstance(each, str) for pair in renamed.items() for each in pair):
+        raise TypeError(f'renamed must map old names to new ones, got {shown(renamed)}. Pass for example {{old: new}}.')
+    return {str.__str__(old): str.__str__(new) for old, new in renamed.items()}
+
+
+def check_tensors(argument: str, tensors: Any) -> dict[str, Tensor]:
+    """An argument that maps names to tensors of which an average can be made, as a dictionary of its own.
+
+    Raises:
+        TypeError: it is none.
+        ValueError: a tensor has no values, or is not dense.
+    """
+    if not isinstance(tensors, Mapping):
+        raise TypeError(f'{argument} must map names to tensors, got {shown(tensors)}. Pass a state dict.')
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise TypeError(f'{argument} must map names to tensors, got {shown(tensor)} for {shown(name)}.')
+        if is_lazy(tensor) or tensor.is_meta or tensor.layout is not torch.strided or tensor.is_nested:
+            kind = 'has no values yet' if is_lazy(tensor) or tensor.is_meta else 'is not dense'
+            raise ValueError(f'{argument}: the tensor {shown(name)} {kind}. Pass dense tensors that hold values.')
+    return {str.__str__(name): tensor for name, tensor in tensors.items()}
 
 
 def check_buffer_patterns(patterns: Iterable[tuple[re.Pattern[str], str]], buffers: Mapping[str, Tensor]) -> None:

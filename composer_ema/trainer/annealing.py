@@ -9,11 +9,13 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.optim import Optimizer
 
+from composer_ema import plain
 from composer_ema.spans import ArgumentError, Span
-from composer_ema.wording import counted
+from composer_ema.wording import counted, shown
 
 Strategy = Literal['linear', 'cos']
 
+_RATES = 'a number of at least 0, or one for each parameter group'
 _STRATEGIES: dict[str, Strategy] = {'linear': 'linear', 'lin': 'linear', 'cos': 'cos', 'cosine': 'cos'}
 
 
@@ -49,7 +51,7 @@ class Annealing:
     """
 
     def __init__(self, swa_lr: float | Sequence[float], strategy: str, length: Span) -> None:
-        self._final = _check_rates(swa_lr)
+        self._final = check_rates(swa_lr)
         self._strategy = check_strategy(strategy)
         self.length = length
         self.since: dict[str, float] | None = None
@@ -101,7 +103,7 @@ def check_strategy(strategy: str) -> Strategy:
     """Returns ``'linear'`` or ``'cos'``, which may be spelled ``'lin'`` and ``'cosine'``, or raises a ValueError."""
     known = _STRATEGIES.get(strategy.lower()) if isinstance(strategy, str) else None
     if known is None:
-        raise ValueError(f"anneal_strategy must be 'linear' or 'cos', got {strategy!r}.")
+        raise ValueError(f"anneal_strategy must be 'linear' or 'cos', got {shown(strategy)}.")
     return known
 
 
@@ -115,12 +117,13 @@ def check_state(state: Any) -> Mapping[str, Any] | None:
     return state
 
 
-def _check_rates(swa_lr: float | Sequence[float]) -> float | list[float]:
-    if isinstance(swa_lr, (list, tuple)) and swa_lr and all(map(_is_rate, swa_lr)):
-        return [float(rate) for rate in swa_lr]
-    if isinstance(swa_lr, (int, float)) and _is_rate(swa_lr):
-        return float(swa_lr)
-    raise ValueError(f'swa_lr must be a number of at least 0, or one for each parameter group, got {swa_lr!r}.')
+def check_rates(swa_lr: float | Sequence[float]) -> float | list[float]:
+    """Returns ``swa_lr`` as a float, or a list of them, or raises a TypeError or ValueError."""
+    is_list = isinstance(swa_lr, (list, tuple))
+    rates = [plain.number('swa_lr', rate, kind=_RATES) for rate in (swa_lr if is_list else [swa_lr])]
+    if not rates or not all(map(_is_rate, rates)):
+        raise ArgumentError(f'swa_lr must be {_RATES}, got {shown(swa_lr)}.', 'swa_lr')
+    return [float(rate) for rate in rates] if is_list else float(rates[0])
 
 
 def _is_rate(rate: Any) -> bool:

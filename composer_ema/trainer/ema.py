@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from numbers import Real
 from typing import Any, Literal
 
 from composer.core import State, Time
 from torch import nn
 from typing_extensions import Unpack
 
+from composer_ema import plain
 from composer_ema.averages import UPDATES, Exponential, Moment, WarmedUp
+from composer_ema.labelled import is_given
 from composer_ema.model.wrappers import canonical_name
 from composer_ema.profiles import Kind
 from composer_ema.settings import TrainerSettings, takes_settings
@@ -21,7 +22,7 @@ from composer_ema.trainer import labelled, limits
 from composer_ema.trainer.labelled import Asked
 from composer_ema.trainer.snapshots import AskedSnapshots, RunSnapshots
 from composer_ema.trainer.weight_average import WeightAverage
-from composer_ema.wording import suggestion
+from composer_ema.wording import shown
 
 
 class _Default(str):
@@ -134,7 +135,7 @@ class EMA(WeightAverage):
     ) -> None:
         has_function = settings.get('avg_fn') is not None or settings.get('multi_avg_fn') is not None
         others = {'smoothing': smoothing, 'power': power, 'gamma': gamma, 'average': average}
-        is_replaced = has_function or any(value not in (None, 'exponential') for value in others.values())
+        is_replaced = has_function or any(is_given(value, 'exponential') for value in others.values())
         if half_life is _DEFAULT_HALF_LIFE and is_replaced:
             half_life = None
         arguments = {'half_life': half_life, **others, 'warmup': warmup, 'bias_correction': bias_correction}
@@ -209,6 +210,13 @@ class EMA(WeightAverage):
                 'single one. Load into one of them: ema.ema_model[label].load_state_dict(state).'
             )
         if average is not None and not isinstance(average, ShadowModel):
+            if isinstance(average, type) or not all(
+                hasattr(average, f'named_{kind}') for kind in ('parameters', 'buffers')
+            ):
+                raise TypeError(
+                    f'ema_model must be a ShadowModel, or have named parameters and buffers, got {shown(average)}. '
+                    'Pass a module, or ShadowModel.from_tensors(parameters, buffers).'
+                )
             average = ShadowModel.from_tensors(
                 {canonical_name(name): tensor for name, tensor in average.named_parameters()},
                 {canonical_name(name): tensor for name, tensor in average.named_buffers()},
@@ -265,10 +273,8 @@ class EMA(WeightAverage):
             RuntimeError: there is no average yet.
             ValueError: there is none of that label, or ``model`` does not fit. Nothing is written then.
         """
-        if average is not None and average not in self.labels:
-            remedy = suggestion(average, self.labels, 'The averages are')
-            raise ValueError(f'there is no average called {average!r}. {remedy}')
-        return self._averages.put(average or self.labels[0], model)
+        label = self.labels[0] if average is None else plain.label('average', average, self.labels)
+        return self._averages.put(label, model)
 
 
 def _interval(update_interval: str | Time | None, asked: Asked) -> Span:
@@ -288,7 +294,5 @@ def _half_life_of(asked: Asked) -> str | dict[str, str] | None:
 def _plain(value: Any) -> Any:
     """An argument as a state keeps it: a string, a number, None, or a dictionary of them by label."""
     if isinstance(value, Mapping):
-        return {label: _plain(each) for label, each in value.items()}
-    if value is None or isinstance(value, bool | str):
-        return str(value) if isinstance(value, str) else value
-    return float(value) if isinstance(value, Real) else str(value)
+        return {str.__str__(label): _plain(each) for label, each in value.items()}
+    return str(value) if plain.is_time(value) else plain.scalar(value)

@@ -7,7 +7,9 @@ from typing import Any
 
 from composer.core import Event, State
 
+from composer_ema import plain
 from composer_ema.spans import ArgumentError
+from composer_ema.wording import shown
 
 #: What an evaluator asks for that wants the training weights.
 TRAINING = 'training'
@@ -124,20 +126,18 @@ def _check_evaluate_with(evaluate_with: Mapping[str, str] | None, labels: Sequen
         return {}
     if not isinstance(evaluate_with, Mapping):
         raise TypeError(
-            f"evaluate_with must map labels to weights, such as {{'eval': {labels[0]!r}}}, got {evaluate_with!r}."
+            f"evaluate_with must map labels to weights, such as {{'eval': {labels[0]!r}}}, got {shown(evaluate_with)}."
         )
+    checked = {}
     for label, weights in evaluate_with.items():
         if not isinstance(label, str):
             raise TypeError(
-                f'evaluate_with maps labels, which are strings, got {label!r}. Pass the label of an evaluator.'
+                f'evaluate_with maps labels, which are strings, got {shown(label)}. Pass the label of an evaluator.'
             )
-        check_weights(f'evaluate_with[{label!r}]', weights, labels)
-    return dict(evaluate_with)
+        checked[str.__str__(label)] = check_weights(f'evaluate_with[{shown(label)}]', weights, labels)
+    return checked
 
 
-def check_weights(name: str, weights: Any, labels: Sequence[str]) -> None:
-    """Raises a ValueError unless ``weights``, the argument ``name``, is one of ``labels`` or ``'training'``."""
-    legal = [*labels, TRAINING]
-    if weights not in legal:
-        listed = ', '.join(map(repr, labels))
-        raise ArgumentError(f"{name} must be {listed} or 'training', got {weights!r}.", name)
+def check_weights(name: str, weights: Any, labels: Sequence[str]) -> str:
+    """Returns ``weights``, the argument ``name``, or raises: it is one of ``labels`` or ``'training'``."""
+    return plain.choice(name, weights, [*labels, TRAINING])

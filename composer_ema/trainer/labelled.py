@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from composer_ema.labelled import CHANGES, by_label, chosen, shown
+from composer_ema import plain
+from composer_ema.labelled import CHANGES, by_label, chosen, is_given, shown
 from composer_ema.spans import ArgumentError, Span
 from composer_ema.trainer.average import Kept
 from composer_ema.trainer.clock import TimeArgument
@@ -51,7 +52,7 @@ def read(name: str, arguments: Mapping[str, Any], *, has_function: bool) -> Aske
     Raises:
         TypeError, ValueError: an argument out of range, two that contradict each other, or a label that cannot be one.
     """
-    given = {key: value for key, value in arguments.items() if value is not None and value != _NOT_GIVEN.get(key)}
+    given = {key: value for key, value in arguments.items() if is_given(value, _NOT_GIVEN.get(key))}
     if has_function:
         _refuse_beside_function(given)
         return Asked({name: (None, None)}, {}, False)
@@ -66,7 +67,11 @@ def labels_in(name: str, arguments: Mapping[str, Any]) -> tuple[str, ...]:
     """The labels that the arguments ask for, in the order of the averages; ``name`` where they give none.
 
     Whether they may be labels, and the values, are checked by :func:`read`.
+
+    Raises:
+        TypeError: ``arguments`` maps no names.
     """
+    arguments = plain.mapping('arguments', arguments, 'Pass those of EMA by name.')
     labelled = [arguments[maker] for maker in MAKERS if isinstance(arguments.get(maker), Mapping)]
     return tuple(dict.fromkeys(label for values in labelled for label in values)) or (name,)
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 from composer.core import DataSpec, Event, State, Time, get_precision_context
 
+from composer_ema import plain
 from composer_ema.batchnorm import statistics_of, unfrozen_statistics_of, update_bn
 from composer_ema.model.names import listed
 from composer_ema.model.wrappers import unwrap
@@ -16,6 +18,7 @@ from composer_ema.shadow.shadow_model import ShadowModel
 from composer_ema.spans import ArgumentError, Span
 from composer_ema.trainer import calls
 from composer_ema.trainer.limits import warn
+from composer_ema.wording import shown
 
 log = logging.getLogger(__name__)
 
@@ -157,14 +160,16 @@ def check_state(state: Mapping[str, Any]) -> list[int] | None:
 
 
 def _parse(setting: bool | int | str | Time) -> bool | int | Span:
-    if isinstance(setting, bool):
-        return setting
-    if isinstance(setting, int):
-        if setting < 1:
+    number = setting if plain.is_time(setting) else plain.scalar(setting)
+    if isinstance(number, bool):
+        return number
+    if isinstance(number, int):
+        if not 1 <= number < sys.maxsize:
             raise ArgumentError(
-                f'refresh_batchnorm must be at least 1 batch, got {setting}. Pass False for none.', 'refresh_batchnorm'
+                f'refresh_batchnorm must be at least 1 batch, got {shown(number)}. Pass False for none.',
+                'refresh_batchnorm',
             )
-        return setting
+        return number
     span = Span.parse(setting, name='refresh_batchnorm', units=('ba', 'ep'), positive=True)
     if span.unit == 'ba':
         return int(span.value)

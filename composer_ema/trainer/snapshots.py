@@ -13,6 +13,7 @@ from composer.core import State, Time
 from composer.utils import dist
 from composer.utils.file_helpers import format_name_with_dist
 
+from composer_ema import plain
 from composer_ema.averages import Moment, Power
 from composer_ema.posthoc.snapshot_files import SNAPSHOT_FOLDER
 from composer_ema.posthoc.snapshot_folder import Folder, NoFolder, SnapshotFolder
@@ -31,7 +32,7 @@ from composer_ema.posthoc.writer import SnapshotWriter, Spacing, spacing_of
 from composer_ema.spans import UNITS, ArgumentError, Span
 from composer_ema.trainer.average import Averages, Kept
 from composer_ema.trainer.clock import Look
-from composer_ema.wording import suggestion
+from composer_ema.wording import shown, suggestion
 
 log = logging.getLogger(__name__)
 
@@ -79,18 +80,22 @@ class AskedSnapshots:
         given = dict(snapshots) if isinstance(snapshots, Mapping) else {'every': snapshots}
         for key in given:
             if key not in _KEYS:
-                raise ArgumentError(f'snapshots takes no {key!r}. {suggestion(key, _KEYS, "It takes")}', 'snapshots')
+                remedy = suggestion(shown(key), _KEYS, 'It takes')
+                raise ArgumentError(f'snapshots takes no {shown(key)}. {remedy}', 'snapshots')
         if given.get('every') is None:
             raise ArgumentError("snapshots needs every, the time between two files: every='0.05dur'.", 'snapshots')
         every = Span.parse(given['every'], name='snapshots', positive=True)
         if every.unit == 'dur' and every.value > 1:
             raise ArgumentError(f'snapshots must come within the run, 1dur, got every {every}.', 'snapshots')
         folder = given.get('folder')
-        if folder is not None and not isinstance(folder, str):
-            raise TypeError(f'the folder of snapshots must be a string, got {folder!r}.')
+        if folder is not None:
+            folder = plain.text('the folder of snapshots', folder)
+        widths = DEFAULT_POWER if given.get('power') is None else given['power']
         try:
-            power = tuple(profile.sigma_rel for profile in profiles_of(given.get('power') or DEFAULT_POWER).values())
+            power = tuple(profile.sigma_rel for profile in profiles_of(widths).values())
             halvings = check_halvings(given.get('halvings'))
+        except TypeError as error:
+            raise TypeError(f'snapshots: {error}') from error
         except ValueError as error:
             raise ArgumentError(f'snapshots: {error}', 'snapshots') from error
         return cls(every, power, halvings, folder)

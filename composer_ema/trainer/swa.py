@@ -13,16 +13,18 @@ from composer.loggers import Logger
 from torch import nn
 from typing_extensions import Unpack
 
+from composer_ema import labelled, plain
 from composer_ema.averages import Equal
 from composer_ema.settings import TrainerSettings, takes_settings
 from composer_ema.shadow.shadow_model import ShadowModel
 from composer_ema.spans import Span
 from composer_ema.trainer import annealing, limits, refresh
-from composer_ema.trainer.annealing import Annealing, check_strategy
+from composer_ema.trainer.annealing import Annealing, check_rates, check_strategy
 from composer_ema.trainer.clock import Look, TimeArgument, check_clock, read_clock
 from composer_ema.trainer.limits import Limit
 from composer_ema.trainer.refresh import Refresh
 from composer_ema.trainer.weight_average import WeightAverage
+from composer_ema.wording import shown
 
 # Schedulers step before the end of a batch or of an epoch. What comes last before the next step decides.
 _SETS_LEARNING_RATES = frozenset({Event.BATCH_START, Event.BATCH_END, Event.EPOCH_END})
@@ -111,6 +113,8 @@ class SWA(WeightAverage):
         **settings: Unpack[TrainerSettings],
     ) -> None:
         interval = Span.parse(update_interval, name='update_interval', positive=True)
+        if schedule_swa_lr is not None:
+            schedule_swa_lr = plain.flag('schedule_swa_lr', schedule_swa_lr)
         _refuse_composers(swa_end, schedule_swa_lr, anneal_steps, swa_lr, interval)
         length = Span.parse(anneal_length, name='anneal_length', units=('ba', 'ep', 'sp', 'tok', 'dur'))
         self._anneal_length = TimeArgument('anneal_length', length)
@@ -121,7 +125,7 @@ class SWA(WeightAverage):
             {self.name: (None if has_function else Equal(), None)},
             {
                 'anneal_strategy': check_strategy(anneal_strategy),
-                'swa_lr': list(swa_lr) if isinstance(swa_lr, (list, tuple)) else swa_lr,
+                'swa_lr': None if swa_lr is None else check_rates(swa_lr),
                 'anneal_length': str(length),
                 'refresh_batchnorm': self._refresh.argument,
             },
@@ -244,9 +248,9 @@ def _refuse_composers(
     """Raises where an argument of Composer's SWA means something that this one does not do, and says what to write."""
     if swa_end is not None:
         raise ValueError(
-            f"swa_end='{swa_end}' is where Composer's SWA replaces the training weights by the average; this one never "
-            'does, and evaluates with the average from swa_start on. Leave swa_end out; load_average(checkpoint) and '
-            'get_swa_model(model) give the averaged weights.'
+            f"swa_end={labelled.shown(swa_end)} is where Composer's SWA replaces the training weights by the average; "
+            'this one never does, and evaluates with the average from swa_start on. Leave swa_end out; '
+            'load_average(checkpoint) and get_swa_model(model) give the averaged weights.'
         )
     if schedule_swa_lr and swa_lr is None:
         raise ValueError(
@@ -255,13 +259,14 @@ def _refuse_composers(
         )
     if schedule_swa_lr is False and swa_lr is not None:
         raise ValueError(
-            f'swa_lr={swa_lr} anneals the learning rate and schedule_swa_lr=False does not. '
+            f'swa_lr={shown(swa_lr)} anneals the learning rate and schedule_swa_lr=False does not. '
             'Leave schedule_swa_lr out to anneal, or swa_lr to leave the learning rate alone.'
         )
     if anneal_steps is not None:
-        length = f'{anneal_steps * interval.value:g}{interval.unit}' if isinstance(anneal_steps, int) else '10ep'
+        is_count = isinstance(anneal_steps, int) and 0 <= anneal_steps < 10**9
+        length = f'{anneal_steps * interval.value:g}{interval.unit}' if is_count else '10ep'
         raise ValueError(
-            f'anneal_steps={anneal_steps} counts updates; here the way to swa_lr has a length of its own. Write '
+            f'anneal_steps={shown(anneal_steps)} counts updates; here the way to swa_lr has a length of its own. Write '
             f"anneal_length='{length}' in its place, or leave it out where there is no swa_lr."
         )
 

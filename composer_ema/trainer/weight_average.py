@@ -18,6 +18,7 @@ from composer.core import Algorithm, Event, State, Time
 from composer.loggers import Logger
 from torch import Tensor, nn
 
+from composer_ema import plain
 from composer_ema.averages import BiasCorrected, Exponential
 from composer_ema.checkpoints import formats, labels, sharded_format
 from composer_ema.model.inventory import Inventory
@@ -114,8 +115,7 @@ class WeightAverage(Algorithm):
             self._log_interval = Interval('log_interval', Span.parse(log_interval, name='log_interval', positive=True))
         self._settings = Settings.of(settings)
         self._evaluation = Evaluation(list(kept), evaluate_with)
-        check_weights('export_weights', export_weights, list(kept))
-        self.export_weights = export_weights
+        self.export_weights = export_weights = check_weights('export_weights', export_weights, list(kept))
         self._kept = dict(kept)
         #: What writes snapshots of the run; None for nothing.
         self.snapshots = snapshots
@@ -163,8 +163,12 @@ class WeightAverage(Algorithm):
         return self._averages.labels
 
     def shadow(self, label: str) -> ShadowModel | None:
-        """The average of that label; None before the Trainer is built."""
-        return self._averages.shadow(label)
+        """The average of that label; None before the Trainer is built.
+
+        Raises:
+            ValueError: there is none of that label.
+        """
+        return self._averages.shadow(plain.label('label', label, self.labels))
 
     @property
     def evaluate_with(self) -> dict[str, str]:
