@@ -22,6 +22,7 @@ from composer_ema.recipe.build import build
 from composer_ema.recipe.loaded import check_loaded
 from composer_ema.recipe.resuming import Found
 from composer_ema.recipe.run import train
+from composer_ema.trainer.safe_loading import reading_safely
 
 RECIPE = Path(__file__).parent.parent / 'yamls' / 'mnist1d.yaml'
 LATEST = 'latest-rank0.pt'
@@ -377,3 +378,11 @@ def test_damaged_checkpoints_are_refused_by_name_or_load_what_was_saved(ground, 
     monkeypatch.setattr('tempfile.tempdir', str(tmp_path))
     wrong: list[str] = []
     assert attack(ground, seed=11, rounds=50, show=wrong.append) == 0, wrong
+
+
+@pytest.mark.usefixtures('alone')
+def test_processes_send_each_other_tensors_while_a_checkpoint_is_read():
+    gathered: list[Any] = [None]
+    with reading_safely():
+        torch.distributed.all_gather_object(gathered, {'weight': torch.ones(3)})
+    assert gathered[0]['weight'].equal(torch.ones(3))

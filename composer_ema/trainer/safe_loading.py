@@ -84,6 +84,7 @@ def reading_safely() -> Iterator[None]:
     with contextlib.ExitStack() as replaced:
         for owner, name, value in (
             (torch, 'load', _load),
+            (torch.storage, '_load_from_bytes', _storage_of_this_run),
             (FileSystemReader, 'read_metadata', _read_metadata),
             (composer.core.state, 'eval', _algorithm),
             # Keeps what is unpacked inside of its folder; Python's default from 3.14 on.
@@ -110,6 +111,15 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
             delattr(owner, name)
         else:
             setattr(owner, name, before)
+
+
+_torchs_load = torch.load
+
+
+@functools.wraps(torch.storage._load_from_bytes)  # pickle finds it by this name
+def _storage_of_this_run(data: bytes) -> Any:
+    """A storage that a process of this run sent to another one, which torch passes to ``torch.load`` as well."""
+    return _torchs_load(io.BytesIO(data), weights_only=False)
 
 
 def _load(file: Any, *_: Any, **__: Any) -> Any:
