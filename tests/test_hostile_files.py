@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import codecs
 import functools
+import json
 import os
 import socket
 import struct
 import zipfile
 from pathlib import Path
 from random import Random
+from typing import ClassVar
 
 import pytest
 import torch
@@ -20,6 +23,10 @@ from torch import nn
 from composer_ema import CheckpointError, export, load_average, merge, read_checkpoint
 from composer_ema.checkpoints.inspection import describe
 from composer_ema.checkpoints.lazy import open_weights
+from composer_ema.pictures.curves import RunCurves, read_run
+from composer_ema.pictures.errors import PlotError
+from composer_ema.pictures.runs import draw_runs
+from composer_ema.pictures.writing import write
 from composer_ema.posthoc.reconstruct import Reconstruction
 
 
@@ -233,9 +240,9 @@ class TestInputsAreNeverReplaced:
             lambda: average.save(out),
         ]
         # A reconstruction knows no checkpoint; of a second name of one, it would replace the name alone.
-        for write in writers[: 2 if out.name == 'hard.pt' else 3]:
+        for writer in writers[: 2 if out.name == 'hard.pt' else 3]:
             with pytest.raises(CheckpointError, match='Write to another file'):
-                write()
+                writer()
         (tmp_path / 'other.pt').unlink()
         assert call('export', source, out)[0] == 2
         assert {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()} == before
@@ -253,3 +260,70 @@ class TestInputsAreNeverReplaced:
         for out in (tmp_path / 'a.pt', tmp_path / 'a.safetensors'):
             export(sound['script'], out)
             export(sound['composer'], out)
+
+
+class TestMetricsFiles:
+    LINE: ClassVar[dict] = {
+        'epoch': 1.0, 'batch': 1, 'sample': 8, 'loss/train/total': 1.0, 'lr/group0': 0.1, 'momentum/group0': 0.9,
+        'metrics/eval_ema/Accuracy': 0.5, 'metrics/eval_ema/CrossEntropy': 1.5, 'ema/relative_distance': 0.1,
+    }  # fmt: skip
+
+    def read(self, folder: Path, content: bytes) -> RunCurves:
+        (folder / 'metrics.jsonl').write_bytes(content)
+        return read_run(folder)
+
+    def drawn(self, folder: Path, content: bytes) -> list[Path]:
+        return write(draw_runs([self.read(folder, content)]), folder / 'out.svg')
+
+    @pytest.mark.parametrize('value', ['1' * 400, '-1e308', '"text"'], ids=['digits', 'huge', 'text'])
+    def test_absurd_values_are_drawn_as_gaps_or_left_out(self, tmp_path, value):
+        odd = {'lr/group': 0, 'lr/groupx': 1, 'lr/group-1': 1}
+        lines = [json.dumps({**self.LINE, **odd, 'batch': batch}) for batch in (1, 2, 3)]
+        for key in ('loss/train/total', 'lr/group0', 'metrics/eval_ema/CrossEntropy', 'ema/relative_distance'):
+            lines[1] = f'{lines[1][:-1]}, {json.dumps(key)}: {value}}}'
+        assert self.drawn(tmp_path, '\n'.join(lines).encode())
+
+    @pytest.mark.parametrize('value', ['-1', 'NaN', 'Infinity', '1' * 400, '"1"', 'null', '[]', '1e300'])
+    @pytest.mark.parametrize('key', ['epoch', 'batch', 'sample'])
+    def test_a_place_that_is_none_is_named_by_its_line(self, tmp_path, key, value):
+        line = json.dumps(self.LINE)
+        broken = f'{line[:-1]}, {json.dumps(key)}: {value}}}'
+        with pytest.raises(PlotError, match='line 2 is no line of metrics: it does not give epoch'):
+            self.read(tmp_path, f'{line}\n{broken}\n{line}\n'.encode())
+
+    @pytest.mark.parametrize(
+        ('middle', 'reason'),
+        [
+            (b'{"a\xff": 1}', "'utf-8' codec"),
+            (b'[' * 100_000, 'nested too deeply'),
+            (b'\0' * 100, 'Expecting value'),
+            (b'{"epoch": 1', 'Expecting'),
+            (b'a' * (2**24 + 5), 'Expecting value'),
+        ],
+        ids=['bytes', 'deep', 'zeros', 'cut', 'endless'],
+    )
+    def test_a_broken_line_is_named_and_of_the_last_one_no_word_is_said(self, tmp_path, middle, reason):
+        line = json.dumps(self.LINE).encode()
+        with pytest.raises(PlotError, match=f'line 2 is no line of metrics: .*{reason}') as caught:
+            self.read(tmp_path, line + b'\n' + middle + b'\n' + line + b'\n')
+        assert len(str(caught.value)) < 500
+        if len(middle) < 2**24:
+            assert len(self.read(tmp_path, line + b'\n' + middle).loss) == 1
+
+    def test_a_byte_order_mark_and_line_separators_in_names_are_read(self, tmp_path):
+        line = json.dumps({**self.LINE, 'a\u2028b': 1}, ensure_ascii=False).encode()
+        assert len(self.read(tmp_path, codecs.BOM_UTF8 + line + b'\r\n' + line + b'\r\n').loss) == 2
+
+    def test_of_thousands_of_parameter_groups_the_first_are_drawn_and_a_remark_says_so(self, tmp_path):
+        line = {**self.LINE, **{f'lr/group{group}': group for group in range(3000)}}
+        [svg] = self.drawn(tmp_path, json.dumps(line).encode() + b'\n')
+        assert 'the first 24 of 3,000' in svg.read_text()
+
+    def test_a_recipe_that_is_a_pipe_or_grows_without_end_is_passed_over(self, tmp_path):
+        line = json.dumps(self.LINE).encode() + b'\n'
+        os.mkfifo(tmp_path / 'recipe.yaml')
+        assert self.read(tmp_path, line)
+        (tmp_path / 'recipe.yaml').unlink()
+        levels = '\n'.join(f'a{i}: &a{i} [{", ".join([f"*a{i - 1}"] * 9)}]' for i in range(1, 30))
+        (tmp_path / 'recipe.yaml').write_text(f'a0: &a0 [x]\n{levels}\n')
+        assert self.read(tmp_path, line)

@@ -219,6 +219,8 @@ def _finish_axes(axes: Axes, *, end: float, whole: bool) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlim(0, end * 1.03 or 1)
+    if max(map(abs, axes.get_ylim())) > _LARGEST:
+        axes.set_ylim(*np.clip(axes.get_ylim(), -_LARGEST, _LARGEST))
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=whole or end >= 3, steps=_TICK_STEPS))
     if axes.get_yscale() == 'linear' and len(axes.get_yticks()):
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=_TICK_STEPS))

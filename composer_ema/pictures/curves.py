@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import json
+import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,10 @@ from composer_ema.pictures.weights import in_order
 from composer_ema.recipe.outputs import METRICS_FILE, RECIPE_FILE, Curve, curve, curves_by_group, is_number, momenta
 from composer_ema.wording import suggestion
 
+# Longer than any line of a run, and than any recipe; such a line is none.
+_LONGEST_LINE, _LONGEST_RECIPE, _LONGEST_REASON = 2**24, 2**20, 200
+# More digits than a float has powers of ten, and more batches or samples than anything trains on.
+_MOST_DIGITS, _NO_PLACE = 300, 2.0**63
 #: The name of a run's picture in its folder, without the ending.
 CURVES = 'curves'
 
@@ -127,22 +133,46 @@ def read_lines(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
         raise PlotError(f'{folder} is no run folder: there is no such folder. {_folders_beside(folder)}'.rstrip())
     if not path.is_file():
         raise PlotError(f'{folder} is no run folder: it has no {METRICS_FILE}. {_what_lies_below(folder)}'.rstrip())
+    lines: list[dict[str, Any]] = []
+    broken: PlotError | None = None
     try:
-        texts = path.read_text(encoding='utf-8').splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise PlotError(f'{path} cannot be read: {error}') from error
-    lines = []
-    for number, text in enumerate(texts, start=1):
-        try:
-            line = json.loads(text)
-            if not isinstance(line, dict) or not all(is_number(line.get(key)) for key in ('epoch', 'batch', 'sample')):
-                raise ValueError('it does not give epoch, batch and sample')
-        except ValueError as error:
-            if number == len(texts):
-                break
-            raise PlotError(f'{path}: line {number} is no line of metrics: {error}.') from error
-        lines.append(line)
+        for number, text in enumerate(_texts(path), start=1):
+            if broken is not None:
+                raise broken
+            try:
+                lines.append(_line(text))
+            except (ValueError, RecursionError) as error:
+                broken = PlotError(f'{path}: line {number} is no line of metrics: {_in_short(error)}.')
+    except OSError as error:
+        raise PlotError(f'{path} cannot be read: {error.strerror or error}.') from error
     return lines
+
+
+def _texts(path: Path) -> Iterator[bytes]:
+    """The lines of a file, one at a time, and of one that never ends as much as is no line of metrics any more."""
+    with path.open('rb') as file:
+        file.seek(len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0)
+        while text := file.readline(_LONGEST_LINE):
+            yield text
+
+
+def _line(text: bytes) -> dict[str, Any]:
+    line = json.loads(text.decode('utf-8'), parse_int=_whole)
+    places = [line.get(key) for key in ('epoch', 'batch', 'sample')] if isinstance(line, dict) else []
+    if not places or not all(is_number(place) and 0 <= place < _NO_PLACE for place in places):
+        raise ValueError('it does not give epoch, batch and sample')
+    return line
+
+
+def _whole(digits: str) -> int | float:
+    """A whole number; infinity for one that no float comes near."""
+    return int(digits) if len(digits) < _MOST_DIGITS else float(digits)
+
+
+def _in_short(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return 'it is nested too deeply'
+    return str(error)[:_LONGEST_REASON]
 
 
 def evaluations(lines: Iterable[Mapping[str, Any]]) -> dict[str, list[Point]]:
@@ -188,15 +218,18 @@ def _distances(lines: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
 
 
 def _target_accuracy(folder: Path) -> float | None:
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
+    import yaml
 
+    path = folder / RECIPE_FILE
+    if not path.is_file():
+        return None
     try:
-        target = OmegaConf.select(OmegaConf.load(folder / RECIPE_FILE), 'report.target_accuracy')
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException):
+        # As plain YAML, whose aliases stay what they are: the recipe of a run has every value filled in.
+        with path.open(encoding='utf-8') as file:
+            target = yaml.safe_load(file.read(_LONGEST_RECIPE))['report']['target_accuracy']
+    except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError, RecursionError):
         return None  # the curves do not need it
-    return target if is_number(target) else None
+    return target if is_number(target) and math.isfinite(target) else None
 
 
 def _first(metrics: Mapping[str, float], part: str) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import cycle
+from itertools import cycle, islice
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -14,6 +14,9 @@ from composer_ema.recipe.outputs import MOMENTUM, Axis, Curve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+# More lines than this tell a reader nothing, and their legend is laid out for minutes.
+_MOST_GROUPS = 24
 
 
 class Scheduled(Protocol):
@@ -65,19 +68,26 @@ def _draw_groups(
     axis: Axis,
     curves: Callable[[Scheduled], Mapping[str, Curve]],
 ) -> None:
-    """Draws one line for each parameter group that differs; the first is solid."""
-    drawn = [(curve.over(axis), curve.value) for run in runs for curve in curves(run).values()]
+    """Draws one line for each parameter group that differs; the first is solid. Of very many the first ones only."""
+    most = max((len(curves(run)) for run in runs), default=0)
+
+    def shown(run: Scheduled) -> Mapping[str, Curve]:
+        return dict(islice(curves(run).items(), _MOST_GROUPS))
+
+    drawn = [(curve.over(axis), curve.value) for run in runs for curve in shown(run).values()]
     sizes = iter(covered_if_few(drawn) if len(runs) > 1 else [{}] * len(drawn))
     colours = []
     for run, pen in with_pens(runs):
-        for dashes, (group, curve) in zip(cycle(DASHES), curves(run).items(), strict=False):
+        for dashes, (group, curve) in zip(cycle(DASHES), shown(run).items(), strict=False):
             style = pen.along() if len(runs) > 1 else {'color': BLACK, 'marker': few(curve, 'o'), 'markersize': 4}
             if dashes != '-':
                 style['marker'] = ''
             plot(axes, curve.over(axis), curve.value, linestyle=dashes, label=group, **style | next(sizes))
             colours.append(style['color'])
     mark_gaps(axes, drawn, colours)
-    if any(len(curves(run)) > 1 for run in runs):
+    if most > _MOST_GROUPS:
+        note(axes, f'the first {_MOST_GROUPS} of {most:,} parameter groups')
+    elif most > 1:
         if len(runs) == 1:
             axes.legend(frameon=False, handlelength=2.6)
         else:

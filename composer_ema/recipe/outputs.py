@@ -5,9 +5,10 @@ Imports nothing heavy, so that a command that reads runs need not wait for torch
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import numpy as np
 
@@ -23,6 +24,8 @@ CHECKPOINT_FOLDER = 'checkpoints'
 MOMENTUM, BETA1 = 'momentum', 'beta1'
 #: What values over training can be plotted against.
 Axis = Literal['epoch', 'batch', 'sample']
+# Beyond every float.
+_NO_FLOAT = 2**1023
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
@@ -71,17 +74,16 @@ def curves_by_group(lines: Sequence[Mapping[str, Any]], name: str) -> dict[str, 
     Returns:
         dict: Label to curve, such as ``'group 0'`` or ``'groups 0, 2'``.
     """
-    prefix = f'{name}/group'
-    groups = sorted({int(key.removeprefix(prefix)) for line in lines for key in line if key.startswith(prefix)})
-    found: list[tuple[list[int], Curve]] = []
+    keys = {key for line in lines for key in line if key.startswith(f'{name}/group')}
+    groups = sorted(
+        int(match[1]) for key in keys if (match := re.fullmatch(rf'{name}/group(\d{{1,6}})', key, re.ASCII))
+    )
+    found: dict[bytes, tuple[list[int], Curve]] = {}
     for group in groups:
         own = curve(lines, f'{name}/group{group}', otherwise=f'{name}/group0')
-        same = next((members for members, other in found if np.array_equal(other.value, own.value, True)), None)
-        if same is None:
-            found.append(([group], own))
-        else:
-            same.append(group)
-    return {f'group{"s" * (len(members) > 1)} {", ".join(map(str, members))}': own for members, own in found}
+        values = (np.where(np.isnan(own.value), np.nan, own.value) + 0.0).tobytes()  # NaNs are equal, and zeros
+        found.setdefault(values, ([], own))[0].append(group)
+    return {f'group{"s" * (len(members) > 1)} {", ".join(map(str, members))}': own for members, own in found.values()}
 
 
 def momenta(lines: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Curve], tuple[str, ...]]:
@@ -105,6 +107,8 @@ def momenta(lines: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Curve], tuple
     return curves_by_group(found, MOMENTUM), names
 
 
-def is_number(value: Any) -> bool:
-    """Whether ``value`` is an int or a float; a boolean is none."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether ``value`` is an int or a float; a boolean is none, nor is an int that no float comes near."""
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) < _NO_FLOAT
+    return isinstance(value, float)
