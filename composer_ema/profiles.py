@@ -242,7 +242,8 @@ def check_start_share(value: Any, what: str) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise ValueError(f'{what} must be a share in [0, 1] or None, got {value!r}.')
+        got = repr(value) if isinstance(value, float | str) else f'a {type(value).__name__}'
+        raise ValueError(f'{what} must be a share in [0, 1] or None, got {got}.')
     return float(value)
 
 

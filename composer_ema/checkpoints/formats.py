@@ -195,7 +195,7 @@ def check_plain(settings: State, what: str) -> None:
 def check_count(value: Any, key: str, what: str) -> None:
     """Raises a ValueError unless ``value`` is a whole number of at least 0 that a 64-bit integer holds."""
     if type(value) is not int or not 0 <= value < _NO_COUNT:
-        raise ValueError(f'{key!r} of {what} is {_shown(value)}, not a count.')
+        raise ValueError(f'{key!r} of {what} is {shown(value)}, not a count.')
 
 
 def _is_plain(value: Any, depth: int = 2) -> bool:
@@ -210,7 +210,10 @@ def _is_plain(value: Any, depth: int = 2) -> bool:
     return isinstance(value, (list, tuple)) and all(_is_plain(each, depth - 1) for each in value)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value that a file has in the wrong place, in an error: a number as it is, else of which type it is."""
+    if isinstance(value, str):
+        return repr(value[:100])
     return repr(value) if isinstance(value, Real) and _is_plain(value) else f'a {type(value).__name__}'
 
 
@@ -225,14 +228,15 @@ def _check_clock(average: State, key: str, what: str) -> None:
         isinstance(unit, str) and isinstance(time, Real) and _is_plain(time, 0) for unit, time in clock.items()
     )
     if not is_clock:
-        raise ValueError(f'{key!r} of {what} is {_shown(clock)}, not numbers by unit.')
+        raise ValueError(f'{key!r} of {what} is {shown(clock)}, not numbers by unit.')
 
 
 def _refuse_version(state: State, what: str) -> None:
     version = state[VERSION_KEY]
     if not (_has_version(state, version) and 1 <= version <= VERSION):
         raise ValueError(
-            f'{what} has format version {version!r}, this release reads up to {VERSION}. Install a newer composer_ema.'
+            f'{what} has format version {shown(version)}, this release reads up to {VERSION}. Install a newer '
+            'composer_ema.'
         )
 
 
@@ -260,7 +264,7 @@ def _check(state: State, what: str) -> None:
         _expect_named(state, STASH, Tensor, what)
     hidden = state.get(HIDDEN, [])
     if not isinstance(hidden, list) or not all(isinstance(label, str) for label in hidden):
-        raise ValueError(f'{HIDDEN!r} of {what} is {_shown(hidden)}, not a list of labels.')
+        raise ValueError(f'{HIDDEN!r} of {what} is {shown(hidden)}, not a list of labels.')
 
 
 def _expect(state: State, key: str, kind: type, what: str) -> Any:
@@ -319,7 +323,7 @@ def _upgrade_version_1(state: State, slot: ModelSlot, label: str | None, what: s
         if not isinstance(average, Mapping):
             raise ValueError(f'the saved average {name!r} is a {type(average).__name__}, not a dictionary.')
         if not _has_version({VERSION_KEY: None, **average}, 1):
-            raise ValueError(f'the saved average {name!r} has format version {average.get(VERSION_KEY)!r}, not 1.')
+            raise ValueError(f'the saved average {name!r} has format version {shown(average.get(VERSION_KEY))}, not 1.')
         kept = {key: value for key, value in average.items() if key != VERSION_KEY}
         averages[name] = {**kept, **_NOT_KEPT, 'started_at': None, 'profile': {'description': _description(config)}}
     return {**state, VERSION_KEY: VERSION, 'config': config, 'averages': averages}

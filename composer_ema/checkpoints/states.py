@@ -265,7 +265,8 @@ def _version(state: Mapping[str, Any], newest: int, what: str) -> int:
     version = state.get('version')
     if type(version) is not int or not 1 <= version <= newest:
         raise ValueError(
-            f'{what} has format version {version!r}, this release reads up to {newest}. Install a newer composer_ema.'
+            f'{what} has format version {formats.shown(version)}, this release reads up to {newest}. Install a newer '
+            'composer_ema.'
         )
     return version
 
