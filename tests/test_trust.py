@@ -165,6 +165,14 @@ def test_what_would_crash_a_reader_is_refused(crash, is_in_place, tmp_path):
         load_safely(path, mmap=is_in_place)
 
 
+@pytest.mark.parametrize(
+    'crash', ['a tensor beyond its storage', 'a tensor that strides out', 'a tensor that begins outside']
+)
+def test_a_tensor_beyond_its_storage_is_refused_before_torch_sees_it(crash, tmp_path):
+    with pytest.raises(InertPickleError, match='larger than its storage'):
+        load_safely(write_torch_file(tmp_path / 'a.pt', CRASHES[crash]))
+
+
 def test_random_arguments_of_what_is_allowed_crash_nothing(tmp_path):
     code = f'import hostile_trust as h, pathlib; print(h.fuzz(7, 150, pathlib.Path({str(tmp_path)!r})))'
     own = {**os.environ, 'PYTHONPATH': os.pathsep.join(map(str, (Path(__file__).parent, RECIPE.parent.parent)))}
