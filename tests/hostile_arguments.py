@@ -681,8 +681,9 @@ def wrong_after(call: Call, target: Any, result: Any, world: World, before: Mapp
 OTHER_NAMES = ('label', 'profile', 'power', 'warmup', 'bias_correction', 'state', 'model', 'average', 'parameter')
 #: Arguments that are code of the user's, whose own errors pass.
 CODE = {'closure', 'forward', 'dataloader'}
-#: Arguments that are a model, or what one is made of.
-MODELS = {'model', 'ema_model', 'optimizer', 'averaged', 'parameters', 'buffers', 'state', 'state_dict'}
+AVERAGING = ('avg_fn', 'multi_avg_fn')
+#: Arguments whose faults show when they are used: a model, what one is made of, and functions of the user's.
+MODELS = {'model', 'ema_model', 'optimizer', 'averaged', 'parameters', 'buffers', 'state', 'state_dict', *AVERAGING}
 #: What is called to change the model.
 WRITES = {
     'ShadowModel.copy_to', 'update_bn', 'EMAOptimizer.step', 'EMA.get_ema_model', 'SWA.get_swa_model',
