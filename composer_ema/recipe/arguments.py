@@ -166,7 +166,10 @@ def _wrong_kind(kind: Kind, value: Any, place: Place) -> RecipeError:
             f'must be {words}, got {value!r} ({kind_of(value)}). A bare number has no unit: write the unit behind it, '
             f'as in {value:g}{unit}.'
         )
-    return place.error(f'must be {kind}, got {value!r} ({kind_of(value)}).{_suggested(kind, value)}')
+    quoted = ''
+    if isinstance(value, int | float) and kind.takes('x'):  # YAML reads 1, 1e3, yes and on as something else
+        quoted = f' For a name or a text, write it in quotes: "{value}".'
+    return place.error(f'must be {kind}, got {value!r} ({kind_of(value)}).{_suggested(kind, value)}{quoted}')
 
 
 def _suggested(kind: Kind, value: Any) -> str:

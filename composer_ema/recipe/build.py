@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,14 +10,16 @@ from typing import Any
 
 import torch
 from composer import Evaluator, Trainer
+from composer.callbacks import CheckpointSaver
 from composer.core import Algorithm, Callback
 from composer.utils import dist, get_device, reproducibility
 from omegaconf import OmegaConf
 
 from composer_ema.posthoc.snapshot_files import SNAPSHOT_FOLDER
-from composer_ema.recipe import groups, parallelism, run_folder
+from composer_ema.recipe import groups, parallelism, run_folder, trainer_arguments
 from composer_ema.recipe.arguments import Place, RecipeError, said, signature
 from composer_ema.recipe.fitting import Fitted, fit
+from composer_ema.recipe.interpolation import escaped
 from composer_ema.recipe.loaded import check_loaded
 from composer_ema.recipe.matching import how_loaded, refusing_misfits
 from composer_ema.recipe.named import REFUSALS, Named
@@ -101,7 +104,7 @@ def _build_in(taken: RunFolder, checked: Plan, scratch: Path | None, callbacks: 
     extent = checked.extent()
     stepped = _fit(checked, extent.batches, model, optimizer) if extent is not None else None
     algorithms = [_algorithm(each, checked, scratch or folder) for each in checked.algorithms]
-    callbacks = [*(each.build() for each in checked.callbacks), *callbacks]
+    callbacks = [*(_callback(each, scratch) for each in checked.callbacks), *callbacks]
     loggers = [each.build() for each in checked.loggers]
 
     data = checked.data.build(**_seed_of_data(checked.data, seed))
@@ -158,7 +161,7 @@ def _build_in(taken: RunFolder, checked: Plan, scratch: Path | None, callbacks: 
 
 def as_yaml(recipe: Recipe) -> str:
     """The resolved recipe in YAML, with the value of every interpolation."""
-    return OmegaConf.to_yaml(OmegaConf.create(recipe.values))
+    return OmegaConf.to_yaml(OmegaConf.create(escaped(recipe.values)))
 
 
 def refused(checked: Plan, error: Exception) -> RecipeError:
@@ -186,6 +189,7 @@ def _start_processes(checked: Plan) -> None:
             dist.initialize_dist(found, checked.trainer.get('dist_timeout', 300.0))
     except (ValueError, ImportError, RuntimeError) as error:
         raise (checked.place / 'device').error(f'{device!r} cannot be used here: {error}') from error
+    trainer_arguments.check_device(checked.trainer, found, checked.place)
 
 
 def _seed(checked: Plan) -> int:
@@ -247,6 +251,14 @@ def _remarks(
     if checked.param_groups and optimizer is not None:
         remarks.insert(0, groups.table(optimizer, checked.param_groups))
     return remarks
+
+
+def _callback(named: Named, scratch: Path | None) -> Callback:
+    """A callback of the recipe; Composer's CheckpointSaver makes its folder at once."""
+    if scratch is None or named.factory is not CheckpointSaver:
+        return named.build()
+    arguments = {**named.arguments, 'folder': str(scratch / named.name)}
+    return dataclasses.replace(named, arguments=arguments).build()
 
 
 def _algorithm(named: Named, checked: Plan, folder: Path) -> Algorithm:

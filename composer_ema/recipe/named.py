@@ -8,13 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from composer_ema.recipe.arguments import Place, said, signature
 from composer_ema.recipe.registry import Registry
 from composer_ema.wording import suggestion
 from composer_ema.zoo.plugins import PluginError
 
 #: What constructors raise about arguments that they cannot take.
-REFUSALS = (ValueError, TypeError, ImportError, FileNotFoundError, ZeroDivisionError)
+REFUSALS = (ValueError, TypeError, ImportError, FileNotFoundError, ZeroDivisionError, OverflowError, MemoryError)
 #: Legal values of most arguments: a number, a whole one, a time. They take the place of one that cannot be left out.
 _STAND_INS = (0.5, 1, '1ba')
 _KNOWN_PACKAGES = ('torch', 'torchvision', 'composer', 'composer_ema')
@@ -54,7 +56,9 @@ class Named:
         """``make(arguments)``, with errors as in :meth:`build`; a cheap one may be called several times."""
         try:
             return make(self.arguments)
-        except REFUSALS as error:
+        except Exception as error:
+            if not self._is_refusal(error):
+                raise
             argument = self._carried(error)
             if argument is None and self.is_cheap and self._is_harmless():
                 argument = self._culprit(make, error)
@@ -74,10 +78,20 @@ class Named:
         argument = getattr(error, 'argument', None)
         return argument if argument in self.arguments else None
 
+    def _is_refusal(self, error: Exception) -> bool:
+        """Whether an error is about the arguments. Of what others wrote, each is; of ours, the rest are bugs."""
+        if isinstance(error, REFUSALS) or _is_of_memory(error):
+            return True
+        return self._package not in ('composer_ema', '')
+
+    @property
+    def _package(self) -> str:
+        factory = self.factory.args[0] if isinstance(self.factory, functools.partial) else self.factory
+        return getattr(factory, '__module__', '').partition('.')[0]
+
     def _is_harmless(self) -> bool:
         """Whether we know that calling the factory again does no harm; a stranger's may open a file or a connection."""
-        factory = self.factory.args[0] if isinstance(self.factory, functools.partial) else self.factory
-        return getattr(factory, '__module__', '').partition('.')[0] in _KNOWN_PACKAGES
+        return self._package in _KNOWN_PACKAGES
 
     def _culprit(self, make: Callable[[dict[str, Any]], Any], error: Exception) -> str | None:
         """The one argument to blame; None where none or several may be.
@@ -130,6 +144,11 @@ def named(section: Any, place: Place, example: str) -> tuple[str, dict[str, Any]
             raise place.error(f'is missing. Write a mapping with a name, as in {{name: {example}}}.')
         raise place.error(f'must be a mapping with a name, as in {{name: {example}}}; got {section!r}.')
     return section['name'], {key: value for key, value in section.items() if key != 'name'}
+
+
+def _is_of_memory(error: Exception) -> bool:
+    """Whether there was too little memory: torch has an error of its own for that on a GPU only."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _outcome(make: Callable[[dict[str, Any]], Any], arguments: dict[str, Any]) -> _Outcome:

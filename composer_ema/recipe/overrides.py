@@ -11,8 +11,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from composer_ema.recipe import registry
-from composer_ema.recipe.arguments import Place, said
+from composer_ema.recipe import interpolation, registry
+from composer_ema.recipe.arguments import Place, RecipeError, said
+from composer_ema.recipe.reading import MOST_LEVELS, check_is_plain
 from composer_ema.recipe.scheduled import INNER
 from composer_ema.wording import counted, squash, suggestion
 
@@ -180,21 +181,13 @@ class _Change:
         value: Any = self.values
         for part in path:
             value = value[int(part)] if isinstance(value, list) else value.get(part)
-        if not isinstance(value, str) or '${' not in value:
-            return value
-        try:
-            found = OmegaConf.select(OmegaConf.create(self.values), '.'.join(path))
-        except OmegaConfBaseException as error:
-            raise self._at(path).error(said(error)) from error
-        return OmegaConf.to_container(found) if OmegaConf.is_config(found) else found
+        return interpolation.followed(self.values, path, self.place) if interpolation.holds(value) else value
 
     def _resolved(self, text: str) -> str:
         """A name that may hold an interpolation, as far as it can be resolved by now."""
-        if '${' not in text:
-            return text
         try:
-            return str(OmegaConf.create({**self.values, _NAME: text})[_NAME])
-        except OmegaConfBaseException:
+            return str(interpolation.followed({**self.values, _NAME: text}, (_NAME,), self.place))
+        except RecipeError:
             return text
 
     def _forget(self, path: tuple[str, ...]) -> None:
@@ -215,14 +208,19 @@ def _read(text: str, place: Place) -> _Override:
             + remedy
         )
     key, value = found['key'], found['value']
+    if key.count('.') >= MOST_LEVELS:
+        raise place.error(
+            f'the override {text[:100]!r} names more than {MOST_LEVELS} keys in one another. Write fewer.'
+        )
     try:
         # As OmegaConf reads a dot list: null, true, numbers with an exponent, lists and mappings.
         parsed = None if value is None else OmegaConf.to_container(OmegaConf.from_dotlist([f'value={value}']))
     except YAMLError as error:
         raise (place / key).error(f'the override {text!r} is not legal YAML: {said(error)}.') from error
-    except (OmegaConfBaseException, TypeError, ValueError) as error:
+    except (OmegaConfBaseException, TypeError, ValueError, RecursionError) as error:
         raise (place / key).error(f'the override {text!r} does not fit the recipe: {said(error)}.') from error
     assert parsed is None or isinstance(parsed, dict)
+    check_is_plain((parsed or {}).get('value'), place / key)
     return _Override(text, tuple(key.split('.')), bool(found['drop']), parsed is not None, (parsed or {}).get('value'))
 
 

@@ -30,6 +30,8 @@ from composer_ema.trainer.clock import resolve_share, run_length
 from composer_ema.trainer.weight_average import WeightAverage
 from composer_ema.zoo.dataset import Extent
 
+#: The longest run to step through, at about 10,000 batches a second.
+MOST_BATCHES = 20_000_000
 # Arguments about the run, which do not change the weight of a step.
 _OF_THE_RUN = frozenset({'evaluate_with', 'log_interval', 'export_weights', 'refresh_batchnorm', 'snapshots'})
 
@@ -120,6 +122,11 @@ def preview(
     checked = plan(recipe)
     size = _extent(checked, batches_per_epoch)
     outline = Outline(checked, size.batches)
+    if outline.length.batches > MOST_BATCHES:
+        raise (checked.place / 'max_duration').error(
+            f'{checked.trainer["max_duration"]!r} is {outline.length.batches:,} batches, and a picture of more than '
+            f'{MOST_BATCHES:,} would take hours. Draw a shorter run.'
+        )
     state = _state(checked, outline, size)
     averaging = {id(named): named for named in checked.averages.values()}
     probes = [_Probe(named, state) for named in averaging.values()]

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from composer.core import Time, TimeUnit, ensure_time
+from composer.core import TimeUnit, ensure_time
 from torch.optim import swa_utils
 from torch.optim.lr_scheduler import (
     ChainedScheduler,
@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
 )
 
-from composer_ema.recipe import registry
+from composer_ema.recipe import registry, times
 from composer_ema.recipe.arguments import Place, check_arguments
 from composer_ema.recipe.named import Named, find, named
 from composer_ema.recipe.scheduled import INNER, INTERVAL, METRIC, SPAN, Scheduled
@@ -116,7 +116,7 @@ def _read_tree(section: Any, place: Place, *, is_inner: bool = False) -> Schedul
     if issubclass(factory, LRScheduler):
         _check_counts(arguments, place)
     else:
-        _check_time_strings(arguments, place)
+        times.check(factory, arguments, place)
     found = Named(place, known.canonical(name) or name, factory, arguments, is_cheap=True)
     return Scheduled(found, 'epoch', inner)
 
@@ -145,22 +145,6 @@ def _check_counts(arguments: Mapping[str, Any], place: Place) -> None:
     for key in _COUNTS:
         if arguments.get(key) is not None and arguments[key] < 1:
             raise (place / key).error(f'must be at least 1, got {arguments[key]}.')
-
-
-def _check_time_strings(arguments: Mapping[str, Any], place: Place) -> None:
-    for key, value in arguments.items():
-        for each in value if isinstance(value, list) else [value]:
-            if isinstance(each, str) and not _is_time(each):
-                raise (place / key).error(
-                    f'{each!r} is no time. Write a number and a unit, as in 2ep, 100ba or 0.5dur.'
-                )
-
-
-def _is_time(text: str) -> bool:
-    try:
-        return Time.from_timestring(text).unit != TimeUnit.SECOND
-    except ValueError:
-        return False
 
 
 def _read_plateau(

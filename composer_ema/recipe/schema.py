@@ -9,23 +9,26 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from composer import Trainer
-from composer.core import Time, TimeUnit, ensure_time
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
-from composer_ema.recipe import groups, parallelism, registry, schedules, trust
-from composer_ema.recipe.arguments import Place, RecipeError, check_arguments, check_value, said, signature
-from composer_ema.recipe.command import is_override
+from composer_ema.recipe import (
+    groups,
+    interpolation,
+    names,
+    parallelism,
+    registry,
+    schedules,
+    times,
+    trainer_arguments,
+    trust,
+)
+from composer_ema.recipe.arguments import Place, RecipeError, check_arguments, check_value, signature
 from composer_ema.recipe.named import Named, find, named
 from composer_ema.recipe.overrides import override
+from composer_ema.recipe.reading import check_is_finite, check_is_plain, read
 from composer_ema.recipe.registry import Registry
 from composer_ema.recipe.scheduled import Length, Scheduled
 from composer_ema.recipe.trust import Trust
@@ -49,11 +52,8 @@ SECTIONS = (
     'runs_folder',
     *trust.KEYS,
 )
-# Trainer arguments that a section of the recipe stands for.
-_BUILT_FROM_SECTIONS = frozenset(
-    ('model', 'train_dataloader', 'eval_dataloader', 'algorithms', 'optimizers', 'schedulers', 'callbacks', 'loggers')
-)
-
+#: What Composer takes a run name from where it is given none; the first wins.
+RUN_NAME_VARIABLES = ('COMPOSER_RUN_NAME', 'RUN_NAME')
 # What other trainers call the keys, and keys that stand in a section.
 _OF_OTHERS = {
     **dict.fromkeys(('epochs', 'max_epochs', 'num_epochs', 'train_epochs', 'max_steps', 'num_steps'), 'max_duration'),
@@ -98,8 +98,8 @@ class Recipe:
     @property
     def run_name(self) -> str | None:
         """The run name from the recipe or from Composer's environment variables; None if neither gives one."""
-        asked = self.values.get('run_name') or os.environ.get('COMPOSER_RUN_NAME') or os.environ.get('RUN_NAME')
-        return asked or None
+        given = (os.environ.get(name) for name in RUN_NAME_VARIABLES)
+        return next((each for each in (self.values.get('run_name'), *given) if each), None)
 
     def replace(self, **values: Any) -> Recipe:
         """A copy with top-level keys replaced."""
@@ -190,16 +190,9 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: No such file, no YAML, a key given twice, a malformed override, a dangling interpolation.
     """
     place = Place(os.fspath(path))
-    values: Any = OmegaConf.to_container(_read(place))
-    values, remarks = override(values, overrides, place)
-    try:
-        config = OmegaConf.create(values)
-        values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    except (OmegaConfBaseException, ValueError) as error:
-        key = getattr(error, 'full_key', None) or ''
-        raise (place / key if key else place).error(said(error)) from error
-    assert isinstance(values, dict)
-    _check_is_plain(values, place)
+    values, remarks = override(read(place), overrides, place)
+    values = interpolation.resolved(values, place)
+    check_is_plain(values, place)
     return Recipe(place.source, Path(place.source).stem, values, tuple(remarks))
 
 
@@ -213,7 +206,7 @@ def plan(recipe: Recipe) -> Plan:
         RecipeError: The first error, with the path of the key and the legal names.
     """
     place, values = Place(recipe.source), recipe.values
-    trainer_names = signature(Trainer).keys() - _BUILT_FROM_SECTIONS
+    trainer_names = trainer_arguments.legal_names()
     for key in values:
         if key not in trainer_names and key not in SECTIONS:
             remedy = suggestion(key, [*SECTIONS, *sorted(trainer_names)], 'Its keys are', spellings=_OF_OTHERS)
@@ -221,7 +214,10 @@ def plan(recipe: Recipe) -> Plan:
     model, data = _model(values.get('model'), place / 'model'), _data(values.get('data'), place / 'data')
     algorithms = _section(values, 'algorithms', registry.algorithms(), place, is_cheap=True)
     evaluate = _evaluate(values, algorithms, place)
-    trainer = _trainer_arguments(values, trainer_names, place)
+    trainer = trainer_arguments.read(values, evaluate, place)
+    runs_folder = check_value(str, values.get('runs_folder', 'runs'), place / 'runs_folder')
+    names.check_path(runs_folder, place / 'runs_folder')
+    _check_run_name(recipe, runs_folder)
     sharding = trainer.get(parallelism.KEY)
     parallelism.check(sharding, place / parallelism.KEY, has_average=bool(averages_among(algorithms)))
     optimizer, param_groups = _optimizer(values.get('optimizer'), place / 'optimizer', trainer)
@@ -231,9 +227,12 @@ def plan(recipe: Recipe) -> Plan:
             f'{schedulers[0].name} needs an optimizer. Add one, as in optimizer: {{name: adamw}}.'
         )
     callbacks = _section(values, 'callbacks', registry.callbacks(), place, is_cheap=True)
-    _refuse_tokens(trainer, place)
-    for each in (*algorithms, *callbacks, *schedulers):
-        _refuse_tokens(each.arguments, each.place)
+    loggers = _section(values, 'loggers', registry.loggers(), place, is_cheap=False)
+    for each in (*algorithms, *callbacks, *loggers):
+        times.check(each.factory, each.arguments, each.place)
+        names.check_folders(each.name, each.arguments, each.place)
+    for key in ('optimizer', 'scheduler'):
+        check_is_finite(values.get(key), place / key)
     return Plan(
         recipe=recipe,
         model=model,
@@ -243,49 +242,13 @@ def plan(recipe: Recipe) -> Plan:
         schedulers=schedulers,
         algorithms=algorithms,
         callbacks=callbacks,
-        loggers=_section(values, 'loggers', registry.loggers(), place, is_cheap=False),
+        loggers=loggers,
         evaluate=evaluate,
         report=_called(Report, values.get('report'), place / 'report'),
-        runs_folder=check_value(str, values.get('runs_folder', 'runs'), place / 'runs_folder'),
+        runs_folder=runs_folder,
         trust=trust.read(values, place),
         trainer=trainer,
     )
-
-
-def _read(place: Place) -> DictConfig:
-    try:
-        config = OmegaConf.load(place.source)
-    except FileNotFoundError:
-        if is_override(place.source):
-            raise place.error(f'is an override without a recipe before it. Write RECIPE.yaml {place.source}.') from None
-        folder = Path(place.source).parent
-        others = {path.stem: str(path) for path in sorted(folder.glob('*.yaml'))}
-        remedy = suggestion(Path(place.source).stem, others.values(), f'Recipes in {folder}:', spellings=others)
-        raise place.error(f'there is no such file. {remedy}') from None
-    except IsADirectoryError:
-        raise place.error('is a folder. Give one of its recipes, a file that ends in .yaml.') from None
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
-        raise place.error(f'cannot be read as a recipe: {said(error)}.') from error
-    except YAMLError as error:
-        raise place.error(f'is not legal YAML: {said(error)}.') from error
-    except OmegaConfBaseException as error:
-        raise (place / (error.full_key or '')).error(said(error)) from error
-    if not isinstance(config, DictConfig):
-        raise place.error('a recipe is a mapping of keys to values, and this file holds a list.')
-    return config
-
-
-def _check_is_plain(value: Any, place: Place) -> None:
-    if isinstance(value, dict):
-        for key, each in value.items():
-            if not isinstance(key, str):
-                raise (place / key).error(f'a key must be a string, got {key!r}. Write it in quotes.')
-            _check_is_plain(each, place / key)
-    elif isinstance(value, list):
-        for index, each in enumerate(value):
-            _check_is_plain(each, place / index)
-    elif not isinstance(value, str | int | float | bool | None):
-        raise place.error(f'a value must be a string, a number, true, false, null, a list or a mapping, got {value!r}.')
 
 
 def _data(section: Any, place: Place) -> Named:
@@ -379,47 +342,13 @@ def _no_such_weights(label: Any, legal: Collection[str], place: Place, index: in
     return (place / index).error(f'there are no weights called {label!r}. {suggestion(label, legal)}')
 
 
-def _trainer_arguments(values: Mapping[str, Any], names: Collection[str], place: Place) -> dict[str, Any]:
-    arguments = {key: value for key, value in values.items() if key in names}
-    if arguments.get('max_duration') is None:
-        raise (place / 'max_duration').error('is missing. Say how long to train, as in max_duration: 6ep.')
-    own = {key: value for key, value in arguments.items() if key != parallelism.KEY}  # which has a check of its own
-    check_arguments(Trainer, own, place, given={*_BUILT_FROM_SECTIONS, parallelism.KEY})
-    parameters = signature(Trainer)
-    for key, value in arguments.items():
-        if Time in get_args(parameters[key].annotation) and value is not None:
-            _check_time(value, place / key, least=1 if key == 'max_duration' else 0)
-            if key == 'max_duration':
-                _check_has_end(value, place / key)
-    seed = arguments.get('seed')
-    if seed is not None and not 0 <= seed < 2**31:
-        raise (place / 'seed').error(f'must be a whole number from 0 to {2**31 - 1}, got {seed}.')
-    return arguments
-
-
-def _refuse_tokens(arguments: Mapping[str, Any], place: Place) -> None:
-    """Refuses times in tokens: no data set of a recipe counts tokens, so such a time would never pass."""
-    for key, value in arguments.items():
-        if isinstance(value, dict):
-            _refuse_tokens(value, place / key)
-        if isinstance(value, str) and re.fullmatch(r'[\d.eE+-]+tok', value):
-            raise (place / key).error(
-                f'{value!r} counts tokens, and the data sets of a recipe report none. Write samples, batches or '
-                'epochs, as in 1000sp.'
-            )
-
-
-def _check_has_end(max_duration: int | str, place: Place) -> None:
-    """Refuses a length that a run never reaches."""
-    unit = ensure_time(max_duration, TimeUnit.EPOCH).unit
-    if unit in (TimeUnit.ITERATION, TimeUnit.DURATION):
-        raise place.error(f'{max_duration!r} never ends a run: it has no {unit.name.lower()}s. Write 2ep or 100ba.')
-
-
-def _check_time(value: int | str, place: Place, *, least: int) -> None:
-    try:
-        time = ensure_time(value, TimeUnit.EPOCH)
-    except ValueError as error:
-        raise place.error(f'{value!r} is no time. Write a number and a unit, as in 2ep, 100ba or 0.5dur.') from error
-    if time.value < least:
-        raise place.error(f'must be at least {least}, got {value!r}. Write a number and a unit, as in 2ep or 100ba.')
+def _check_run_name(recipe: Recipe, runs_folder: str) -> None:
+    """Checks the name of the run, which the recipe, the environment or the name of its file gives."""
+    place = Place(recipe.source)
+    if recipe.values.get('run_name'):
+        place /= 'run_name'
+    elif recipe.run_name is not None:
+        place = Place(next(name for name in RUN_NAME_VARIABLES if os.environ.get(name)))
+    name = recipe.run_name or recipe.name
+    names.check_run_name(name, place)
+    names.check_inside(Path(runs_folder) / name, Path(runs_folder), place)
