@@ -328,12 +328,6 @@ class TestRefused:
         build(recipe).trainer.close()
         assert recipe.values['algorithms']['ema']['buffers'] == {'running_mean': 'average'}
 
-    def test_checkpoint_with_types_of_the_users_own_loads(self, write, tmp_path):
-        train(schema.load(write(), ['run_name=first', 'max_duration=1ep']), quiet)
-        checkpoint = tmp_path / 'runs/first/checkpoints/latest-rank0.pt'
-        torch.save({**torch.load(checkpoint, weights_only=False), 'mine': Point(1, 0.5, 1.0)}, tmp_path / 'mine')
-        assert train(schema.load(write(load_path=str(tmp_path / 'mine'))), quiet).num_batches == 10
-
     def test_damaged_checkpoint_of_a_run_to_resume(self, write, tmp_path):
         path = write(autoresume=True, max_duration='1ep')
         train(schema.load(path), quiet)
