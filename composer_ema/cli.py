@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 USAGE_ERROR = 2
+#: A full or broken disk, which another command line would not have helped.
+DISK_ERROR = 1
 _REMEDY = "Install what the commands need with: pip install 'composer-ema[composer]'"
 
 try:
@@ -20,6 +23,7 @@ try:
     from rich.table import Table
     from typer.core import TyperGroup
 
+    from composer_ema.files import in_words, is_of_the_disk
     from composer_ema.pictures.tables import Whole, facts
     from composer_ema.wording import visible
 except ModuleNotFoundError as error:
@@ -90,19 +94,23 @@ def train(
 ) -> None:
     """Train a recipe and show what the average did."""
     numbers = _checked_seeds(seeds)
-    with _usage_errors():
+    with _usage_errors('Training had not begun.'):
         # Composer and torch take seconds to import, and --help needs neither.
         from composer_ema.pictures import conclusion
-        from composer_ema.recipe import run, schema
+        from composer_ema.recipe import command, run, schema, stopped
 
         loaded = schema.load(recipe, overrides or [])
-        if dry_run:
-            conclusion.of_rehearsal(run.rehearse(loaded), show)
-        elif numbers:
-            results = [conclusion.of_run(outcome, show) for outcome in run.train_seeds(loaded, numbers, show)]
-            conclusion.of_seeds(loaded, results, show)
-        else:
-            conclusion.of_run(run.train(loaded, show), show)
+        try:
+            if dry_run:
+                conclusion.of_rehearsal(run.rehearse(loaded), show)
+            elif numbers:
+                results = [conclusion.of_run(outcome, show) for outcome in run.train_seeds(loaded, numbers, show)]
+                conclusion.of_seeds(loaded, results, show)
+            else:
+                conclusion.of_run(run.train(loaded, show), show)
+        except (stopped.Interrupted, stopped.OutOfDisk) as stop:
+            how = command.that_goes_on(recipe, overrides or [], stop.standing, numbers)
+            _fail(stop.in_words(how), stop.exit_code)
 
 
 @app.command()
@@ -396,7 +404,7 @@ def sweep(
 
     Needs a run with data.validation_split. Results are kept in the run folder: a sweep goes on where it stopped.
     """
-    with _usage_errors():
+    with _usage_errors('What has been evaluated is kept, and the same command goes on from there.'):
         from composer_ema.pictures import sweeps
         from composer_ema.pictures.writing import check_out, write
         from composer_ema.recipe.sweep import POINTS, Asked
@@ -480,6 +488,8 @@ def inspect(
 
 def main() -> None:
     """The entry point of ``composer-ema`` and of ``python -m composer_ema.cli``."""
+    # As Composer does, but also before it is imported and where it is not: what is being written is then removed.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     set_up_warnings()
     app()
 
@@ -546,8 +556,14 @@ def _checked_seeds(text: str | None) -> list[int]:
 
 
 @contextlib.contextmanager
-def _usage_errors() -> Iterator[None]:
-    """Turns an error in the user's input into one line and exit code 2. A bug of ours keeps its traceback."""
+def _usage_errors(kept: str = 'Nothing is left half-written.') -> Iterator[None]:
+    """Turns an error in the user's input or on their disk, or a signal, into one line and an exit code.
+
+    A bug of ours keeps its traceback.
+
+    Args:
+        kept: What to say of the results after a signal. Default: that they are whole or not there.
+    """
     try:
         yield
     except ModuleNotFoundError as error:
@@ -558,11 +574,23 @@ def _usage_errors() -> Iterator[None]:
         if type(error).__name__ not in _OF_THE_USER:
             raise
         _fail(str(error))
+    except OSError as error:
+        if not isinstance(error.filename, str) and not is_of_the_disk(error):
+            raise
+        _fail(in_words(error), DISK_ERROR if is_of_the_disk(error) else USAGE_ERROR)
+    except KeyboardInterrupt:
+        _fail(f'stopped by Ctrl-C. {kept}', 128 + signal.SIGINT)
+    except SystemExit as stop:  # of the handlers that Composer and main() set
+        if stop.code not in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+            raise
+        by = 'SIGTERM' if stop.code == 128 + signal.SIGTERM else 'Ctrl-C'
+        _fail(f'stopped by {by}. {kept}', int(stop.code))
 
 
-def _fail(message: str) -> None:
-    show_error(message)
-    raise typer.Exit(USAGE_ERROR)
+def _fail(message: str, code: int = USAGE_ERROR) -> None:
+    if code < 128 or os.environ.get('RANK', '0') == '0':  # every process gets the signal
+        show_error(message)
+    raise typer.Exit(code)
 
 
 def _error_console() -> Console:

@@ -25,7 +25,8 @@ from plain import Net
 from torch import Tensor, nn
 
 from composer_ema import CheckpointError, Snapshots
-from composer_ema.posthoc import snapshot_files, snapshot_folder, writer
+from composer_ema.files import readable
+from composer_ema.posthoc import snapshot_files, snapshot_folder
 from composer_ema.posthoc.history import read_run
 from composer_ema.posthoc.moments import History
 from composer_ema.posthoc.open_run import OpenRun
@@ -425,7 +426,7 @@ class TestIdentity:
 
     def test_what_a_kill_left_unfinished_is_cleared_at_the_next_update(self, tmp_path):
         run = Run(tmp_path).steps(7)
-        unfinished = tmp_path / '.averages-00000010.safetensors.x1y2'
+        unfinished = tmp_path / '.averages-00000010.safetensors.x1y2_3ab.unfinished'
         kept = tmp_path / '.notes.safetensors.x1y2'
         for path in (unfinished, kept):
             path.write_bytes(b'half')
@@ -555,7 +556,7 @@ class TestArguments:
         before, after = (record.getMessage() for record in caplog.records if 'posthoc' in record.name)
         assert before.startswith('snapshots: 4 files of 2')
         total = sum(path.stat().st_size for path in tmp_path.iterdir())
-        assert after == f'snapshots: 6 files of {writer.readable(total)} in {tmp_path}'
+        assert after == f'snapshots: 6 files of {readable(total)} in {tmp_path}'
 
 
 def all_weights(value: float) -> Callable[[dict], Any]:

@@ -16,7 +16,7 @@ from composer_ema.checkpoints import states
 from composer_ema.checkpoints.checksum import CHECKSUM, ZEROS, seal
 from composer_ema.checkpoints.reading import CheckpointError
 from composer_ema.checkpoints.sharded import files_of, is_sharded
-from composer_ema.files import beside
+from composer_ema.files import beside, in_words
 from composer_ema.model.names import listed
 
 # What a run leaves in its folder besides checkpoints.
@@ -46,7 +46,7 @@ def write_weights(weights: Mapping[str, Any], metadata: dict[str, str], what: st
     try:
         write(weights, metadata, what, out)
     except OSError as error:
-        raise CheckpointError(f'{out} cannot be written: {error.strerror or error}.') from error
+        raise CheckpointError(in_words(error, 'written')) from error
 
 
 def refuse_overwriting(checkpoint: Path, out: Path, what: str) -> None:
@@ -102,8 +102,9 @@ def _write_torch(weights: Mapping[str, Any], metadata: dict[str, str], what: str
     # As torch keeps the versions of modules: in an attribute, which load_state_dict passes over.
     setattr(copies, states.EXPORTED_KEY, dict(metadata))
     try:
-        with beside(out) as written:
-            torch.save(copies, written)
+        # Given a path in place of a file, torch does not say why it cannot write.
+        with beside(out) as written, written.open('wb') as file:
+            torch.save(copies, file)
     except (RuntimeError, TypeError) as error:
         raise CheckpointError(f'{what} cannot be written by torch: {error}') from error
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from composer.utils import dist
 
-from composer_ema.files import write_beside
+from composer_ema.files import in_words, is_of_the_disk, write_beside
 from composer_ema.pictures import report
 from composer_ema.pictures.curves import CURVES, read_run
 from composer_ema.pictures.errors import PlotError
@@ -27,7 +27,8 @@ def of_run(outcome: Outcome, show: Callable[[Any], None]) -> Result:
     """Draws a run into its folder, on rank 0 only, then shows its table and where it lies.
 
     A run that cannot be drawn is reported in words: the run itself is done and saved. Where another process has begun
-    to work in the folder since, nothing is drawn, or it would be that one's picture.
+    to work in the folder since, nothing is drawn, or it would be that one's picture. A
+    picture for which its disk has no room is an error, raised once the rest is shown.
 
     Args:
         outcome: What ``run.train`` returned.
@@ -35,18 +36,31 @@ def of_run(outcome: Outcome, show: Callable[[Any], None]) -> Result:
 
     Returns:
         Result: The outcome, read for tables.
+
+    Raises:
+        PlotError: The picture cannot be written, as on a full disk.
     """
+    unwritten: OSError | None = None
     if dist.get_global_rank() == 0:
         try:
             with Lock(outcome.folder):
                 write(draw_runs([read_run(outcome.folder)]), outcome.folder / CURVES)
         except (PlotError, InUseError, OSError) as error:
-            show(f'no picture of the run: {error}')
+            cause = error if isinstance(error, OSError) else error.__cause__
+            if isinstance(cause, OSError) and is_of_the_disk(cause):
+                unwritten = cause
+            else:
+                show(f'no picture of the run: {error}')
     result = report.result(outcome)
     if result.points:
         show(report.epochs_table(result))
-    lines = [report.summary(result), outcome.snapshots, f'run folder: {outcome.folder}']
+    lines = [report.summary(result), outcome.snapshots, outcome.lost, f'run folder: {outcome.folder}']
     show('\n'.join(filter(None, lines)))
+    if unwritten is not None:
+        raise PlotError(
+            f'{in_words(unwritten)} The run itself is whole. Make room, then draw it with: composer-ema plot '
+            f'{outcome.folder}'
+        ) from unwritten
     return result
 
 
@@ -61,10 +75,10 @@ def of_seeds(recipe: Recipe, results: Sequence[Result], show: Callable[[Any], No
     name = recipe.run_name or recipe.name
     markdown = report.seeds_markdown(results)
     path = Path(recipe.values.get('runs_folder') or 'runs') / f'{name}-seeds.md'
-    if dist.get_global_rank() == 0:
-        write_beside(path, markdown)
     show(report.seeds_table(results, title=f'{name}, {counted(len(results), "seed")}'))
     show(markdown)
+    if dist.get_global_rank() == 0:
+        write_beside(path, markdown)
     show(f'the same table as Markdown: {path}')
 
 

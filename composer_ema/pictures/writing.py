@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from composer_ema.files import write_beside
+from composer_ema.files import in_words, write_beside
 from composer_ema.pictures.errors import PlotError
 from composer_ema.pictures.style import RC
 
@@ -43,7 +43,7 @@ def write(figure: Figure, out: str | os.PathLike[str]) -> list[Path]:
         try:
             write_beside(path, buffer.getvalue())
         except OSError as error:
-            raise PlotError(f'{path} cannot be written: {error.strerror or error}.') from error
+            raise PlotError(in_words(error, 'written')) from error
     return paths
 
 

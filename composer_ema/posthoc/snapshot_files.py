@@ -363,12 +363,6 @@ def files_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob(f'*{SUFFIX}') if _NAME.fullmatch(path.name))
 
 
-def is_unfinished(path: Path) -> bool:
-    """Whether a file is named as one that a kill left beside a snapshot before it was renamed."""
-    name, dot, _ = path.name.removeprefix('.').rpartition('.')
-    return path.name.startswith('.') and bool(dot) and _NAME.fullmatch(name) is not None
-
-
 def pack(path: Path, base: Path) -> None:
     """Rewrites a full file with float16 differences to the weights in ``base``. One tensor is in memory at a time.
 

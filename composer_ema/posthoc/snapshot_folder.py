@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -17,15 +17,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from composer_ema.checkpoints.reading import CheckpointError
+from composer_ema.files import remove_unfinished
 from composer_ema.model.names import listed
 from composer_ema.posthoc.snapshot_files import (
-    SUFFIX,
     Header,
     Identity,
     SnapshotFile,
     entries_of,
     files_in,
-    is_unfinished,
     name_of,
     pack,
     referenced_bases,
@@ -55,6 +54,7 @@ class SnapshotFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._stale: tuple[list[SnapshotFile], Mapping[str, float]] | None = None
+        self._written: list[str] = []
 
     def prepare(
         self, identity: Identity, now: Mapping[str, float], *, overwrite: bool = False, may_restart: bool = False
@@ -68,17 +68,19 @@ class SnapshotFolder:
             ArgumentError: the folder holds the snapshots of another run. Nothing is changed.
         """
         own, others = [], []
-        for path in files_in(self.path):
-            try:
-                file = SnapshotFile(path)
-            except CheckpointError as error:
-                log.warning('snapshots: %s It is left alone.', error)
-                continue
+        for file in self._readable():
             (own if file.header.identity.run_id == identity.run_id else others).append(file)
         if others and not overwrite:
             self._check_replaceable(others, identity, may_restart=may_restart)
         self._stale = [*own, *others], dict(now)
         return identity
+
+    def _readable(self) -> Iterator[SnapshotFile]:
+        for path in files_in(self.path):
+            try:
+                yield SnapshotFile(path)
+            except CheckpointError as error:
+                log.warning('snapshots: %s It is left alone.', error)
 
     def _check_replaceable(self, others: list[SnapshotFile], identity: Identity, *, may_restart: bool) -> None:
         """Raises unless others are what an earlier start of this run left that came to nothing."""
@@ -108,9 +110,7 @@ class SnapshotFolder:
             log.warning('snapshots: removed %s of an earlier start from %s', counted(len(others), 'file'), self.path)
             _remove(others)
         _remove_later([file for file in files if file not in others], updates, now)
-        for path in self.path.glob(f'.*{SUFFIX}.*'):
-            if is_unfinished(path):
-                path.unlink(missing_ok=True)
+        remove_unfinished(self.path)
 
     def write(self, header: Header, tensors: Mapping[str, Tensors]) -> None:
         """Writes the averages, or the training weights, of one moment, in full. Holds one whole tensor at a time.
@@ -128,6 +128,18 @@ class SnapshotFolder:
     def write_entries(self, header: Header, entries: Mapping[str, Entry]) -> None:
         """As :meth:`write`, with the tensors as entries of the file, whose values are asked for in its order."""
         write(self.path / name_of(header), entries, header.as_metadata())
+        self._written.append(name_of(header))
+
+    def is_over(self, run_id: str) -> bool:
+        """Whether the last file of a run lies here, and all files are packed that are to be."""
+        files = [file for file in self._readable() if file.header.identity.run_id == run_id]
+        bases = {file.path.name for file in files if file.header.is_last} | referenced_bases(files)
+        is_ended = any(file.header.is_last for file in files)
+        return is_ended and all(file.header.packing is not None or file.path.name in bases for file in files)
+
+    def lost(self) -> list[str]:
+        """The names of the files written here that are there no longer."""
+        return [name for name in self._written if not (self.path / name).exists()]
 
     def pack(self, last: Header) -> None:
         """Packs every file of the run that is still in full, one tensor at a time.
@@ -164,6 +176,10 @@ class NoFolder:
 
     def pack(self, last: Header) -> None:
         """Does nothing."""
+
+    def lost(self) -> list[str]:
+        """Returns none."""
+        return []
 
 
 class SharedFolder:
@@ -224,6 +240,10 @@ class SharedFolder:
         """Packs the files on rank 0. No collective call: the other ranks go on, however long it takes."""
         if self._own is not None:
             self._own.pack(last)
+
+    def lost(self) -> list[str]:
+        """The names of the files written by rank 0 that are there no longer; none on the other ranks."""
+        return [] if self._own is None else self._own.lost()
 
     def _on_rank_0(self, do: Callable[[SnapshotFolder], Result], default: Result) -> Result:
         """Returns on every rank what ``do`` returns on rank 0, or raises on every rank what stops the files there."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from composer_ema.averages import Moment
+from composer_ema.files import readable
 from composer_ema.posthoc.snapshot_files import WEIGHTS, Header, Identity, checked_clock, files_in
 from composer_ema.posthoc.snapshot_folder import Folder, Tensors
 from composer_ema.posthoc.updates import Updates
@@ -235,6 +236,10 @@ class SnapshotWriter:
         total = sum(path.stat().st_size for path in files)
         return f'snapshots: {counted(len(files), "file")} of {readable(total)} in {folder}'
 
+    def lost(self) -> list[str]:
+        """The names of files that this process has written and somebody has removed."""
+        return self._folder.lost()
+
     # State
 
     def state_dict(self) -> dict[str, Any]:
@@ -265,15 +270,6 @@ class SnapshotWriter:
         self._last_written, self._last_update = written, last
 
 
-def readable(num_bytes: float) -> str:
-    """A size for people, in decimal units.
-
-    Example:
-        >>> readable(0), readable(1_500), readable(2.34e9)
-        ('0 B', '1.5 kB', '2.3 GB')
-    """
-    for unit in ('B', 'kB', 'MB', 'GB'):
-        if num_bytes < 1000:
-            return f'{num_bytes:.3g} {unit}' if unit == 'B' else f'{num_bytes:.1f} {unit}'
-        num_bytes /= 1000
-    return f'{num_bytes:.1f} TB'
+def run_id_of(state: Mapping[str, Any]) -> str:
+    """The identity of the run in a state of :class:`SnapshotWriter`."""
+    return str(state[_RUN_ID])

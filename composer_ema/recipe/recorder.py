@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -15,15 +15,18 @@ from composer.core import Callback, State
 from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist
 
-from composer_ema.files import write_beside
+from composer_ema.files import append, size_of, write_beside
+from composer_ema.recipe.losses import LostCheckpoints
 from composer_ema.recipe.outputs import BETA1, MOMENTUM
 from composer_ema.wording import counted
 
 if TYPE_CHECKING:
     from composer_ema.recipe.run_folder import RunFolder
 
-_NUM_LINES, _EVALUATIONS, _LINES, _DIGEST = 'num_lines', 'evaluations', 'lines', 'digest'
+_NUM_LINES, _EVALUATIONS, _LINES, _DIGEST, _TRAIN = 'num_lines', 'evaluations', 'lines', 'digest', 'train'
 _STEP_SECONDS, _UPDATE_SECONDS, _NUM_BATCHES = 'step_seconds', 'update_seconds', 'num_batches'
+
+_OF_TRAINING = 'metrics/train/'
 
 
 class Collector(LoggerDestination):
@@ -57,12 +60,13 @@ class Recorder(Callback):
     Lines are appended, so a killed process loses at most the line that it was writing. The state holds the number of
     lines written up to the checkpoint, and a digest of them. On resume the file is cut to that number, and the run
     writes the rest again. A run that resumes where the file does not begin with these lines starts it anew, with the
-    evaluations so far. Until the first batch is trained, or something is to be written, the file is left as it is.
+    evaluations so far; so does one whose file somebody removes while it trains, and :meth:`lost` then tells what is
+    gone. Until the first batch is trained, or something is to be written, the file is left as it is.
 
-    Pass the recorder to the Trainer as its first callback, and ``collector`` as a logger. Composer runs loggers after
-    all callbacks, and so after a checkpoint is written; therefore a callback writes the lines, and the logger only
-    collects metrics. As the first callback, which runs after the algorithms, the recorder measures between BATCH_START
-    and BATCH_END the step and the update of the average, and no other callback.
+    Pass the recorder to the Trainer as its first callback, before its saver, and ``collector`` as a logger. Composer
+    runs loggers after all callbacks, and so after a checkpoint is written; therefore a callback writes the lines, and
+    the logger only collects metrics. As the first callback, which runs after the algorithms, the recorder measures
+    between BATCH_START and BATCH_END the step and the update of the average, and no other callback.
 
     Args:
         folder: The run folder with the file to write; begun before the file is touched, released when the Trainer is
@@ -92,6 +96,12 @@ class Recorder(Callback):
         self._updates_seen = 0.0
         self._has_begun = self._has_fit = False
         self._step: dict[str, float] = {}
+        # What Composer says of the last batch, and says once more at the end of an epoch; not where it was resumed.
+        self._of_last_batch: dict[str, float] = {}
+        self._has_trained = False
+        self._size = self._last_batch = 0
+        self._lost_checkpoints = LostCheckpoints()
+        self._lost = self._lost_until = 0
 
     @property
     def update_share(self) -> float | None:
@@ -104,7 +114,7 @@ class Recorder(Callback):
             # One string: a sharded checkpoint would have a key for each entry of a list, and a run that is resumed,
             # which has none of them yet, would look for the list itself and fail. It would fail as well where an older
             # checkpoint lacks a key, hence the digest in here.
-            _EVALUATIONS: json.dumps({_LINES: self.evaluations, _DIGEST: self._digest}),
+            _EVALUATIONS: json.dumps({_LINES: self.evaluations, _DIGEST: self._digest, _TRAIN: self._of_last_batch}),
             _STEP_SECONDS: self.step_seconds,
             _UPDATE_SECONDS: self.update_seconds,
             _NUM_BATCHES: self.num_batches,
@@ -115,8 +125,8 @@ class Recorder(Callback):
         evaluations = state[_EVALUATIONS]
         found = json.loads(evaluations) if isinstance(evaluations, str) else [*map(dict, evaluations)]
         if isinstance(found, list):  # in checkpoints of earlier versions
-            found = {_LINES: found, _DIGEST: None}
-        self.evaluations, self._digest = found[_LINES], found[_DIGEST]
+            found = {_LINES: found, _DIGEST: None, _TRAIN: {}}
+        self.evaluations, self._digest, self._of_last_batch = found[_LINES], found[_DIGEST], found[_TRAIN]
         self.step_seconds = state[_STEP_SECONDS]
         self.update_seconds = state[_UPDATE_SECONDS]
         self.num_batches = state[_NUM_BATCHES]
@@ -124,6 +134,7 @@ class Recorder(Callback):
     def fit_start(self, state: State, logger: Logger) -> None:
         self.collector.take()
         self._updates_seen = _seconds_in_updates(state)
+        self._last_batch = int(state.timestamp.batch)
 
     def batch_start(self, state: State, logger: Logger) -> None:
         self._batch_started = perf_counter()
@@ -131,6 +142,7 @@ class Recorder(Callback):
     def after_train_batch(self, state: State, logger: Logger) -> None:
         # This is the last event before the step. By BATCH_END the schedulers have moved on.
         self._step = step_settings(state.optimizers)
+        self._has_trained = True
         self._begin()
 
     def batch_end(self, state: State, logger: Logger) -> None:
@@ -141,24 +153,48 @@ class Recorder(Callback):
             self._batch_started = None
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        self._write_line(state, self._step)
+        self._lost_checkpoints.before_rotation(state)
+        metrics = self.collector.take()
+        self._of_last_batch = {name: value for name, value in metrics.items() if name.startswith(_OF_TRAINING)}
+        self._write_line(state, {**self._step, **metrics})
 
     def epoch_checkpoint(self, state: State, logger: Logger) -> None:
         self._begin()  # a run resumed after the last batch of an epoch comes here first
+        self._lost_checkpoints.before_rotation(state)
         self._count_updates(state)
-        self._write_line(state)
+        metrics = self.collector.take()
+        self._write_line(state, metrics if self._has_trained else {**metrics, **self._of_last_batch})
 
     def fit_end(self, state: State, logger: Logger) -> None:
         self._has_fit = True
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
         # Evaluators may still run after FIT_END, when no checkpoint event follows.
-        if self._has_fit:
-            self._write_line(state)
+        if not self._has_fit:
+            return
+        metrics = self.collector.take()
+        # A run that is resumed at its end does not know that it has evaluated there (Composer 0.32.1).
+        if not any(line['batch'] == int(state.timestamp.batch) for line in self.evaluations[-1:]):
+            self._begin()
+            self._write_line(state, metrics)
 
     def post_close(self) -> None:
         if self._folder is not None:
             self._folder.release()
+
+    def has_evaluated(self, batch: int) -> bool:
+        """Whether the run has been evaluated after so many batches, before the loaded checkpoint or after it."""
+        lines = [*self.evaluations, *map(_parsed, self._lines_in_file()[self.num_lines :])]
+        return any(line.get('batch') == batch and any(map(_is_of_evaluator, line)) for line in lines)
+
+    def lost(self, state: State) -> Iterator[str]:
+        """What somebody has removed of the lines and the checkpoints of the run since it started here, in words."""
+        if self._has_begun and self.path is not None and dist.get_global_rank() == 0:
+            self._make_up_for_lost_lines(self.path)
+        if self.path is not None and self._lost:
+            yield f'{counted(self._lost, "line")} of {self.path.name} up to batch {self._lost_until}, no evaluation'
+        if checkpoints := self._lost_checkpoints.in_words(state):
+            yield checkpoints
 
     def goes_on_in_file(self) -> bool:
         """Whether the file holds the lines that were written up to the loaded checkpoint, and no others."""
@@ -202,6 +238,19 @@ class Recorder(Callback):
             lines = [json.dumps(line) for line in self.evaluations]
         self.num_lines, self._digest = len(lines), _digest_of(lines)
         write_beside(path, ''.join(f'{line}\n' for line in lines))
+        self._size = size_of(path)
+
+    def _make_up_for_lost_lines(self, path: Path) -> None:
+        """If the file is shorter than what was written, keeps the lines that are left, or else the evaluations."""
+        if size_of(path) >= self._size:
+            return
+        left = path.read_text(encoding='utf-8', errors='replace') if path.exists() else ''
+        whole = left[: left.rfind('\n') + 1].splitlines()
+        lines = whole or [json.dumps(line) for line in self.evaluations]
+        write_beside(path, ''.join(f'{line}\n' for line in lines))
+        self._lost += self.num_lines - len(lines)
+        self._lost_until = self._last_batch
+        self._size, self.num_lines, self._digest = size_of(path), len(lines), _digest_of(lines)
 
     def _lines_in_file(self) -> list[str]:
         if self.path is None or not self.path.is_file():
@@ -215,8 +264,7 @@ class Recorder(Callback):
         seen, self._updates_seen = self._updates_seen, _seconds_in_updates(state)
         self.update_seconds += self._updates_seen - seen
 
-    def _write_line(self, state: State, step: Mapping[str, float] | None = None) -> None:
-        metrics = {**(step or {}), **self.collector.take()}
+    def _write_line(self, state: State, metrics: Mapping[str, float]) -> None:
         if not metrics:
             return
         time = state.timestamp
@@ -226,14 +274,16 @@ class Recorder(Callback):
             'sample': int(time.sample),
             **metrics,
         }
+        if self.path is not None and dist.get_global_rank() == 0:
+            self._make_up_for_lost_lines(self.path)
+            text = json.dumps(line)
+            append(self.path, f'{text}\n')
+            self._size += len(text) + 1
+            self._digest = _digest_of([text], self._digest or '')
         if _is_evaluation(line, (evaluator.label for evaluator in state.evaluators)):
             self.evaluations.append(line)
         self.num_lines += 1
-        if self.path is not None and dist.get_global_rank() == 0:
-            text = json.dumps(line)
-            self._digest = _digest_of([text], self._digest or '')
-            with self.path.open('a') as file:
-                file.write(f'{text}\n')
+        self._last_batch = int(time.batch)
 
 
 def step_settings(optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, float]:
@@ -281,6 +331,19 @@ def epochs_done(state: State) -> float:
     running = int(state.timestamp.batch_in_epoch)
     length = int(state.dataloader_len) if state.dataloader_len is not None else None
     return int(state.timestamp.epoch) + (running / length if length else 0.0)
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    """A line of the file; nothing of one that is none."""
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return {}
+    return line if isinstance(line, dict) else {}
+
+
+def _is_of_evaluator(name: str) -> bool:
+    return name.startswith('metrics/') and not name.startswith(_OF_TRAINING)
 
 
 def _is_evaluation(line: dict[str, Any], labels: Iterable[str]) -> bool:

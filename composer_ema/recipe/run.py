@@ -10,9 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from composer.core import Callback
+from composer.utils import dist
 
+from composer_ema.files import remove_unfinished, write_beside
 from composer_ema.recipe.build import Run, as_yaml, build, refused
+from composer_ema.recipe.outputs import RECIPE_FILE
+from composer_ema.recipe.run_folder import on_rank_0
+from composer_ema.recipe.save_folder import SaveFolder
 from composer_ema.recipe.schema import Recipe
+from composer_ema.recipe.stopped import stops_told
+from composer_ema.recipe.whole import whole_checkpoints
+from composer_ema.trainer.snapshots import RunSnapshots
 from composer_ema.trainer.weight_average import WeightAverage
 from composer_ema.wording import counted
 
@@ -30,6 +38,7 @@ class Outcome:
         update_share: Share of step time spent on averaging, in [0, 1]; None if nothing was averaged.
         num_batches: Number of batches over which ``update_share`` was measured.
         snapshots: Where the run's snapshots lie and how large they are, in a sentence; None if it wrote none.
+        lost: What somebody has removed of the run while it trained, in a sentence; None if all is there.
     """
 
     run_name: str
@@ -40,6 +49,7 @@ class Outcome:
     update_share: float | None
     num_batches: int
     snapshots: str | None = None
+    lost: str | None = None
 
 
 @dataclass(frozen=True)
@@ -70,13 +80,18 @@ def train(recipe: Recipe, show: Callable[[Any], None], *, callbacks: Sequence[Ca
 
     Raises:
         RecipeError: The recipe cannot be followed.
+        OutOfDisk: A file of the run cannot be written. Its checkpoints are as they were.
+        Interrupted: A signal has ended the run; a ``SystemExit``, as Composer raises then.
     """
     run = build(recipe, callbacks=callbacks)
     try:
-        for remark in run.remarks:
-            show(remark)
-        _show_what_is_resumed(run, show)
-        _fit(run, show)
+        with stops_told(run), whole_checkpoints():
+            _remove_leftovers(run)
+            for remark in run.remarks:
+                show(remark)
+            _show_what_is_resumed(run, show)
+            _fit(run, show)
+            lost = _lost(run)
     finally:
         run.trainer.close()
     return Outcome(
@@ -88,6 +103,7 @@ def train(recipe: Recipe, show: Callable[[Any], None], *, callbacks: Sequence[Ca
         update_share=run.recorder.update_share,
         num_batches=run.recorder.num_batches,
         snapshots=' '.join(_disk_uses(run)) or None,
+        lost=lost,
     )
 
 
@@ -133,7 +149,12 @@ def _fit(run: Run, show: Callable[[Any], None]) -> None:
     state = run.trainer.state
     assert state.max_duration is not None, 'the schema asks for max_duration'
     if state.timestamp >= state.max_duration:
-        show(f'{state.run_name} has already trained for {state.max_duration}: nothing is left to train')
+        is_over = _is_over(run)
+        left = 'nothing is left to train' if is_over else 'only what comes after the last batch is left'
+        show(f'{state.run_name} has already trained for {state.max_duration}: {left}')
+        if not is_over:
+            # fit() refuses a run without a batch to train, and has no other door to its end (Composer 0.32.1).
+            run.trainer._train_loop()
         return
     start = state.timestamp.batch
     try:
@@ -153,10 +174,51 @@ def _fit(run: Run, show: Callable[[Any], None]) -> None:
 
 
 def _disk_uses(run: Run) -> Iterator[str]:
-    for algorithm in run.trainer.state.algorithms:
-        snapshots = algorithm.snapshots if isinstance(algorithm, WeightAverage) else None
-        if snapshots is not None and (said := snapshots.disk_use()):
+    for snapshots in _snapshots_of(run):
+        if said := snapshots.disk_use():
             yield said
+
+
+def _snapshots_of(run: Run) -> Iterator[RunSnapshots]:
+    for algorithm in run.trainer.state.algorithms:
+        if isinstance(algorithm, WeightAverage) and algorithm.snapshots is not None:
+            yield algorithm.snapshots
+
+
+def _remove_leftovers(run: Run) -> None:
+    """Removes what killed processes have left half-written in the folders of the run, which this one holds."""
+    if dist.get_global_rank() != 0:
+        return
+    remove_unfinished(run.folder)
+    saves = SaveFolder.of(run.plan, run.trainer.state.run_name)
+    if saves is not None:
+        remove_unfinished(saves.path)
+        if saves.is_own:
+            # With these, processes of one machine wait for each other while Composer (0.32.1) looks for a checkpoint.
+            for path in saves.path.glob('._signal_file_node*'):
+                path.unlink(missing_ok=True)
+
+
+def _is_over(run: Run) -> bool:
+    """Whether a run that has trained to its end also has its last evaluation and its last snapshots.
+
+    A kill may come between its last checkpoint and these.
+    """
+    state = run.trainer.state
+    batch = int(state.timestamp.batch)
+    is_evaluated = on_rank_0(lambda: not state.evaluators or run.recorder.has_evaluated(batch))
+    return is_evaluated and all(on_rank_0(lambda own=own: own.is_over(state)) for own in _snapshots_of(run))
+
+
+def _lost(run: Run) -> str | None:
+    """What somebody has removed of the run while it trained, in a sentence. Writes its recipe again if that is gone."""
+    if dist.get_global_rank() != 0:
+        return None
+    if not (run.folder / RECIPE_FILE).exists():
+        write_beside(run.folder / RECIPE_FILE, as_yaml(run.recipe))
+    found = [*run.recorder.lost(run.trainer.state), *(each.lost() for each in _snapshots_of(run))]
+    lost = ', '.join(filter(None, found))
+    return f'lost, since somebody removed them while the run trained: {lost}' if lost else None
 
 
 def _for_seed(recipe: Recipe, seed: int) -> Recipe:

@@ -15,6 +15,7 @@ from composer.utils.file_helpers import format_name_with_dist
 
 from composer_ema import plain
 from composer_ema.averages import Moment, Power
+from composer_ema.model.names import listed
 from composer_ema.posthoc.snapshot_files import SNAPSHOT_FOLDER
 from composer_ema.posthoc.snapshot_folder import Folder, NoFolder, SnapshotFolder
 from composer_ema.posthoc.snapshots import (
@@ -28,11 +29,11 @@ from composer_ema.posthoc.snapshots import (
     sizes_of,
     weights_in,
 )
-from composer_ema.posthoc.writer import SnapshotWriter, Spacing, spacing_of
+from composer_ema.posthoc.writer import SnapshotWriter, Spacing, run_id_of, spacing_of
 from composer_ema.spans import UNITS, ArgumentError, Span
 from composer_ema.trainer.average import Averages, Kept
 from composer_ema.trainer.clock import Look
-from composer_ema.wording import shown, suggestion
+from composer_ema.wording import counted, shown, suggestion
 
 log = logging.getLogger(__name__)
 
@@ -236,6 +237,15 @@ class RunSnapshots:
     def disk_use(self) -> str | None:
         """Where the snapshots lie and what they take, in a sentence; None before training."""
         return None if self._writer is None else self._writer.disk_use()
+
+    def is_over(self, state: State) -> bool:
+        """Whether the folder holds the last files of a run that has trained to its end, all of them packed."""
+        return self._loaded is None or SnapshotFolder(self.folder_in(state)).is_over(run_id_of(self._loaded))
+
+    def lost(self) -> str | None:
+        """Which files of this run somebody has removed, in words; None where they are all there."""
+        names = [] if self._writer is None else self._writer.lost()
+        return f'{counted(len(names), "snapshot")} ({listed(names)})' if names else None
 
     def _spacing(self, state: State) -> Spacing:
         return spacing_of(self.asked.every, _whole(state), self.asked.halvings)
