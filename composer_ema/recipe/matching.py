@@ -28,6 +28,7 @@ from composer_ema.recipe.arguments import Place, RecipeError, said
 from composer_ema.recipe.resuming import Found
 from composer_ema.recipe.schema import Plan
 from composer_ema.recipe.trust import Trust
+from composer_ema.trainer.safe_loading import replaced
 
 _SOME = 4  # of the names that do not fit
 _LONGEST = 300  # letters of an error that is not ours
@@ -108,7 +109,7 @@ def refusing_misfits(how: Load | None) -> Iterator[None]:
         except (Exception, CheckpointException) as error:
             raise how.place.error(f'{how.path} could not be loaded: {_in_short(error, _remedy(how))}') from error
 
-    with _replaced(composer.utils.checkpoint, 'load_checkpoint', load_checkpoint):
+    with replaced(composer.utils.checkpoint, 'load_checkpoint', load_checkpoint):
         yield
 
 
@@ -126,8 +127,8 @@ def _checks(how: Load, state: State) -> Iterator[None]:
         load_optimizers(self, state_dict, strict)
 
     with (
-        _replaced(composer.core.state, 'set_model_state_dict', set_model_state_dict),
-        _replaced(State, 'load_optim_state', load_optim_state),
+        replaced(composer.core.state, 'set_model_state_dict', set_model_state_dict),
+        replaced(State, 'load_optim_state', load_optim_state),
     ):
         yield
 
@@ -206,13 +207,3 @@ def _in_short(error: BaseException, remedy: str) -> str:
 def _is_ours(error: BaseException) -> bool:
     frames = list(traceback.walk_tb(error.__traceback__))
     return bool(frames) and frames[-1][0].f_globals.get('__name__', '').startswith('composer_ema.')
-
-
-@contextlib.contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    original = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)

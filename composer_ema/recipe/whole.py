@@ -12,6 +12,7 @@ from composer.utils.compression import is_compressed_pt
 from composer.utils.file_helpers import is_tar
 
 from composer_ema.files import beside
+from composer_ema.trainer.safe_loading import replaced
 
 
 @contextlib.contextmanager
@@ -31,8 +32,5 @@ def whole_checkpoints() -> Iterator[None]:
         with beside(Path(filename), ending=''.join(Path(filename).suffixes[-2:]) if is_packed else '') as written:
             write(state_dict, str(written))
 
-    checkpoint._write_checkpoint_file = write_whole
-    try:
+    with replaced(checkpoint, '_write_checkpoint_file', write_whole):
         yield
-    finally:
-        checkpoint._write_checkpoint_file = write

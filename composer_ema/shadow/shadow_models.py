@@ -395,7 +395,7 @@ def _check_labels(labels: Iterable[str]) -> list[str]:
     names = plain.several('labels', labels, 'a list of names', "Pass for example ['short', 'long'].")
     for name in names:
         if not isinstance(name, str) or not name:
-            raise TypeError(f"labels must hold names, got {shown(name)}. Pass for example ['short', 'long'].")
+            raise TypeError(f"labels must hold names, got {shown(labels)}. Pass for example ['short', 'long'].")
     names = [str.__str__(name) for name in names]
     if not names or len(set(names)) < len(names):
         raise ValueError(f'labels must name at least one average, each once, got {shown(names)}.')

@@ -70,7 +70,7 @@ def safe_loading() -> Iterator[None]:
         with reading_safely():
             return load(path, *args, **kwargs)
 
-    with _replaced(checkpoint, 'load_checkpoint', load_checkpoint):
+    with replaced(checkpoint, 'load_checkpoint', load_checkpoint):
         yield
 
 
@@ -81,7 +81,7 @@ def reading_safely() -> Iterator[None]:
     Raises:
         CheckpointError: in place of the error that torch collects from all processes.
     """
-    with contextlib.ExitStack() as replaced:
+    with contextlib.ExitStack() as stack:
         for owner, name, value in (
             (torch, 'load', _load),
             (torch.storage, '_load_from_bytes', _storage_of_this_run),
@@ -90,7 +90,7 @@ def reading_safely() -> Iterator[None]:
             # Keeps what is unpacked inside of its folder; Python's default from 3.14 on.
             (tarfile.TarFile, 'extraction_filter', staticmethod(tarfile.data_filter)),
         ):
-            replaced.enter_context(_replaced(owner, name, value))
+            stack.enter_context(replaced(owner, name, value))
         try:
             yield
         except CheckpointException as error:
@@ -100,8 +100,18 @@ def reading_safely() -> Iterator[None]:
             raise ours[0] from error
 
 
+_torchs_load = torch.load
+
+
+@functools.wraps(torch.storage._load_from_bytes)  # pickle finds it by this name
+def _storage_of_this_run(data: bytes) -> Any:
+    """A storage that a process of this run sent to another one, which torch passes to ``torch.load`` as well."""
+    return _torchs_load(io.BytesIO(data), weights_only=False)
+
+
 @contextlib.contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """An attribute of a module or class of others has another value in this context."""
     before = vars(owner).get(name, _MISSING)
     setattr(owner, name, value)
     try:
@@ -111,15 +121,6 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
             delattr(owner, name)
         else:
             setattr(owner, name, before)
-
-
-_torchs_load = torch.load
-
-
-@functools.wraps(torch.storage._load_from_bytes)  # pickle finds it by this name
-def _storage_of_this_run(data: bytes) -> Any:
-    """A storage that a process of this run sent to another one, which torch passes to ``torch.load`` as well."""
-    return _torchs_load(io.BytesIO(data), weights_only=False)
 
 
 def _load(file: Any, *_: Any, **__: Any) -> Any:
