@@ -12,7 +12,7 @@ from typing import Any
 
 from composer import Trainer
 
-from composer_ema.recipe.arguments import Place
+from composer_ema.recipe.arguments import Place, RecipeError
 from composer_ema.wording import suggestion
 
 #: What Composer fills into a path, in braces.
@@ -23,6 +23,9 @@ OF_TIME += ('epoch_wct', 'batch_wct')
 #: How long a part of a run name may be, in bytes; disks take 255, and names of files get endings.
 MOST_BYTES = 200
 _CHECKPOINT: str = inspect.signature(Trainer).parameters['save_filename'].default
+# What is filled in and is no whole number.
+_EXAMPLES: dict[str, Any] = {'run_name': 'name', 'total_wct': 0.0, 'epoch_wct': 0.0, 'batch_wct': 0.0}
+_WIDTH = re.compile(r'0?\d{0,2}(\.\d{1,2})?[dfgs]?')
 _PLACEHOLDER = re.compile(r'\{[^{}]*\}')
 #: What to check of algorithms, callbacks and loggers, by name.
 _FOLDERS = {
@@ -94,7 +97,7 @@ def check_paths(given: Mapping[str, Any], place: Place) -> None:
             check_path(given[key], place / key, legal)
     for key in ('save_filename', 'save_latest_filename'):
         name = given.get(key) or ''
-        if name.startswith('/') or '..' in name.split('/'):
+        if '..' in name.split('/'):  # Composer takes a slash at the beginning off
             raise (place / key).error(
                 f'{name!r} leads out of save_folder, where checkpoints lie. Give another of these.'
             )
@@ -146,21 +149,25 @@ def check_path(path: str, place: Place, legal: Collection[str] = ()) -> None:
         )
     try:
         found = _placeholders(path)
-    except ValueError as error:
+        for each in found:
+            if each not in legal:
+                raise place.error(
+                    f'{path!r} holds {{{each}}}, which nothing fills in. {suggestion(each, legal, "Legal names are")}'
+                )
+        path.format(**{each: _EXAMPLES.get(each, 0) for each in legal})  # {run_name:06d} has another fault
+    except (ValueError, IndexError, KeyError, AttributeError) as error:
+        if isinstance(error, RecipeError):
+            raise
         raise place.error(f'{path!r} is no path: {error}. Write {_listed(legal)}.') from error
-    for each in found:
-        if each not in legal:
-            raise place.error(
-                f'{path!r} holds {{{each}}}, which nothing fills in. {suggestion(each, legal, "Legal names are")}'
-            )
 
 
 def _placeholders(path: str) -> list[str]:
-    """What stands between braces, with what stands behind it there."""
+    """The names between braces, with what stands behind them there unless it is a width, as in ``{batch:06d}``."""
     found = []
     for _, name, how, conversion in Formatter().parse(path):
         if name is not None:
-            found.append(name + (f'!{conversion}' if conversion else '') + (f':{how}' if how else ''))
+            is_width = not conversion and _WIDTH.fullmatch(how or '')
+            found.append(name if is_width else name + (f'!{conversion}' if conversion else '') + f':{how}')
     return found
 
 
