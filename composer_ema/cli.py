@@ -108,9 +108,13 @@ def train(
                 conclusion.of_seeds(loaded, results, show)
             else:
                 conclusion.of_run(run.train(loaded, show), show)
-        except (stopped.Interrupted, stopped.OutOfDisk) as stop:
+        except stopped.STOPS as stop:
             how = command.that_goes_on(recipe, overrides or [], stop.standing, numbers)
-            _fail(stop.in_words(how), stop.exit_code)
+            fail = _fail if isinstance(stop, stopped.OutOfDisk) else _fail_in_process_0  # each has its own disk
+            if os.environ.get('WORLD_SIZE', '1') != '1':
+                # The launcher sends it once the first process has ended, and this one ends by itself.
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            fail(stop.in_words(how), stop.exit_code)
 
 
 @app.command()
@@ -579,16 +583,22 @@ def _usage_errors(kept: str = 'Nothing is left half-written.') -> Iterator[None]
             raise
         _fail(in_words(error), DISK_ERROR if is_of_the_disk(error) else USAGE_ERROR)
     except KeyboardInterrupt:
-        _fail(f'stopped by Ctrl-C. {kept}', 128 + signal.SIGINT)
+        _fail_in_process_0(f'stopped by Ctrl-C. {kept}', 128 + signal.SIGINT)
     except SystemExit as stop:  # of the handlers that Composer and main() set
         if stop.code not in (128 + signal.SIGINT, 128 + signal.SIGTERM):
             raise
         by = 'SIGTERM' if stop.code == 128 + signal.SIGTERM else 'Ctrl-C'
-        _fail(f'stopped by {by}. {kept}', int(stop.code))
+        _fail_in_process_0(f'stopped by {by}. {kept}', int(stop.code))
 
 
 def _fail(message: str, code: int = USAGE_ERROR) -> None:
-    if code < 128 or os.environ.get('RANK', '0') == '0':  # every process gets the signal
+    show_error(message)
+    raise typer.Exit(code)
+
+
+def _fail_in_process_0(message: str, code: int) -> None:
+    """Shows the message in one process, where each has the same to say."""
+    if os.environ.get('RANK', '0') == '0':
         show_error(message)
     raise typer.Exit(code)
 

@@ -9,7 +9,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,16 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
-from composer.utils import checkpoint
+from composer.utils import checkpoint, dist
 
 from composer_ema import files
 from composer_ema.files import append, beside, error_of_the_system, in_words, remove_unfinished, write_beside
 from composer_ema.pictures import conclusion
 from composer_ema.recipe import recorder, run_folder
 from composer_ema.recipe.command import Standing, that_goes_on
+from composer_ema.recipe.lock import LOCK_FILE, InUseError, Lock
 from composer_ema.recipe.recorder import Recorder
+from composer_ema.recipe.stopped import undisturbed
 from composer_ema.recipe.whole import whole_checkpoints
 
 sys.path.append(str(Path(__file__).parent / 'scripts'))
@@ -341,9 +343,103 @@ class TestSignals:
         )
         monkeypatch.setenv('WORLD_SIZE', '4')
         assert that_goes_on(Path('r.yaml'), [], of_seed).endswith(' (in each of 4 processes, as before)')
+        monkeypatch.setenv('LOCAL_WORLD_SIZE', '4')
+        rest = ' -m composer_ema.cli train r.yaml run_name=r-seed2 autoresume=true'
+        assert that_goes_on(Path('r.yaml'), [], of_seed) == f'composer -n 4{rest}'
+        monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'none')
+        assert that_goes_on(Path('r.yaml'), [], of_seed) == f'torchrun --nproc-per-node 4{rest}'
+
+
+class TestSeveralProcesses:
+    @pytest.fixture
+    def one_of_two(self, monkeypatch) -> Iterator[Callable[[], None]]:
+        """Turns this process into one of two, the other of which never comes to a barrier."""
+
+        def one_of_two() -> None:
+            monkeypatch.setenv('WORLD_SIZE', '2')
+            monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')
+            monkeypatch.setattr(dist, 'barrier', lambda *_, **__: pytest.fail('waits for a dead process'))
+
+        handler = signal.getsignal(signal.SIGTERM)
+        yield one_of_two
+        signal.signal(signal.SIGTERM, handler)
+
+    def test_one_that_gets_a_signal_does_not_wait_for_the_others(self, call, recipe, one_of_two, after_batch):
+        def stop() -> None:
+            one_of_two()
+            signal.raise_signal(signal.SIGTERM)
+
+        after_batch(5, stop)
+        code, _, err = call('train', recipe, 'run_name=a')
+        signal.raise_signal(signal.SIGTERM)  # the launcher's, while the process ends
+        assert code == 143
+        assert err.startswith('stopped by SIGTERM after batch 5. Go on from ')
+        assert err.endswith(f': composer -n 2 -m composer_ema.cli train {recipe} run_name=a autoresume=true\n')
+
+    @pytest.mark.parametrize(
+        'said',
+        [
+            '[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:525] Read error [127.0.0.1]:27780: Connection reset '
+            'by peer',
+            '[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:9127',
+            'NCCL error: remote process exited or there was a network error, NCCL version 2.21.5',
+        ],
+    )
+    def test_the_death_of_another_one_is_said_in_one_line(self, call, recipe, one_of_two, after_batch, said):
+        def fail() -> None:
+            one_of_two()
+            raise RuntimeError(said)
+
+        after_batch(5, fail)
+        code, _, err = call('train', recipe, 'run_name=a')
+        assert code == 1
+        assert err.startswith('another process of the run has ended, so it stopped after batch 5. Go on from ')
+        assert err.count('\n') == 1
+
+    def test_what_a_launcher_sends_to_those_that_are_left_does_not_disturb_them(self):
+        before = signal.getsignal(signal.SIGTERM)
+        with undisturbed():
+            signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) is before
 
 
 class TestRemoved:
+    def test_a_run_whose_lock_is_removed_takes_it_again(self, call, recipe, tmp_path, after_batch):
+        folder = tmp_path / 'runs' / 'tiny'
+
+        def move() -> None:
+            folder.rename(tmp_path / 'runs' / 'moved')
+            after_batch(7, refuse)
+
+        def refuse() -> None:
+            with pytest.raises(InUseError):
+                Lock(folder)
+
+        after_batch(5, move)
+        assert call('train', recipe)[0] == 0
+        assert not (folder / LOCK_FILE).exists()
+
+    def test_a_run_whose_folder_another_one_has_taken_since_stops_and_leaves_it_alone(
+        self, call, recipe, tmp_path, after_batch
+    ):
+        folder, others = tmp_path / 'runs' / 'tiny', []
+
+        def move() -> None:
+            folder.rename(tmp_path / 'runs' / 'moved')
+            folder.mkdir()
+            others.append(Lock(folder))
+
+        after_batch(5, move)
+        code, _, err = call('train', recipe)
+        assert code == 1
+        assert err.startswith(f'{folder} is in use by process {os.getpid()} on ')
+        assert err.endswith(
+            ' Somebody has removed or renamed the folder or its lock file while this run trained, so it stopped after '
+            'batch 6.\n'
+        )
+        assert [path.name for path in folder.iterdir()] == [LOCK_FILE]
+        others[0].release()
+
     def test_a_folder_that_is_removed_is_made_anew_and_what_is_lost_is_said(self, call, recipe, tmp_path, after_batch):
         folder = tmp_path / 'runs' / 'tiny'
         after_batch(10, lambda: shutil.rmtree(folder))

@@ -85,9 +85,23 @@ def that_goes_on(recipe: Path, overrides: Sequence[str], standing: Standing, see
     else:
         kept = [each for each in kept if not _sets(each, 'run_name')]
         named = [*([f'seed={standing.seed}'] if seeds else []), *named]
-    command = shlex.join(['composer-ema', 'train', str(recipe), *kept, *named, standing.flag, *options])
-    processes = int(os.environ.get('WORLD_SIZE', '1'))
-    return command if processes == 1 else f'{command} (in each of {processes} processes, as before)'
+    command = shlex.join([*_program(), 'train', str(recipe), *kept, *named, standing.flag, *options])
+    processes, here = _processes()
+    return command if processes == here else f'{command} (in each of {processes} processes, as before)'
+
+
+def _program() -> list[str]:
+    """What starts ``composer-ema`` in as many processes as there are now, if they are all on this machine."""
+    processes, here = _processes()
+    if processes == 1 or processes != here:
+        return ['composer-ema']
+    launcher = ['torchrun', '--nproc-per-node'] if 'TORCHELASTIC_RUN_ID' in os.environ else ['composer', '-n']
+    return [*launcher, str(here), '-m', 'composer_ema.cli']
+
+
+def _processes() -> tuple[int, int]:
+    """How many processes train a run, and how many of them on this machine."""
+    return int(os.environ.get('WORLD_SIZE', '1')), int(os.environ.get('LOCAL_WORLD_SIZE', '1'))
 
 
 def _sets(override: str, key: str) -> bool:

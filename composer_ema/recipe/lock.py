@@ -99,8 +99,7 @@ class Lock:
         self._descriptor: int | None = descriptor
         try:
             _warn_of_another_machine(folder, Owner.read(descriptor))
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f'{json.dumps(asdict(Owner.of_this_process()))}\n'.encode(), 0)
+            _sign(descriptor)
         except BaseException:
             self.release()
             raise
@@ -111,6 +110,20 @@ class Lock:
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+    def keep(self) -> None:
+        """Takes the lock again if somebody has removed its file, or removed or renamed the folder.
+
+        Raises:
+            InUseError: Another process has taken the folder since. The lock is given back.
+            OSError: The lock file cannot be made or written.
+        """
+        if self._descriptor is None or _is_at(self._path, self._descriptor):
+            return
+        self._close()
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._descriptor = _taken(self._path.parent, self._path)
+        _sign(self._descriptor)
 
     def release(self) -> None:
         """Removes the lock file and gives the lock back; does nothing the second time."""
@@ -158,6 +171,12 @@ def _taken(folder: Path, path: Path) -> int:
         finally:
             if descriptor >= 0:
                 os.close(descriptor)
+
+
+def _sign(descriptor: int) -> None:
+    """Writes the name of this process into a lock file."""
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f'{json.dumps(asdict(Owner.of_this_process()))}\n'.encode(), 0)
 
 
 def _locked(folder: Path, descriptor: int) -> bool:

@@ -153,14 +153,14 @@ class Recorder(Callback):
             self._batch_started = None
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        self._lost_checkpoints.before_rotation(state)
+        self._before_files_are_written(state)
         metrics = self.collector.take()
         self._of_last_batch = {name: value for name, value in metrics.items() if name.startswith(_OF_TRAINING)}
         self._write_line(state, {**self._step, **metrics})
 
     def epoch_checkpoint(self, state: State, logger: Logger) -> None:
         self._begin()  # a run resumed after the last batch of an epoch comes here first
-        self._lost_checkpoints.before_rotation(state)
+        self._before_files_are_written(state)
         self._count_updates(state)
         metrics = self.collector.take()
         self._write_line(state, metrics if self._has_trained else {**metrics, **self._of_last_batch})
@@ -205,6 +205,11 @@ class Recorder(Callback):
         """Whether the file begins with the lines that were written up to the loaded checkpoint."""
         lines = self._lines_in_file()[: self.num_lines]
         return len(lines) == self.num_lines and self._are_own(lines)
+
+    def _before_files_are_written(self, state: State) -> None:
+        if self._folder is not None:
+            self._folder.keep()
+        self._lost_checkpoints.before_rotation(state)
 
     def _begin(self) -> None:
         """Once the run has really begun, replaces what is to be replaced in its folder."""

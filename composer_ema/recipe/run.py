@@ -18,7 +18,7 @@ from composer_ema.recipe.outputs import RECIPE_FILE
 from composer_ema.recipe.run_folder import on_rank_0
 from composer_ema.recipe.save_folder import SaveFolder
 from composer_ema.recipe.schema import Recipe
-from composer_ema.recipe.stopped import stops_told
+from composer_ema.recipe.stopped import closed_at_end, stops_told
 from composer_ema.recipe.whole import whole_checkpoints
 from composer_ema.trainer.snapshots import RunSnapshots
 from composer_ema.trainer.weight_average import WeightAverage
@@ -81,19 +81,18 @@ def train(recipe: Recipe, show: Callable[[Any], None], *, callbacks: Sequence[Ca
     Raises:
         RecipeError: The recipe cannot be followed.
         OutOfDisk: A file of the run cannot be written. Its checkpoints are as they were.
+        ProcessLost: Another process of the run has ended.
+        FolderTaken: Another process has taken the run folder, from which somebody had removed the lock.
         Interrupted: A signal has ended the run; a ``SystemExit``, as Composer raises then.
     """
     run = build(recipe, callbacks=callbacks)
-    try:
-        with stops_told(run), whole_checkpoints():
-            _remove_leftovers(run)
-            for remark in run.remarks:
-                show(remark)
-            _show_what_is_resumed(run, show)
-            _fit(run, show)
-            lost = _lost(run)
-    finally:
-        run.trainer.close()
+    with closed_at_end(run.trainer), stops_told(run), whole_checkpoints():
+        _remove_leftovers(run)
+        for remark in run.remarks:
+            show(remark)
+        _show_what_is_resumed(run, show)
+        _fit(run, show)
+        lost = _lost(run)
     return Outcome(
         run_name=run.trainer.state.run_name,
         seed=run.recipe.values['seed'],

@@ -66,6 +66,16 @@ class RunFolder:
         if self.recipe is not None:
             write_beside(self.path / RECIPE_FILE, self.recipe)
 
+    def keep(self) -> None:
+        """Takes the folder again if somebody has removed or renamed it, or has removed its lock file.
+
+        Raises:
+            InUseError: Another process has taken it since.
+            OSError: It cannot be made again.
+        """
+        if self._lock is not None:
+            self._lock.keep()
+
     def release(self) -> None:
         """Gives the folder back, without the empty folders of a run that never began."""
         if self._lock is not None:

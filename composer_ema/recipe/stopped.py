@@ -1,23 +1,29 @@
-"""What stops a run from outside, a signal or its disk, and where the run goes on."""
+"""What stops a run from outside, a signal, its disk or the death of a process, and where the run goes on."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from composer.utils import format_name_with_dist
+from composer import Trainer
+from composer.utils import dist, format_name_with_dist
 
 from composer_ema.files import error_of_the_system, in_words, is_of_the_disk
 from composer_ema.recipe.build import Run
 from composer_ema.recipe.command import Standing
+from composer_ema.recipe.lock import InUseError
 from composer_ema.recipe.losses import savers
 from composer_ema.recipe.save_folder import SaveFolder
 
 #: The exit codes with which Composer ends a process that gets a signal, and what people call the signal.
 SIGNALS = {128 + signal.SIGINT: 'Ctrl-C', 128 + signal.SIGTERM: 'SIGTERM'}
+# What torch's gloo and NCCL say of a process that is gone. Their errors have no type of their own.
+_GONE = re.compile(r'connection (was )?(reset|closed|refused)|remote process exited|broken pipe', re.IGNORECASE)
 
 
 class Interrupted(SystemExit):
@@ -58,9 +64,82 @@ class OutOfDisk(Exception):
         return f'{self} The run has stopped after batch {self.standing.batch}. {rest}'
 
 
+class ProcessLost(Exception):
+    """Another process of a run has ended, so that this one cannot go on.
+
+    Args:
+        standing: How far the run has come.
+    """
+
+    exit_code = 1
+
+    def __init__(self, standing: Standing) -> None:
+        super().__init__('another process of the run has ended')
+        self.standing = standing
+
+    def in_words(self, command: str) -> str:
+        """What has happened and how to go on, where ``command`` does that."""
+        return f'{self}, so it stopped after batch {self.standing.batch}. {self.standing.how_to_go_on(command)}'
+
+
+class FolderTaken(Exception):
+    """Another process has taken the folder of a run, from which somebody had removed the lock.
+
+    Args:
+        error: Who has taken it.
+        standing: How far the run has come.
+    """
+
+    exit_code = 1
+
+    def __init__(self, error: InUseError, standing: Standing) -> None:
+        super().__init__(str(error))
+        self.standing = standing
+
+    def in_words(self, command: str) -> str:
+        """What has happened. Nothing goes on with the run: its place is taken."""
+        return (
+            f'{self} Somebody has removed or renamed the folder or its lock file while this run trained, so it stopped '
+            f'after batch {self.standing.batch}.'
+        )
+
+
+#: What :func:`stops_told` raises. Each has an exit code and says in words how to go on.
+STOPS = (Interrupted, OutOfDisk, ProcessLost, FolderTaken)
+
+
+@contextlib.contextmanager
+def closed_at_end(trainer: Trainer) -> Iterator[None]:
+    """Closes a Trainer at the end, without waiting for its other processes if there is an error.
+
+    ``Trainer.close`` ends in a barrier (Composer 0.32.1). After an error the other processes may be dead, and the
+    barrier fails, or may be waiting for this one elsewhere, and both wait for as long as ``dist_timeout`` says.
+    """
+    try:
+        yield
+    except BaseException:
+        with undisturbed():
+            trainer.engine.close()
+        raise
+    trainer.close()
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Ignores SIGTERM, which a launcher sends to the processes that are left when the first one has ended."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @contextlib.contextmanager
 def stops_told(run: Run) -> Iterator[None]:
-    """Raises what stops a run from outside as :class:`Interrupted` or :class:`OutOfDisk`; everything else as it is."""
+    """Raises what stops a run from outside as an exception of this module, and everything else as it is."""
     state = run.trainer.state
     batch = int(state.timestamp.batch)
     loaded = None if run.resumed is None else run.resumed.path
@@ -69,6 +148,10 @@ def stops_told(run: Run) -> Iterator[None]:
     except BaseException as error:
         if (code := _code_of_a_signal(error)) is not None:
             raise Interrupted(code, _standing(run, loaded, batch)) from error
+        if isinstance(error, InUseError):
+            raise FolderTaken(error, _standing(run, loaded, batch)) from error
+        if _is_of_a_lost_process(error):
+            raise ProcessLost(_standing(run, loaded, batch)) from error
         found = error_of_the_system(error)
         if found is None or not (is_of_the_disk(found) or _is_inside(run, found.filename)):
             raise
@@ -82,6 +165,11 @@ def _code_of_a_signal(error: BaseException | None) -> int | None:
             return int(error.code) if error.code in SIGNALS else None
         error = error.__context__
     return None
+
+
+def _is_of_a_lost_process(error: BaseException) -> bool:
+    """Whether an error tells that another process of the run is gone."""
+    return dist.get_world_size() > 1 and isinstance(error, RuntimeError) and _GONE.search(str(error)) is not None
 
 
 def _is_inside(run: Run, path: object) -> bool:
