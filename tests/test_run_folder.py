@@ -36,8 +36,7 @@ from pathlib import Path
 from composer_ema.recipe.lock import Lock
 held = Lock(Path(sys.argv[1]))
 if os.fork() == 0:  # as a worker of a data loader, which outlives its parent
-    time.sleep(30)
-print('held', flush=True)
+    print('held', flush=True)
 time.sleep(30)
 """
 
