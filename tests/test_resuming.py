@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import subprocess
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from composer_ema.recipe import schema
 from composer_ema.recipe.arguments import RecipeError
 from composer_ema.recipe.build import build
 from composer_ema.recipe.loaded import check_loaded
+from composer_ema.recipe.packed import unpacked
 from composer_ema.recipe.resuming import Found
 from composer_ema.recipe.run import train
 from composer_ema.trainer.safe_loading import reading_safely
@@ -386,3 +388,12 @@ def test_processes_send_each_other_tensors_while_a_checkpoint_is_read():
     with reading_safely():
         torch.distributed.all_gather_object(gathered, {'weight': torch.ones(3)})
     assert gathered[0]['weight'].equal(torch.ones(3))
+
+
+@pytest.mark.skipif(shutil.which('zstd') is None, reason='needs the program zstd')
+def test_a_link_to_a_compressed_checkpoint_is_followed(tmp_path):
+    (tmp_path / 'ep1.pt').write_bytes(b'weights')
+    subprocess.run(['zstd', '-q', '-o', tmp_path / 'ep1.pt.zst', tmp_path / 'ep1.pt'], check=True)
+    (tmp_path / 'latest.pt.zst').symlink_to('ep1.pt.zst')
+    with unpacked(tmp_path / 'latest.pt.zst') as inside:
+        assert inside.read_bytes() == b'weights'

@@ -17,7 +17,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 import toy
 from composer import Callback
-from composer.algorithms import BlurPool, LabelSmoothing, LayerFreezing
+from composer.algorithms import BlurPool, LabelSmoothing, LayerFreezing, LowPrecisionLayerNorm, StochasticDepth
 from composer.callbacks import MemoryMonitor, OptimizerMonitor, RuntimeEstimator, SpeedMonitor
 from composer.optim import DecoupledAdamW, LinearWithWarmupScheduler
 from composer.utils import checkpoint
@@ -30,7 +30,7 @@ from composer_ema.checkpoints.safely import load_safely
 from composer_ema.recipe import build, schema
 from composer_ema.recipe.arguments import RecipeError
 from composer_ema.recipe.run import train
-from composer_ema.trainer.safe_loading import reading_safely
+from composer_ema.trainer.safe_loading import _algorithm, reading_safely
 
 RECIPE = Path(__file__).parent.parent / 'yamls' / 'mnist1d.yaml'
 EVERY = 23  # of the attacks, which the trial tries all
@@ -287,6 +287,13 @@ class TestComposer:
         ):
             again = trainer(max_duration='1ba', load_path=path)
         assert repr(again.state.algorithms[-1]) == repr(run.state.algorithms[-1])
+
+    @pytest.mark.parametrize(
+        'made', [LowPrecisionLayerNorm, lambda: StochasticDepth('ResNetBottleneck', drop_warmup='0.5dur')]
+    )
+    def test_an_algorithm_of_an_event_or_a_time_is_made_from_its_text(self, made):
+        text = repr(made())
+        assert repr(_algorithm(f'algorithms.{text}')) == text
 
     def test_an_archive_stays_in_its_folder(self, trainer, tmp_path):
         run = trainer()

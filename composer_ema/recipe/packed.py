@@ -92,10 +92,9 @@ def _decompress(path: Path, inside: Path) -> None:
             f'{path} has the name of a compressed checkpoint, and there is nothing to decompress it with: {error} '
             'Decompress it, or rename it.'
         ) from error
-    with inside.open('wb') as file:
-        done = subprocess.run(
-            [compressor.cmd, '-dc', str(path.absolute())], stdout=file, stderr=subprocess.PIPE, check=False
-        )
+    # Not by its name: zstd ignores links, and the latest checkpoint is one.
+    with path.open('rb') as source, inside.open('wb') as file:
+        done = subprocess.run([compressor.cmd, '-dc'], stdin=source, stdout=file, stderr=subprocess.PIPE, check=False)
     if done.returncode != 0:
         said = ' '.join(done.stderr.decode(errors='replace').split()) or f'{compressor.cmd} failed'
         raise CheckpointError(f'{path} cannot be decompressed: {said}.')

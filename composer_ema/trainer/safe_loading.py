@@ -21,7 +21,7 @@ from typing import Any
 import composer.algorithms
 import composer.core.state
 import torch
-from composer.core import Algorithm
+from composer.core import Algorithm, Event, Time, TimeUnit
 from composer.utils import checkpoint
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
@@ -167,7 +167,7 @@ def _as_torch_has_it(index: Index) -> Metadata:
 
 
 def _algorithm(source: str) -> Algorithm:
-    """In place of ``eval`` of an algorithm's text: a call of one of Composer's algorithms with literals.
+    """In place of ``eval`` of an algorithm's text: a call of Composer's with literals, events and times.
 
     Raises:
         ValueError: it is anything else, which Composer takes as a warning and goes on without it.
@@ -180,6 +180,15 @@ def _algorithm(source: str) -> Algorithm:
     if not is_known or not all(keyword.arg for keyword in call.keywords):
         raise ValueError(f'{source[:80]!r} is no call of an algorithm of Composer.')
     return kind(
-        *map(ast.literal_eval, call.args),
-        **{keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg},
+        *map(_argument, call.args),
+        **{keyword.arg: _argument(keyword.value) for keyword in call.keywords if keyword.arg},
     )
+
+
+def _argument(node: ast.expr) -> Any:
+    match node:
+        case ast.Attribute(ast.Name('Event'), name):
+            return Event[name]
+        case ast.Call(ast.Name('Time'), [value, ast.Attribute(ast.Name('TimeUnit'), unit)], []):
+            return Time(ast.literal_eval(value), TimeUnit[unit])
+    return ast.literal_eval(node)
