@@ -24,7 +24,7 @@ from composer.utils import checkpoint
 from folders import save
 from hostile_trust import Call, Name, Stored, write_torch_file
 
-from composer_ema import EMA, CheckpointError, load_average, safe_loading
+from composer_ema import EMA, CheckpointError, load_average, read_checkpoint, safe_loading
 from composer_ema.checkpoints.inert_pickle import InertPickleError, UnknownNamesError
 from composer_ema.checkpoints.safely import load_safely
 from composer_ema.recipe import build, schema
@@ -210,6 +210,16 @@ class TestWhatIsAllowed:
         assert found['views'][0].untyped_storage().data_ptr() == found['views'][3].untyped_storage().data_ptr()
         for tensor, true in zip(found['tensors'], held['tensors'], strict=True):
             assert (tensor.dtype, tensor.requires_grad) == (true.dtype, true.requires_grad)
+
+    def test_a_file_without_checksums_is_read_without_comparing_any(self, tmp_path):
+        torch.serialization.set_crc32_options(False)
+        try:
+            torch.save({'weight': torch.arange(4.0)}, tmp_path / 'a.pt')
+        finally:
+            torch.serialization.set_crc32_options(True)
+        for in_place in (False, True):
+            assert load_safely(tmp_path / 'a.pt', mmap=in_place)['weight'].tolist() == [0, 1, 2, 3]
+        assert read_checkpoint(tmp_path / 'a.pt')['weight'].tolist() == [0, 1, 2, 3]
 
     def test_bytes_in_another_order_are_turned(self, tmp_path):
         storages = {'0': struct.pack('>4f', 1, 2, 3, 4)}

@@ -88,12 +88,13 @@ def check_sums(path: Path) -> None:
 
 
 def damaged_part(file: Path | BinaryIO) -> str | None:
-    """The first part of a torch file whose checksum is wrong; None if there is none.
+    """The first part of a torch file whose checksum is wrong; None if there is none, or the file has no checksums.
 
     Raises:
         Exception: whatever ``zipfile`` raises about a file that it cannot read.
     """
     with zipfile.ZipFile(file) as archive:
+        torch_file.drop_missing_sums(archive)
         return archive.testzip()
 
 

@@ -70,6 +70,7 @@ class _Archive:
     def __init__(self, file: BinaryIO, in_place: Path | None) -> None:
         self._file = file
         self._zip = zipfile.ZipFile(file)
+        drop_missing_sums(self._zip)
         self._length = file.seek(0, io.SEEK_END)
         entries = self._zip.infolist()
         self._entries = {each.filename: each for each in entries}
@@ -128,7 +129,7 @@ class _Archive:
             return part
         untyped = torch.UntypedStorage(size)
         self._file.seek(start)
-        if _fill(untyped, self._file) != entry.CRC:
+        if _fill(untyped, self._file) != entry.CRC is not None:
             raise InertPickleError(f'it is damaged, the checksum of {entry.filename} is wrong.')
         if self._is_swapped:
             untyped.byteswap(dtype)
@@ -142,6 +143,14 @@ class _Archive:
             raise InertPickleError('it is damaged: an entry has no header.')
         name, padding = struct.unpack_from('<HH', header, 26)
         return entry.header_offset + _LOCAL_HEADER + name + padding
+
+
+def drop_missing_sums(archive: zipfile.ZipFile) -> None:
+    """Lets an archive without checksums be read: ``torch.serialization.set_crc32_options(False)`` writes zeros."""
+    entries = archive.infolist()
+    if not any(each.CRC for each in entries):
+        for each in entries:
+            each.CRC = None  # pyright: ignore[reportAttributeAccessIssue]: zipfile then compares none
 
 
 def _fill(untyped: torch.UntypedStorage, file: BinaryIO) -> int:
