@@ -99,15 +99,19 @@ def train(
         from composer_ema.pictures import conclusion
         from composer_ema.recipe import command, run, schema, stopped
 
+        def conclude(outcome: run.Outcome) -> conclusion.Result:
+            with _usage_errors(f'The run is done and saved. Draw it with: composer-ema plot {outcome.folder}'):
+                return conclusion.of_run(outcome, show)
+
         loaded = schema.load(recipe, overrides or [])
         try:
             if dry_run:
                 conclusion.of_rehearsal(run.rehearse(loaded), show)
             elif numbers:
-                results = [conclusion.of_run(outcome, show) for outcome in run.train_seeds(loaded, numbers, show)]
+                results = [conclude(outcome) for outcome in run.train_seeds(loaded, numbers, show)]
                 conclusion.of_seeds(loaded, results, show)
             else:
-                conclusion.of_run(run.train(loaded, show), show)
+                conclude(run.train(loaded, show))
         except stopped.STOPS as stop:
             how = command.that_goes_on(recipe, overrides or [], stop.standing, numbers)
             fail = _fail if isinstance(stop, stopped.OutOfDisk) else _fail_in_process_0  # each has its own disk

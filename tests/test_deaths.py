@@ -307,6 +307,13 @@ class TestSignals:
         monkeypatch.setattr(run_folder, 'take', lambda _: signal.raise_signal(signal.SIGINT))
         assert call('train', recipe)[::2] == (130, 'stopped by Ctrl-C. Training had not begun.\n')
 
+    def test_a_signal_while_a_finished_run_is_drawn(self, call, recipe, tmp_path, monkeypatch):
+        monkeypatch.setattr(conclusion, 'write', lambda *_: signal.raise_signal(signal.SIGINT))
+        code, _, err = call('train', recipe)
+        assert code == 130
+        done = f'stopped by Ctrl-C. The run is done and saved. Draw it with: composer-ema plot {tmp_path}/runs/tiny'
+        assert err.splitlines()[-1] == done
+
     @pytest.mark.parametrize('command', ['export', 'plot', 'reconstruct', 'sweep', 'inspect'])
     def test_every_command_ends_in_one_line(self, call, tmp_path, monkeypatch, command):
         from composer_ema.checkpoints import export, inspection

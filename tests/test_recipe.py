@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import pickle
+import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -1036,6 +1037,16 @@ class TestResume:
         assert shown[1] == 'done has already trained for 2ep: nothing is left to train'
         assert lines_of(tmp_path / 'runs/done') == lines
 
+        shown.clear()
+        path, checkpoint = write(run_name='new'), tmp_path / 'runs/done/checkpoints/latest-rank0.pt'
+        train(schema.load(path, [f'load_path={checkpoint}', 'max_duration=1ep']), shown.append)
+        assert re.match(
+            'new has already trained for 2ep: .* max_duration=1ep counts from.*load_weights_only=true', shown[0]
+        )
+        assert not (tmp_path / 'runs/new').exists()
+        assert 'run folder' not in shown[-1]
+        assert not [line for line in shown if 'no picture' in str(line)]
+
     @pytest.mark.slow
     def test_load_path_continues_in_a_new_folder_with_the_evaluations_so_far(self, write, tmp_path):
         path = write()
@@ -1069,9 +1080,14 @@ class TestResume:
         other.load_state_dict(state)
         assert other.state_dict() == state
         assert other.evaluations == recorder.evaluations
-        of_before = Recorder()
-        of_before.load_state_dict({**state, 'evaluations': recorder.evaluations})
-        assert of_before.evaluations == recorder.evaluations
+        for before in (
+            recorder.evaluations,
+            json.dumps(recorder.evaluations),
+            json.dumps({'lines': recorder.evaluations}),
+        ):
+            of_before = Recorder()
+            of_before.load_state_dict({**state, 'evaluations': before})
+            assert of_before.evaluations == recorder.evaluations
 
 
 class TestReport:

@@ -21,7 +21,9 @@ from composer_ema.recipe import schema
 from composer_ema.recipe.arguments import RecipeError
 from composer_ema.recipe.build import build
 from composer_ema.recipe.loaded import check_loaded
+from composer_ema.recipe.matching import _in_short
 from composer_ema.recipe.packed import unpacked
+from composer_ema.recipe.recorder import Recorder
 from composer_ema.recipe.resuming import Found
 from composer_ema.recipe.run import train
 from composer_ema.trainer.safe_loading import reading_safely
@@ -290,6 +292,11 @@ class TestARun:
         path = tmp_path / 'tiny' / 'checkpoints' / 'ep0-ba4-rank0.pt'
         assert shown[0] == f'autoresume: going on from {path}, batch 4; latest-rank0.pt is missing'
         assert ground.load(tmp_path / 'tiny' / 'checkpoints' / LATEST) == ('loaded', ground.prints[5])
+
+    def test_an_error_that_is_only_a_key_gets_its_type_and_a_remedy(self):
+        with pytest.raises(KeyError) as found:
+            Recorder().load_state_dict({})
+        assert _in_short(found.value, 'Load another one.') == "KeyError: 'num_lines'. Load another one."
 
     @pytest.mark.parametrize(
         ('overrides', 'said'),

@@ -41,7 +41,8 @@ def of_run(outcome: Outcome, show: Callable[[Any], None]) -> Result:
         PlotError: The picture cannot be written, as on a full disk.
     """
     unwritten: OSError | None = None
-    if dist.get_global_rank() == 0:
+    is_kept = outcome.folder.is_dir()  # not where a checkpoint in another folder left nothing to train
+    if is_kept and dist.get_global_rank() == 0:
         try:
             with Lock(outcome.folder):
                 write(draw_runs([read_run(outcome.folder)]), outcome.folder / CURVES)
@@ -54,7 +55,8 @@ def of_run(outcome: Outcome, show: Callable[[Any], None]) -> Result:
     result = report.result(outcome)
     if result.points:
         show(report.epochs_table(result))
-    lines = [report.summary(result), outcome.snapshots, outcome.lost, f'run folder: {outcome.folder}']
+    folder = f'run folder: {outcome.folder}' if is_kept else None
+    lines = [report.summary(result), outcome.snapshots, outcome.lost, folder]
     show('\n'.join(filter(None, lines)))
     if unwritten is not None:
         raise PlotError(

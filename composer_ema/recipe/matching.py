@@ -205,5 +205,7 @@ def _in_short(error: BaseException, remedy: str) -> str:
 
 
 def _is_ours(error: BaseException) -> bool:
+    if isinstance(error, LookupError | AttributeError | AssertionError):  # what they say is not for the user
+        return False
     frames = list(traceback.walk_tb(error.__traceback__))
     return bool(frames) and frames[-1][0].f_globals.get('__name__', '').startswith('composer_ema.')

@@ -108,6 +108,11 @@ class Recorder(Callback):
         """Share of step time spent on averaging, in [0, 1]; None if nothing was averaged."""
         return self.update_seconds / self.step_seconds if self.update_seconds > 0 and self.step_seconds > 0 else None
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether the run has written to its folder, as it does from its first batch on."""
+        return self._has_begun
+
     def state_dict(self) -> dict[str, Any]:
         return {
             _NUM_LINES: self.num_lines,
@@ -124,8 +129,8 @@ class Recorder(Callback):
         self.num_lines = state[_NUM_LINES]
         evaluations = state[_EVALUATIONS]
         found = json.loads(evaluations) if isinstance(evaluations, str) else [*map(dict, evaluations)]
-        if isinstance(found, list):  # in checkpoints of earlier versions
-            found = {_LINES: found, _DIGEST: None, _TRAIN: {}}
+        # Checkpoints of earlier versions hold the lines alone, or lack the last of these.
+        found = {_DIGEST: None, _TRAIN: {}, **({_LINES: found} if isinstance(found, list) else found)}
         self.evaluations, self._digest, self._of_last_batch = found[_LINES], found[_DIGEST], found[_TRAIN]
         self.step_seconds = state[_STEP_SECONDS]
         self.update_seconds = state[_UPDATE_SECONDS]

@@ -150,7 +150,13 @@ def _fit(run: Run, show: Callable[[Any], None]) -> None:
     if state.timestamp >= state.max_duration:
         is_over = _is_over(run)
         left = 'nothing is left to train' if is_over else 'only what comes after the last batch is left'
-        show(f'{state.run_name} has already trained for {state.max_duration}: {left}')
+        trained = state.timestamp.get(state.max_duration.unit)
+        if is_over and not run.plan.trainer.get('autoresume'):
+            left = (
+                f'{left}. max_duration={state.max_duration} counts from the beginning: give a longer one to go on, or '
+                'load_weights_only=true to begin anew with these weights'
+            )
+        show(f'{state.run_name} has already trained for {trained}: {left}')
         if not is_over:
             # fit() refuses a run without a batch to train, and has no other door to its end (Composer 0.32.1).
             run.trainer._train_loop()
@@ -213,7 +219,7 @@ def _lost(run: Run) -> str | None:
     """What somebody has removed of the run while it trained, in a sentence. Writes its recipe again if that is gone."""
     if dist.get_global_rank() != 0:
         return None
-    if not (run.folder / RECIPE_FILE).exists():
+    if run.recorder.has_begun and not (run.folder / RECIPE_FILE).exists():
         write_beside(run.folder / RECIPE_FILE, as_yaml(run.recipe))
     found = [*run.recorder.lost(run.trainer.state), *(each.lost() for each in _snapshots_of(run))]
     lost = ', '.join(filter(None, found))
