@@ -372,7 +372,7 @@ REFUSED: list[tuple[Any, dict[str, Any], str, str]] = [
         'must be one of cos, linear',
     ),
     ({'name': 'cosine', 't_max': '3eps'}, {}, 'scheduler.t_max', "'3eps' is no time"),
-    ({'name': 'multistep', 'milestones': ['1ep', '2']}, {}, 'scheduler.milestones.1', "'2' is no time"),
+    ({'name': 'multistep', 'milestones': ['1ep', '2']}, {}, 'scheduler.milestones.1', "'2' counts seconds"),
     ({**SEQUENCE, 'schedulers': []}, {}, 'scheduler.schedulers', 'must be a list of schedulers'),
     ({**SEQUENCE, 'schedulers': {'name': 'linear_lr'}}, {}, 'scheduler.schedulers', 'must be a list of schedulers'),
     ({**SEQUENCE, 'milestones': [2, 3]}, {}, 'scheduler.milestones', 'one fewer than the 2 schedulers'),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from composer_ema.checkpoints import states
 from composer_ema.checkpoints.checksum import CHECKSUM, ZEROS, seal
-from composer_ema.checkpoints.reading import CheckpointError
+from composer_ema.checkpoints.safely import CheckpointError, load_safely
 from composer_ema.checkpoints.sharded import files_of, is_sharded
 from composer_ema.files import beside, in_words
 from composer_ema.model.names import listed
@@ -70,11 +70,18 @@ def _refuse_replacing_of_a_run(out: Path, what: str) -> None:
         kind = 'a file of a run'
     elif is_sharded(folder):
         kind = f'a file of the checkpoint {folder}'
-    elif target.suffix in TORCH_SUFFIXES and next(folder.glob(_LATEST), None) is not None:
+    elif target.suffix in TORCH_SUFFIXES and next(folder.glob(_LATEST), None) is not None and not _is_an_export(target):
         kind = f'one of the checkpoints of a run, in {folder}'
     else:
         return
     raise CheckpointError(f'{out} is {kind}: {what} would replace it. Write to another file.')
+
+
+def _is_an_export(path: Path) -> bool:
+    try:
+        return bool(states.exported_with(load_safely(path, mmap=True)))
+    except Exception:  # damaged, and so perhaps a checkpoint
+        return False
 
 
 def _write_safetensors(weights: Mapping[str, Any], metadata: dict[str, str], what: str, out: Path) -> None:
