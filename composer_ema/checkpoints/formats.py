@@ -211,10 +211,11 @@ def _is_plain(value: Any, depth: int = 2) -> bool:
 
 
 def shown(value: Any) -> str:
-    """A value that a file has in the wrong place, in an error: a number as it is, else of which type it is."""
+    """A value that a file has in the wrong place, in an error: a number or None as it is, else of which type it is."""
     if isinstance(value, str):
         return repr(value[:100])
-    return repr(value) if isinstance(value, Real) and _is_plain(value) else f'a {type(value).__name__}'
+    is_short = value is None or (isinstance(value, Real) and _is_plain(value))
+    return repr(value) if is_short else f'a {type(value).__name__}'
 
 
 def _check_clock(average: State, key: str, what: str) -> None:

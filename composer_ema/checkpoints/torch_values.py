@@ -233,8 +233,10 @@ def _of_type(function: Any, kind: Any, arguments: Any, state: Any) -> Any:
     if type(function) is not Global or type(kind) not in (Global, Record) or type(arguments) is not tuple:
         raise _refuse('a tensor in it has no class')
     if kind.name == 'DTensor' and function.name == '_rebuild_wrapper_subclass':
-        attributes = state[0] if type(state) is tuple else state
-        part, shape = attributes['_local_tensor'], _shape(arguments[2])
+        # The attributes of the object, and those in slots, where some releases of torch have them.
+        parts = state if type(state) is tuple else (state,)
+        attributes = {name: value for each in parts if type(each) is dict for name, value in each.items()}
+        part, shape = attributes.get('_local_tensor'), _shape(arguments[2])
         if not isinstance(part, Tensor):
             raise _refuse('a DTensor in it has no part of this process')
         return SavedShard(part, shape)
