@@ -134,6 +134,11 @@ def test_refused_with_the_key_before_anything_is_built(recipe, monkeypatch, over
     assert list(recipe.parent.iterdir()) == [recipe]
 
 
+def test_what_fails_while_the_trainer_is_built_is_blamed_on_the_algorithm_that_raised_it(recipe):
+    with pytest.raises(RecipeError, match=r'algorithms\.factorize: cannot convert float infinity'):
+        build(schema.load(recipe, ['algorithms.factorize.latent_features=1e400', 'device=cpu']))
+
+
 @pytest.mark.parametrize(
     'override',
     [

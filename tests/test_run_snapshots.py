@@ -298,7 +298,7 @@ class TestArguments:
             ({'evry': '1ba'}, "takes no 'evry'. Did you mean 'every'"),
             ({'power': 0.1}, 'snapshots needs every'),
             ({'every': '1ba', 'power': [0.1, 0.1]}, 'power must name each width once'),
-            ({'every': '1ba', 'halvings': 1.5}, 'halvings must be a whole number'),
+            ({'every': '1ba', 'halvings': -1}, 'halvings must be a whole number'),
         ],
     )
     def test_out_of_range_are_refused(self, snapshots, message):

@@ -84,7 +84,7 @@ def test_moments_outside_of_the_run_are_refused(clock, at):
     ('arguments', 'message'),
     [
         ({}, 'exactly one of half_life, power, gamma, equal, schedule, got none'),
-        ({'power': 0.1, 'equal': '1ep'}, 'got power=0.1 and equal=1ep'),
+        ({'power': 0.1, 'equal': '1ep'}, "got power=0.1 and equal='1ep'"),
         ({'half_life': '0ba'}, 'half_life must be above zero'),
         ({'schedule': 'cosin'}, "Did you mean 'cosine'?"),
         ({'schedule': 'linear:0dur'}, 'schedule must be above zero'),

@@ -102,7 +102,7 @@ def test_inspect_says_what_is_in_it(kind):
         (lambda s: average_of(s)['parameters'].update({'module.5.bias': 'text'}), "maps 'module.5.bias' to a str"),
         (lambda s: average_of(s)['buffers'].pop('module.1.running_var'), 'missing: module.1.running_var'),
         (lambda s: average_of(s).pop('parameters'), "'parameters' .* is a NoneType"),
-        (lambda s: average_of(s).pop('num_updates'), "'num_updates' .* is a NoneType"),
+        (lambda s: average_of(s).pop('num_updates'), "'num_updates' .* is None"),
         (lambda s: average_of(s).pop('last_update'), "lacks 'last_update'"),
         (lambda s: average_of(s).update(last_update={'ba': 3}), 'last_update .* must give iter'),
         (lambda s: average_of(s).update(seed=-1), 'seed must be a whole number'),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,17 +168,29 @@ def as_yaml(recipe: Recipe) -> str:
 def refused(checked: Plan, error: Exception) -> RecipeError:
     """An error in a run, at the key that it is about: an argument of an algorithm, an algorithm, or the whole recipe.
 
-    Only errors that carry the name of the argument tell it; see :class:`composer_ema.spans.ArgumentError`.
+    Only errors that carry the name of the argument tell it; see :class:`composer_ema.spans.ArgumentError`. Others tell
+    the algorithm that raised them.
     """
     argument: str = getattr(error, 'argument', '')
     owners = [each for each in checked.algorithms if argument in signature(each.factory)]
     if len(owners) != 1:
-        return checked.place.error(said(error))
+        owner = _raised_in(checked, error)
+        return (checked.place if owner is None else owner.place).error(said(error))
     place, message = owners[0].blame(error), said(error)
     value = owners[0].arguments.get(argument)
     if isinstance(value, dict) and len(value) > 1:  # in their order, which an override cannot choose
         message += f' An override adds to the end of the mapping in the file; ~{place.key} before it drops that.'
     return place.error(message)
+
+
+def _raised_in(checked: Plan, error: Exception) -> Named | None:
+    """The algorithm of a recipe in whose method an error was raised."""
+    for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
+        kind = type(frame.f_locals.get('self'))
+        for each in checked.algorithms:
+            if each.factory is kind:
+                return each
+    return None
 
 
 def _start_processes(checked: Plan) -> None:

@@ -81,7 +81,7 @@ class AskedSnapshots:
         given = dict(snapshots) if isinstance(snapshots, Mapping) else {'every': snapshots}
         for key in given:
             if key not in _KEYS:
-                remedy = suggestion(shown(key), _KEYS, 'It takes')
+                remedy = suggestion(key, _KEYS, 'It takes')
                 raise ArgumentError(f'snapshots takes no {shown(key)}. {remedy}', 'snapshots')
         if given.get('every') is None:
             raise ArgumentError("snapshots needs every, the time between two files: every='0.05dur'.", 'snapshots')
