@@ -18,7 +18,7 @@ them or without. An algorithm may add further keys of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sized
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -203,11 +203,11 @@ def _is_plain(value: Any, depth: int = 2) -> bool:
         return abs(value) < _NO_COUNT
     if value is None or isinstance(value, (str, Real)):
         return True
-    if depth == 0 or (isinstance(value, Sized) and len(value) > _LONGEST[depth]):  # a list may hold itself, many times
-        return False
+    if depth == 0 or not isinstance(value, (Mapping, list, tuple)) or len(value) > _LONGEST[depth]:
+        return False  # a list may hold itself, many times
     if isinstance(value, Mapping):
         return all(_is_plain(key, 0) and _is_plain(each, depth - 1) for key, each in value.items())
-    return isinstance(value, (list, tuple)) and all(_is_plain(each, depth - 1) for each in value)
+    return all(_is_plain(each, depth - 1) for each in value)
 
 
 def shown(value: Any) -> str:
