@@ -27,7 +27,8 @@ from composer_ema.pictures.runs import draw_runs
 from composer_ema.pictures.tables import Whole
 from composer_ema.pictures.writing import write
 
-SLOW, LARGE = 10.0, 2e6  # seconds; kilobytes
+# Seconds of the CPU, and of the clock where something waits; kilobytes beyond what the process had used before.
+SLOW, STUCK, LARGE = 10.0, 60.0, 1.5e6
 METRICS = {
     'epoch': 1.0, 'batch': 1, 'sample': 8, 'loss/train/total': 1.0, 'lr/group0': 0.1, 'momentum/group0': 0.9,
     'metrics/eval_ema/Accuracy': 0.5, 'metrics/eval_ema/CrossEntropy': 1.5, 'ema/relative_distance': 0.1,
@@ -70,10 +71,11 @@ class Trial:
         self.folder = folder
         self.fell: Counter[str] = Counter()
         self.inputs = 0
+        self.used_before = _most_used()
 
     def door(self, what: str, read: Callable[[], Any], truth: Any = None) -> None:
         """Calls a door; what it returns must be the truth, if that is known."""
-        started = time.monotonic()
+        started, worked = time.monotonic(), time.process_time()
         try:
             found = read()
             if truth is not None and not same(found, truth):
@@ -83,23 +85,29 @@ class Trial:
                 self._report('wrong', what, 'an error that does not print')
         except Exception:
             self._report('tracebacks', what, traceback.format_exc(limit=-3))
-        if time.monotonic() - started > SLOW:
-            self._report('slow', what, f'{time.monotonic() - started:.1f} s')
+        waited, worked = time.monotonic() - started, time.process_time() - worked
+        if worked > SLOW or waited > STUCK:
+            self._report('slow', what, f'{waited:.1f} s, {worked:.1f} of the CPU')
 
     def _report(self, kind: str, what: str, why: str) -> None:
         self.fell[kind] += 1
         print(f'{kind}: {what}\n{why}', flush=True)
 
     def summary(self, seconds: float) -> str:
-        largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        largest = _most_used() - self.used_before
         self.fell['large'] += largest > LARGE
         parts = [f'{self.fell[kind]} {kind}' for kind in ('wrong', 'tracebacks', 'slow', 'large')]
         left = [path.name for path in self.folder.rglob('.*') if path.name.startswith('.out')]
         self.fell['left'] += len(left)
         return (
             f'files: {self.inputs:,} inputs, {", ".join(parts)}, {len(left)} temporary files, 0 crashes, '
-            f'{largest / 1e3:,.0f} MB, {seconds:.0f} s'
+            f'{largest / 1e3:,.0f} MB more, {seconds:.0f} s'
         )
+
+
+def _most_used() -> int:
+    """The most memory that this process has used so far, in kilobytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def run(rounds: int, seed: int, folder: Path) -> tuple[str, bool]:
