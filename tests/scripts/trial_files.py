@@ -3,7 +3,8 @@
     python tests/scripts/trial_files.py [--seed 0] [--rounds 10000]
 
 Wrong is a file whose tensors were changed and that was read without complaint as something else. Slow is what took
-more than ten seconds of the CPU, large more than 1.5 GB beyond what was used before. The last line is the summary; the exit code is 1 if any fell.
+more than ten seconds of the CPU, large more than 1.5 GB beyond what was used before. The last line is the summary; the
+exit code is 1 if any fell.
 """
 
 from __future__ import annotations
