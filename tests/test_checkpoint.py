@@ -235,7 +235,7 @@ class TestRefusing:
             (lambda s: s.update(model=[]), "its 'model' is a list"),
             (lambda s: dict(s['algorithms'])['EMA'].update(version=7), 'format version 7'),
             (lambda s: dict(s['algorithms'])['EMA'].update(averages=3), "'averages' .*is a int"),
-            (lambda s: dict(s['algorithms'])['EMA'].update(averages={'ema': {}}), "'num_updates' .*is a NoneType"),
+            (lambda s: dict(s['algorithms'])['EMA'].update(averages={'ema': {}}), "'num_updates' .*is None"),
             (lambda s: dict(s['algorithms'])['EMA'].update(averages={'ema': None}), 'is a NoneType'),
             (lambda s: s.update(algorithms=3), 'int'),
             (lambda s: s.update(algorithms=[('EMA', None)]), 'NoneType'),
