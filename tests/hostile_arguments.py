@@ -41,6 +41,8 @@ from composer_ema.spans import ArgumentError, Span
 from composer_ema.wording import shown
 
 HAS_COMPOSER = importlib.util.find_spec('composer') is not None
+#: The public names that come with it.
+OF_COMPOSER = {'EMA', 'SWA', 'safe_loading'}
 PACKAGE = str(Path(composer_ema.__file__).parent)
 
 # Values
@@ -387,7 +389,7 @@ def doors() -> list[Door]:
     """Every public name and every public method of the public classes."""
     found = []
     for name in composer_ema.__all__:
-        if name in ('__version__', 'CheckpointError') or (name in ('EMA', 'SWA') and not HAS_COMPOSER):
+        if name in ('__version__', 'CheckpointError') or (name in OF_COMPOSER and not HAS_COMPOSER):
             continue
         value = getattr(composer_ema, name)
         found.append(Door(name, value))
