@@ -12,7 +12,6 @@ import enum
 import functools
 import importlib.util
 import inspect
-import io
 import math
 import random
 import re
@@ -31,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from plain import saved
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -649,13 +649,6 @@ def not_plain(value: Any, path: str = 'state') -> str | None:
     return None
 
 
-def reloaded(state: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
 def wrong_after(call: Call, target: Any, result: Any, world: World, before: Mapping[str, Any]) -> str | None:
     """What is wrong with the objects of a call that was accepted."""
     subject = target if target is not None else result
@@ -697,7 +690,7 @@ def _wrong_state(subject: Any, call: Call, world: World) -> str | None:
     state = subject.state_dict()
     if (found := not_plain(state)) is not None:
         return found
-    loaded = reloaded(state)
+    loaded = saved(state)
     if (
         isinstance(subject, (ShadowModel, ShadowModels)) and subject.is_swapped
         if hasattr(subject, 'is_swapped')
@@ -751,7 +744,7 @@ def _use(subject: Any, model: nn.Module, world: World) -> None:
         state = subject.state_dict()
         if (found := not_plain(state)) is not None:
             raise AssertionError(found)
-        subject.load_state_dict(reloaded(state))
+        subject.load_state_dict(saved(state))
 
 
 def _wrong_run(algorithm: Any) -> str | None:

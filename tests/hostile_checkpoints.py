@@ -10,14 +10,13 @@ import io
 import os
 import random
 import shutil
-import signal
 import stat
 import tarfile
 import tempfile
 import traceback
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ import composer.utils.checkpoint
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
+from bounded import in_time
 from composer.core import Time
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -98,7 +98,7 @@ class Ground:
                 parameter.fill_(float('nan'))
         state.timestamp = state.timestamp.copy(batch=Time.from_batch(999))
         try:
-            with _in_time():
+            with in_time(SECONDS):
                 found = check_loaded(plan, 'r')
                 path = arguments.get('load_path') or (found and str(found.path))
                 if path is None:
@@ -125,20 +125,6 @@ def _print(model: Any, optimizers: Any, algorithms: Any) -> str:
         elif isinstance(each, torch.Tensor):
             found.update(each.detach().contiguous().numpy().tobytes())
     return found.hexdigest()[:16]
-
-
-@contextlib.contextmanager
-def _in_time() -> Iterator[None]:
-    def stop(*_: Any) -> None:
-        raise TimeoutError(f'it hung for {SECONDS} s')
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(SECONDS)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 # How bytes are damaged, at a place that is drawn.
@@ -330,7 +316,7 @@ def try_shards(ground: Ground, draw: random.Random) -> str | None:
     before = listing(folder)
     sharded = {**ground.plan.trainer, 'parallelism_config': {'fsdp2': {}}, 'load_path': str(folder)}
     try:
-        with _in_time():
+        with in_time(SECONDS):
             check_loaded(dataclasses.replace(ground.plan, trainer=sharded), 'r')
     except RecipeError as error:
         said = str(error)

@@ -6,7 +6,6 @@ import contextlib
 import io
 import os
 import random
-import signal
 import tempfile
 import traceback
 import warnings
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bounded import in_time
 from omegaconf import OmegaConf
 
 from composer_ema.recipe import registry, run, schema
@@ -108,7 +108,7 @@ def judge(attempt: Attempt, folder: Path, *, trains: bool = False) -> tuple[str,
     path.write_bytes(attempt.text)
     said, outcome = None, 'sound'
     try:
-        with _bounded(), _quiet():
+        with in_time(MOST_SECONDS), _quiet():
             recipe = schema.load(path, attempt.overrides)
             checked = schema.plan(recipe)
             run.rehearse(recipe)
@@ -263,17 +263,3 @@ def _quiet() -> Iterator[None]:
     ):
         warnings.simplefilter('ignore')
         yield
-
-
-@contextlib.contextmanager
-def _bounded() -> Iterator[None]:
-    def stop(*_: object) -> None:
-        raise TimeoutError(f'it took more than {MOST_SECONDS} s')
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(MOST_SECONDS)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)

@@ -203,7 +203,7 @@ def test_what_is_accepted_is_saved_in_plain_types_and_goes_on(door, arguments, t
     first = built(door, model, tmp_path, arguments)
     state = first.state_dict()
     assert hostile.not_plain(state) is None
-    loaded = hostile.reloaded(state)
+    loaded = hostile.saved(state)
     fresh = built(door, model, tmp_path, arguments)
     fresh.load_state_dict(loaded)
     resumed = fresh.state_dict()

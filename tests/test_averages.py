@@ -1,16 +1,15 @@
 """Profiles against closed forms that need no more than Python's own arithmetic."""
 
 import copy
-import io
 import itertools
 import math
 from collections.abc import Sequence
 from fractions import Fraction
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from plain import saved
 
 from composer_ema.averages import (
     BiasCorrected,
@@ -72,14 +71,6 @@ def shares_of(weights: Sequence[float]) -> list[float]:
     for weight in weights:
         shares = [share * (1 - weight) for share in shares] + [weight]
     return shares
-
-
-def saved(state: dict) -> dict:
-    """Through a file and ``weights_only=True``."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 class TestEveryProfile:

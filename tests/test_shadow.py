@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import io
 import math
 import pickle
 import weakref
@@ -11,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain import saved
 from torch import nn
 
 from composer_ema import ShadowModel
@@ -87,14 +87,6 @@ def same_bits(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -
         .equal(second[name].contiguous().view(-1).view(torch.uint8))
         for name in first
     )
-
-
-def saved(state: dict) -> dict:
-    """Through a file and ``weights_only=True``, as the coming Composer release reads it."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 class TestUpdating:

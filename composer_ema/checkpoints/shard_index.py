@@ -17,6 +17,7 @@ import torch
 
 from composer_ema.checkpoints import inert_pickle
 from composer_ema.checkpoints.inert_pickle import Global, InertPickleError, Record
+from composer_ema.checkpoints.torch_values import is_count
 from composer_ema.model.names import listed
 
 METADATA = '.metadata'
@@ -159,17 +160,13 @@ def _empty() -> dict[Any, Any]:
 
 
 def _size(dimensions: Any = ()) -> tuple[int, ...]:
-    if not _is_short(dimensions) or not all(map(_is_count, dimensions)):
+    if not _is_short(dimensions) or not all(map(is_count, dimensions)):
         raise InertPickleError(f'a size in it is no tuple of at most {_MAX_DIMENSIONS} whole numbers.')
     return dimensions
 
 
 def _is_short(value: Any) -> TypeGuard[tuple[Any, ...]]:
     return type(value) is tuple and len(value) <= _MAX_DIMENSIONS
-
-
-def _is_count(value: Any) -> TypeGuard[int]:
-    return type(value) is int and 0 <= value < _MAX_COUNT
 
 
 def _fields(record: Any, kind: str) -> Mapping[str, Any]:
@@ -206,7 +203,7 @@ def _places(storage: Any) -> dict[tuple[str, tuple[int, ...] | None], Place]:
                 'without extensions.'
             )
         file, at, length = (stored.get(key) for key in ('relative_path', 'offset', 'length'))
-        if not isinstance(file, str) or not _is_count(at) or not _is_count(length):
+        if not isinstance(file, str) or not is_count(at) or not is_count(length):
             _refuse(f'does not say where {name} lies')
         if file in ('', '.', '..') or any(each in file for each in '/\\\0'):
             raise ShardError(f'{name} would lie in {file!r}, which is no file of the folder. Nothing was read of it.')
@@ -274,7 +271,7 @@ def _item(name: Any, record: Any, places: Mapping[tuple[str, tuple[int, ...] | N
 
 
 def _is_shape(value: Any) -> TypeGuard[tuple[int, ...]]:
-    return _is_short(value) and all(map(_is_count, value)) and math.prod(value) < _MAX_COUNT
+    return _is_short(value) and all(map(is_count, value)) and math.prod(value) < _MAX_COUNT
 
 
 def _dtype(name: str, properties: Any) -> torch.dtype:
@@ -338,7 +335,7 @@ def _paths(items: Mapping[str, Item], planned: Any) -> dict[str, tuple[str | int
     paths = {}
     for name in items:
         path = planned.get(name)
-        if not isinstance(path, tuple) or not path or not all(isinstance(key, str) or _is_count(key) for key in path):
+        if not isinstance(path, tuple) or not path or not all(isinstance(key, str) or is_count(key) for key in path):
             _refuse(f'does not say the keys of {name}')
         if len(path) > _MAX_DEPTH:
             raise ShardError(f'{name} lies in {len(path):,} dictionaries and lists, and {_MAX_DEPTH} are read at most.')

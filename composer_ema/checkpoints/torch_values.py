@@ -14,7 +14,7 @@ from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -87,7 +87,7 @@ def dtype_of_storage(kind: Any) -> torch.dtype:
     return _STORAGES[kind.name]
 
 
-def is_count(value: Any) -> bool:
+def is_count(value: Any) -> TypeGuard[int]:
     """Whether a value is a whole number that torch can count with."""
     return type(value) is int and 0 <= value < _MAX_COUNT
 
