@@ -30,7 +30,7 @@ help: ## list the targets
 $(READY): setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[composer,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[composer,doors,dev]'
 	@touch $@
 
 train: $(READY) ## train Fashion-MNIST with EMA from yamls/fashion_mnist.yaml
@@ -76,7 +76,7 @@ format: $(READY) ## let ruff rewrite the files
 	$(BIN)/ruff format .
 
 $(DOCS): $(READY)
-	$(BIN)/python -m pip install --quiet --editable '.[composer,dev,docs]'
+	$(BIN)/python -m pip install --quiet --editable '.[composer,doors,dev,docs]'
 	@touch $@
 
 # Without --quiet, which lets mkdocs overlook its own warnings: a strict build would not fail.
