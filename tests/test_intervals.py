@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from torch.amp import GradScaler
 
 from composer_ema import EMA, SWA
+from composer_ema.run.due import Interval, Start, first_update
 from composer_ema.spans import Span, has_crossed
-from composer_ema.trainer.clock import Look
-from composer_ema.trainer.due import Interval, Start, first_update
+from composer_ema.trainer.run import look_at
 from composer_ema.trainer.weight_average import WeightAverage
 
 FIXTURES = Path(__file__).parent / 'fixtures'
@@ -156,7 +156,7 @@ def test_where_the_state_does_not_tell_the_first_update_follows_from_start_and_a
     run.fit()
     begin, each = (Span.parse(text, name='time') for text in (start, interval))
     clock = None if started_at is None else {'iter': 0, 'ep': 0, 'ba': started_at, 'sp': 0, 'tok': 0}
-    found = first_update(Start('start', begin), Interval('each', each), Look(run.state), clock)
+    found = first_update(Start('start', begin), Interval('each', each), look_at(run.state), clock)
     assert (None if found is None else found['ba']) == (None if first is None else pytest.approx(first))
 
 

@@ -25,6 +25,7 @@ HOUSE = (
     'recipe',
     'zoo',
     'trainer',
+    'run',
     'optimizer',
     'optimizer_average',
     'optimizer_entries',

@@ -14,7 +14,7 @@ from toy import bits, make_evaluator
 
 from composer_ema import EMA, SWA, ShadowModel
 from composer_ema.checkpoints.labels import continued
-from composer_ema.trainer.average import Averages
+from composer_ema.run.average import Averages
 from composer_ema.trainer.weight_average import WeightAverage
 
 #: Each average alone, and its half-life or whatever makes it, by label.

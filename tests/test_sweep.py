@@ -31,8 +31,8 @@ from composer_ema.recipe.measuring import measure_of, recipe_of
 from composer_ema.recipe.sweep import Asked, Sweep, grid, in_unit_of, overrides, sweep
 from composer_ema.recipe.swept import Opened, Simulated, sweep_run
 from composer_ema.recipe.trials import TRAINING, Measured, Trial, TrialsFile
+from composer_ema.run.average import Average
 from composer_ema.spans import ArgumentError, Span
-from composer_ema.trainer.average import Average
 from composer_ema.trainer.refresh import Refresh
 
 NOISE = np.random.default_rng(0).normal(size=50)

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from composer_ema.averages import Moment, Power
 from composer_ema.posthoc.updates import Updates
 from composer_ema.profiles import of_description
-from composer_ema.spans import CLOCK_UNITS
 
 LABELS = {'power=0.05': 'power=0.05', 'power=0.1': 'power=0.1'}
 
@@ -133,8 +132,3 @@ def test_a_damaged_list_is_refused_in_words(damage):
     damage(plain)
     with pytest.raises(ValueError, match='the list of updates in a file is damaged'):
         Updates.of_plain(plain, 'a file')
-
-
-def test_the_clock_has_the_units_of_the_trainers():
-    clock = pytest.importorskip('composer_ema.trainer.clock', reason='needs Composer')
-    assert clock.CLOCK_UNITS == CLOCK_UNITS

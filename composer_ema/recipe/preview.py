@@ -25,8 +25,9 @@ from composer_ema.recipe.outline import Outline
 from composer_ema.recipe.outputs import Array, Curve, curves_by_group, momenta
 from composer_ema.recipe.recorder import step_settings
 from composer_ema.recipe.schema import Plan, Recipe, plan
+from composer_ema.run.clock import resolve_share
 from composer_ema.settings import settings_of
-from composer_ema.trainer.clock import resolve_share, run_length
+from composer_ema.trainer.run import ComposerRun
 from composer_ema.trainer.weight_average import WeightAverage
 from composer_ema.zoo.dataset import Extent
 
@@ -243,8 +244,9 @@ class _Probe:
             half_life = half_life.get(label)
         if half_life is None:
             return None
-        half_life = resolve_share(half_life, self.state, 'half_life')
-        length = run_length(half_life.unit, self.state)
+        run = ComposerRun(self.state)
+        half_life = resolve_share(half_life, run, 'half_life')
+        length = run.length(half_life.unit)
         share = None if not length else half_life.value / length
         if share is None or warmup is None:
             return share

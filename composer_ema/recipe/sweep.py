@@ -16,8 +16,8 @@ from composer_ema.labelled import CHANGES
 from composer_ema.recipe.choice import Choice, choose
 from composer_ema.recipe.outputs import is_number
 from composer_ema.recipe.trials import TRAINING, Family, Measured, Trial, TrialsFile
+from composer_ema.run.asked import MAKERS
 from composer_ema.spans import ArgumentError, Span
-from composer_ema.trainer.labelled import MAKERS
 from composer_ema.wording import squash, suggestion
 
 #: The shortest and the longest half-life tried, as shares of the run, and the widths of power functions like them.

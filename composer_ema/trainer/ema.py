@@ -15,11 +15,12 @@ from composer_ema.averages import UPDATES, Exponential, Moment, WarmedUp
 from composer_ema.labelled import is_given
 from composer_ema.model.wrappers import canonical_name
 from composer_ema.profiles import Kind
+from composer_ema.run import asked, limits
+from composer_ema.run.asked import Asked
 from composer_ema.settings import TrainerSettings, takes_settings
 from composer_ema.shadow.shadow_model import ShadowModel
 from composer_ema.spans import Span
-from composer_ema.trainer import labelled, limits
-from composer_ema.trainer.labelled import Asked
+from composer_ema.trainer.run import ComposerRun
 from composer_ema.trainer.snapshots import AskedSnapshots, RunSnapshots
 from composer_ema.trainer.weight_average import WeightAverage
 from composer_ema.wording import shown
@@ -112,7 +113,7 @@ class EMA(WeightAverage):
     """
 
     name = 'ema'
-    compared = (*labelled.OF_PROFILES, 'avg_fn', 'multi_avg_fn')
+    compared = (*asked.OF_PROFILES, 'avg_fn', 'multi_avg_fn')
     rivals = ()
 
     def __init__(
@@ -139,14 +140,14 @@ class EMA(WeightAverage):
         if half_life is _DEFAULT_HALF_LIFE and is_replaced:
             half_life = None
         arguments = {'half_life': half_life, **others, 'warmup': warmup, 'bias_correction': bias_correction}
-        self._asked = labelled.read(self.name, arguments, has_function=has_function)
-        asked = AskedSnapshots.of(snapshots, has_function=has_function)
+        self._asked = asked.read(self.name, arguments, has_function=has_function)
+        files = AskedSnapshots.of(snapshots, has_function=has_function)
         super().__init__(
             self._asked.kept,
             {
                 **{name: _plain(value) for name, value in arguments.items()},
                 'half_life': _half_life_of(self._asked),
-                'snapshots': None if asked is None else asked.as_plain(),
+                'snapshots': None if files is None else files.as_plain(),
             },
             start=ema_start,
             update_interval=_interval(update_interval, self._asked),
@@ -154,7 +155,7 @@ class EMA(WeightAverage):
             log_interval=log_interval,
             export_weights=export_weights,
             settings=settings,
-            snapshots=None if asked is None else RunSnapshots(asked),
+            snapshots=None if files is None else RunSnapshots(files),
         )
         if half_life is None:
             self._implied.add('half_life')
@@ -166,14 +167,14 @@ class EMA(WeightAverage):
     @classmethod
     def labels_of(cls, arguments: Mapping[str, Any]) -> tuple[str, ...]:
         """The labels that averages will have if an EMA is built with ``arguments``."""
-        return labelled.labels_in(cls.name, arguments)
+        return asked.labels_in(cls.name, arguments)
 
     def _check_run(self, state: State) -> None:
         super()._check_run(state)
         if self._warns_of_rare_updates:
             [(_, horizon)] = self._kept.values()
             assert horizon is not None  # the interval has its unit
-            limits.warn_of_rare_updates(horizon, self._interval, state)
+            limits.warn_of_rare_updates(horizon, self._interval, ComposerRun(state))
             self._warns_of_rare_updates = False
 
     @property
@@ -277,18 +278,18 @@ class EMA(WeightAverage):
         return self._averages.put(label, model)
 
 
-def _interval(update_interval: str | Time | None, asked: Asked) -> Span:
+def _interval(update_interval: str | Time | None, wanted: Asked) -> Span:
     """The time between two updates; by default one batch, or what the half-life of a single average counts."""
     if update_interval is not None:
         return Span.parse(update_interval, name='update_interval', positive=True)
-    units = [] if asked.is_labelled else [span.unit for span in asked.half_lives.values()]
+    units = [] if wanted.is_labelled else [span.unit for span in wanted.half_lives.values()]
     return Span(1, units[0] if units and units[0] in ('ep', 'iter') else 'ba')
 
 
-def _half_life_of(asked: Asked) -> str | dict[str, str] | None:
+def _half_life_of(wanted: Asked) -> str | dict[str, str] | None:
     """The argument ``half_life`` as a state keeps it."""
-    written = {label: str(span) for label, span in asked.half_lives.items()}
-    return (written if asked.is_labelled else next(iter(written.values()), None)) or None
+    written = {label: str(span) for label, span in wanted.half_lives.items()}
+    return (written if wanted.is_labelled else next(iter(written.values()), None)) or None
 
 
 def _plain(value: Any) -> Any:

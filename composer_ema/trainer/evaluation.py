@@ -8,13 +8,9 @@ from typing import Any
 from composer.core import Event, State
 
 from composer_ema import plain
+from composer_ema.run.asked import PREDICT, TRAINING
 from composer_ema.spans import ArgumentError
 from composer_ema.wording import shown
-
-#: What an evaluator asks for that wants the training weights.
-TRAINING = 'training'
-#: The label of predictions.
-PREDICT = 'predict'
 
 _PASS_OPENS = frozenset({Event.EVAL_BEFORE_ALL, Event.EVAL_STANDALONE_START})
 _PASS_CLOSES = frozenset({Event.EVAL_AFTER_ALL, Event.EVAL_STANDALONE_END})

@@ -14,10 +14,10 @@ from composer_ema import plain
 from composer_ema.batchnorm import statistics_of, unfrozen_statistics_of, update_bn
 from composer_ema.model.names import listed
 from composer_ema.model.wrappers import unwrap
+from composer_ema.run.limits import warn
 from composer_ema.shadow.shadow_model import ShadowModel
 from composer_ema.spans import ArgumentError, Span
 from composer_ema.trainer import calls
-from composer_ema.trainer.limits import warn
 from composer_ema.wording import shown
 
 log = logging.getLogger(__name__)

@@ -12,6 +12,7 @@ from composer.callbacks import CheckpointSaver
 from composer.core import State, Time
 from composer.utils import dist
 from composer.utils.file_helpers import format_name_with_dist
+from torch import nn
 
 from composer_ema import plain
 from composer_ema.averages import Moment, Power
@@ -30,9 +31,10 @@ from composer_ema.posthoc.snapshots import (
     weights_in,
 )
 from composer_ema.posthoc.writer import SnapshotWriter, Spacing, run_id_of, spacing_of
+from composer_ema.run.average import Averages, Kept
+from composer_ema.run.clock import Look
 from composer_ema.spans import UNITS, ArgumentError, Span
-from composer_ema.trainer.average import Averages, Kept
-from composer_ema.trainer.clock import Look
+from composer_ema.trainer.run import ComposerRun
 from composer_ema.wording import counted, shown, suggestion
 
 log = logging.getLogger(__name__)
@@ -164,7 +166,7 @@ class RunSnapshots:
             check_contents(state.model)
             self._writer.begin(
                 spacing,
-                Look(state).now,
+                ComposerRun(state).clock(),
                 max_duration=None if whole is None else str(whole),
                 overwrite=any(saver.overwrite for saver in _savers(state)),
                 # A saver stops a run that is not resumed where there is a checkpoint.
@@ -179,13 +181,14 @@ class RunSnapshots:
         if dist.get_global_rank() == 0:
             log.info('%s', self.announcement(state, averages))
 
-    def after_update(self, look: Look, moves: Moves, averages: Averages) -> None:
+    def after_update(self, look: Look, moves: Moves, averages: Averages, model: nn.Module) -> None:
         """Records an update of the averages, and writes a file if one is due.
 
         Args:
             look: at the clock, at the update.
             moves: label to the weight and the moment of the update.
             averages: those of the run, updated.
+            model: that they follow.
         """
         writer = self._writer
         if writer is None:
@@ -193,7 +196,6 @@ class RunSnapshots:
         made = {label: (weight, moves[label][1]) for label in self._profiles if (weight := moves[label][0]) is not None}
         writer.record(look.now, made)
         if writer.is_due():
-            model = look.state.model
             writer.write(averages_in(self._shadows(averages)), weights_in(model), facts_of(model))
 
     def end(self, state: State, averages: Averages) -> None:
@@ -201,7 +203,10 @@ class RunSnapshots:
         if self._writer is None:
             return
         self._writer.finish(
-            Look(state).now, averages_in(self._shadows(averages)), weights_in(state.model), facts_of(state.model)
+            ComposerRun(state).clock(),
+            averages_in(self._shadows(averages)),
+            weights_in(state.model),
+            facts_of(state.model),
         )
         if dist.get_global_rank() == 0:
             log.info('%s', self.disk_use())

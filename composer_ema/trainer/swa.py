@@ -15,14 +15,16 @@ from typing_extensions import Unpack
 
 from composer_ema import labelled, plain
 from composer_ema.averages import Equal
+from composer_ema.run import limits as times
+from composer_ema.run.clock import TimeArgument, check_clock
+from composer_ema.run.limits import Limit
 from composer_ema.settings import TrainerSettings, takes_settings
 from composer_ema.shadow.shadow_model import ShadowModel
 from composer_ema.spans import Span
 from composer_ema.trainer import annealing, limits, refresh
 from composer_ema.trainer.annealing import Annealing, check_rates, check_strategy
-from composer_ema.trainer.clock import Look, TimeArgument, check_clock, read_clock
-from composer_ema.trainer.limits import Limit
 from composer_ema.trainer.refresh import Refresh
+from composer_ema.trainer.run import ComposerRun, look_at
 from composer_ema.trainer.weight_average import WeightAverage
 from composer_ema.wording import shown
 
@@ -194,8 +196,8 @@ class SWA(WeightAverage):
             self._warn_of_annealing_to_nothing()
         else:
             self._annealing.check(state.optimizers)
-            limits.warn_if_not_reached(self._anneal_length, self._start, state)
-        limits.warn_of_a_single_update(self._start, self._interval, state)
+            times.warn_if_not_reached(self._anneal_length, self._start, ComposerRun(state))
+        times.warn_of_a_single_update(self._start, self._interval, ComposerRun(state))
         self._refresh.check(self._averages.required(self.name), state)
 
     def _warn_of_annealing_to_nothing(self) -> None:
@@ -208,14 +210,17 @@ class SWA(WeightAverage):
         if self._annealing is None or event not in _SETS_LEARNING_RATES:
             return False
         # It starts from what the scheduler has set for a batch, so at the start of one.
-        return self._annealing.since is not None or (event is Event.BATCH_START and self._start.has_come(Look(state)))
+        return self._annealing.since is not None or (
+            event is Event.BATCH_START and self._start.has_come(look_at(state))
+        )
 
     def _anneal(self, state: State) -> None:
         assert self._annealing is not None
-        clock = read_clock(state)
+        run = ComposerRun(state)
+        clock = run.clock()
         if self._annealing.since is None:
             self._annealing.start(clock, state.optimizers)
-        self._annealing.apply(clock, self._anneal_length.resolve(state), state.optimizers)
+        self._annealing.apply(clock, self._anneal_length.resolve(run), state.optimizers)
 
     def _is_refresh_due(self, event: Event, state: State) -> bool:
         may_be = event in refresh.MAY_END and self._has_average

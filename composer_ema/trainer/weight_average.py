@@ -24,19 +24,22 @@ from composer_ema.checkpoints import formats, labels, sharded_format
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import listed
 from composer_ema.model.wrappers import unwrap
+from composer_ema.run import limits as times
+from composer_ema.run.asked import TRAINING
+from composer_ema.run.average import Averages, Kept
+from composer_ema.run.clock import Look
+from composer_ema.run.due import Interval, Start, first_update
+from composer_ema.run.harm import Harm
+from composer_ema.run.limits import Limit, warn
 from composer_ema.settings import Settings, settings_of
 from composer_ema.shadow import loan
 from composer_ema.shadow.interrupts import Block
 from composer_ema.shadow.shadow_model import ShadowModel
 from composer_ema.spans import Span
 from composer_ema.trainer import evaluation, limits, shards
-from composer_ema.trainer.average import Averages, Kept
-from composer_ema.trainer.clock import Look
-from composer_ema.trainer.due import Interval, Start, first_update
-from composer_ema.trainer.evaluation import TRAINING, Evaluation, check_weights
+from composer_ema.trainer.evaluation import Evaluation, check_weights
 from composer_ema.trainer.exporting import lend_to_exporters
-from composer_ema.trainer.harm import Harm
-from composer_ema.trainer.limits import Limit, warn
+from composer_ema.trainer.run import ComposerRun, look_at
 from composer_ema.trainer.saving import save_training_weights
 from composer_ema.trainer.snapshots import Moves, RunSnapshots
 from composer_ema.trainer.steps import Steps
@@ -46,7 +49,9 @@ log = logging.getLogger(__name__)
 # A key of the state, beside those of ``formats``.
 _SNAPSHOTS = 'snapshots'
 
-_UPDATES_AT = frozenset({Event.BATCH_END, Event.EPOCH_END, Event.ITERATION_END})
+#: When the ends of a unit come.
+_ENDS = {'ba': Event.BATCH_END, 'ep': Event.EPOCH_END, 'iter': Event.ITERATION_END}
+_UPDATES_AT = frozenset(_ENDS.values())
 # Training or saving goes on: the model must hold the training weights, also after an evaluation that raised.
 _TRAINING_GOES_ON = _UPDATES_AT | {
     Event.AFTER_LOAD, Event.FIT_START, Event.ITERATION_START, Event.EPOCH_START, Event.BATCH_START, Event.FIT_END,
@@ -194,7 +199,7 @@ class WeightAverage(Algorithm):
             return False
         if self._steps.skipped and event is Event.BATCH_END:
             return True
-        look = Look(state)
+        look = look_at(state)
         return self._is_update_due(event, look) or self._is_log_due(event, look)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
@@ -280,20 +285,20 @@ class WeightAverage(Algorithm):
         if not self._averages:
             self._create_now(state)
         self._check_run(state)
-        limits.warn_of_other_arguments(self.compared, self._loaded_config, self._arguments)
+        times.warn_of_other_arguments(self.compared, self._loaded_config, self._arguments)
         self._loaded_config = {}
         self._averages.follow_surgery(state.model, may_rebuild=not self._has_started)
         if self.export_weights != TRAINING and not lend_to_exporters(state, self._lending):
             limits.warn_without_exporter(self.export_weights)
         self._averages.live = state.model
-        look = Look(state)
+        look = look_at(state)
         for average in self._averages.all().values():
             if average.has_begun and average.first_update is None and self._start.span.value > 0:
                 average.first_update = first_update(self._start, self._interval, look, average.started_at)
         self._averages.follow_clock(look)
         if self._start.span.value == 0 and not self._has_started:
             self._averages.count_from(look)  # a run that was resumed without these averages is older than they are
-        self._harm.foresee(self._averages, self._start, self._interval, state)
+        self._harm.foresee(self._averages, self._start, self._interval, look.run)
         self._steps.watch(state)
         if self.snapshots is not None:
             self.snapshots.begin(state, self._averages)
@@ -303,7 +308,7 @@ class WeightAverage(Algorithm):
 
     def _check_run(self, state: State) -> None:
         """Refuses settings that cannot work in this run, and warns of those that have no effect."""
-        limits.check_times(self._limits(state), state)
+        times.check_times(self._limits(state), ComposerRun(state))
         limits.warn_of_unknown_labels(self.evaluate_with, state)
 
     def _limits(self, state: State) -> list[Limit]:
@@ -311,7 +316,7 @@ class WeightAverage(Algorithm):
         horizons = [horizon for _, horizon in self._kept.values() if horizon is not None]
         found = [
             *(Limit(horizon, measured_at=self._interval) for horizon in horizons),
-            Limit(self._interval, limits.effect_of_rare_updates(self._interval, state)),
+            Limit(self._interval, times.effect_of_rare_updates(self._interval, ComposerRun(state))),
             Limit(self._start, 'no average will be kept'),
         ]
         if self._log_interval is not None:
@@ -325,13 +330,13 @@ class WeightAverage(Algorithm):
             # This waits for the last update, too, so that the weights may be written once training has ended.
             self._averages.share_buffers()
             if not self._has_started:
-                limits.warn_of_no_update(self._start, self._interval)
+                times.warn_of_no_update(self._start, self._interval)
             if self.snapshots is not None:
                 self.snapshots.end(state, self._averages)
             self._harm.tell(self._averages)
 
     def _is_update_due(self, event: Event, look: Look) -> bool:
-        if event is not self._interval.event:
+        if event is not _ENDS[self._interval.ends]:
             return False
         if not self._has_started:
             return self._start.has_come(look)
@@ -342,24 +347,25 @@ class WeightAverage(Algorithm):
 
     def _is_log_due(self, event: Event, look: Look) -> bool:
         interval = self._log_interval
-        return interval is not None and event is interval.event and self._has_average and interval.has_passed(look)
+        return (
+            interval is not None and event is _ENDS[interval.ends] and self._has_average and interval.has_passed(look)
+        )
 
     def _update_and_log(self, event: Event, state: State, logger: Logger) -> None:
-        began, look, moves = time.perf_counter(), Look(state), None
+        began, look, moves = time.perf_counter(), look_at(state), None
         if self._steps.skipped and event is Event.BATCH_END:
             self._averages.pass_over_batch(look)
         elif self._is_update_due(event, look):
-            moves = self._update(look, logger)
+            moves = self._update(look, state, logger)
         if self._is_log_due(event, look):
             for label, average in self._averages:
                 distance = average.shadow.relative_distance(state.model).item()
                 logger.log_metrics({f'{label}/relative_distance': distance})
         self.update_seconds += time.perf_counter() - began
         if self.snapshots is not None and moves is not None:
-            self.snapshots.after_update(look, moves, self._averages)
+            self.snapshots.after_update(look, moves, self._averages, state.model)
 
-    def _update(self, look: Look, logger: Logger) -> Moves:
-        state = look.state
+    def _update(self, look: Look, state: State, logger: Logger) -> Moves:
         if not self._averages:
             self._create_now(state)
         is_from_start = self._start.span.value == 0 and not self._has_started

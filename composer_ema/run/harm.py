@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from composer.core import Event, State
-
 from composer_ema.averages import HalfLife, Smoothing
 from composer_ema.profiles import start_remedy
+from composer_ema.run.average import Average
+from composer_ema.run.clock import Look, Run, resolve_share
+from composer_ema.run.due import Interval, Start
+from composer_ema.run.limits import warn
 from composer_ema.spans import NOUNS, Span, multiples
-from composer_ema.trainer.average import Average
-from composer_ema.trainer.clock import Look, resolve_share, run_length
-from composer_ema.trainer.due import Interval, Start
-from composer_ema.trainer.limits import warn
 from composer_ema.wording import counted
 
 
@@ -29,13 +27,13 @@ class Harm:
         self._warned: set[str] = set()
         self._is_training = False
 
-    def foresee(self, averages: Iterable[tuple[str, Average]], start: Start, interval: Interval, state: State) -> None:
+    def foresee(self, averages: Iterable[tuple[str, Average]], start: Start, interval: Interval, run: Run) -> None:
         """Warns, when training begins, of averages that will hold too much of their start when it ends."""
         self._is_training = True
         for label, average in averages:
-            share = expected_share(average, start, interval, state)
+            share = expected_share(average, start, interval, run)
             if share is not None:
-                self._warn(label, average, share, ahead=_in_a_run_of(average, state))
+                self._warn(label, average, share, ahead=_in_a_run_of(average, run))
 
     def tell(self, averages: Iterable[tuple[str, Average]]) -> None:
         """Warns, when training has ended, of averages that hold too much of their start."""
@@ -61,23 +59,23 @@ class Harm:
             warn(f'{ahead}{said}' if ahead else f'{said[0].upper()}{said[1:]}')
 
 
-def _in_a_run_of(average: Average, state: State) -> str:
+def _in_a_run_of(average: Average, run: Run) -> str:
     """The argument that is too long, and the length of the run."""
     horizon = average.horizon
-    unit = 'ba' if horizon is None else horizon.resolve(state).unit
-    length = run_length(unit, state)
-    run = 'this run' if length is None else f'a run of {counted(length, NOUNS[unit])}'
-    return f'{horizon or average.profile} in {run}: '
+    unit = 'ba' if horizon is None else horizon.resolve(run).unit
+    length = run.length(unit)
+    where = 'this run' if length is None else f'a run of {counted(length, NOUNS[unit])}'
+    return f'{horizon or average.profile} in {where}: '
 
 
-def expected_share(average: Average, start: Start, interval: Interval, state: State) -> float | None:
+def expected_share(average: Average, start: Start, interval: Interval, run: Run) -> float | None:
     """How much of an average will be its start when training ends.
 
     Args:
         average: now, perhaps in the middle of a resumed run.
         start: of the average.
         interval: of its updates.
-        state: of the run.
+        run: that trains.
 
     Returns:
         The share; None where it cannot be known yet: the length of the run is not known in the units that it takes, the
@@ -86,9 +84,9 @@ def expected_share(average: Average, start: Start, interval: Interval, state: St
     profile, so_far = average.profile, average.start.value
     if not isinstance(profile, HalfLife | Smoothing) or so_far is None:
         return None
-    span = interval.resolve(state)
-    whole, batches = run_length(span.unit, state), run_length('ba', state)
-    first = _position(average, start, interval, state)
+    span = interval.resolve(run)
+    whole, batches = run.length(span.unit), run.length('ba')
+    first = _position(average, start, interval, run)
     if not whole or not batches or first is None or first > whole * (1 + 1e-9):
         return None  # without an update there is no average
     pace = max(span.value, whole / batches)  # no more than one update a batch, however short the interval
@@ -102,8 +100,8 @@ def expected_share(average: Average, start: Start, interval: Interval, state: St
         return so_far
     if isinstance(profile, Smoothing):
         return so_far * profile.smoothing**updates
-    half_life = resolve_share(Span(profile.half_life, profile.unit), state, 'half_life')
-    length = run_length(half_life.unit, state)
+    half_life = resolve_share(Span(profile.half_life, profile.unit), run, 'half_life')
+    length = run.length(half_life.unit)
     if length is None:
         return None
     last = begin + multiples(whole - begin, pace) * pace
@@ -111,16 +109,16 @@ def expected_share(average: Average, start: Start, interval: Interval, state: St
     return so_far * 2 ** (-elapsed / half_life.value) if half_life.value > 0 else 0.0
 
 
-def _position(average: Average, start: Start, interval: Interval, state: State) -> float | None:
+def _position(average: Average, start: Start, interval: Interval, run: Run) -> float | None:
     """The clock at the last update, or at the first one to come, in the unit of the interval."""
-    unit = interval.resolve(state).unit
+    unit = interval.resolve(run).unit
     if average.has_begun:
-        return (average.last_update or Look(state).now)[unit]
-    whole, begin = run_length(unit, state), start.resolve(state)
-    until, batches = run_length(begin.unit, state), run_length('ba', state)
+        return (average.last_update or Look(run).now)[unit]
+    whole, begin = run.length(unit), start.resolve(run)
+    until, batches = run.length(begin.unit), run.length('ba')
     if not whole or not until or not batches:
         return None
-    first, now = begin.value / until * whole, Look(state).now[unit]
-    if interval.event is not Event.BATCH_END:
+    first, now = begin.value / until * whole, Look(run).now[unit]
+    if interval.ends != 'ba':
         return max(math.floor(now) + 1, math.ceil(first - 1e-9))
     return max(first, now + whole / batches)

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from composer.core import State
 from torch import nn
 
 from composer_ema.averages import UPDATES, BiasCorrected, Moment, Profile
@@ -24,14 +23,14 @@ from composer_ema.model.names import check_same
 from composer_ema.model.sharding import laid_out_as
 from composer_ema.model.wrappers import unwrap
 from composer_ema.profiles import StartShare, check_start_share, described, record_update
+from composer_ema.run.clock import START_OF_TRAINING, Clock, Look, Run, TimeArgument, check_clock
+from composer_ema.run.due import Interval
 from composer_ema.settings import Settings
 from composer_ema.shadow import loan
 from composer_ema.shadow import state as states
 from composer_ema.shadow.shadow_model import ShadowModel
 from composer_ema.shadow.shadow_models import ShadowModels
 from composer_ema.spans import CLOCK_UNITS
-from composer_ema.trainer.clock import START_OF_TRAINING, Clock, Look, TimeArgument, check_clock
-from composer_ema.trainer.due import Interval
 
 # Keys of the state that do not belong to the shadow.
 _LAST_UPDATE, _STARTED_AT, _FIRST_UPDATE = 'last_update', 'started_at', 'first_update'
@@ -108,7 +107,7 @@ class Average:
         num_updates = self.shadow.num_updates
         if unit == UPDATES:
             return Moment.of_update(num_updates)
-        length, unit = _unit_of_clock(unit, look.state)
+        length, unit = _unit_of_clock(unit, look.run)
         if self.horizon is not None:
             look.check_counts(unit, self.horizon)
         now = look.now[unit]
@@ -204,12 +203,13 @@ def _set_back(moment: Clock | Mapping[str, float], last: Clock, now: Clock) -> C
     return {unit: now[unit] - (last[unit] - moment[unit]) for unit in CLOCK_UNITS}
 
 
-def _unit_of_clock(unit: str, state: State) -> tuple[float, str]:
+def _unit_of_clock(unit: str, run: Run) -> tuple[float, str]:
     """How much one ``unit`` of a profile is in a unit that the clock counts, and that unit."""
     if unit != 'dur':
         return 1, unit
-    assert state.max_duration is not None  # checked when training started
-    return state.max_duration.value, state.max_duration.unit.value
+    whole = run.max_duration
+    assert whole is not None  # checked when training started
+    return whole.value, whole.unit
 
 
 class Averages:

@@ -8,10 +8,14 @@ from typing import Any
 
 from composer_ema import plain
 from composer_ema.labelled import CHANGES, by_label, chosen, is_given, shown
+from composer_ema.run.average import Kept
+from composer_ema.run.clock import TimeArgument
 from composer_ema.spans import ArgumentError, Span
-from composer_ema.trainer.average import Kept
-from composer_ema.trainer.clock import TimeArgument
-from composer_ema.trainer.evaluation import PREDICT, TRAINING
+
+#: What an evaluation asks for that wants the training weights.
+TRAINING = 'training'
+#: The label of predictions.
+PREDICT = 'predict'
 
 _UNITS = ('ba', 'ep', 'sp', 'tok', 'iter', 'dur')
 _HALF_LIFE, _AVERAGE = 'half_life', 'average'

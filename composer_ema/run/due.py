@@ -6,10 +6,8 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from composer.core import Event
-
+from composer_ema.run.clock import Clock, Look, TimeArgument
 from composer_ema.spans import has_crossed
-from composer_ema.trainer.clock import Clock, Look, TimeArgument
 
 
 class Start(TimeArgument):
@@ -23,7 +21,7 @@ class Start(TimeArgument):
         """
         if self.span.value == 0:
             return True
-        start = self.resolve(look.state)
+        start = self.resolve(look.run)
         look.check_counts(start.unit, self)
         return look.time(start.unit) >= start.value - 1e-9
 
@@ -33,11 +31,10 @@ class Interval(TimeArgument):
     """The time between two occurrences of something."""
 
     @functools.cached_property
-    def event(self) -> Event:
-        """The event at which to look: the end of an epoch or iteration for whole ones, else the end of a batch."""
-        if self.span.value == int(self.span.value):
-            return {'ep': Event.EPOCH_END, 'iter': Event.ITERATION_END}.get(self.span.unit, Event.BATCH_END)
-        return Event.BATCH_END
+    def ends(self) -> str:
+        """At whose ends to look: ``'ep'`` or ``'iter'`` for whole epochs or iterations, else ``'ba'``, of batches."""
+        is_whole = self.span.value == int(self.span.value)
+        return self.span.unit if is_whole and self.span.unit in ('ep', 'iter') else 'ba'
 
     def has_passed(
         self, look: Look, since: Mapping[str, float] | None = None, counted_from: Mapping[str, float] | None = None
@@ -45,19 +42,19 @@ class Interval(TimeArgument):
         """Whether a multiple of the interval, counted from a moment, lies after ``since`` and not after now.
 
         Args:
-            look: at the clock, at :attr:`event`.
-            since: the clock at the last occurrence. Default: the last time that :attr:`event` came.
+            look: at the clock, at one of those :attr:`ends`.
+            since: the clock at the last occurrence. Default: the last of those :attr:`ends`.
             counted_from: the clock at that moment. Default: the start of training.
 
         Raises:
             ValueError: the run does not count the unit.
         """
-        span = self.resolve(look.state)
+        span = self.resolve(look.run)
         look.check_counts(span.unit, self)
         now = look.time(span.unit)
         if since is not None:
             earlier = since[span.unit]
-        elif self.event is Event.BATCH_END:
+        elif self.ends == 'ba':
             earlier = look.before[span.unit]
         else:
             earlier = now - 1  # the epoch or iteration that has just ended
@@ -66,7 +63,7 @@ class Interval(TimeArgument):
 
     def before(self, look: Look) -> dict[str, float]:
         """The clock one interval ago, at least zero: exact for one batch, else as if time passed evenly."""
-        span = self.resolve(look.state)
+        span = self.resolve(look.run)
         if (span.value, span.unit) == (1, 'ba'):
             return dict(look.before)
         now = look.now
@@ -86,7 +83,7 @@ def first_update(start: Start, interval: Interval, look: Look, started_at: Mappi
         look: at the clock, now.
         started_at: the clock from which its age counts.
     """
-    span, begin = interval.resolve(look.state), start.resolve(look.state)
+    span, begin = interval.resolve(look.run), start.resolve(look.run)
     now = look.now
     if not now[span.unit] > 0:
         return None

@@ -1,0 +1,1 @@
+"""One run's time and its averages, whoever trains: when an update is due and what it weighs. No events."""
