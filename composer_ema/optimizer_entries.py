@@ -41,8 +41,9 @@ from composer_ema.optimizer_state import (
 from composer_ema.shadow.state import ALIASES, BUFFERS, NUM_UPDATES, PARAMETERS, SECTIONS, SEED
 
 _TORCH = 'torch.distributed.checkpoint.state_dict'
-# What may stand between that module and ours on the stack: our own wrappers, and the ``step`` of a scheduler.
-_BETWEEN = ('composer_ema', 'torch.optim')
+# What may stand between that module and ours on the stack: our own wrappers, the ``step`` of a scheduler, and the
+# optimizer of accelerate around ours.
+_BETWEEN = ('composer_ema', 'torch.optim', 'accelerate.optimizer')
 
 #: What the state of an optimizer holds for each of its parameters.
 Entries = Mapping[Tensor, Mapping[str, Any]]
