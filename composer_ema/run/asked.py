@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +78,33 @@ def labels_in(name: str, arguments: Mapping[str, Any]) -> tuple[str, ...]:
     arguments = plain.mapping('arguments', arguments, 'Pass those of EMA by name.')
     labelled = [arguments[maker] for maker in MAKERS if isinstance(arguments.get(maker), Mapping)]
     return tuple(dict.fromkeys(label for values in labelled for label in values)) or (name,)
+
+
+def check_evaluate_with(evaluate_with: Mapping[str, str] | None, labels: Sequence[str]) -> dict[str, str]:
+    """Returns a copy of the argument ``evaluate_with``: one of ``labels`` or ``'training'`` by evaluation.
+
+    Raises:
+        TypeError, ValueError: it maps something else.
+    """
+    if evaluate_with is None:
+        return {}
+    if not isinstance(evaluate_with, Mapping):
+        raise TypeError(
+            f"evaluate_with must map labels to weights, such as {{'eval': {labels[0]!r}}}, got {shown(evaluate_with)}."
+        )
+    checked = {}
+    for label, weights in evaluate_with.items():
+        if not isinstance(label, str):
+            raise TypeError(
+                f'evaluate_with maps labels, which are strings, got {shown(label)}. Pass the label of an evaluator.'
+            )
+        checked[str.__str__(label)] = check_weights(f'evaluate_with[{shown(label)}]', weights, labels)
+    return checked
+
+
+def check_weights(name: str, weights: Any, labels: Sequence[str]) -> str:
+    """Returns ``weights``, the argument ``name``, or raises: it is one of ``labels`` or ``'training'``."""
+    return plain.choice(name, weights, [*labels, TRAINING])
 
 
 def _one(arguments: Mapping[str, Any], label: str | None) -> Kept:

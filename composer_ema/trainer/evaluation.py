@@ -7,10 +7,8 @@ from typing import Any
 
 from composer.core import Event, State
 
-from composer_ema import plain
-from composer_ema.run.asked import PREDICT, TRAINING
+from composer_ema.run.asked import PREDICT, TRAINING, check_evaluate_with
 from composer_ema.spans import ArgumentError
-from composer_ema.wording import shown
 
 _PASS_OPENS = frozenset({Event.EVAL_BEFORE_ALL, Event.EVAL_STANDALONE_START})
 _PASS_CLOSES = frozenset({Event.EVAL_AFTER_ALL, Event.EVAL_STANDALONE_END})
@@ -41,7 +39,7 @@ class Evaluation:
     """
 
     def __init__(self, labels: Sequence[str], evaluate_with: Mapping[str, str] | None) -> None:
-        self.evaluate_with = _check_evaluate_with(evaluate_with, labels)
+        self.evaluate_with = check_evaluate_with(evaluate_with, labels)
         self._default = labels[0]
         self._of_all: Sequence[Evaluation] = (self,)
         self._open_passes = 0
@@ -115,25 +113,3 @@ class Evaluation:
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         self.__dict__.update(state)
         self._of_all = (self,)
-
-
-def _check_evaluate_with(evaluate_with: Mapping[str, str] | None, labels: Sequence[str]) -> dict[str, str]:
-    if evaluate_with is None:
-        return {}
-    if not isinstance(evaluate_with, Mapping):
-        raise TypeError(
-            f"evaluate_with must map labels to weights, such as {{'eval': {labels[0]!r}}}, got {shown(evaluate_with)}."
-        )
-    checked = {}
-    for label, weights in evaluate_with.items():
-        if not isinstance(label, str):
-            raise TypeError(
-                f'evaluate_with maps labels, which are strings, got {shown(label)}. Pass the label of an evaluator.'
-            )
-        checked[str.__str__(label)] = check_weights(f'evaluate_with[{shown(label)}]', weights, labels)
-    return checked
-
-
-def check_weights(name: str, weights: Any, labels: Sequence[str]) -> str:
-    """Returns ``weights``, the argument ``name``, or raises: it is one of ``labels`` or ``'training'``."""
-    return plain.choice(name, weights, [*labels, TRAINING])

@@ -25,7 +25,7 @@ from composer_ema.model.inventory import Inventory
 from composer_ema.model.names import listed
 from composer_ema.model.wrappers import unwrap
 from composer_ema.run import limits as times
-from composer_ema.run.asked import TRAINING
+from composer_ema.run.asked import TRAINING, check_weights
 from composer_ema.run.average import Averages, Kept
 from composer_ema.run.clock import Look
 from composer_ema.run.due import Interval, Start, first_update
@@ -37,7 +37,7 @@ from composer_ema.shadow.interrupts import Block
 from composer_ema.shadow.shadow_model import ShadowModel
 from composer_ema.spans import Span
 from composer_ema.trainer import evaluation, limits, shards
-from composer_ema.trainer.evaluation import Evaluation, check_weights
+from composer_ema.trainer.evaluation import Evaluation
 from composer_ema.trainer.exporting import lend_to_exporters
 from composer_ema.trainer.run import ComposerRun, look_at
 from composer_ema.trainer.saving import save_training_weights
