@@ -17,6 +17,7 @@ from toy import bits, make_evaluator
 
 from composer_ema import EMA, SWA
 from composer_ema.checkpoints import sharded_format
+from composer_ema.run.shards import Outline
 from composer_ema.trainer import shards
 
 pytestmark = pytest.mark.usefixtures('alone')
@@ -111,7 +112,7 @@ def test_a_state_that_does_not_fit_is_refused_before_a_tensor_is_read(
     run = trainer([EMA('2ba')], parallelism_config=fsdp2(), save_folder=str(tmp_path), max_duration='1ba')
     run.fit()
     [(_, state)] = run.state.state_dict()['algorithms']
-    outline = shards.Outline(state, 'EMA', FileSystemReader(tmp_path / 'ep0-ba1'), 'it')
+    outline = Outline(state, shards.place('EMA'), FileSystemReader(tmp_path / 'ep0-ba1'), 'it')
     outline['averages']['ema']['parameters']['module.5.weight'] = torch.zeros(()).expand(4, 8)
     monkeypatch.setattr(outline, 'read', lambda *_: pytest.fail('a tensor was read'))
     before = averages_of(run)

@@ -15,10 +15,7 @@ from composer.utils import dist
 from torch import Tensor, nn
 
 from composer_ema.checkpoints import formats
-from composer_ema.model.inventory import Inventory
-from composer_ema.model.sharding import whole
-from composer_ema.model.wrappers import canonical_name, unwrap
-from composer_ema.shadow import loan
+from composer_ema.run.model_slot import put_training_weights
 from composer_ema.shadow.state import gathered
 from composer_ema.trainer import shards
 
@@ -46,20 +43,7 @@ def _model_state_dict(state: State, lenders: Sequence[Lender]) -> dict[str, Any]
     stash: dict[str, Tensor] = {}
     for lender in lenders:
         stash = {**lender.stashed_weights(state.model), **stash}
-    if stash:
-        aliases = Inventory.of(unwrap(state.model)).aliases
-        keys: dict[str, list[str]] = {}
-        for key in saved:
-            name = canonical_name(key)
-            keys.setdefault(aliases.get(name, name), []).append(key)
-        is_full = state.fsdp_state_dict_type == 'full'
-        for name, weight in stash.items():
-            value = whole(weight) if is_full else weight  # in all processes, although only rank 0 saves it
-            for key in keys.get(name, ()):
-                held = saved[key]
-                # A buffer that the model has replaced by one of another kind keeps its new value, as when a loan ends.
-                if isinstance(held, Tensor) and loan.obstacle(held, value) is None:
-                    saved[key] = value.to(held.device, held.dtype)
+    put_training_weights(saved, state.model, stash, is_full=state.fsdp_state_dict_type == 'full')
     return saved
 
 

@@ -11,24 +11,19 @@ algorithm's state lists are loaded after it, at AFTER_LOAD.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed.checkpoint as dist_cp
 from composer.core import State
 from composer.utils import dist, maybe_create_object_store_from_uri, parse_uri
 from composer.utils.checkpoint import DistCPObjectStoreReader, FileSystemReaderWithValidation
 from composer.utils.file_helpers import extract_path_from_symlink
 from composer.utils.misc import partial_format
-from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from composer_ema.checkpoints import sharded_format
-from composer_ema.model.sharding import local, wrapped
-from composer_ema.shadow.state import SECTIONS
 from composer_ema.trainer import calls
 from composer_ema.trainer.safe_loading import reading_safely
 
@@ -36,6 +31,11 @@ from composer_ema.trainer.safe_loading import reading_safely
 def will_be_sharded(state: State) -> bool:
     """Whether Composer will shard the model of the run, and has not done so yet."""
     return state.fsdp_config is not None and not state.fsdp_enabled
+
+
+def place(name: str) -> tuple[str, ...]:
+    """The keys under which a checkpoint of Composer has the tensors of an algorithm, called ``name``."""
+    return 'state', sharded_format.AVERAGES, name
 
 
 def set_apart(saved: dict[str, Any], names: set[str]) -> None:
@@ -57,73 +57,11 @@ def set_apart(saved: dict[str, Any], names: set[str]) -> None:
         saved['algorithms'], saved[sharded_format.AVERAGES] = states, apart
 
 
-class Outline(dict[str, Any]):
-    """The state of an algorithm as a sharded checkpoint has it, with tensors that have no memory yet.
-
-    They have the shapes and dtypes of those that are saved, so that all of them can be checked before one is read.
-
-    Args:
-        state: as it was loaded, with the names of its tensors.
-        name: of the algorithm's class.
-        reader: of the folder.
-        what: the state, in the words of an error.
-
-    Raises:
-        ValueError: the folder lacks a tensor that the state lists, or the list is none.
-    """
-
-    def __init__(self, state: Mapping[str, Any], name: str, reader: dist_cp.StorageReader, what: str) -> None:
-        self._name, self._reader = name, reader
-        with reading_safely():
-            metadata = reader.read_metadata()
-        super().__init__(sharded_format.joined(state, _outlines(metadata, name), what))
-
-    def read(
-        self, averages: Mapping[str, Mapping[str, Any]], sources: Mapping[str, str], like: Mapping[str, Tensor]
-    ) -> dict[str, dict[str, Any]]:
-        """The states of averages with their values, each process its own part. A collective call.
-
-        Args:
-            averages: label to state, of outlined tensors.
-            sources: each of these labels to the one in the checkpoint.
-            like: tensors of the model by name, shared among processes as what is read shall be.
-        """
-        read: dict[str, dict[str, dict[str, Tensor]]] = {}
-        for label, average in averages.items():
-            read[sources[label]] = {
-                section: {name: _place_for(outline, like.get(name)) for name, outline in average[section].items()}
-                for section in SECTIONS
-                if section in average
-            }
-        root = {'state': {sharded_format.AVERAGES: {self._name: read}}}
-        with torch.no_grad(), reading_safely():
-            dist_cp.load(root, storage_reader=self._reader)
-        return {label: {**average, **read[sources[label]]} for label, average in averages.items()}
-
-
-def _outlines(metadata: Metadata, algorithm: str) -> dict[str, dict[str, dict[str, Tensor]]]:
-    """The averages of an algorithm in a folder by label, section and name, as tensors without memory."""
-    outlines: dict[str, dict[str, dict[str, Tensor]]] = {}
-    for key, path in (metadata.planner_data or {}).items():
-        kind = metadata.state_dict_metadata.get(key)
-        is_ours = path[:3] == ('state', sharded_format.AVERAGES, algorithm) and len(path) == 6
-        if is_ours and isinstance(kind, TensorStorageMetadata):
-            label, section, name = path[3:]
-            outline = torch.zeros((), dtype=kind.properties.dtype).expand(kind.size)
-            outlines.setdefault(label, {}).setdefault(section, {})[name] = outline
-    return outlines
-
-
-def _place_for(outline: Tensor, like: Tensor | None) -> Tensor:
-    """Memory for this process's part of a tensor of the outline's shape and dtype."""
-    if like is None or like.shape != outline.shape:
-        return torch.empty(outline.shape, dtype=outline.dtype)
-    return wrapped(torch.empty_like(local(like), dtype=outline.dtype), like)
-
-
 @contextmanager
 def opened(state: State) -> Iterator[dist_cp.StorageReader]:
     """A reader of the folder that the run was loaded from, wherever that is. A collective call.
+
+    Whatever torch reads as a checkpoint while it is open is read without executing anything in it.
 
     Raises:
         ValueError: the run was not loaded from a folder.
@@ -137,13 +75,15 @@ def opened(state: State) -> Iterator[dist_cp.StorageReader]:
     store = _object_store(state, load_path)
     _, _, path = parse_uri(load_path)
     if store is None:
-        yield FileSystemReaderWithValidation(path)
+        with reading_safely():
+            yield FileSystemReaderWithValidation(path)
         return
     with tempfile.TemporaryDirectory() as own_folder:
         if path.endswith('.symlink'):
             path = extract_path_from_symlink(path, object_store=store)
         of_node = dist.all_gather_object(own_folder)[dist.get_global_rank() - dist.get_local_rank()]
-        yield DistCPObjectStoreReader(path, str(Path(of_node) / 'checkpoint'), store, state.device_mesh)
+        with reading_safely():
+            yield DistCPObjectStoreReader(path, str(Path(of_node) / 'checkpoint'), store, state.device_mesh)
         dist.barrier()  # the folder is that of the first rank on this node
 
 

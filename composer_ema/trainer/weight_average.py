@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from composer.algorithms.swa import SWA as ComposerSWA
-from composer.core import Algorithm, Event, State, Time
+from composer.core import Algorithm, Event, Precision, State, Time
 from composer.loggers import Logger
 from torch import Tensor, nn
 
@@ -31,6 +31,8 @@ from composer_ema.run.clock import Look
 from composer_ema.run.due import Interval, Start, first_update
 from composer_ema.run.harm import Harm
 from composer_ema.run.limits import Limit, warn
+from composer_ema.run.shards import Outline
+from composer_ema.run.steps import Steps
 from composer_ema.settings import Settings, settings_of
 from composer_ema.shadow import loan
 from composer_ema.shadow.interrupts import Block
@@ -42,7 +44,6 @@ from composer_ema.trainer.exporting import lend_to_exporters
 from composer_ema.trainer.run import ComposerRun, look_at
 from composer_ema.trainer.saving import save_training_weights
 from composer_ema.trainer.snapshots import Moves, RunSnapshots
-from composer_ema.trainer.steps import Steps
 
 log = logging.getLogger(__name__)
 
@@ -264,7 +265,7 @@ class WeightAverage(Algorithm):
         loaded, self._state_for_init = self._state_for_init, None
         if sharded_format.is_split(loaded):
             with shards.opened(state) as reader:
-                self.load_state_dict(shards.Outline(loaded, type(self).__qualname__, reader, self._what))
+                self.load_state_dict(Outline(loaded, shards.place(type(self).__qualname__), reader, self._what))
         else:
             self.load_state_dict(loaded)
 
@@ -299,7 +300,7 @@ class WeightAverage(Algorithm):
         if self._start.span.value == 0 and not self._has_started:
             self._averages.count_from(look)  # a run that was resumed without these averages is older than they are
         self._harm.foresee(self._averages, self._start, self._interval, look.run)
-        self._steps.watch(state)
+        self._steps.watch(state.optimizers if state.precision is Precision.AMP_FP16 else ())
         if self.snapshots is not None:
             self.snapshots.begin(state, self._averages)
         for label, average in self._averages.all().items():
@@ -513,9 +514,7 @@ class WeightAverage(Algorithm):
             what,
             has_begun=upgraded['started'],
             stash=upgraded.get(formats.STASH),
-            read=partial(state.read, sources=sources, like=inventory.tensors())
-            if isinstance(state, shards.Outline)
-            else None,
+            read=partial(state.read, sources=sources, like=inventory.tensors()) if isinstance(state, Outline) else None,
         )
         if self.snapshots is not None:
             self.snapshots.load_state_dict(upgraded.get(_SNAPSHOTS))

@@ -5,9 +5,9 @@ The scaler has waited for that number already, so the host knows it for nothing:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
-from composer.core import Precision, State
 from torch.optim import Optimizer
 
 from composer_ema.wrapper import OptimizerWrapper
@@ -25,14 +25,14 @@ class Steps:
         self.is_watching = self.skipped = False
         self._handles: list[Any] = []
 
-    def watch(self, state: State) -> None:
-        """Watches the optimizers of a run in ``amp_fp16``, the one precision in which Composer scales gradients.
+    def watch(self, optimizers: Iterable[Optimizer]) -> None:
+        """Watches the optimizers of a run that scales its gradients; none of a run that does not.
 
         An optimizer whose step tells nobody is not watched: every batch counts as a step then.
         """
         self.release()
-        optimizers = [_stepping(optimizer) for optimizer in state.optimizers]
-        if state.precision is Precision.AMP_FP16 and optimizers and all(map(_runs_hooks, optimizers)):
+        optimizers = [_stepping(optimizer) for optimizer in optimizers]
+        if optimizers and all(map(_runs_hooks, optimizers)):
             self._handles = [optimizer.register_step_post_hook(self._note) for optimizer in optimizers]
             self.is_watching = True
 
@@ -44,10 +44,10 @@ class Steps:
         self.is_watching = self.skipped = False
 
     def begin(self) -> None:
-        """The gradients of a batch are there, and nothing has stepped yet.
+        """A batch has begun, and nothing has stepped yet.
 
-        Call it at AFTER_TRAIN_BATCH. A step before that, such as the one by which torch builds an empty state for a
-        checkpoint, does not count.
+        Call it once a batch, such as when its gradients are there. A step before that, such as the one by which torch
+        builds an empty state for a checkpoint, does not count.
         """
         self.skipped = self.is_watching
 
