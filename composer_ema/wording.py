@@ -5,6 +5,7 @@ And :func:`visible`, which every text goes through before a terminal, a log or a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 
 #: How many legal names a message lists before it gives their number only: all keys of a recipe, all models.
@@ -40,6 +41,16 @@ def visible(text: object, keep: str = '') -> str:
     if text.isprintable():
         return text
     return ''.join(each if each.isprintable() or each in keep else repr(each)[1:-1] for each in text)
+
+
+def snake_case(name: str) -> str:
+    """A class name as recipes write it.
+
+    Example:
+        >>> snake_case('RandomResizedCrop'), snake_case('SGDWithWarmup')
+        ('random_resized_crop', 'sgd_with_warmup')
+    """
+    return re.sub(r'(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])', '_', name).lower()
 
 
 def squash(name: str) -> str:

@@ -285,7 +285,7 @@ def test_extent_is_that_of_the_loader_in_several_processes(monkeypatch, processe
 
 
 def test_every_data_set_tells_its_extent():
-    found = {name: extent(builder, {}) for name, builder in DATASETS.items()}
+    found = {name: extent(builder, {}) for name, builder in DATASETS.items() if name != 'image_folder'}
     assert {name: each and each.samples for name, each in found.items()} == {
         'fashion_mnist': 60_000, 'cifar10': 50_000, 'mnist1d': 4000, 'fake': 1024,
     }  # fmt: skip

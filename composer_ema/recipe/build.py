@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from composer_ema.posthoc.snapshot_files import SNAPSHOT_FOLDER
 from composer_ema.recipe import groups, parallelism, run_folder, trainer_arguments
 from composer_ema.recipe.arguments import Place, RecipeError, said, signature
+from composer_ema.recipe.classes import with_classes
 from composer_ema.recipe.fitting import Fitted, fit
 from composer_ema.recipe.interpolation import escaped
 from composer_ema.recipe.loaded import check_loaded
@@ -92,6 +93,7 @@ def build(recipe: Recipe, *, scratch: Path | None = None, callbacks: Sequence[Ca
 
 
 def _build_in(taken: RunFolder, checked: Plan, scratch: Path | None, callbacks: Sequence[Callback]) -> Run:
+    checked = with_classes(checked)
     recipe, place, seed = checked.recipe, checked.place, _seed(checked)
     run_name, folder = taken.name, taken.path
     with checked.trust.reading():
@@ -156,7 +158,7 @@ def _build_in(taken: RunFolder, checked: Plan, scratch: Path | None, callbacks: 
     length = checked.length(len(data.train))
     resolved = recipe.replace(seed=seed, run_name=run_name, **_schedule_values(recipe, stepped.scheduled))
     taken.recipe = as_yaml(resolved)
-    remarks = [*recipe.remarks, *_remarks(checked, stepped.scheduled, length, optimizer)]
+    remarks = [*recipe.remarks, *data.remarks, *_remarks(checked, stepped.scheduled, length, optimizer)]
     return Run(resolved, checked, folder, trainer, recorder, remarks, resumed)
 
 

@@ -28,6 +28,7 @@ from composer_ema.recipe.schema import Recipe
 from composer_ema.recipe.trials import Measured
 from composer_ema.trainer.refresh import Refresh
 from composer_ema.trainer.weight_average import WeightAverage
+from composer_ema.zoo.dataset import TEST_SET
 
 #: Into so many parts the samples are divided, to tell from their spread how much chance there is in a mean.
 PARTS = 50
@@ -171,8 +172,11 @@ def recipe_of(folder: Path, overrides: Sequence[str] = (), *, on_test: bool = Fa
     if dist.get_world_size() > 1:
         raise Place(trained.source).error('a sweep runs in one process. Start it without a launcher.')
     if on_test:
-        return _without_split(recipe) if checked.validation_split else recipe
-    if not checked.validation_split:
+        whole = _without_split(recipe) if checked.validation_split else recipe
+        if (evaluated := schema.plan(whole).evaluation_set) != TEST_SET:
+            raise place.error(f'this run evaluates on {evaluated}, which is no test set. Leave --on-test out.')
+        return whole
+    if not checked.validation_split and checked.evaluation_set == TEST_SET:
         raise _nothing_held_out(place, checked.data.name, takes_split=checked.validation_split is not None)
     return recipe
 

@@ -65,7 +65,7 @@ class Named:
             message = said(error)
             if argument is None:
                 raise self.place.error(message) from error
-            if repr(self.arguments[argument]) not in message:
+            if repr(self.arguments[argument]) not in message and ', got ' not in message:
                 message = f'{message.rstrip(".")}, got {self.arguments[argument]!r}.'
             raise (self.place / argument).error(message) from error
 

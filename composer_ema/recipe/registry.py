@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import ModuleType
@@ -26,7 +25,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import SWALR
 
-from composer_ema.wording import squash
+from composer_ema.wording import snake_case, squash
 from composer_ema.zoo.plugins import PluginError, Plugins, plugins
 
 _SUFFIXES = ('callback', 'logger', 'scheduler')
@@ -199,7 +198,7 @@ def _canonical_name(cls: type) -> str:
     module = cls.__module__.rpartition('.')[2]
     if squash(module) in _aliases(cls):
         return module
-    return re.sub(r'(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])', '_', cls.__name__).lower()
+    return snake_case(cls.__name__)
 
 
 def _short(name: str, cls: type) -> str:

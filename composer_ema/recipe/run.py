@@ -261,7 +261,7 @@ def evaluated_on(run: Run) -> str:
     samples, split = _num_samples(run.trainer.state.evaluators[0].dataloader.dataloader), run.plan.validation_split
     if samples is None:
         return ''
-    whose = '' if split is None else ' held out of the training set' if split else ' of the test set'
+    whose = '' if split is None else ' held out of the training set' if split else f' of {run.plan.evaluation_set}'
     return f' on {counted(samples, "sample")}{whose}' + (f' (validation_split={split})' if split else '')
 
 

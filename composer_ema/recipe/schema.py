@@ -35,7 +35,7 @@ from composer_ema.recipe.trust import Trust
 from composer_ema.spans import ArgumentError
 from composer_ema.trainer.weight_average import WeightAverage
 from composer_ema.wording import suggestion
-from composer_ema.zoo.dataset import Extent, extent
+from composer_ema.zoo.dataset import Extent, evaluation_set, extent
 from composer_ema.zoo.models import classifier
 
 SECTIONS = (
@@ -139,6 +139,11 @@ class Plan:
         """The share of the training set held out to evaluate on; None where the data set cannot hold any out."""
         parameter = signature(self.data.factory).get('validation_split')
         return None if parameter is None else self.data.arguments.get('validation_split', parameter.default)
+
+    @property
+    def evaluation_set(self) -> str:
+        """What the run evaluates on where it holds nothing out of the training set, in words."""
+        return self.data.attempt(lambda arguments: evaluation_set(self.data.factory, arguments))
 
     def length(self, batches_per_epoch: int) -> Length | None:
         """The length of the run; None where ``max_duration`` is neither in epochs nor in batches."""

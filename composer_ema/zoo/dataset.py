@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -20,6 +20,8 @@ from composer_ema.spans import ArgumentError
 from composer_ema.wording import counted
 from composer_ema.zoo.checks import check_whole
 
+#: What a data set evaluates on that holds nothing out of its training samples.
+TEST_SET = 'the test set'
 Batch = tuple[torch.Tensor, torch.Tensor]
 _Builder = TypeVar('_Builder', bound=Callable[..., 'Data'])
 
@@ -33,12 +35,14 @@ class Data:
         evaluation: Batches of the same kind, in fixed order, each sample once.
         num_classes: Targets lie in `[0, num_classes)`.
         input_shape: Shape of one input.
+        remarks: Sentences about what was found, to show before training. Default: none.
     """
 
     train: DataLoader[Batch]
     evaluation: DataLoader[Batch]
     num_classes: int
     input_shape: tuple[int, ...]
+    remarks: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,12 @@ class Batching:
             )
 
 
-def dataset(*, samples: Callable[[Mapping[str, Any]], int]) -> Callable[[_Builder], _Builder]:
+def dataset(
+    *,
+    samples: Callable[[Mapping[str, Any]], int],
+    classes: Callable[[Mapping[str, Any]], int] | None = None,
+    evaluation: Callable[[Mapping[str, Any]], str] | None = None,
+) -> Callable[[_Builder], _Builder]:
     """Makes a function that returns :class:`Data` into a data set that recipes can name.
 
     The function takes keyword arguments with defaults, among them ``batch_size``. Three further names have a fixed
@@ -138,6 +147,9 @@ def dataset(*, samples: Callable[[Mapping[str, Any]], int]) -> Callable[[_Builde
     Args:
         samples: From the function's arguments, defaults included, to the number of training samples, without reading
             them. A recipe's schedule is checked against it before the data are touched.
+        classes: Likewise, to the number of classes, which a model then gets that is given none. Default: None, a model
+            keeps its own default.
+        evaluation: Likewise, to what it evaluates on where nothing is held out, in words. Default: :data:`TEST_SET`.
 
     Raises:
         TypeError: The function takes no ``batch_size``.
@@ -153,6 +165,8 @@ def dataset(*, samples: Callable[[Mapping[str, Any]], int]) -> Callable[[_Builde
         if 'batch_size' not in inspect.signature(builder).parameters:
             raise TypeError(f'the data set {builder.__name__} must take batch_size. Add batch_size: int = 128.')
         builder.training_samples = samples  # pyright: ignore[reportFunctionMemberAccess]
+        builder.classes = classes  # pyright: ignore[reportFunctionMemberAccess]
+        builder.evaluation = evaluation  # pyright: ignore[reportFunctionMemberAccess]
         return builder
 
     return register
@@ -174,11 +188,28 @@ def extent(builder: Callable[..., Data], arguments: Mapping[str, Any]) -> Extent
     samples_of = getattr(builder, 'training_samples', None)
     if samples_of is None:
         return None
-    parameters = inspect.signature(builder).parameters.values()
-    given = {each.name: each.default for each in parameters if each.default is not each.empty} | dict(arguments)
+    given = _filled(builder, arguments)
     shared = {each.name: given[each.name] for each in dataclasses.fields(Batching) if given.get(each.name) is not None}
     batching = Batching(**{'eval_batch_size': given['batch_size'], **shared})
     samples = samples_of(given)
     samples -= batching.count_held_out(samples)
     batching.check_last_batch(samples)
     return Extent(samples, batching.batch_size, batching.drop_last)
+
+
+def num_classes(builder: Callable[..., Data], arguments: Mapping[str, Any]) -> int | None:
+    """The number of classes of a data set, without reading it; None where it does not tell. As for :func:`extent`."""
+    classes = getattr(builder, 'classes', None)
+    return None if classes is None else classes(_filled(builder, arguments))
+
+
+def evaluation_set(builder: Callable[..., Data], arguments: Mapping[str, Any]) -> str:
+    """What a data set evaluates on where nothing is held out, in words. As for :func:`extent`."""
+    evaluation = getattr(builder, 'evaluation', None)
+    return TEST_SET if evaluation is None else evaluation(_filled(builder, arguments))
+
+
+def _filled(builder: Callable[..., Data], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments and the defaults of the rest."""
+    parameters = inspect.signature(builder).parameters.values()
+    return {each.name: each.default for each in parameters if each.default is not each.empty} | dict(arguments)

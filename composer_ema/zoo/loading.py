@@ -1,4 +1,4 @@
-"""Loaders for samples in memory: seed and epoch alone determine the order and the augmentation of an epoch."""
+"""Loaders, and samples in memory: seed and epoch alone determine the order and the augmentation of an epoch."""
 
 from __future__ import annotations
 
@@ -48,14 +48,64 @@ def loaders(
     train_set = ArrayBatches(*train, transform=transform, augment=augmentation)
     evaluation_set = ArrayBatches(*held_out, transform=transform)
     return Data(
-        train=_loader(batching, train_set, batching.batch_size, is_training=True),
-        evaluation=_loader(batching, evaluation_set, batching.eval_batch_size, is_training=False),
+        train=loader(batching, train_set, batching.batch_size, is_training=True),
+        evaluation=loader(batching, evaluation_set, batching.eval_batch_size, is_training=False),
         num_classes=num_classes,
         input_shape=tuple(evaluation_set[0][0].shape),
     )
 
 
-class ArrayBatches(Dataset[Batch]):
+class Batches(Dataset[Batch]):
+    """A data set that PyTorch's loader fetches a finished batch at a time from, by `__getitems__`.
+
+    Attributes:
+        sampler: It knows the epoch. A worker process gets it with the data set.
+    """
+
+    sampler: DistributedSampler[int] | None = None
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> Batch:
+        inputs, targets = self.__getitems__([index])
+        return inputs[0], targets[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        raise NotImplementedError
+
+    @property
+    def epoch(self) -> int:
+        assert self.sampler is not None
+        return self.sampler.epoch
+
+
+def loader(batching: Batching, dataset: Batches, batch_size: int, *, is_training: bool) -> DataLoader[Batch]:
+    """The loader of one data set, whose order is drawn from seed and epoch in training and fixed otherwise.
+
+    Args:
+        batching: The arguments of the data set.
+        dataset: Its `sampler` is set.
+        batch_size: Samples per step over all processes.
+        is_training: Whether the order is drawn, and an uneven last batch may be dropped.
+    """
+    drop_last = is_training and batching.drop_last
+    dataset.sampler = dist.get_sampler(dataset, shuffle=is_training, drop_last=drop_last, seed=_spread(batching.seed))
+    return DataLoader(
+        dataset,
+        batch_size=batch_size // dist.get_world_size(),
+        sampler=dataset.sampler,
+        drop_last=drop_last,
+        num_workers=batching.num_workers,
+        collate_fn=as_is,
+        pin_memory=torch.cuda.is_available(),
+        # Each pass over a loader draws a number, by default from the global generator: one more evaluation would
+        # change the dropout of the training that follows.
+        generator=torch.Generator().manual_seed(batching.seed),
+    )
+
+
+class ArrayBatches(Batches):
     """Samples in memory, fetched a whole batch at a time: one indexing operation, not one call per sample.
 
     PyTorch's loader calls `__getitems__` with the indices of a batch and gets the finished batch, so the loader's
@@ -81,22 +131,15 @@ class ArrayBatches(Dataset[Batch]):
         self.targets = targets
         self.transform = transform
         self.augment = augment
-        # The sampler knows the epoch. A worker process gets it with the data set.
-        self.sampler: DistributedSampler[int] | None = None
 
     def __len__(self) -> int:
         return len(self.targets)
-
-    def __getitem__(self, index: int) -> Batch:
-        inputs, targets = self.__getitems__([index])
-        return inputs[0], targets[0]
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         chosen = np.asarray(indices)
         inputs = self.inputs[chosen]
         if self.augment is not None:
-            assert self.sampler is not None
-            inputs = self.augment(inputs, chosen, self.sampler.epoch)
+            inputs = self.augment(inputs, chosen, self.epoch)
         if self.transform is not None:
             inputs = self.transform(inputs)
         return torch.from_numpy(inputs), torch.from_numpy(self.targets[chosen])
@@ -105,23 +148,6 @@ class ArrayBatches(Dataset[Batch]):
 def as_is(batch: Any) -> Any:
     """The collate function for a data set that returns finished batches."""
     return batch
-
-
-def _loader(batching: Batching, dataset: ArrayBatches, batch_size: int, *, is_training: bool) -> DataLoader[Batch]:
-    drop_last = is_training and batching.drop_last
-    dataset.sampler = dist.get_sampler(dataset, shuffle=is_training, drop_last=drop_last, seed=_spread(batching.seed))
-    return DataLoader(
-        dataset,
-        batch_size=batch_size // dist.get_world_size(),
-        sampler=dataset.sampler,
-        drop_last=drop_last,
-        num_workers=batching.num_workers,
-        collate_fn=as_is,
-        pin_memory=torch.cuda.is_available(),
-        # Each pass over a loader draws a number, by default from the global generator: one more evaluation would
-        # change the dropout of the training that follows.
-        generator=torch.Generator().manual_seed(batching.seed),
-    )
 
 
 def _spread(seed: int) -> int:
