@@ -249,7 +249,7 @@ class TestRefused:
         ('override', 'said'),
         [
             ('nonsense=1', 'a recipe has no such key. Its keys are variables, model, data, optimizer, scheduler'),
-            ('data.name=imagefolder', "there is no data set 'imagefolder'. Legal names are "),
+            ('data.name=pictures', "there is no data set 'pictures'. Legal names are "),
             ('optimizer.learning_rate=1', 'AdamW has no such argument. It takes lr, betas, eps'),
             ('algorithms.averaging={}', "there is no algorithm 'averaging'. Legal names are "),
             ('evaluate=[best]', "there are no weights called 'best'. Legal names are training, ema."),
