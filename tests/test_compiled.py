@@ -249,3 +249,17 @@ def test_an_exception_in_a_compiled_region_is_the_callers_and_leaves_dynamo_as_i
     with pytest.raises(ValueError, match='smoothing'):
         compiled(region)(torch.ones(1))
     assert not is_traced()
+
+
+def test_the_average_as_a_module_stays_up_to_date_when_it_is_compiled():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Sequential(nn.Linear(4, 2)))
+    shadow = ShadowModel(model)
+    compiled = torch.compile(shadow.module(model), backend='eager')
+    inputs = torch.randn(8, 3)
+    for _ in range(3):
+        model.train()(torch.randn(8, 3))
+        nn.init.normal_(model[0].weight)
+        shadow.update(model, smoothing=0.5)
+        with shadow.swapped(model):
+            expected = model.eval()(inputs)
+        assert torch.equal(compiled(inputs), expected)

@@ -396,3 +396,24 @@ class TestShardsInOneProcess:
         shadow = ShadowModel(model, include='0')
         _weights(model, 2.0)
         assert shadow.relative_distance(model).item() == pytest.approx(0.5)
+
+    def test_as_a_module_it_is_refused_with_what_to_do(self):
+        model = _weights(_fsdp2(), 1.0)
+        shadow = ShadowModel(model)
+        with pytest.raises(NotImplementedError, match=r'shard it alike, and call shadow\.copy_to\(it\)'):
+            shadow.module(model)
+        second = _weights(_fsdp2(), 5.0)
+        shadow.copy_to(second)
+        assert second[0].weight.full_tensor().flatten().tolist() == [1.0] * 4
+
+
+@pytest.mark.usefixtures('_process_group')
+def test_the_average_as_a_module_is_free_of_ddp():
+    model = DistributedDataParallel(Classifier())
+    shadow = ShadowModel(model)
+    module = shadow.module(model)
+    assert type(module) is Classifier
+    model(torch.ones(4, 3)).sum().backward()
+    shadow.update(model, smoothing=0.5)
+    with shadow.swapped(model):
+        assert torch.equal(module(torch.ones(2, 3)), model.module.eval()(torch.ones(2, 3)))

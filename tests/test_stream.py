@@ -4,9 +4,11 @@ The tests marked ``gpu`` need plain torch and a CUDA device. They put a long sle
 or join shows as a wrong value and a blocked host as a long wait.
 """
 
+import contextlib
 import copy
 import gc
 import time
+from typing import ClassVar
 
 import pytest
 import torch
@@ -59,6 +61,83 @@ def test_overlap_changes_no_bit_on_a_cpu():
             assert not shadow.is_pending
     for (name, plain), (_, beside) in zip(shadows[0].named_parameters(), shadows[1].named_parameters(), strict=True):
         assert torch.equal(plain, beside), name
+
+
+# Which stream waits for what, on a CUDA that only keeps a list
+
+
+class Recorded:
+    """Stands for streams and events, and notes what waits for what."""
+
+    log: ClassVar[list[tuple]]
+
+    def __init__(self, name='side'):
+        self.name = name
+
+    def wait_stream(self, other):
+        self.log.append((self.name, 'waits for', other.name))
+
+    def wait_event(self, event):
+        self.log.append((self.name, 'waits for', event.name))
+
+    def record(self, stream):
+        self.name = f'event of {stream.name}'
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """A side stream, and how to make another one current."""
+    current = [Recorded('main')]
+    monkeypatch.setattr(Recorded, 'log', [], raising=False)
+    monkeypatch.setattr(torch.cuda, 'Stream', lambda device: Recorded())
+    monkeypatch.setattr(torch.cuda, 'Event', Recorded)
+    monkeypatch.setattr(torch.cuda, 'current_stream', lambda device: current[0])
+    monkeypatch.setattr(torch.cuda, 'stream', lambda stream: contextlib.nullcontext())
+    main, other = current[0], Recorded('other')
+    return SideStream(torch.device('cuda')), lambda is_main: current.__setitem__(0, main if is_main else other)
+
+
+def test_a_join_on_another_stream_leaves_the_work_pending_for_the_one_that_forked_it(streams):
+    stream, make_current = streams
+    with stream.fork():
+        pass
+    make_current(False)
+    stream.join()
+    assert stream.is_pending
+    make_current(True)
+    stream.join()
+    assert not stream.is_pending
+    assert Recorded.log == [
+        ('side', 'waits for', 'main'),
+        ('other', 'waits for', 'event of side'),
+        ('main', 'waits for', 'event of side'),
+    ]
+
+
+def test_the_next_update_waits_for_what_reads_the_average_on_another_stream(streams):
+    stream, make_current = streams
+    make_current(False)
+    stream.was_read()
+    make_current(True)
+    for _ in range(2):
+        stream.wait_for_readers()
+    assert Recorded.log == [('main', 'waits for', 'event of other')]
+
+
+def test_a_forward_of_the_module_counts_as_reading_when_it_has_ended(monkeypatch):
+    seen = []
+    monkeypatch.setattr(SideStream, 'was_read', lambda _: seen.append('read'))
+    monkeypatch.setattr(SideStream, 'wait_for_readers', lambda _: seen.append('update'))
+    monkeypatch.setattr(SideStream, 'join', lambda _: seen.append('wait'))
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    shadow = ShadowModel(model)
+    module = shadow.module(model)
+    module[1].register_forward_hook(lambda *_: seen.append('forward'))
+    shadow.update(model, smoothing=0.5)
+    seen.clear()
+    module(torch.ones(2))
+    shadow.update(model, smoothing=0.5)
+    assert seen == ['wait', 'forward', 'read', 'update']
 
 
 # On CUDA

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
+from composer_ema.model.apart import named_parts
 from composer_ema.model.sharding import refuse_unsupported, reshard
 from composer_ema.model.wrappers import canonical_name
 
@@ -31,7 +32,7 @@ def _subclasses(kind: type) -> Iterator[type]:
 
 @dataclass
 class Inventory:
-    """A module's tensors by canonical name, each once.
+    """A module's tensors by canonical name, each once, without those of modules that compute with an average of it.
 
     Attributes:
         parameters: name to parameter; tied parameters under the first of their names.
@@ -59,7 +60,7 @@ class Inventory:
         """
         reshard(module)
         inventory, first_names = cls(), {}
-        for prefix, child in module.named_modules(remove_duplicate=False):
+        for prefix, child in named_parts(module):
             path = f'{prefix}.' if prefix else ''
             for key, parameter in child._parameters.items():
                 if parameter is not None:

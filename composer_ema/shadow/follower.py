@@ -72,6 +72,8 @@ class Follower:
         loan.refuse(module, plan.identities)
         if self._rounding.limit and min(numbers) < self._rounding.limit:
             self._rounding.tell(numbers, self._labels)
+        for stream in self._streams.values():
+            stream.wait_for_readers()
         plan.run(plan, numbers)
         for storage in self._storages:
             storage.num_updates += 1
@@ -136,6 +138,11 @@ class Follower:
             stream.join()
         for average in self._host_averages():
             average.wait_for_reads()
+
+    def was_read(self) -> None:
+        """Orders the next update after what the current stream holds now, which reads the averages."""
+        for stream in self._streams.values():
+            stream.was_read()
 
     @property
     def is_pending(self) -> bool:

@@ -22,6 +22,7 @@ from composer_ema.model.wrappers import refuse_other_ranks, unwrap
 from composer_ema.settings import Settings, ShadowSettings, takes_settings
 from composer_ema.shadow import averaged_model, foreign, loan
 from composer_ema.shadow import state as states
+from composer_ema.shadow.beside import module_beside
 from composer_ema.shadow.distance import relative_distance
 from composer_ema.shadow.follower import Follower
 from composer_ema.shadow.lendable import LendableAverage
@@ -372,6 +373,49 @@ class ShadowModel(LendableAverage):
         averaged.n_averaged.fill_(self.num_updates)
         averaged_model.warn_of_lost_digits(averaged, self._storage.parameters)
         return averaged
+
+    @untraced
+    def module(self, model: nn.Module, *, copy: bool = False) -> nn.Module:
+        """A module that computes with the average, in the memory of the average: a teacher, a reference, a sampler.
+
+        It has the classes of ``model``, bare of outer wrappers, and is in evaluation mode. Its forward gives to the bit
+        what that of ``model`` gives inside :meth:`swapped`, after each update anew, and ``model`` may train meanwhile.
+
+        Parameters lie in the memory of the average, and those that are not averaged in the memory of the model. None
+        wants a gradient; gradients with respect to inputs flow, and a backward that an update would have falsified
+        raises. Buffers are copies, which the outermost forward brings up to date before it begins, so that a forward
+        that writes them, as BatchNorm's does after ``train()``, changes neither the average nor the model. Hooks and
+        other attributes are copied once, as ``copy.deepcopy`` copies them, tied weights stay tied.
+
+        Updates, ``load_state_dict``, ``to``, and other tensors in the model are followed, without another call. If the
+        model gets other modules or parameters, the next forward raises, and so it does after ``to()`` of the module.
+        On CUDA a forward is ordered after the last update and before the next, on whichever stream it runs.
+
+        Assigned to an attribute of the model, it is no part of what is averaged, nor of the model's ``state_dict``, but
+        ``model.train()`` reaches it. Its own ``state_dict()`` is the average; ``load_state_dict`` is refused. A copy by
+        ``copy.deepcopy`` or pickle is an ordinary module with the average of that moment.
+
+        Args:
+            model: the model followed. Only read, and not kept alive.
+            copy: whether parameters that the model has in another dtype or on another device than the average are
+                copies, which the first forward after each update brings up to date. Default: False, refuse them.
+
+        Raises:
+            NotImplementedError: ``model`` is sharded or has scripted modules, or ``shard_over_ranks`` is set.
+            ValueError: ``model`` does not fit, or cannot be copied; or a parameter needs a copy.
+
+        Example:
+            >>> model = nn.Linear(1, 1, bias=False)
+            >>> shadow = ShadowModel(model)
+            >>> teacher = shadow.module(model)
+            >>> _ = nn.init.constant_(model.weight, 3.0)
+            >>> shadow.update(model, smoothing=0.0)
+            >>> teacher(torch.ones(1)).item()
+            3.0
+        """
+        return module_beside(
+            unwrap(model), self._storage, self._follower, keeper=self, may_copy=plain.flag('copy', copy)
+        )
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Canonical name and shadow of each tracked parameter: n tensors, shapes equal to their sources, aliased."""

@@ -36,6 +36,10 @@ class SideStream:
         self._stream: Any = torch.cuda.Stream(device) if overlap and device.type == 'cuda' else None
         self._finished: Any = torch.cuda.Event() if self._stream is not None else None
         self._is_pending = False
+        #: The stream from which the pending work was forked.
+        self._origin: Any = None
+        #: By stream, an event behind the last thing there that reads what this one writes.
+        self._readers: dict[Any, Any] = {}
 
     @property
     def is_beside(self) -> bool:
@@ -59,7 +63,8 @@ class SideStream:
         if self._stream is None:
             yield
             return
-        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        self._origin = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(self._origin)
         try:
             with torch.cuda.stream(self._stream):
                 yield
@@ -68,7 +73,26 @@ class SideStream:
             self._is_pending = True
 
     def join(self) -> None:
-        """Orders the current stream after the last forked work. Returns at once, however long that work takes."""
+        """Orders the current stream after the last forked work. Returns at once, however long that work takes.
+
+        On another stream than that from which the work was forked, it stays pending: that one has to join it, too.
+        """
         if self._is_pending:
-            torch.cuda.current_stream(self.device).wait_event(self._finished)
-            self._is_pending = False
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(self._finished)
+            self._is_pending = current != self._origin
+
+    def was_read(self) -> None:
+        """Notes that the current stream reads, up to now, what the work writes; see :meth:`wait_for_readers`."""
+        if self.device.type == 'cuda':
+            current = torch.cuda.current_stream(self.device)
+            event = self._readers.setdefault(current, torch.cuda.Event())
+            event.record(current)
+
+    def wait_for_readers(self) -> None:
+        """Orders the current stream, and what is forked from it, after all that was noted. Returns at once."""
+        if self._readers:
+            current = torch.cuda.current_stream(self.device)
+            for event in self._readers.values():
+                current.wait_event(event)
+            self._readers.clear()
