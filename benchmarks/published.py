@@ -36,6 +36,7 @@ from benchmarks.published_page import Ending, Published, Row
 from composer_ema import cli
 from composer_ema.files import write_beside
 from composer_ema.pictures import conclusion
+from composer_ema.pictures.curves import Point
 from composer_ema.pictures.report import Result
 from composer_ema.recipe import run, schema
 from composer_ema.recipe.arguments import Place, RecipeError
@@ -130,8 +131,8 @@ def ending_of(result: Result) -> Ending:
     """The last evaluation of a run."""
     finals = {label: result.final(label) for label in result.points}
     return Ending(
-        {label: final.accuracy for label, final in finals.items() if final.accuracy is not None},
-        {label: final.loss for label, final in finals.items() if final.loss is not None},
+        _ending_in('MulticlassAccuracy', finals),
+        _ending_in('CrossEntropy', finals),
         {
             'date': time.strftime('%Y-%m-%d'),
             'torch': torch.__version__,
@@ -139,6 +140,10 @@ def ending_of(result: Result) -> Ending:
             'threads': str(torch.get_num_threads()),
         },
     )
+
+
+def _ending_in(metric: str, finals: Mapping[str, Point]) -> dict[str, float]:
+    return {label: final.metrics[metric] for label, final in finals.items() if metric in final.metrics}
 
 
 def _seeds(text: str) -> list[int]:

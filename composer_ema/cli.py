@@ -302,7 +302,7 @@ def plot(
 ) -> None:
     """Draw what runs did, or what recipes will do before they run.
 
-    Runs: loss, accuracy, learning rate, momentum, and how far the average is from the weights.
+    Runs: loss, metrics, learning rate, momentum, and how far the average is from the weights.
     Recipes: learning rate, momentum, and how much each step weighs in the average at the end.
     """
     with _usage_errors():

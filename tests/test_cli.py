@@ -23,12 +23,13 @@ import pytest
 import torch
 import yaml
 from composer.loggers import ConsoleLogger, ProgressBarLogger
+from points import classified
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from composer_ema import cli, load_average
 from composer_ema.pictures import report
-from composer_ema.pictures.curves import Point
+from composer_ema.recipe.metrics import Report
 from composer_ema.recipe.progress import progress_of
 
 PACKAGE = Path(cli.__file__).parent
@@ -143,8 +144,10 @@ class TestProgress:
 
 def test_a_run_that_diverges_has_its_numbers_whole_in_the_table(capfd, monkeypatch):
     monkeypatch.setenv('COLUMNS', '40')
-    points = [Point(1, 0.1, 2165743237602476032.0), Point(2, 0.1, math.inf)]
-    cli.show(report.epochs_table(report.Result('div', 1, 0.9, {'training': points, 'ema': [Point(1, 0.1, 2e-7)]})))
+    points = [classified(1, 0.1, 2165743237602476032.0), classified(2, 0.1, math.inf)]
+    cli.show(
+        report.epochs_table(report.Result('div', 1, Report(), {'training': points, 'ema': [classified(1, 0.1, 2e-7)]}))
+    )
     assert [re.split(r'\s*│\s*', line)[1:-1] for line in capfd.readouterr().out.splitlines() if line[0] == '│'] == [
         ['1', '10.00', '10.00', '2.166e+18', '2.000e-07'],
         ['2', '10.00', '–', 'inf', '–'],
@@ -153,7 +156,7 @@ def test_a_run_that_diverges_has_its_numbers_whole_in_the_table(capfd, monkeypat
 
 def test_brackets_in_names_are_no_markup(capfd, monkeypatch):
     monkeypatch.setenv('COLUMNS', '100')
-    result = report.Result('a[b]c', 1, 0.9, {'training': [Point(1, 0.1, 2.0)]})
+    result = report.Result('a[b]c', 1, Report(), {'training': [classified(1, 0.1, 2.0)]})
     cli.show(report.epochs_table(result))
     cli.show(report.seeds_table([result], 'd[red]e'))
     cli.show(report.parts_table({'run folder': '/runs/[f]/g'}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -13,14 +14,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from points import classified
 
 from composer_ema.pictures.asked import check_axis, sort_arguments
-from composer_ema.pictures.curves import Point, evaluations, first_reaching, read_lines, read_run, read_runs
+from composer_ema.pictures.curves import evaluations, first_reaching, read_lines, read_run, read_runs
 from composer_ema.pictures.errors import PlotError
 from composer_ema.pictures.smoothing import smoothed
 from composer_ema.pictures.weights import in_words
 from composer_ema.recipe import schema
 from composer_ema.recipe.build import build
+from composer_ema.recipe.metrics import Goal, Report
 from composer_ema.recipe.recorder import momentum_of, step_settings
 
 TINY = {
@@ -72,9 +75,10 @@ class TestReading:
         assert {name: curve.value.tolist() for name, curve in run.rates.items()} == {'group 0': [0.1, 0.1]}
         assert {name: curve.value.tolist() for name, curve in run.momenta.items()} == {'group 0': [0.9, 0.9]}
         assert run.momentum_names == ('momentum',)
-        assert run.evaluations == {'ema': [Point(0.5, 0.75, 0.5, 2, 20)]}
+        assert run.evaluations == {'ema': [classified(0.5, 0.75, 0.5, 2, 20)]}
         assert run.distances['ema'].value.tolist() == [0.25]
-        assert run.target_accuracy is None
+        assert run.report is None
+        assert run.goal is None
 
     def test_a_file_without_rates_still_reads(self, tmp_path):
         run = read_run(write_lines(tmp_path / 'old', batches(2.0, 1.0)))
@@ -116,9 +120,10 @@ class TestReading:
     def test_the_target_is_the_recipes(self, tmp_path):
         folder = write_lines(tmp_path / 'a', batches(2.0))
         (folder / 'recipe.yaml').write_text('report: {target_accuracy: 0.75}')
-        assert read_run(folder).target_accuracy == 0.75
-        (folder / 'recipe.yaml').write_text('report: [')
-        assert read_run(folder).target_accuracy is None
+        assert read_run(folder).report == Report(target_accuracy=0.75)
+        for wrong in ('report: [', 'report: {target_accuracy: high}', 'report: {metric: 3}', 'report: {colour: red}'):
+            (folder / 'recipe.yaml').write_text(wrong)
+            assert read_run(folder).report is None
 
     def test_runs_of_one_name_are_told_apart_by_the_folders_above(self, tmp_path):
         folders = [write_lines(tmp_path / name, batches(1.0)) for name in ('a/x', 'b/x', 'b/y')]
@@ -133,7 +138,7 @@ class TestReading:
     def test_an_evaluator_of_composers_own_name_counts_too(self):
         line = {'epoch': 1.0, 'batch': 4, 'sample': 40, 'metrics/eval/MulticlassAccuracy': 0.5}
         assert evaluations([line, {'epoch': 1.0, 'metrics/train/MulticlassAccuracy': 1.0}]) == {
-            'eval': [Point(1.0, 0.5, None, 4, 40)]
+            'eval': [classified(1.0, 0.5, None, 4, 40)]
         }
 
     def test_training_weights_come_first(self):
@@ -226,9 +231,15 @@ class TestSmoothing:
 
 
 def test_first_reaching_allows_for_the_rounding_of_float32():
-    points = [Point(1, None, 1.0), Point(2, 0.5, 1.0), Point(3, torch.tensor(0.9).item(), 1.0), Point(4, 0.95, 1.0)]
-    assert first_reaching(points, 0.9) == points[2]
-    assert first_reaching(points, 0.96) is None
+    points = [
+        classified(1, None, 1.0),
+        classified(2, 0.5, 1.0),
+        classified(3, torch.tensor(0.9).item(), 1.0),
+        classified(4, 0.95, 1.0),
+    ]
+    goal = Goal('MulticlassAccuracy', 0.9, lower_is_better=False)
+    assert first_reaching(points, goal) == points[2]
+    assert first_reaching(points, dataclasses.replace(goal, value=0.96)) is None
 
 
 class TestRecording:

@@ -15,18 +15,20 @@ import yaml
 from hostile_files import averaged_model, of_composer
 from hypothesis import given
 from hypothesis import strategies as st
+from points import classified
 from rich.console import Console
 from rich.table import Table
 
 from composer_ema import CheckpointError, cli, load_average
 from composer_ema.model.names import listed
 from composer_ema.pictures import report
-from composer_ema.pictures.curves import Point, read_runs
+from composer_ema.pictures.curves import read_runs
 from composer_ema.pictures.runs import draw_runs
 from composer_ema.pictures.tables import Whole, facts
 from composer_ema.pictures.writing import write
 from composer_ema.posthoc.snapshot_files import Identity
 from composer_ema.posthoc.snapshot_folder import SnapshotFolder
+from composer_ema.recipe.metrics import Report
 from composer_ema.wording import visible
 
 #: A title for the window, a colour, a question to the terminal, markup, mathematics, a turn of the writing, a line.
@@ -92,8 +94,12 @@ class TestTables:
         )
 
     def test_of_a_run_with_such_labels(self):
-        points = {'training': [Point(1, 0.5, 1.0)], EVIL: [Point(1, 0.5, 1.0)], 'b|c': [Point(1, 0.5, 1.0)]}
-        result = report.Result(EVIL, 1, 0.9, points, 0.1, 10)
+        points = {
+            'training': [classified(1, 0.5, 1.0)],
+            EVIL: [classified(1, 0.5, 1.0)],
+            'b|c': [classified(1, 0.5, 1.0)],
+        }
+        result = report.Result(EVIL, 1, Report(), points, 0.1, 10)
         assert_harmless(self.printed(report.epochs_table(result), width=None))
         markdown = report.seeds_markdown([result])
         assert_harmless(markdown)

@@ -16,15 +16,17 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from points import classified
 
 from composer_ema.pictures import curves, smoothing, style, weights, writing
-from composer_ema.pictures.curves import Point, RunCurves
+from composer_ema.pictures.curves import RunCurves
 from composer_ema.pictures.errors import PlotError
 from composer_ema.pictures.previews import describe, draw_previews
 from composer_ema.pictures.runs import draw_runs
 from composer_ema.pictures.writing import check_out, write
 from composer_ema.posthoc.shares import shares
 from composer_ema.recipe import preview, recorder
+from composer_ema.recipe.metrics import Report
 from composer_ema.recipe.outputs import Curve
 from composer_ema.recipe.preview import Preview, Profile
 
@@ -39,7 +41,7 @@ def curve(values: Sequence[float], *, per_epoch: int = 100) -> Curve:
 def make_run(name: str = 'run', *, batches: int = 300, weights: Sequence[str] = ('training', 'ema')) -> RunCurves:
     t = np.arange(batches) / batches
     noise = 0.3 * np.sin(np.arange(batches) * 1.7)
-    points = [Point(epoch, 0.8 + 0.03 * epoch, 1 / epoch, 100 * epoch, 1000 * epoch) for epoch in (1, 2, 3)]
+    points = [classified(epoch, 0.8 + 0.03 * epoch, 1 / epoch, 100 * epoch, 1000 * epoch) for epoch in (1, 2, 3)]
     return RunCurves(
         name=name,
         loss=curve(2 - t + noise),
@@ -47,7 +49,7 @@ def make_run(name: str = 'run', *, batches: int = 300, weights: Sequence[str] = 
         momenta={'group 0': curve(0.85 + 0.1 * t)},
         evaluations={each: points for each in weights},
         distances={each: curve([0.3, 0.2, 0.1], per_epoch=1) for each in weights if each != 'training'},
-        target_accuracy=0.86,
+        report=Report(target_accuracy=0.86),
         momentum_names=('momentum',),
     )
 
@@ -55,7 +57,7 @@ def make_run(name: str = 'run', *, batches: int = 300, weights: Sequence[str] = 
 def with_losses(run: RunCurves, **losses: Sequence[float]) -> RunCurves:
     """The run with these evaluation losses, by label."""
     points = {
-        label: [Point(epoch, 0.5, loss, 100 * epoch, 1000 * epoch) for epoch, loss in enumerate(values, start=1)]
+        label: [classified(epoch, 0.5, loss, 100 * epoch, 1000 * epoch) for epoch, loss in enumerate(values, start=1)]
         for label, values in losses.items()
     }
     return dataclasses.replace(run, evaluations=points)
@@ -227,7 +229,7 @@ class TestDivergence:
 
     def test_a_run_without_anything_to_draw_is_refused(self):
         with pytest.raises(PlotError, match='nothing to draw'):
-            draw_runs([RunCurves('a', curve([]), {}, {}, {'ema': [Point(1.0, None, None)]})])
+            draw_runs([RunCurves('a', curve([]), {}, {}, {'ema': [classified(1.0, None, None)]})])
 
 
 class TestEqualCurves:

@@ -16,14 +16,15 @@ from typing import Any
 
 import pytest
 import yaml
+from points import classified
 from rich.console import Console
 
 from benchmarks import published, published_page
 from benchmarks.published_page import Ending, Published, Row
-from composer_ema.pictures.curves import Point
 from composer_ema.pictures.report import Result
 from composer_ema.recipe import run, schema
 from composer_ema.recipe.arguments import RecipeError
+from composer_ema.recipe.metrics import Report
 
 ROOT = Path(__file__).parents[1]
 
@@ -130,8 +131,10 @@ class TestText:
         ]
 
     def test_the_average_of_swa_stands_in_the_column_of_averages(self):
-        last = Point(1.0, 0.75, 0.5)
-        swa = published.ending_of(Result('swa', 1, 0.9, {'training': [last], 'swa': [Point(1.0, 0.875, 0.25)]}))
+        last = classified(1.0, 0.75, 0.5)
+        swa = published.ending_of(
+            Result('swa', 1, Report(), {'training': [last], 'swa': [classified(1.0, 0.875, 0.25)]})
+        )
         row = Row('swa', '3ep', Published(0.75, 1.0), [swa])
         assert (row.values('accuracy', 'training weights'), row.values('accuracy', 'average')) == ([0.75], [0.875])
         assert row.values('loss', 'average') == [0.25]
@@ -142,9 +145,10 @@ class TestText:
 
     def test_several_averages_of_a_recipe_stand_in_columns_of_their_labels(self):
         last = {
-            label: [Point(1.0, accuracy, 0.5)] for label, accuracy in (('training', 0.5), ('b', 0.75), ('a', 0.875))
+            label: [classified(1.0, accuracy, 0.5)]
+            for label, accuracy in (('training', 0.5), ('b', 0.75), ('a', 0.875))
         }
-        row = Row('two', '3ep', Published(0.5, 1.0), [published.ending_of(Result('two', 1, 0.9, last))])
+        row = Row('two', '3ep', Published(0.5, 1.0), [published.ending_of(Result('two', 1, Report(), last))])
         header, _, line = published_page.as_markdown([row]).splitlines()
         assert header.startswith('| recipe | length | published | training weights | b | a | b − published | a − ')
         assert line.startswith('| two | 3ep | 50.0 | 50.00 | 75.00 | 87.50 | +25.00 | +37.50 | 1.000 | 0.5000 |')

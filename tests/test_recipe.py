@@ -18,17 +18,20 @@ import yaml
 from composer.core import Callback, Precision
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from points import classified
 from rich.console import Console
 
 from composer_ema import load_average
 from composer_ema.files import write_beside
 from composer_ema.pictures import conclusion, report
-from composer_ema.pictures.report import Point, Result
+from composer_ema.pictures.curves import Point
+from composer_ema.pictures.report import Result
 from composer_ema.recipe import named as recipe_named
 from composer_ema.recipe import registry, run, schema
 from composer_ema.recipe.arguments import Place, RecipeError, check_arguments, check_value
 from composer_ema.recipe.build import build
 from composer_ema.recipe.kinds import Kind
+from composer_ema.recipe.metrics import Report
 from composer_ema.recipe.named import Named
 from composer_ema.recipe.recorder import Recorder
 from composer_ema.recipe.run_folder import RunFolder
@@ -168,7 +171,7 @@ REFUSED = [
     ('evaluate=3', 'evaluate', 'must be a list'),
     ('evaluate={ema: true}', 'evaluate', 'must be a list of training and ema'),
     ('algorithms=null', 'evaluate', 'Add ema: {} under algorithms'),
-    ('report.target=1', 'report.target', 'target_accuracy'),
+    ('report.targets=1', 'report.targets', 'target'),
     ('report.target_accuracy=90', 'report.target_accuracy', '[0, 1]'),
     ('runs_folder=3', 'runs_folder', 'must be a string, got 3'),
     ('max_duration=2eps', 'max_duration', "'2eps' is no time"),
@@ -779,7 +782,7 @@ class TestBuild:
         )
         outcome = train(schema.load(recipe), quiet)
         lines = lines_of(tmp_path / 'runs/plugged')
-        assert outcome.final('ema').accuracy is not None
+        assert 'MulticlassAccuracy' in outcome.final('ema').metrics
         rates = [line['lr-AdamW/group0'] for line in lines if 'lr-AdamW/group0' in line]
         assert rates[0] == pytest.approx(0.01)
         assert rates[-1] == pytest.approx(0.01 * 0.1**3)
@@ -863,8 +866,8 @@ class TestRun:
     def test_result_is_what_the_metrics_say(self, trained):
         folder, outcome, _ = trained
         last = [line for line in lines_of(folder) if 'metrics/eval_ema/CrossEntropy' in line][-1]
-        assert outcome.final('training').loss == last['metrics/eval_training/CrossEntropy']
-        assert outcome.final('ema').accuracy == last['metrics/eval_ema/MulticlassAccuracy']
+        assert outcome.final('training').metrics['CrossEntropy'] == last['metrics/eval_training/CrossEntropy']
+        assert outcome.final('ema').metrics['MulticlassAccuracy'] == last['metrics/eval_ema/MulticlassAccuracy']
         assert outcome.num_batches == 10
         assert outcome.update_share is not None
         assert 0 < outcome.update_share < 1
@@ -874,7 +877,7 @@ class TestRun:
         saved = torch.load(folder / 'checkpoints/latest-rank0.pt', weights_only=False)['state']['model']
         averaged = load_average(folder / 'checkpoints/latest-rank0.pt')
         assert any(not torch.equal(saved[name], averaged[name]) for name in averaged)
-        assert outcome.final('training').loss != outcome.final('ema').loss
+        assert outcome.final('training').metrics != outcome.final('ema').metrics
 
     def test_resolved_recipe_trains_again(self, trained, tmp_path):
         folder, outcome, _ = trained
@@ -891,7 +894,7 @@ class TestRun:
         text = captured.get()
         assert 'training weights' in text
         assert 'average' in text
-        assert f'{100 * outcome.final("ema").accuracy:.2f}' in text  # pyright: ignore[reportOptionalOperand]
+        assert f'{100 * outcome.final("ema").metrics["MulticlassAccuracy"]:.2f}' in text
         assert 'measured over 10 batches' in shown[1]
 
     def test_training_alone_draws_nothing_and_shows_no_table(self, write, tmp_path):
@@ -910,7 +913,7 @@ class TestRun:
         result = conclusion.of_run(outcome, shown.append)
         assert shown[0].startswith(f'no picture of the run: {outcome.folder}/curves.png cannot be written: ')
         assert shown[-1].endswith(f'run folder: {outcome.folder}')
-        assert result.final('ema').loss is not None
+        assert 'CrossEntropy' in result.final('ema').metrics
 
     def test_only_the_first_of_several_processes_draws(self, write, monkeypatch):
         outcome = run.train(schema.load(write(), ['max_duration=1ep']), quiet)
@@ -1091,13 +1094,23 @@ class TestResume:
 
 
 class TestReport:
-    TRAINING = (Point(1, 0.85, 0.4), Point(2, 0.89, 0.3), Point(3, 0.91, 0.29), Point(4, 0.899, 0.28))
-    AVERAGE = (Point(1, 0.88, 0.35), Point(2, 0.90, 0.27), Point(3, 0.92, 0.25), Point(4, 0.93, 0.24))
+    TRAINING = (
+        classified(1, 0.85, 0.4),
+        classified(2, 0.89, 0.3),
+        classified(3, 0.91, 0.29),
+        classified(4, 0.899, 0.28),
+    )
+    AVERAGE = (
+        classified(1, 0.88, 0.35),
+        classified(2, 0.90, 0.27),
+        classified(3, 0.92, 0.25),
+        classified(4, 0.93, 0.24),
+    )
 
     def outcome(self, **changed: Any) -> Result:
         points = {'training': list(self.TRAINING), 'ema': list(self.AVERAGE)}
         arguments: dict[str, Any] = {'points': points, 'update_share': 0.012, 'num_batches': 40, **changed}
-        return Result('r', 1, arguments.pop('target_accuracy', 0.9), **arguments)
+        return Result('r', 1, Report(target_accuracy=arguments.pop('target_accuracy', 0.9)), **arguments)
 
     def test_first_epoch_is_the_first_at_or_above_the_target(self):
         assert self.outcome().first_epoch('training') == 3
@@ -1107,12 +1120,12 @@ class TestReport:
     def test_first_epoch_allows_for_the_rounding_of_float32(self):
         accuracy = torch.tensor(0.9, dtype=torch.float32).item()
         assert accuracy < 0.9
-        assert self.outcome(points={'ema': [Point(1, accuracy, 0.3)]}).first_epoch('ema') == 1
-        assert self.outcome(points={'ema': [Point(1, 0.8999, 0.3)]}).first_epoch('ema') is None
+        assert self.outcome(points={'ema': [classified(1, accuracy, 0.3)]}).first_epoch('ema') == 1
+        assert self.outcome(points={'ema': [classified(1, 0.8999, 0.3)]}).first_epoch('ema') is None
 
     def test_markdown_by_hand(self):
-        never = {'training': [Point(1, 0.5, 1.0)], 'ema': [Point(1, 0.91, 0.5)]}
-        other = Result('s', 2, 0.9, never, update_share=0.02, num_batches=40)
+        never = {'training': [classified(1, 0.5, 1.0)], 'ema': [classified(1, 0.91, 0.5)]}
+        other = Result('s', 2, Report(), never, update_share=0.02, num_batches=40)
         assert report.seeds_markdown([self.outcome(), other]).splitlines() == [
             '| seed | weights | first epoch at 90 % | final accuracy % | final loss | cost, % of step time |',
             '| ---: | :--- | ---: | ---: | ---: | ---: |',

@@ -77,7 +77,7 @@ def draw(
 
     rows = [[panel for panel in row if panel.is_needed(shown)] for row in panels]
     if not any(rows):
-        raise PlotError('there is nothing to draw: no loss, accuracy, learning rate, momentum or average.')
+        raise PlotError('there is nothing to draw: no loss, metric, learning rate, momentum or average.')
     with rc_context(RC):
         figure, cells = new_figure([row for row in rows if row])
         for axes, panel in zip(cells, (panel for row in rows for panel in row), strict=True):

@@ -14,6 +14,7 @@ from typing import Any
 
 from composer_ema.pictures.errors import PlotError
 from composer_ema.pictures.weights import in_order
+from composer_ema.recipe.metrics import Goal, Report
 from composer_ema.recipe.outputs import METRICS_FILE, RECIPE_FILE, Curve, curve, curves_by_group, is_number, momenta
 from composer_ema.wording import suggestion
 
@@ -31,15 +32,13 @@ class Point:
 
     Args:
         epoch: Epochs trained so far.
-        accuracy: Share of right answers, in [0, 1]; None if it was not measured.
-        loss: Cross entropy in nats; None if it was not measured.
+        metrics: Name to value, in the order of the run.
         batch: Batches trained so far. Default: 0.
         sample: Samples trained so far. Default: 0.
     """
 
     epoch: float
-    accuracy: float | None
-    loss: float | None
+    metrics: Mapping[str, float]
     batch: int = 0
     sample: int = 0
 
@@ -55,7 +54,7 @@ class RunCurves:
         momenta: The same for momentum; empty for an optimizer without.
         evaluations: Label of a set of weights to its evaluations, oldest first. ``'training'`` comes first.
         distances: Label of an average to its relative distance from the training weights. Default: empty.
-        target_accuracy: The accuracy whose first epoch the recipe wants reported, in [0, 1]. Default: None.
+        report: What the recipe says of its metrics and its target. Default: none.
         momentum_names: What the optimizer calls its momentum, of ``'momentum'`` and ``'beta1'``. Default: none.
     """
 
@@ -65,13 +64,23 @@ class RunCurves:
     momenta: dict[str, Curve]
     evaluations: dict[str, list[Point]]
     distances: dict[str, Curve] = field(default_factory=dict)
-    target_accuracy: float | None = None
+    report: Report | None = None
     momentum_names: tuple[str, ...] = ()
 
     @property
     def weights(self) -> list[str]:
         """The labels of all sets of weights that it evaluated or measured, in the order of the run."""
         return in_order([*self.evaluations, *self.distances])
+
+    @property
+    def metrics(self) -> list[str]:
+        """The names of all metrics that it evaluated, in the order of the run."""
+        return metrics_of(self.evaluations)
+
+    @property
+    def goal(self) -> Goal | None:
+        """What the recipe wants reached; None where it does not say."""
+        return None if self.report is None else self.report.goal(self.metrics)
 
 
 def read_run(folder: str | os.PathLike[str], name: str | None = None) -> RunCurves:
@@ -97,7 +106,7 @@ def read_run(folder: str | os.PathLike[str], name: str | None = None) -> RunCurv
         momentum_names=momentum_names,
         evaluations=evaluations(lines),
         distances=_distances(lines),
-        target_accuracy=_target_accuracy(folder),
+        report=_report(folder),
     )
     if not (len(run.loss) or run.rates or run.evaluations):
         raise PlotError(f'{folder / METRICS_FILE} holds no training loss, learning rate or evaluation yet.')
@@ -176,7 +185,7 @@ def _in_short(error: Exception) -> str:
 
 
 def evaluations(lines: Iterable[Mapping[str, Any]]) -> dict[str, list[Point]]:
-    """Accuracy and loss of each set of weights, from the metrics of the evaluators ``eval_<label>``.
+    """The metrics of each set of weights, from those of the evaluators ``eval_<label>``.
 
     Args:
         lines: Lines of a metrics file.
@@ -198,18 +207,19 @@ def evaluations(lines: Iterable[Mapping[str, Any]]) -> dict[str, list[Point]]:
             if match and is_number(value):
                 found.setdefault(match[1].removeprefix('eval_'), {})[match[2]] = value
         for own, metrics in found.items():
-            point = Point(
-                line['epoch'], _first(metrics, 'Accuracy'), _first(metrics, 'CrossEntropy'),
-                line.get('batch', 0), line.get('sample', 0),
-            )  # fmt: skip
+            point = Point(line['epoch'], metrics, line.get('batch', 0), line.get('sample', 0))
             points.setdefault(own, []).append(point)
     return {label: points[label] for label in in_order(points)}
 
 
-def first_reaching(points: Iterable[Point], target: float) -> Point | None:
-    """The first evaluation at or above the target accuracy; None if there is none."""
-    # Metrics are float32, where 9 of 10 right answers are 0.8999999762: allow for its rounding.
-    return next((point for point in points if point.accuracy is not None and point.accuracy >= target - 1e-6), None)
+def metrics_of(points: Mapping[str, Iterable[Point]]) -> list[str]:
+    """The names of all metrics in evaluations, each once, in the order of the run."""
+    return list(dict.fromkeys(name for each in points.values() for point in each for name in point.metrics))
+
+
+def first_reaching(points: Iterable[Point], goal: Goal) -> Point | None:
+    """The first evaluation that is as good as the goal; None if there is none."""
+    return next((point for point in points if goal.is_reached(point.metrics)), None)
 
 
 def _distances(lines: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
@@ -217,7 +227,8 @@ def _distances(lines: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
     return {name.removesuffix('/relative_distance'): curve(lines, name) for name in names}
 
 
-def _target_accuracy(folder: Path) -> float | None:
+def _report(folder: Path) -> Report | None:
+    """What the recipe of a run says of its metrics; None where it says nothing."""
     import yaml
 
     path = folder / RECIPE_FILE
@@ -226,14 +237,23 @@ def _target_accuracy(folder: Path) -> float | None:
     try:
         # As plain YAML, whose aliases stay what they are: the recipe of a run has every value filled in.
         with path.open(encoding='utf-8') as file:
-            target = yaml.safe_load(file.read(_LONGEST_RECIPE))['report']['target_accuracy']
-    except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError, RecursionError):
+            given = yaml.safe_load(file.read(_LONGEST_RECIPE))['report']
+        return Report(**{key: _checked(key, value) for key, value in given.items()}) if given else None
+    except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError, AttributeError, RecursionError):
         return None  # the curves do not need it
-    return target if is_number(target) and math.isfinite(target) else None
 
 
-def _first(metrics: Mapping[str, float], part: str) -> float | None:
-    return next((value for name, value in metrics.items() if part in name), None)
+def _checked(option: str, value: Any) -> Any:
+    """The value of an option of :class:`Report`, whose kind nothing has checked in a file of others."""
+    if option == 'metric':
+        is_legal = isinstance(value, str)
+    elif option == 'lower_is_better':
+        is_legal = isinstance(value, bool)
+    else:
+        is_legal = is_number(value) and math.isfinite(value)
+    if value is not None and not is_legal:
+        raise ValueError(f'{option} cannot be {value!r}')
+    return value
 
 
 def _distinct_names(folders: Sequence[Path]) -> list[str]:

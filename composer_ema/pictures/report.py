@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from composer_ema.pictures.curves import Point, evaluations, first_reaching
+from composer_ema.pictures.curves import Point, evaluations, first_reaching, metrics_of
 from composer_ema.pictures.tables import facts, number
 from composer_ema.pictures.weights import TRAINING, averages, in_words
+from composer_ema.recipe.metrics import Goal, Report, is_share, titles
 from composer_ema.wording import counted, visible
 
 if TYPE_CHECKING:  # it imports Composer, which a reader of finished runs need not wait for
@@ -25,7 +26,7 @@ class Result:
     Args:
         run_name: The run.
         seed: Its seed.
-        target_accuracy: The accuracy whose first epoch counts, in [0, 1].
+        report: Which metric counts, and the target whose first epoch is told.
         points: Label of a set of weights to its evaluations, oldest first. ``'training'`` comes first.
         update_share: Share of step time spent on averaging, in [0, 1]; None if nothing was averaged. Default: None.
         num_batches: Number of batches over which ``update_share`` was measured. Default: 0.
@@ -33,25 +34,36 @@ class Result:
 
     run_name: str
     seed: int
-    target_accuracy: float
+    report: Report
     points: dict[str, list[Point]]
     update_share: float | None = None
     num_batches: int = 0
 
+    @property
+    def metrics(self) -> list[str]:
+        """The names of all metrics, in the order of tables."""
+        return self.report.in_order(metrics_of(self.points))
+
+    @property
+    def goal(self) -> Goal | None:
+        """What the run is to reach; None where it measured nothing that a target is given for."""
+        return self.report.goal(metrics_of(self.points))
+
     def first_epoch(self, weights: str) -> float | None:
-        """The epoch of the first evaluation at or above the target; None if the run did not reach it.
+        """The epoch of the first evaluation as good as the goal; None if the run did not reach it, or has none.
 
         Example:
-            >>> Result('r', 1, 0.9, {'ema': [Point(1, 0.88, 0.3), Point(2, 0.90, 0.3)]}).first_epoch('ema')
+            >>> points = [Point(1, {'Accuracy': 0.88}), Point(2, {'Accuracy': 0.90})]
+            >>> Result('r', 1, Report(target_accuracy=0.9), {'ema': points}).first_epoch('ema')
             2
         """
-        first = first_reaching(self.points.get(weights, []), self.target_accuracy)
+        first = None if self.goal is None else first_reaching(self.points.get(weights, []), self.goal)
         return None if first is None else first.epoch
 
     def final(self, weights: str) -> Point:
-        """The last evaluation; a point without accuracy and loss if there was none."""
+        """The last evaluation; a point without metrics if there was none."""
         points = self.points.get(weights, [])
-        return points[-1] if points else Point(0.0, None, None)
+        return points[-1] if points else Point(0.0, {})
 
 
 def result(outcome: Outcome) -> Result:
@@ -59,7 +71,7 @@ def result(outcome: Outcome) -> Result:
     return Result(
         run_name=outcome.run_name,
         seed=outcome.seed,
-        target_accuracy=outcome.target_accuracy,
+        report=outcome.report,
         points=evaluations(outcome.evaluations),
         update_share=outcome.update_share,
         num_batches=outcome.num_batches,
@@ -72,24 +84,26 @@ def parts_table(parts: Mapping[str, str]) -> Table:
 
 
 def epochs_table(outcome: Result) -> Table:
-    """Accuracy and loss of each set of weights, one row per evaluation."""
+    """The metrics of each set of weights, one row per evaluation."""
     words = in_words(outcome.points)
     table = Table(title=outcome.run_name, title_justify='left')
     table.add_column('epoch', justify='right')
-    for quantity in ('accuracy %', 'loss'):
+    for heading in _headings(outcome.metrics).values():
         for label in outcome.points:
-            table.add_column(f'{quantity}\n{words[label]}', justify='right')
+            table.add_column(f'{heading}\n{words[label]}', justify='right')
     by_epoch = [{point.epoch: point for point in points} for points in outcome.points.values()]
     for epoch in sorted({epoch for points in by_epoch for epoch in points}):
-        row = [points.get(epoch, Point(epoch, None, None)) for points in by_epoch]
-        table.add_row(f'{epoch:g}', *(_percent(p.accuracy) for p in row), *(_loss(p.loss) for p in row))
+        row = [points.get(epoch, Point(epoch, {})) for points in by_epoch]
+        cells = (_cell(name, point.metrics.get(name)) for name in outcome.metrics for point in row)
+        table.add_row(f'{epoch:g}', *cells)
     return table
 
 
 def summary(outcome: Result) -> str:
     """In words: the first epoch at which each set of weights reached the target, and what averaging cost."""
     lines = [
-        f'first epoch at {_target(outcome)}, {words}: {_epoch(outcome.first_epoch(label))}'
+        f'first epoch at {goal}, {words}: {_epoch(outcome.first_epoch(label))}'
+        for goal in filter(None, [outcome.goal])
         for label, words in in_words(outcome.points).items()
     ]
     if outcome.update_share is not None:
@@ -121,28 +135,32 @@ def seeds_markdown(outcomes: Sequence[Result]) -> str:
 
 def _seeds_rows(outcomes: Sequence[Result]) -> list[list[str]]:
     """The header, a row for each seed and set of weights, then the means, as text."""
-    header = ['seed', 'weights', f'first epoch at {_target(outcomes[0])}', 'final accuracy %', 'final loss']
+    metrics = list(dict.fromkeys(name for outcome in outcomes for name in outcome.metrics))
+    goal = next(filter(None, (outcome.goal for outcome in outcomes)), None)
+    header = ['seed', 'weights', *([] if goal is None else [f'first epoch at {goal}'])]
+    header += [f'final {heading}' for heading in _headings(metrics).values()]
     evaluated = in_words(label for outcome in outcomes for label in outcome.points)
     by_seed = [(str(outcome.seed), [outcome]) for outcome in outcomes]
     rows = [
-        [seed, words, *_seeds_cells(label, of_seed)]
+        [seed, words, *([] if goal is None else [_mean_epoch(label, of_seed)]), *_seeds_cells(label, metrics, of_seed)]
         for seed, of_seed in [*by_seed, ('mean', outcomes)]
         for label, words in evaluated.items()
     ]
     return [[*header, 'cost, % of step time'], *rows]
 
 
-def _seeds_cells(label: str, outcomes: Sequence[Result]) -> list[str]:
-    """Means over the outcomes. First epochs have a mean only if every outcome has one."""
-    finals = [outcome.final(label) for outcome in outcomes]
+def _mean_epoch(label: str, outcomes: Sequence[Result]) -> str:
+    """The mean of the first epochs, if every outcome has one."""
     first_epochs = [outcome.first_epoch(label) for outcome in outcomes]
     is_partial = None in first_epochs and any(epoch is not None for epoch in first_epochs)
-    return [
-        'not by all' if is_partial else _epoch(_mean(first_epochs)),
-        _percent(_mean([point.accuracy for point in finals])),
-        _loss(_mean([point.loss for point in finals])),
-        _percent(_mean([outcome.update_share for outcome in outcomes])) if label != TRAINING else '',
-    ]
+    return 'not by all' if is_partial else _epoch(_mean(first_epochs))
+
+
+def _seeds_cells(label: str, metrics: Sequence[str], outcomes: Sequence[Result]) -> list[str]:
+    """Means over the outcomes."""
+    finals = [outcome.final(label) for outcome in outcomes]
+    means = [_cell(name, _mean([point.metrics.get(name) for point in finals])) for name in metrics]
+    return [*means, _percent(_mean([outcome.update_share for outcome in outcomes])) if label != TRAINING else '']
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -150,16 +168,18 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return statistics.fmean(known) if known and len(known) == len(values) else None
 
 
-def _target(outcome: Result) -> str:
-    return f'{100 * outcome.target_accuracy:g} %'
+def _headings(metrics: Sequence[str]) -> dict[str, str]:
+    return {name: f'{title} %' if is_share(name) else title for name, title in titles(metrics).items()}
+
+
+def _cell(metric: str, value: float | None) -> str:
+    if value is None:
+        return '–'
+    return _percent(value) if is_share(metric) else number(value)
 
 
 def _percent(share: float | None) -> str:
     return '–' if share is None else f'{100 * share:.2f}'
-
-
-def _loss(loss: float | None) -> str:
-    return '–' if loss is None else number(loss)
 
 
 def _epoch(epoch: float | None) -> str:

@@ -1,25 +1,29 @@
-"""The picture of what runs did: loss, accuracy, learning rate, momentum, and how far averages lie from the weights."""
+"""The picture of what runs did: loss, metrics, learning rate, momentum, and how far averages lie from the weights."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from composer_ema.pictures import canvas
-from composer_ema.pictures.canvas import XY, Panel, limit_to, mark_gaps, note, plot, stretch
-from composer_ema.pictures.curves import Point, RunCurves, first_reaching
+from composer_ema.pictures.canvas import XY, Panel, limit_to, literally, mark_gaps, note, plot, stretch
+from composer_ema.pictures.curves import RunCurves, first_reaching
 from composer_ema.pictures.rates import MOMENTA, RATES
 from composer_ema.pictures.smoothing import smoothed
 from composer_ema.pictures.style import GREY, VERMILION, Pen, Stroke, covered, covered_if_few, few, strokes, with_pens
 from composer_ema.pictures.weights import in_words
+from composer_ema.recipe.metrics import Goal, Report, is_share, scaled, titles
 from composer_ema.recipe.outputs import Array, Axis
 
 if TYPE_CHECKING:  # matplotlib takes a second to import
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
+
+_IN_A_ROW = 3
 
 
 def draw_runs(runs: Sequence[RunCurves], *, axis: Axis | None = None) -> Figure:
@@ -31,7 +35,7 @@ def draw_runs(runs: Sequence[RunCurves], *, axis: Axis | None = None) -> Figure:
     """
     axis = _natural_axis(runs) if axis is None else axis
     title = runs[0].name if len(runs) == 1 else None
-    return canvas.draw(_PANELS, runs, axis=axis, end=_end(runs, axis), legend=_legend, title=title)
+    return canvas.draw(_panels(runs), runs, axis=axis, end=_end(runs, axis), legend=_legend, title=title)
 
 
 def _natural_axis(runs: Sequence[RunCurves]) -> Axis:
@@ -76,26 +80,30 @@ def _draw_training_loss(axes: Axes, runs: Sequence[RunCurves], axis: Axis) -> No
     mark_gaps(axes, batches, [pen.colour if len(runs) > 1 else VERMILION for _, pen, *_ in shown])
 
 
-def _draw_evaluation_loss(axes: Axes, runs: Sequence[RunCurves], axis: Axis) -> None:
-    stretch(axes, _draw_points(axes, runs, axis, lambda point: point.loss))
-    axes.set_ylabel('evaluation loss (nats)')
+def _draw_metric(metric: str, title: str, axes: Axes, runs: Sequence[RunCurves], axis: Axis) -> None:
+    """Draws one metric of all weights; and the goal, where that is about this metric and the same for all runs."""
+    drawn = _draw_points(axes, runs, axis, metric)
+    if is_share(metric):
+        axes.set_ylabel(literally(f'{title} (%)'))
+    else:
+        stretch(axes, drawn)
+        axes.set_ylabel('evaluation loss (nats)' if title == 'loss' else literally(title))
+    goals = {run.goal for run in runs if run.goal is not None and run.goal.metric == metric}
+    if len(goals) == 1:
+        _draw_goal(axes, runs, axis, goals.pop())
 
 
-def _draw_accuracy(axes: Axes, runs: Sequence[RunCurves], axis: Axis) -> None:
-    _draw_points(axes, runs, axis, lambda point: None if point.accuracy is None else 100 * point.accuracy)
-    axes.set_ylabel('accuracy (%)')
-    targets = {run.target_accuracy for run in runs if run.target_accuracy is not None}
-    if len(targets) == 1:
-        _draw_target(axes, runs, axis, targets.pop())
-
-
-def _draw_points(axes: Axes, runs: Sequence[RunCurves], axis: Axis, value: Callable[[Point], float | None]) -> list[XY]:
-    """Draws the evaluations of all weights, and returns what it drew."""
+def _draw_points(axes: Axes, runs: Sequence[RunCurves], axis: Axis, metric: str) -> list[XY]:
+    """Draws the evaluations of all weights in one metric, and returns what it drew."""
     of_weights = _strokes(runs)
     lines, drawn = [], []
     for run, pen in with_pens(runs):
         for label, points in run.evaluations.items():
-            known = [(getattr(point, axis), number) for point in points if (number := value(point)) is not None]
+            known = [
+                (getattr(point, axis), scaled(metric, point.metrics[metric]))
+                for point in points
+                if metric in point.metrics
+            ]
             x, y = np.asarray(known, dtype=np.float64).reshape(-1, 2).T
             stroke = of_weights[label]
             if len(runs) > 1:
@@ -115,34 +123,38 @@ def _draw_lines(axes: Axes, lines: Sequence[tuple[Stroke, Pen]], drawn: Sequence
     mark_gaps(axes, drawn, [stroke.colour for stroke, _ in lines])
 
 
-def _draw_target(axes: Axes, runs: Sequence[RunCurves], axis: Axis, target: float) -> None:
-    """Draws a line at the target accuracy, unless it is so far away that it would squeeze the curves."""
+def _draw_goal(axes: Axes, runs: Sequence[RunCurves], axis: Axis, goal: Goal) -> None:
+    """Draws a line at the goal, unless it is so far away that it would squeeze the curves."""
     low, high = axes.get_ylim()
-    height = 100 * target
+    height = scaled(goal.metric, goal.value)
     if not low - (high - low) <= height <= high + (high - low):
         return
     axes.axhline(height, color='0.45', linewidth=0.9, zorder=0)
-    # At the left end, where a curve is still far below its target.
+    # At the left end, where a curve is still far from its goal.
     axes.annotate(
-        f'{height:g} %', (0, height), xycoords=('axes fraction', 'data'), xytext=(3, 3), textcoords='offset points',
-        fontsize=8, color=GREY,
+        f'{height:g} %' if is_share(goal.metric) else f'{height:g}', (0, height), xycoords=('axes fraction', 'data'),
+        xytext=(3, 3), textcoords='offset points', fontsize=8, color=GREY,
     )  # fmt: skip
     low, high = axes.get_ylim()
-    axes.set_ylim(low, max(high, height + 0.1 * (height - low)))
+    if goal.lower_is_better:
+        axes.set_ylim(min(low, height - 0.1 * (high - height)), high)
+    else:
+        axes.set_ylim(low, max(high, height + 0.1 * (height - low)))
+    low, _ = axes.get_ylim()
     if len(runs) == 1:
-        _draw_first_reaching(axes, runs[0], axis, target, low)
+        _draw_first_reaching(axes, runs[0], axis, goal, low)
 
 
-def _draw_first_reaching(axes: Axes, run: RunCurves, axis: Axis, target: float, low: float) -> None:
+def _draw_first_reaching(axes: Axes, run: RunCurves, axis: Axis, goal: Goal, low: float) -> None:
     of_weights = _strokes([run])
-    firsts = {label: point for label, points in run.evaluations.items() if (point := first_reaching(points, target))}
+    firsts = {label: point for label, points in run.evaluations.items() if (point := first_reaching(points, goal))}
     at: dict[float, list[str]] = {}
     for label, first in firsts.items():
         at.setdefault(getattr(first, axis), []).append(label)
     for x, labels in at.items():
         for index, label in enumerate(labels):  # dots in turn, where several lines stand at one place
             dots = (2.4 * index, (1.2, 2.4 * len(labels) - 1.2))
-            top, colour = 100 * (firsts[label].accuracy or 0.0), of_weights[label].colour
+            top, colour = scaled(goal.metric, firsts[label].metrics[goal.metric]), of_weights[label].colour
             axes.vlines(x, low, top, color=colour, linestyle=dots, linewidth=1.2)
 
 
@@ -163,18 +175,22 @@ def _draw_distances(axes: Axes, runs: Sequence[RunCurves], axis: Axis) -> None:
         axes.set_ylim(0, 1.08 * highest or 1)
 
 
-def _is_evaluated(run: RunCurves, quantity: str) -> bool:
-    return any(getattr(point, quantity) is not None for points in run.evaluations.values() for point in points)
-
-
-_PANELS: tuple[tuple[Panel[Any], ...], ...] = (
-    (
+def _panels(runs: Sequence[RunCurves]) -> list[list[Panel[Any]]]:
+    """Rows of panels: the losses, with those of training first, then the other metrics, then what drives the run."""
+    report = next((run.report for run in runs if run.report is not None), Report())
+    metrics = list(dict.fromkeys(name for run in runs for name in run.metrics))
+    metrics.sort(key=lambda name: (name != report.metric, not report.is_lower_better(name)))
+    words = titles(metrics)
+    shown: list[Panel[Any]] = [
         Panel(_draw_training_loss, lambda run: len(run.loss) > 0),
-        Panel(_draw_evaluation_loss, lambda run: _is_evaluated(run, 'loss')),
-        Panel(_draw_accuracy, lambda run: _is_evaluated(run, 'accuracy')),
-    ),
-    (RATES, MOMENTA, Panel(_draw_distances, lambda run: bool(run.distances))),
-)
+        *(Panel(partial(_draw_metric, name, words[name]), _measures(name)) for name in metrics),
+    ]
+    rows = [shown[start : start + _IN_A_ROW] for start in range(0, len(shown), _IN_A_ROW)]
+    return [*rows, [RATES, MOMENTA, Panel(_draw_distances, lambda run: bool(run.distances))]]
+
+
+def _measures(metric: str) -> Callable[[RunCurves], bool]:
+    return lambda run: metric in run.metrics
 
 
 def _legend(runs: Sequence[RunCurves]) -> list[tuple[Line2D, str]]:
@@ -210,9 +226,9 @@ def _equal_to(run: RunCurves, runs: Sequence[RunCurves]) -> str:
 
 
 def _first_epoch(runs: Sequence[RunCurves], label: str) -> str:
-    """When a single run first reached its target accuracy, in words; nothing for several runs."""
-    target = runs[0].target_accuracy
-    if len(runs) > 1 or target is None or all(point.accuracy is None for point in runs[0].evaluations[label]):
+    """When a single run first reached its goal, in words; nothing for several runs."""
+    goal = runs[0].goal
+    if len(runs) > 1 or goal is None or all(goal.metric not in point.metrics for point in runs[0].evaluations[label]):
         return ''
-    first = first_reaching(runs[0].evaluations[label], target)
-    return f', {"never" if first is None else f"in epoch {round(first.epoch, 2):g} first"} at {100 * target:g} %'
+    first = first_reaching(runs[0].evaluations[label], goal)
+    return f', {"never" if first is None else f"in epoch {round(first.epoch, 2):g} first"} at {goal}'

@@ -12,6 +12,7 @@ from composer_ema.pictures.canvas import add_legend, literally, new_figure
 from composer_ema.pictures.style import BLACK, BLUE, GREY, RC, VERMILION
 from composer_ema.pictures.tables import number
 from composer_ema.recipe.choice import UNRELIABLE, Choice
+from composer_ema.recipe.metrics import is_share, scaled
 from composer_ema.recipe.outputs import Array
 from composer_ema.recipe.sweep import Sweep, rounded
 from composer_ema.recipe.trials import Family, Trial
@@ -149,8 +150,8 @@ def draw_sweep(sweep: Sweep) -> Figure:
 def _draw_metric(axes: Axes, sweep: Sweep, name: str) -> bool:
     """Draws one metric, and returns whether some of its values lie outside the picture."""
     x = np.asarray([trial.value for trial in sweep.trials], dtype=np.float64)
-    y = np.asarray([_scaled(name, trial.metrics[name]) for trial in sweep.trials], dtype=np.float64)
-    level = _scaled(name, sweep.training.metrics[name])
+    y = np.asarray([scaled(name, trial.metrics[name]) for trial in sweep.trials], dtype=np.float64)
+    level = scaled(name, sweep.training.metrics[name])
     is_solid = np.asarray([trial.is_reliable(UNRELIABLE) for trial in sweep.trials])
     axes.set_xscale('log')
     if sweep.choice is not None:
@@ -163,7 +164,7 @@ def _draw_metric(axes: Axes, sweep: Sweep, name: str) -> bool:
     axes.plot(x[~is_solid], y[~is_solid], 'o', color=BLUE, markerfacecolor='white', markersize=5, zorder=4)
     if sweep.choice is not None:
         best = sweep.choice.best
-        axes.plot([best.value or 0.0], [_scaled(name, best.metrics[name])], '*', color=BLACK, markersize=12, zorder=5)
+        axes.plot([best.value or 0.0], [scaled(name, best.metrics[name])], '*', color=BLACK, markersize=12, zorder=5)
     _label(axes, sweep, name)
     return _limit(axes, x, y, level, lower_is_better=sweep.lower_is_better[name])
 
@@ -191,7 +192,7 @@ def _limit(axes: Axes, x: Array, y: Array, level: float, *, lower_is_better: boo
 def _label(axes: Axes, sweep: Sweep, name: str) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-    axes.set_ylabel(literally(f'{name} (%)' if _is_share(name) else name))
+    axes.set_ylabel(literally(f'{name} (%)' if is_share(name) else name))
     if sweep.family == 'half_life':
         axes.set_xlabel('half-life (% of the run)')
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{100 * value:g}'))
@@ -231,7 +232,7 @@ def _legend(sweep: Sweep, *, is_cut: bool) -> list[tuple[Line2D, str]]:
 
 def _headings(sweep: Sweep) -> list[str]:
     first = ['half-life', _unit_heading(sweep)] if sweep.family == 'half_life' else ['power']
-    metrics = [f'{name} %' if _is_share(name) else name for name in sweep.lower_is_better]
+    metrics = [f'{name} %' if is_share(name) else name for name in sweep.lower_is_better]
     return [*filter(None, first), *metrics, 'predicted error %', 'note']
 
 
@@ -276,16 +277,8 @@ def _option(sweep: Sweep) -> str:
     return '--half-lives' if sweep.family == 'half_life' else '--power with values'
 
 
-def _is_share(name: str) -> bool:
-    return 'accuracy' in name.lower()
-
-
-def _scaled(name: str, value: float) -> float:
-    return 100 * value if _is_share(name) else value
-
-
 def _number(name: str, value: float) -> str:
-    return f'{100 * value:.2f} %' if _is_share(name) else number(value)
+    return f'{scaled(name, value):.2f} %' if is_share(name) else number(value)
 
 
 def _percent(share: float | None) -> str:

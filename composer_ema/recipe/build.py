@@ -10,20 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from composer import Evaluator, Trainer
+from composer import Trainer
 from composer.callbacks import CheckpointSaver
 from composer.core import Algorithm, Callback
+from composer.models import ComposerModel
 from composer.utils import dist, get_device, reproducibility
 from omegaconf import OmegaConf
 
 from composer_ema.posthoc.snapshot_files import SNAPSHOT_FOLDER
-from composer_ema.recipe import groups, parallelism, run_folder, trainer_arguments
-from composer_ema.recipe.arguments import Place, RecipeError, said, signature
+from composer_ema.recipe import first_batch, groups, parallelism, run_folder, trainer_arguments
+from composer_ema.recipe.arguments import RecipeError, said, signature
 from composer_ema.recipe.classes import with_classes
 from composer_ema.recipe.fitting import Fitted, fit
 from composer_ema.recipe.interpolation import escaped
 from composer_ema.recipe.loaded import check_loaded
 from composer_ema.recipe.matching import how_loaded, refusing_misfits
+from composer_ema.recipe.metrics import Report, directions
 from composer_ema.recipe.named import REFUSALS, Named
 from composer_ema.recipe.outputs import CHECKPOINT_FOLDER
 from composer_ema.recipe.packed import decompressed
@@ -33,9 +35,9 @@ from composer_ema.recipe.resuming import Found
 from composer_ema.recipe.run_folder import RunFolder
 from composer_ema.recipe.scheduled import Length, Scheduled
 from composer_ema.recipe.schema import Plan, Recipe, plan
+from composer_ema.spans import ArgumentError
 from composer_ema.trainer.weight_average import WeightAverage
 from composer_ema.wording import counted
-from composer_ema.zoo.dataset import Data
 
 DEFAULT_SEED = 0
 
@@ -111,14 +113,15 @@ def _build_in(taken: RunFolder, checked: Plan, scratch: Path | None, callbacks: 
     loggers = [each.build() for each in checked.loggers]
 
     data = checked.data.build(**_seed_of_data(checked.data, seed))
-    _check_fit(model, data, checked.model.place)
-    if extent is not None and extent.batches != len(data.train):
+    first_batch.check(model, data, checked)
+    checked = dataclasses.replace(checked, report=_report(checked, model))
+    if extent is not None and extent.batches != data.batches:
         raise checked.data.place.error(
             f'{checked.data.name} is registered with {counted(extent.samples, "sample")}, '
             f'{counted(extent.batches, "batch")} an epoch, and '
-            f'its loader has {len(data.train)}. Correct what samples= of its registration returns.'
+            f'its loader has {data.batches}. Correct what samples= of its registration returns.'
         )
-    stepped = stepped or _fit(checked, len(data.train), model, optimizer)
+    stepped = stepped or _fit(checked, data.batches, model, optimizer)
     recorder = Recorder(taken if scratch is None else None)
     progress, lines = progress_of(checked.trainer, loggers) if scratch is None else ({'progress_bar': False}, [])
     arguments = {
@@ -128,7 +131,7 @@ def _build_in(taken: RunFolder, checked: Plan, scratch: Path | None, callbacks: 
         'run_name': run_name,
         'model': model,
         'train_dataloader': data.train,
-        'eval_dataloader': [Evaluator(label=f'eval_{each}', dataloader=data.evaluation) for each in checked.evaluate],
+        'eval_dataloader': [data.evaluator(f'eval_{each}') for each in checked.evaluate],
         'optimizers': optimizer,
         'schedulers': stepped.schedulers,
         'algorithms': algorithms,
@@ -155,8 +158,9 @@ def _build_in(taken: RunFolder, checked: Plan, scratch: Path | None, callbacks: 
     except BaseException:
         trainer.close()
         raise
-    length = checked.length(len(data.train))
-    resolved = recipe.replace(seed=seed, run_name=run_name, **_schedule_values(recipe, stepped.scheduled))
+    length = checked.length(data.batches)
+    filled = _schedule_values(recipe, stepped.scheduled) | _report_values(checked)
+    resolved = recipe.replace(seed=seed, run_name=run_name, **filled)
     taken.recipe = as_yaml(resolved)
     remarks = [*recipe.remarks, *data.remarks, *_remarks(checked, stepped.scheduled, length, optimizer)]
     return Run(resolved, checked, folder, trainer, recorder, remarks, resumed)
@@ -244,7 +248,7 @@ def _seed_of_data(data: Named, seed: int) -> dict[str, int]:
     return {'seed': seed} if 'seed' in signature(data.factory) and 'seed' not in data.arguments else {}
 
 
-def _fit(checked: Plan, batches_per_epoch: int, model: Any, optimizer: torch.optim.Optimizer | None) -> Fitted:
+def _fit(checked: Plan, batches_per_epoch: int | None, model: Any, optimizer: torch.optim.Optimizer | None) -> Fitted:
     length = checked.length(batches_per_epoch)
     return fit(checked.schedulers, length, trainer=checked.trainer, model=model, optimizer=optimizer)
 
@@ -255,6 +259,19 @@ def _schedule_values(recipe: Recipe, scheduled: Sequence[Scheduled]) -> dict[str
     if not values:
         return {}
     return {'scheduler': values if isinstance(recipe.values['scheduler'], list) else values[0]}
+
+
+def _report(checked: Plan, model: ComposerModel) -> Report:
+    """The report of the recipe, about a metric that the model has."""
+    try:
+        return checked.report.for_metrics(directions(model.get_metrics(is_train=False)))
+    except ArgumentError as error:
+        raise (checked.place / 'report' / 'metric').error(said(error)) from error
+
+
+def _report_values(checked: Plan) -> dict[str, Any]:
+    """The key ``report`` with what the metric says of itself; nothing where the recipe names none."""
+    return {} if checked.report.metric is None else {'report': checked.report.given()}
 
 
 def _remarks(
@@ -308,20 +325,3 @@ def _trainer_arguments(
         arguments.update(dict.fromkeys(('load_object_store', 'load_ignore_keys', 'load_exclude_algorithms')))
         arguments.update(load_path=str(resumed.path.absolute()), load_weights_only=False)
     return arguments
-
-
-def _check_fit(model: torch.nn.Module, data: Data, place: Place) -> None:
-    """Sends one sample of zeros through the model, so that the error for a wrong shape names the recipe's keys."""
-    model.eval()
-    sample = torch.zeros(1, *data.input_shape)
-    try:
-        with torch.no_grad():
-            outputs = model((sample, torch.zeros(1, dtype=torch.long)))
-    except (RuntimeError, ValueError) as error:
-        raise place.error(f'cannot take inputs of shape {data.input_shape}, which data gives: {error}') from error
-    finally:
-        model.train()
-    if outputs.shape[-1] < data.num_classes:
-        raise (place / 'num_classes').error(
-            f'must be at least {data.num_classes}, the classes of the data, got {outputs.shape[-1]}.'
-        )

@@ -9,10 +9,11 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from composer.core import Callback, State, get_precision_context
 from composer.loggers import Logger
+from composer.models import HuggingFaceModel
 from composer.utils import dist
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from composer_ema.model.wrappers import unwrap
 from composer_ema.recipe import schema
 from composer_ema.recipe.arguments import Place, RecipeError
 from composer_ema.recipe.build import Run, build
+from composer_ema.recipe.metrics import directions
 from composer_ema.recipe.outputs import RECIPE_FILE
 from composer_ema.recipe.run import evaluated_on
 from composer_ema.recipe.schema import Recipe
@@ -39,8 +41,6 @@ _KEPT = (
 )  # fmt: skip
 #: Where data lie and how they are read. Whatever else describes them decides which samples were held out.
 _MAY_DIFFER = ('root', 'eval_batch_size', 'num_workers')
-# What metrics that do not say it measure when smaller is better.
-_SMALLER_IS_BETTER = ('loss', 'entropy', 'perplexity', 'error')
 
 
 class Measure:
@@ -65,10 +65,12 @@ class Measure:
 
     @property
     def metrics(self) -> dict[str, bool]:
-        """Name of each metric to whether its small values are the good ones; these come first."""
-        metrics = self._run.trainer.state.eval_metrics[self._evaluator.label]
-        found = {name: _lower_is_better(name, metrics[name]) for name in self._names}
-        return dict(sorted(found.items(), key=lambda entry: not entry[1]))
+        """Name of each metric to whether its small values are the good ones; the one that counts comes first."""
+        report = self._run.plan.report
+        found = directions(self._run.trainer.state.eval_metrics[self._evaluator.label])
+        if report.metric is not None and report.lower_is_better is not None:
+            found[report.metric] = report.lower_is_better
+        return dict(sorted(found.items(), key=lambda entry: (entry[0] != report.metric, not entry[1])))
 
     @property
     def samples(self) -> str:
@@ -189,7 +191,7 @@ def _nothing_held_out(place: Place, data: str, *, takes_split: bool) -> RecipeEr
     )
     return (place / 'validation_split').error(
         'this run held out no samples to choose on. An average chosen on the test set fits that test set, and its '
-        f'accuracy there says too much. {remedy} --on-test chooses on the test set all the same.'
+        f'metrics there say too much. {remedy} --on-test chooses on the test set all the same.'
     )
 
 
@@ -214,12 +216,6 @@ def _for_evaluation(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, values=values)
 
 
-def _lower_is_better(name: str, metric: Any) -> bool:
-    """What the metric says of itself; of those that do not, losses and errors are better when they are lower."""
-    higher = getattr(metric, 'higher_is_better', None)
-    return any(word in name.lower() for word in _SMALLER_IS_BETTER) if higher is None else not higher
-
-
 class _Parts(Callback):
     """Computes the metrics of every batch in parts as well, from the outputs that are there."""
 
@@ -240,17 +236,28 @@ class _Parts(Callback):
 
     def eval_after_forward(self, state: State, logger: Logger) -> None:
         (evaluator,) = state.evaluators
-        spec, outputs = evaluator.dataloader, state.outputs
+        spec, outputs = evaluator.dataloader, cast(Any, state.outputs)
         size = spec.get_num_samples_in_batch(state.batch)
-        parts = [(state.batch, outputs)]
-        if isinstance(outputs, Tensor) and isinstance(size, int) and outputs.ndim and len(outputs) == size:
-            step = math.ceil(size / self._per_batch)
-            parts = list(zip(spec.split_batch(state.batch, step), outputs.split(step), strict=True))
         model: Any = unwrap(state.model)
+        # HuggingFaceModel keeps the labels of the last batch, and compares all outputs with them.
+        labels: Any = model.labels if isinstance(model, HuggingFaceModel) else None
+        parts: list[Any] = [(state.batch, outputs, labels)]
+        if _has_length(outputs, size) and (labels is None or _has_length(labels, size)):
+            step = math.ceil(size / self._per_batch)
+            batches, pieces = spec.split_batch(state.batch, step), outputs.split(step)
+            parts = list(zip(batches, pieces, labels.split(step) if labels is not None else pieces, strict=True))
         with get_precision_context(state.precision, state.precision_config):
             for name, metric in state.eval_metrics[evaluator.label].items():
                 own = copy.deepcopy(metric)
-                for batch, output in parts:
+                for batch, output, of_part in parts:
                     own.reset()
+                    if labels is not None:
+                        model.labels = of_part
                     model.update_metric(batch, output, own)
                     self._found.setdefault(name, []).append(float(own.compute()))
+        if labels is not None:
+            model.labels = labels
+
+
+def _has_length(values: Any, size: Any) -> bool:
+    return isinstance(values, Tensor) and isinstance(size, int) and values.ndim > 0 and len(values) == size

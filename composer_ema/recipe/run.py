@@ -14,6 +14,7 @@ from composer.utils import dist
 
 from composer_ema.files import remove_unfinished, write_beside
 from composer_ema.recipe.build import Run, as_yaml, build, refused
+from composer_ema.recipe.metrics import Report
 from composer_ema.recipe.outputs import RECIPE_FILE
 from composer_ema.recipe.run_folder import on_rank_0
 from composer_ema.recipe.save_folder import SaveFolder
@@ -33,7 +34,7 @@ class Outcome:
         run_name: The run.
         seed: Its seed.
         folder: The run folder.
-        target_accuracy: The accuracy whose first epoch the recipe wants reported, in [0, 1].
+        report: What the recipe says of its metrics and its target.
         evaluations: The lines of the metrics file that hold metrics of an evaluator, oldest first.
         update_share: Share of step time spent on averaging, in [0, 1]; None if nothing was averaged.
         num_batches: Number of batches over which ``update_share`` was measured.
@@ -44,7 +45,7 @@ class Outcome:
     run_name: str
     seed: int
     folder: Path
-    target_accuracy: float
+    report: Report
     evaluations: list[dict[str, Any]]
     update_share: float | None
     num_batches: int
@@ -97,7 +98,7 @@ def train(recipe: Recipe, show: Callable[[Any], None], *, callbacks: Sequence[Ca
         run_name=run.trainer.state.run_name,
         seed=run.recipe.values['seed'],
         folder=run.folder,
-        target_accuracy=run.plan.report.target_accuracy,
+        report=run.plan.report,
         evaluations=run.recorder.evaluations,
         update_share=run.recorder.update_share,
         num_batches=run.recorder.num_batches,

@@ -54,12 +54,17 @@ class Length:
     batches_per_epoch: int
 
     @classmethod
-    def of(cls, max_duration: int | str | Time, batches_per_epoch: int) -> Length | None:
-        """The length of a run in epochs or batches; None for other units, which say nothing about batches."""
+    def of(cls, max_duration: int | str | Time, batches_per_epoch: int | None) -> Length | None:
+        """The length of a run in epochs or batches; None for other units, which say nothing about batches.
+
+        A stream, whose ``batches_per_epoch`` is None, is one epoch that the run ends within.
+        """
         duration = ensure_time(max_duration, TimeUnit.EPOCH)
-        if duration.unit == TimeUnit.EPOCH:
-            return cls(math.ceil(duration.value * batches_per_epoch), batches_per_epoch)
-        return cls(int(duration.value), batches_per_epoch) if duration.unit == TimeUnit.BATCH else None
+        if duration.unit == TimeUnit.BATCH:
+            return cls(int(duration.value), batches_per_epoch or int(duration.value))
+        if duration.unit != TimeUnit.EPOCH or batches_per_epoch is None:
+            return None
+        return cls(math.ceil(duration.value * batches_per_epoch), batches_per_epoch)
 
     def steps(self, interval: Interval) -> int:
         """The number of steps that a schedule of that interval takes; an epoch that the run ends within counts."""

@@ -26,13 +26,13 @@ from composer_ema.recipe import (
     trust,
 )
 from composer_ema.recipe.arguments import Place, RecipeError, check_arguments, check_value, signature
+from composer_ema.recipe.metrics import Report
 from composer_ema.recipe.named import Named, find, named
 from composer_ema.recipe.overrides import override
 from composer_ema.recipe.reading import check_is_finite, check_is_plain, read
 from composer_ema.recipe.registry import Registry
 from composer_ema.recipe.scheduled import Length, Scheduled
 from composer_ema.recipe.trust import Trust
-from composer_ema.spans import ArgumentError
 from composer_ema.trainer.weight_average import WeightAverage
 from composer_ema.wording import suggestion
 from composer_ema.zoo.dataset import Extent, evaluation_set, extent
@@ -61,22 +61,6 @@ _OF_OTHERS = {
     'weight_decay': 'optimizer.weight_decay',
     'batch_size': 'data.batch_size',
 }
-
-
-@dataclass(frozen=True)
-class Report:
-    """Options of the table and the picture at the end of a run.
-
-    Args:
-        target_accuracy: The report gives the first epoch that reaches this accuracy, in [0, 1]. Default: 0.9.
-    """
-
-    target_accuracy: float = 0.9
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.target_accuracy <= 1:
-            message = f'target_accuracy must lie in [0, 1], got {self.target_accuracy}.'
-            raise ArgumentError(f'{message} For 90 % write target_accuracy: 0.9.', 'target_accuracy')
 
 
 @dataclass(frozen=True)
@@ -145,11 +129,15 @@ class Plan:
         """What the run evaluates on where it holds nothing out of the training set, in words."""
         return self.data.attempt(lambda arguments: evaluation_set(self.data.factory, arguments))
 
-    def length(self, batches_per_epoch: int) -> Length | None:
-        """The length of the run; None where ``max_duration`` is neither in epochs nor in batches."""
+    def length(self, batches_per_epoch: int | None) -> Length | None:
+        """The length of the run; None where ``max_duration`` does not give the number of batches.
+
+        Args:
+            batches_per_epoch: None for a stream, whose epoch never ends.
+        """
         subset = self.trainer.get('train_subset_num_batches', -1)
-        batches = batches_per_epoch if subset < 0 else min(subset, batches_per_epoch)
-        return Length.of(self.trainer['max_duration'], batches)
+        known = [each for each in (batches_per_epoch, subset) if each is not None and each >= 0]
+        return Length.of(self.trainer['max_duration'], min(known, default=None))
 
     def extent(self) -> Extent | None:
         """The length of an epoch, without touching the data; None where the data set does not tell it.
@@ -269,7 +257,7 @@ def _model(section: Any, place: Place) -> Named:
     builder = find(name, place / 'name', known)
     checked = check_arguments(builder, arguments, place)
     # Building it again costs seconds, and only where it has failed; pretrained weights would be fetched again.
-    is_cheap = checked.get('weights') is None
+    is_cheap = not any(checked.get(key) for key in ('weights', 'pretrained'))
     return Named(place, known.canonical(name) or name, functools.partial(classifier, builder), checked, is_cheap)
 
 

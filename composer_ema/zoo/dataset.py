@@ -5,6 +5,7 @@ A package registers one under the entry point group ``composer_ema.datasets``; s
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import math
@@ -13,8 +14,9 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from composer import DataSpec, Evaluator
 from composer.utils import dist
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from composer_ema.spans import ArgumentError
 from composer_ema.wording import counted
@@ -28,21 +30,69 @@ _Builder = TypeVar('_Builder', bound=Callable[..., 'Data'])
 
 @dataclass(frozen=True)
 class Data:
-    """The loaders of a data set, and what a model must know of it.
+    """The loaders of a data set, and what a model may have to know of it.
 
     Attributes:
-        train: Shuffled batches `(inputs, targets)`: float32 `(n, *input_shape)` and int64 `(n,)`.
-        evaluation: Batches of the same kind, in fixed order, each sample once.
-        num_classes: Targets lie in `[0, num_classes)`.
-        input_shape: Shape of one input.
+        train: Batches to train on, shuffled: what `Trainer(train_dataloader=...)` takes, such as a `DataLoader` or a
+            `DataSpec`.
+        evaluation: Batches of the same kind, in fixed order, each sample once; an `Evaluator` may choose its metrics
+            and how many batches it takes.
+        num_classes: For batches `(inputs, targets)` whose targets are int64 `(n,)` in `[0, num_classes)`. Default:
+            None, batches of any structure.
+        input_shape: Shape of one of those inputs, which are float32. Default: None, not told.
         remarks: Sentences about what was found, to show before training. Default: none.
     """
 
-    train: DataLoader[Batch]
-    evaluation: DataLoader[Batch]
-    num_classes: int
-    input_shape: tuple[int, ...]
+    train: Any
+    evaluation: Any
+    num_classes: int | None = None
+    input_shape: tuple[int, ...] | None = None
     remarks: Sequence[str] = ()
+
+    @property
+    def batches(self) -> int | None:
+        """Batches in an epoch of training; None where the loader does not tell."""
+        try:
+            return len(loader_of(self.train))
+        except (TypeError, NotImplementedError):  # of a stream
+            return None
+
+    def evaluator(self, label: str) -> Evaluator:
+        """The evaluation under a label of ours."""
+        own = self.evaluation
+        if not isinstance(own, Evaluator):
+            return Evaluator(label=label, dataloader=own)
+        copied = copy.copy(own)
+        copied.label = label
+        return copied
+
+    def samples(self, count: int = 2) -> Any:
+        """A batch of the first samples of the training set, made as its loader makes them.
+
+        Nothing is drawn from the loader, whose order and random numbers are those of the training.
+
+        Returns:
+            A batch; None where the samples of the loader have no numbers, as those of a stream.
+        """
+        loader = loader_of(self.train)
+        dataset: Any = getattr(loader, 'dataset', None)
+        if (
+            not isinstance(loader, DataLoader)
+            or isinstance(dataset, IterableDataset)
+            or not hasattr(dataset, '__len__')
+        ):
+            return None
+        indices = list(range(min(count, len(dataset))))
+        fetch = getattr(dataset, '__getitems__', None) or (lambda chosen: [dataset[index] for index in chosen])
+        batch = loader.collate_fn(fetch(indices))
+        return self.train.batch_transforms(batch) if isinstance(self.train, DataSpec) else batch
+
+
+def loader_of(data: Any) -> Any:
+    """The loader within a DataSpec or an Evaluator, or the loader itself."""
+    while isinstance(data, Evaluator | DataSpec):
+        data = data.dataloader
+    return data
 
 
 @dataclass(frozen=True)

@@ -44,9 +44,10 @@ def build_model(name: str, **arguments: Any) -> ComposerModel:
     if name not in models:
         raise ValueError(f'model name must be a known model, got {name!r}. {suggestion(name, models)}')
     builder = models[name]
-    legal = inspect.signature(builder).parameters
+    parameters = inspect.signature(builder).parameters
+    legal = [name for name, each in parameters.items() if each.kind is not each.VAR_KEYWORD]
     for key in arguments:
-        if key not in legal:
+        if key not in legal and len(legal) == len(parameters):
             raise TypeError(f'model {name!r} has no argument {key!r}. {suggestion(key, legal, "It takes")}')
     return classifier(builder, **arguments)
 
@@ -58,18 +59,40 @@ def classifier(builder: Callable[..., torch.nn.Module], **arguments: Any) -> Com
     unless it has an `fsdp_wrap_fn` of its own.
 
     Raises:
-        TypeError: The network is no ComposerModel, and ``builder`` takes no ``num_classes``.
+        TypeError: ``builder`` returns neither a ComposerModel nor a network that says of how many classes it is: by
+            the argument ``num_classes`` of ``builder``, or by its own ``num_classes``.
     """
     network = builder(**arguments)
     if isinstance(network, ComposerModel):
         return network
-    parameters = inspect.signature(builder).parameters
-    if 'num_classes' not in parameters:
-        name = getattr(builder, '__name__', repr(builder))
-        raise TypeError(f'{name} must take num_classes, or return a ComposerModel. Add num_classes: int = 10.')
-    num_classes = arguments.get('num_classes', parameters['num_classes'].default)
+    name = getattr(builder, '__name__', repr(builder))
+    if not isinstance(network, torch.nn.Module):
+        raise TypeError(f'{name} must return a network or a ComposerModel, got {type(network).__name__}.')
+    parameter = inspect.signature(builder).parameters.get('num_classes')
+    default = None if parameter is None else parameter.default
+    num_classes = next(
+        filter(_is_count, (arguments.get('num_classes'), default, getattr(network, 'num_classes', None))), None
+    )
+    if num_classes is None:
+        raise TypeError(
+            f'{name} returns a network, which is trained as a classifier, and does not say of how many classes. Let it '
+            'take num_classes, as in num_classes: int = 10, or return a ComposerModel with its own loss and metrics.'
+        )
     offer_blocks(network)
-    return ComposerClassifier(network, num_classes=num_classes)
+    return _Classifier(network, num_classes=num_classes)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+class _Classifier(ComposerClassifier):
+    """What :func:`classifier` makes of a network."""
+
+
+def is_plain_classifier(model: torch.nn.Module) -> bool:
+    """Whether a model is a network that this package made a classifier of, for batches (inputs, classes)."""
+    return isinstance(model, _Classifier)
 
 
 class FashionCNN(torch.nn.Module):

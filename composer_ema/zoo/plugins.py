@@ -30,12 +30,14 @@ class Family:
     """Many plug-ins under one entry point, of the group ``composer_ema.<kind>_families``.
 
     Args:
-        names: Returns the names of all.
-        find: From a name to the class or function.
+        names: Returns the names of all. Of a family with a prefix it is not asked: to list them may take seconds.
+        find: From a name to the class or function. With a prefix it raises a :class:`PluginError` for a wrong name.
+        prefix: What all names begin with, and those of no other plug-in. Default: nothing.
     """
 
     names: Callable[[], Collection[str]]
     find: Callable[[str], Any]
+    prefix: str = ''
 
 
 class Plugins(Mapping[str, Any]):
@@ -73,7 +75,7 @@ class Plugins(Mapping[str, Any]):
         return len(list(iter(self)))
 
     def __contains__(self, name: object) -> bool:
-        return name in self._points or name in self._members
+        return name in self._points or self._family_of(str(name)) is not None
 
     @property
     def single(self) -> list[str]:
@@ -92,17 +94,27 @@ class Plugins(Mapping[str, Any]):
     def _load(self, name: str) -> Any:
         points = self._points.get(name)
         if points is None:
-            return self._members[name].find(name)
+            family = self._family_of(name)
+            if family is None:
+                raise KeyError(name)
+            return family.find(name)
         points = [each for other in self._points if squash(other) == squash(name) for each in self._points[other]]
         if len(points) > 1:
             both = ' and '.join(map(_origin, points))
             raise PluginError(f'{both} have the same name. Uninstall one of the packages.')
         return _import(points[0])
 
+    def _family_of(self, name: str) -> Family | None:
+        prefixed = (each for each in self._sound_families if each.prefix and name.startswith(each.prefix))
+        return next(prefixed, None) or self._members.get(name)
+
     @functools.cached_property
     def _members(self) -> dict[str, Family]:
-        families = [each for each in self._imported_families if isinstance(each, Family)]
-        return {name: family for family in families for name in family.names()}
+        return {name: family for family in self._sound_families if not family.prefix for name in family.names()}
+
+    @property
+    def _sound_families(self) -> list[Family]:
+        return [each for each in self._imported_families if isinstance(each, Family)]
 
     @functools.cached_property
     def _imported_families(self) -> list[Family | str]:
