@@ -237,11 +237,13 @@ def test_without_the_extra_one_line_names_it(recipe, tmp_path, blocked):
 
 
 def test_every_import_is_of_a_declared_distribution():
-    """The core may import what install_requires names, the rooms of the recipes also what the extra names."""
+    """The core may import what install_requires names, the rooms of the recipes also what the extras name."""
     setup = configparser.ConfigParser()
     setup.read(PACKAGE.parent / 'setup.cfg')
     core = modules_of(setup['options']['install_requires'])
-    extra = modules_of(setup['options.extras_require']['composer'])
+    extra = modules_of(setup['options.extras_require']['composer']) | modules_of(
+        setup['options.extras_require']['doors']
+    )
     for path in sorted(PACKAGE.rglob('*.py')):
         room = path.relative_to(PACKAGE).parts[0]
         of_recipes = room in ('cli.py', 'pictures', 'recipe', 'zoo')

@@ -9,10 +9,9 @@ import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from composer.metrics import CrossEntropy, LanguageCrossEntropy, LanguagePerplexity
-from composer.models import HuggingFaceModel
-from torchmetrics import Metric
-from torchmetrics.classification import MulticlassAccuracy
+from composer.metrics import LanguageCrossEntropy, LanguagePerplexity
+from composer.models import ComposerClassifier, HuggingFaceModel
+from torch import nn
 
 from composer_ema.spans import ArgumentError
 from composer_ema.wording import suggestion
@@ -93,8 +92,9 @@ class _ImageClassifier(HuggingFaceModel):
     """An image classifier that takes pairs, as the data sets of recipes give them."""
 
     def __init__(self, network: Any, num_classes: int) -> None:
-        metrics: list[Metric] = [CrossEntropy(), MulticlassAccuracy(num_classes=num_classes, average='micro')]
-        super().__init__(network, use_logits=True, metrics=metrics[1:], eval_metrics=metrics, shift_labels=False)
+        as_others = ComposerClassifier(nn.Identity(), num_classes=num_classes)
+        training, evaluation = (list(as_others.get_metrics(is_train).values()) for is_train in (True, False))
+        super().__init__(network, use_logits=True, metrics=training, eval_metrics=evaluation, shift_labels=False)
         self.num_classes = num_classes
 
     def forward(self, batch: Any) -> Any:
