@@ -97,8 +97,8 @@ def test_the_repr_evaluates_to_an_equal_configuration(arguments):
     assert (twin.half_life, twin.smoothing, twin.ema_start) == (ema.half_life, ema.smoothing, ema.ema_start)
     assert (twin.update_interval, twin.log_interval) == (ema.update_interval, ema.log_interval)
     assert (twin.evaluate_with, twin.export_weights) == (ema.evaluate_with, ema.export_weights)
-    for name, value in ema._settings.as_arguments().items():
-        other = twin._settings.as_arguments()[name]
+    for name, value in ema._keeper.settings.as_arguments().items():
+        other = twin._keeper.settings.as_arguments()[name]
         assert list(other) == list(value) if isinstance(value, (list, tuple)) else other == value
 
 

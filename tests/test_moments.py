@@ -38,7 +38,7 @@ class Notes(Profile):
 def with_profile(profile: Profile, **arguments: Any) -> EMA:
     """An EMA whose half-life is replaced by another profile of the same unit."""
     ema = EMA(**arguments)
-    ema._averages._profiles['ema'] = (profile, ema._kept['ema'][1])
+    ema._averages._profiles['ema'] = (profile, ema._keeper.kept['ema'][1])
     return ema
 
 

@@ -338,7 +338,9 @@ def test_hidden_averages_are_updated_and_saved_but_not_shown(trainer, tmp_path):
 
     def hiding() -> EMA:
         ema, wide = EMA('2ba'), EMA(power=0.2)
-        ema._averages = Averages(ema._kept, ema._settings, hidden={'wide': wide._kept['ema']})
+        ema._keeper.averages = Averages(
+            ema._keeper.kept, ema._keeper.settings, hidden={'wide': wide._keeper.kept['ema']}
+        )
         return ema
 
     logger, ema = InMemoryLogger(), hiding()

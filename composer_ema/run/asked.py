@@ -1,4 +1,4 @@
-"""From the arguments of EMA, each one value or one for each label, to the averages that it keeps."""
+"""From the arguments that every door takes, each one value or one for each label, to the averages to keep."""
 
 from __future__ import annotations
 
@@ -26,6 +26,14 @@ OF_PROFILES = (*MAKERS, *CHANGES)
 _NOT_GIVEN: Mapping[str, Any] = {_AVERAGE: 'exponential', 'bias_correction': False}
 
 
+class _Default(str):
+    """A default that is not the same object as an equal value from the user."""
+
+
+#: The half-life where nothing else makes the average.
+DEFAULT_HALF_LIFE = _Default('1000ba')
+
+
 @dataclass(frozen=True)
 class Asked:
     """The averages that the arguments ask for.
@@ -34,11 +42,13 @@ class Asked:
         kept: by label, the profile of each and the argument that gives its unit of time.
         half_lives: by label, of those that have one.
         is_labelled: whether the arguments give labels, so that there may be several.
+        arguments: as given, in plain types.
     """
 
     kept: dict[str, Kept]
     half_lives: dict[str, Span]
     is_labelled: bool
+    arguments: dict[str, Any]
 
 
 def read(name: str, arguments: Mapping[str, Any], *, has_function: bool) -> Asked:
@@ -50,21 +60,30 @@ def read(name: str, arguments: Mapping[str, Any], *, has_function: bool) -> Aske
 
     Args:
         name: the label of a single average that is given without one.
-        arguments: these seven by name.
+        arguments: these seven by name. :data:`DEFAULT_HALF_LIFE` gives way to anything else.
         has_function: whether a function makes the average, so that none of them has an effect.
 
     Raises:
         TypeError, ValueError: an argument out of range, two that contradict each other, or a label that cannot be one.
     """
+    arguments = dict(arguments)
+    if arguments.get(_HALF_LIFE) is DEFAULT_HALF_LIFE:
+        others = (arguments.get(maker) for maker in MAKERS if maker not in (_HALF_LIFE, _AVERAGE))
+        is_replaced = has_function or any(value is not None for value in others)
+        if is_replaced or is_given(arguments.get(_AVERAGE), _NOT_GIVEN[_AVERAGE]):
+            arguments[_HALF_LIFE] = None
     given = {key: value for key, value in arguments.items() if is_given(value, _NOT_GIVEN.get(key))}
     if has_function:
         _refuse_beside_function(given)
-        return Asked({name: (None, None)}, {}, False)
+        return Asked({name: (None, None)}, {}, False, _as_plain(arguments, {}))
     labelled = by_label(given, reserved=(TRAINING, PREDICT))
     by_name = {name: arguments} if labelled is None else labelled
     kept = {label: _one(own, None if labelled is None else label) for label, own in by_name.items()}
     half_lives = {label: horizon.span for label, (_, horizon) in kept.items() if horizon is not None}
-    return Asked(kept, half_lives, labelled is not None)
+    written: Any = {label: str(span) for label, span in half_lives.items()}
+    if labelled is None:
+        written = next(iter(written.values()), None)
+    return Asked(kept, half_lives, labelled is not None, _as_plain(arguments, {_HALF_LIFE: written or None}))
 
 
 def labels_in(name: str, arguments: Mapping[str, Any]) -> tuple[str, ...]:
@@ -126,3 +145,14 @@ def _refuse_beside_function(given: Mapping[str, Any]) -> None:
             'Leave it out.',
             name,
         )
+
+
+def _as_plain(arguments: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments as a state keeps them: strings, numbers, None, or dictionaries of them by label."""
+    return {name: known[name] if name in known else _plain(value) for name, value in arguments.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str.__str__(label): _plain(each) for label, each in value.items()}
+    return str(value) if plain.is_time(value) else plain.scalar(value)

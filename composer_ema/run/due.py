@@ -5,13 +5,23 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from composer_ema.run.clock import Clock, Look, TimeArgument
-from composer_ema.spans import has_crossed
+from composer_ema.spans import Span, has_crossed
 
 
 class Start(TimeArgument):
     """The time at which something begins."""
+
+    @classmethod
+    def of(cls, name: str, time: Any) -> Start:
+        """Reads the argument ``name``, a time string of any unit but iterations.
+
+        Raises:
+            TypeError, ArgumentError: ``time`` is none.
+        """
+        return cls(name, Span.parse(time, name=name, units=('ba', 'ep', 'sp', 'tok', 'dur')))
 
     def has_come(self, look: Look) -> bool:
         """Whether the time has come.

@@ -12,11 +12,10 @@ from typing_extensions import Unpack
 
 from composer_ema import plain
 from composer_ema.averages import UPDATES, Exponential, Moment, WarmedUp
-from composer_ema.labelled import is_given
 from composer_ema.model.wrappers import canonical_name
 from composer_ema.profiles import Kind
 from composer_ema.run import asked, limits
-from composer_ema.run.asked import Asked
+from composer_ema.run.asked import DEFAULT_HALF_LIFE, Asked
 from composer_ema.settings import TrainerSettings, takes_settings
 from composer_ema.shadow.shadow_model import ShadowModel
 from composer_ema.spans import Span
@@ -24,13 +23,6 @@ from composer_ema.trainer.run import ComposerRun
 from composer_ema.trainer.snapshots import AskedSnapshots, RunSnapshots
 from composer_ema.trainer.weight_average import WeightAverage
 from composer_ema.wording import shown
-
-
-class _Default(str):
-    """A default that is not the same object as an equal value from the user."""
-
-
-_DEFAULT_HALF_LIFE = _Default('1000ba')
 
 
 @takes_settings
@@ -118,7 +110,7 @@ class EMA(WeightAverage):
 
     def __init__(
         self,
-        half_life: str | Time | Mapping[str, str | Time] | None = _DEFAULT_HALF_LIFE,
+        half_life: str | Time | Mapping[str, str | Time] | None = DEFAULT_HALF_LIFE,
         smoothing: float | Mapping[str, float] | None = None,
         ema_start: str | Time = '0.0dur',
         update_interval: str | Time | None = None,
@@ -135,20 +127,20 @@ class EMA(WeightAverage):
         **settings: Unpack[TrainerSettings],
     ) -> None:
         has_function = settings.get('avg_fn') is not None or settings.get('multi_avg_fn') is not None
-        others = {'smoothing': smoothing, 'power': power, 'gamma': gamma, 'average': average}
-        is_replaced = has_function or any(is_given(value, 'exponential') for value in others.values())
-        if half_life is _DEFAULT_HALF_LIFE and is_replaced:
-            half_life = None
-        arguments = {'half_life': half_life, **others, 'warmup': warmup, 'bias_correction': bias_correction}
+        arguments = {
+            'half_life': half_life,
+            'smoothing': smoothing,
+            'power': power,
+            'gamma': gamma,
+            'average': average,
+            'warmup': warmup,
+            'bias_correction': bias_correction,
+        }
         self._asked = asked.read(self.name, arguments, has_function=has_function)
         files = AskedSnapshots.of(snapshots, has_function=has_function)
         super().__init__(
             self._asked.kept,
-            {
-                **{name: _plain(value) for name, value in arguments.items()},
-                'half_life': _half_life_of(self._asked),
-                'snapshots': None if files is None else files.as_plain(),
-            },
+            {**self._asked.arguments, 'snapshots': None if files is None else files.as_plain()},
             start=ema_start,
             update_interval=_interval(update_interval, self._asked),
             evaluate_with=evaluate_with,
@@ -157,7 +149,7 @@ class EMA(WeightAverage):
             settings=settings,
             snapshots=None if files is None else RunSnapshots(files),
         )
-        if half_life is None:
+        if self._asked.arguments['half_life'] is None:
             self._implied.add('half_life')
         if update_interval is None:
             self._implied.add('update_interval')
@@ -172,9 +164,9 @@ class EMA(WeightAverage):
     def _check_run(self, state: State) -> None:
         super()._check_run(state)
         if self._warns_of_rare_updates:
-            [(_, horizon)] = self._kept.values()
+            [(_, horizon)] = self._keeper.kept.values()
             assert horizon is not None  # the interval has its unit
-            limits.warn_of_rare_updates(horizon, self._interval, ComposerRun(state))
+            limits.warn_of_rare_updates(horizon, self._keeper.interval, ComposerRun(state))
             self._warns_of_rare_updates = False
 
     @property
@@ -185,12 +177,12 @@ class EMA(WeightAverage):
     @property
     def ema_start(self) -> Span:
         """The time before which nothing is averaged."""
-        return self._start.span
+        return self._keeper.start.span
 
     @property
     def ema_started(self) -> bool:
         """Whether ``ema_start`` has come."""
-        return self._has_started
+        return self._keeper.has_started
 
     @property
     def ema_model(self) -> Any:
@@ -221,10 +213,10 @@ class EMA(WeightAverage):
             average = ShadowModel.from_tensors(
                 {canonical_name(name): tensor for name, tensor in average.named_parameters()},
                 {canonical_name(name): tensor for name, tensor in average.named_buffers()},
-                **self._settings.as_arguments(),
+                **self._keeper.settings.as_arguments(),
             )
             average.num_updates = int(average.has_function)  # a function's first update would copy
-        elif average is not None and self._settings.has_function and not average.has_function:
+        elif average is not None and self._keeper.settings.has_function and not average.has_function:
             raise ValueError(
                 'this EMA averages by a function, the given shadow does not. '
                 'Build the ShadowModel with the same avg_fn or multi_avg_fn.'
@@ -232,7 +224,7 @@ class EMA(WeightAverage):
         if (live := self._averages.live) is not None:
             self._averages.take_back(live)
         self._averages.take_over(self.name, average)
-        self._has_started = average is not None
+        self._keeper.has_started = average is not None
 
     @property
     def ema_weights_active(self) -> bool:
@@ -250,7 +242,7 @@ class EMA(WeightAverage):
         return self._smoothing_of(self.name)
 
     def _smoothing_of(self, label: str) -> float | None:
-        profile, horizon = self._kept[label]
+        profile, horizon = self._keeper.kept[label]
         if not isinstance(profile, Exponential) or isinstance(profile, WarmedUp):
             return None
         if profile.unit == UPDATES:
@@ -284,16 +276,3 @@ def _interval(update_interval: str | Time | None, wanted: Asked) -> Span:
         return Span.parse(update_interval, name='update_interval', positive=True)
     units = [] if wanted.is_labelled else [span.unit for span in wanted.half_lives.values()]
     return Span(1, units[0] if units and units[0] in ('ep', 'iter') else 'ba')
-
-
-def _half_life_of(wanted: Asked) -> str | dict[str, str] | None:
-    """The argument ``half_life`` as a state keeps it."""
-    written = {label: str(span) for label, span in wanted.half_lives.items()}
-    return (written if wanted.is_labelled else next(iter(written.values()), None)) or None
-
-
-def _plain(value: Any) -> Any:
-    """An argument as a state keeps it: a string, a number, None, or a dictionary of them by label."""
-    if isinstance(value, Mapping):
-        return {str.__str__(label): _plain(each) for label, each in value.items()}
-    return str(value) if plain.is_time(value) else plain.scalar(value)

@@ -15,7 +15,7 @@ from composer.utils.file_helpers import format_name_with_dist
 from torch import nn
 
 from composer_ema import plain
-from composer_ema.averages import Moment, Power
+from composer_ema.averages import Power
 from composer_ema.model.names import listed
 from composer_ema.posthoc.snapshot_files import SNAPSHOT_FOLDER
 from composer_ema.posthoc.snapshot_folder import Folder, NoFolder, SnapshotFolder
@@ -33,14 +33,13 @@ from composer_ema.posthoc.snapshots import (
 from composer_ema.posthoc.writer import SnapshotWriter, Spacing, run_id_of, spacing_of
 from composer_ema.run.average import Averages, Kept
 from composer_ema.run.clock import Look
+from composer_ema.run.keeper import Moves
 from composer_ema.spans import UNITS, ArgumentError, Span
 from composer_ema.trainer.run import ComposerRun
 from composer_ema.wording import counted, shown, suggestion
 
 log = logging.getLogger(__name__)
 
-#: The weight and the moment of an update by label; None for both where a function makes the average.
-Moves = Mapping[str, tuple[float | None, Moment | None]]
 _CHECKPOINTS = 'checkpoints'
 _KEYS = ('every', 'power', 'halvings', 'folder')
 

@@ -142,12 +142,12 @@ class SWA(WeightAverage):
     @property
     def swa_start(self) -> Span:
         """The time at which averaging starts."""
-        return self._start.span
+        return self._keeper.start.span
 
     @property
     def swa_started(self) -> bool:
         """Whether ``swa_start`` has come and the first weights are in the average."""
-        return self._has_started
+        return self._keeper.has_started
 
     @property
     def swa_model(self) -> ShadowModel | None:
@@ -196,8 +196,8 @@ class SWA(WeightAverage):
             self._warn_of_annealing_to_nothing()
         else:
             self._annealing.check(state.optimizers)
-            times.warn_if_not_reached(self._anneal_length, self._start, ComposerRun(state))
-        times.warn_of_a_single_update(self._start, self._interval, ComposerRun(state))
+            times.warn_if_not_reached(self._anneal_length, self._keeper.start, ComposerRun(state))
+        times.warn_of_a_single_update(self._keeper.start, self._keeper.interval, ComposerRun(state))
         self._refresh.check(self._averages.required(self.name), state)
 
     def _warn_of_annealing_to_nothing(self) -> None:
@@ -211,7 +211,7 @@ class SWA(WeightAverage):
             return False
         # It starts from what the scheduler has set for a batch, so at the start of one.
         return self._annealing.since is not None or (
-            event is Event.BATCH_START and self._start.has_come(look_at(state))
+            event is Event.BATCH_START and self._keeper.start.has_come(look_at(state))
         )
 
     def _anneal(self, state: State) -> None:
@@ -223,7 +223,7 @@ class SWA(WeightAverage):
         self._annealing.apply(clock, self._anneal_length.resolve(run), state.optimizers)
 
     def _is_refresh_due(self, event: Event, state: State) -> bool:
-        may_be = event in refresh.MAY_END and self._has_average
+        may_be = event in refresh.MAY_END and self._keeper.has_average
         return may_be and self._refresh.is_due(event, self._averages.required(self.name), state)
 
     def state_dict(self) -> dict[str, Any]:

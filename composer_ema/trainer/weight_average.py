@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any, ClassVar
 
 from composer.algorithms.swa import SWA as ComposerSWA
@@ -20,16 +19,15 @@ from torch import Tensor, nn
 
 from composer_ema import plain
 from composer_ema.averages import BiasCorrected, Exponential
-from composer_ema.checkpoints import formats, labels, sharded_format
-from composer_ema.model.inventory import Inventory
+from composer_ema.checkpoints import sharded_format
 from composer_ema.model.names import listed
 from composer_ema.model.wrappers import unwrap
 from composer_ema.run import limits as times
 from composer_ema.run.asked import TRAINING, check_weights
 from composer_ema.run.average import Averages, Kept
 from composer_ema.run.clock import Look
-from composer_ema.run.due import Interval, Start, first_update
-from composer_ema.run.harm import Harm
+from composer_ema.run.due import Interval, Start
+from composer_ema.run.keeper import Keeper, Moves
 from composer_ema.run.limits import Limit, warn
 from composer_ema.run.shards import Outline
 from composer_ema.run.steps import Steps
@@ -43,7 +41,7 @@ from composer_ema.trainer.evaluation import Evaluation
 from composer_ema.trainer.exporting import lend_to_exporters
 from composer_ema.trainer.run import ComposerRun, look_at
 from composer_ema.trainer.saving import save_training_weights
-from composer_ema.trainer.snapshots import Moves, RunSnapshots
+from composer_ema.trainer.snapshots import RunSnapshots
 
 log = logging.getLogger(__name__)
 
@@ -113,26 +111,23 @@ class WeightAverage(Algorithm):
         settings: Mapping[str, Any],
         snapshots: RunSnapshots | None = None,
     ) -> None:
-        start_name = f'{self.name}_start'
-        self._start = Start(start_name, Span.parse(start, name=start_name, units=('ba', 'ep', 'sp', 'tok', 'dur')))
-        self._interval = Interval('update_interval', update_interval)
+        begin = Start.of(f'{self.name}_start', start)
+        interval = Interval('update_interval', update_interval)
         self._log_interval = None
         if log_interval is not None:
             self._log_interval = Interval('log_interval', Span.parse(log_interval, name='log_interval', positive=True))
-        self._settings = Settings.of(settings)
+        kept_settings = Settings.of(settings)
         self._evaluation = Evaluation(list(kept), evaluate_with)
         self.export_weights = export_weights = check_weights('export_weights', export_weights, list(kept))
-        self._kept = dict(kept)
         #: What writes snapshots of the run; None for nothing.
         self.snapshots = snapshots
-        self._averages = Averages(kept, self._settings, hidden={} if snapshots is None else snapshots.hidden)
         #: All algorithms of the Trainer that keep averages, in their order.
         self._of_all: Sequence[WeightAverage] = (self,)
         self._arguments = {
             **arguments,
-            start_name: str(self._start.span),
+            begin.name: str(begin.span),
             'update_interval': str(update_interval),
-            **self._settings.as_plain(settings_of(type(self))),
+            **kept_settings.as_plain(settings_of(type(self))),
             'evaluate_with': self.evaluate_with or None,
             'export_weights': export_weights,
             'log_interval': None if self.log_interval is None else str(self.log_interval),
@@ -140,17 +135,23 @@ class WeightAverage(Algorithm):
         #: Arguments that the representation leaves out because their values follow from others.
         self._implied: set[str] = set()
 
+        self._keeper = Keeper(
+            self.name,
+            kept,
+            self._arguments,
+            compared=self.compared,
+            start=begin,
+            interval=interval,
+            settings=kept_settings,
+            hidden={} if snapshots is None else snapshots.hidden,
+        )
         self.update_seconds = 0.0
         self._steps = Steps()
-        self._harm = Harm(self.name)
-        self._has_started = False
-        self._state_for_init: Mapping[str, Any] | None = None
-        self._loaded_config: Mapping[str, Any] = {}
 
     @property
     def update_interval(self) -> Span:
         """The time between two updates."""
-        return self._interval.span
+        return self._keeper.interval.span
 
     @property
     def log_interval(self) -> Span | None:
@@ -166,7 +167,7 @@ class WeightAverage(Algorithm):
     @property
     def labels(self) -> tuple[str, ...]:
         """What evaluators, metrics, exports and checkpoints call the averages, the one seen by default first."""
-        return self._averages.labels
+        return self._keeper.labels
 
     def shadow(self, label: str) -> ShadowModel | None:
         """The average of that label; None before the Trainer is built.
@@ -193,7 +194,7 @@ class WeightAverage(Algorithm):
         if when is _IF_PENDING:
             return self._averages.is_pending or self._steps.is_watching
         if when is _IF_TAKEN:
-            return self._evaluation.is_open and self._has_started and self._averages.lent is None
+            return self._evaluation.is_open and self._keeper.has_started and self._averages.lent is None
         if self._averages.lent is not None or (event in _TRAINING_STARTS and loan.is_open(state.model)):
             return True
         if when is _IF_LENT:
@@ -208,7 +209,7 @@ class WeightAverage(Algorithm):
         if event is Event.INIT:
             self._create(state)
         elif event is Event.BEFORE_LOAD:
-            self._averages.follow_surgery(state.model, may_rebuild=not self._has_started)
+            self._averages.follow_surgery(state.model, may_rebuild=not self._keeper.has_started)
         elif event is Event.AFTER_TRAIN_BATCH:
             self._averages.wait_for_reads()  # joins the last update before the optimizer writes
             self._steps.begin()
@@ -226,7 +227,7 @@ class WeightAverage(Algorithm):
             elif event in _UPDATES_AT:
                 self._update_and_log(event, state, logger)
         else:
-            self._use(self._evaluation.weights_at(event, state), state.model)
+            self._keeper.use(self._evaluation.weights_at(event, state), state.model)
 
     def _create(self, state: State) -> None:
         """Begins a run; where Composer shards the model first, the averages are built at AFTER_LOAD."""
@@ -238,14 +239,13 @@ class WeightAverage(Algorithm):
                 f'the model still held an average, perhaps after an evaluation that raised: {listed(left_in)}. '
                 'It is out again, and the model holds its training weights.'
             )
-        self._averages.drop()
+        self._keeper.forget()
         save_training_weights(state, self._of_all)
         self._steps.release()
-        self._has_started, self.update_seconds = False, 0.0
+        self.update_seconds = 0.0
         if self.snapshots is not None:
             self.snapshots.forget()
         self._evaluation.abandon()
-        self._loaded_config = {}
         if not shards.will_be_sharded(state):
             self._build(state)
 
@@ -259,10 +259,9 @@ class WeightAverage(Algorithm):
         """Builds the averages, and loads the state that has been waiting for them."""
         # Composer's SWA writes the weights at the event that updates the average, while a side stream may read them.
         overlap = not any(isinstance(algorithm, ComposerSWA) for algorithm in state.algorithms)
-        self._averages.build(state.model, overlap=overlap)
-        if self._state_for_init is None:
+        loaded = self._keeper.build(state.model, overlap=overlap)
+        if loaded is None:
             return
-        loaded, self._state_for_init = self._state_for_init, None
         if sharded_format.is_split(loaded):
             with shards.opened(state) as reader:
                 self.load_state_dict(Outline(loaded, shards.place(type(self).__qualname__), reader, self._what))
@@ -286,26 +285,12 @@ class WeightAverage(Algorithm):
         if not self._averages:
             self._create_now(state)
         self._check_run(state)
-        times.warn_of_other_arguments(self.compared, self._loaded_config, self._arguments)
-        self._loaded_config = {}
-        self._averages.follow_surgery(state.model, may_rebuild=not self._has_started)
         if self.export_weights != TRAINING and not lend_to_exporters(state, self._lending):
             limits.warn_without_exporter(self.export_weights)
-        self._averages.live = state.model
-        look = look_at(state)
-        for average in self._averages.all().values():
-            if average.has_begun and average.first_update is None and self._start.span.value > 0:
-                average.first_update = first_update(self._start, self._interval, look, average.started_at)
-        self._averages.follow_clock(look)
-        if self._start.span.value == 0 and not self._has_started:
-            self._averages.count_from(look)  # a run that was resumed without these averages is older than they are
-        self._harm.foresee(self._averages, self._start, self._interval, look.run)
+        self._keeper.begin(state.model, ComposerRun(state), kind=type(self).__name__)
         self._steps.watch(state.optimizers if state.precision is Precision.AMP_FP16 else ())
         if self.snapshots is not None:
             self.snapshots.begin(state, self._averages)
-        for label, average in self._averages.all().items():
-            profile = 'a function' if average.profile is None else average.profile
-            log.info('%s %s with %s: %s', type(self).__name__, label, profile, average.shadow)
 
     def _check_run(self, state: State) -> None:
         """Refuses settings that cannot work in this run, and warns of those that have no effect."""
@@ -314,12 +299,7 @@ class WeightAverage(Algorithm):
 
     def _limits(self, state: State) -> list[Limit]:
         """The times that the run must be able to count."""
-        horizons = [horizon for _, horizon in self._kept.values() if horizon is not None]
-        found = [
-            *(Limit(horizon, measured_at=self._interval) for horizon in horizons),
-            Limit(self._interval, times.effect_of_rare_updates(self._interval, ComposerRun(state))),
-            Limit(self._start, 'no average will be kept'),
-        ]
+        found = self._keeper.limits(ComposerRun(state))
         if self._log_interval is not None:
             is_default = str(self.log_interval) == '1ep'
             found.append(Limit(self._log_interval, None if is_default else 'no distance will be logged'))
@@ -328,29 +308,19 @@ class WeightAverage(Algorithm):
     def _end_fit(self, state: State) -> None:
         self._steps.release()
         if self._averages:
-            # This waits for the last update, too, so that the weights may be written once training has ended.
-            self._averages.share_buffers()
-            if not self._has_started:
-                times.warn_of_no_update(self._start, self._interval)
+            self._keeper.end()
             if self.snapshots is not None:
                 self.snapshots.end(state, self._averages)
-            self._harm.tell(self._averages)
 
     def _is_update_due(self, event: Event, look: Look) -> bool:
-        if event is not _ENDS[self._interval.ends]:
-            return False
-        if not self._has_started:
-            return self._start.has_come(look)
-        for average in self._averages.all().values():
-            if self._interval.has_passed(look, average.last_update, average.first_update):
-                return True
-        return False
+        unit = self._keeper.interval.ends
+        return event is _ENDS[unit] and self._keeper.is_due(unit, look)
 
     def _is_log_due(self, event: Event, look: Look) -> bool:
         interval = self._log_interval
-        return (
-            interval is not None and event is _ENDS[interval.ends] and self._has_average and interval.has_passed(look)
-        )
+        if interval is None or event is not _ENDS[interval.ends]:
+            return False
+        return self._keeper.has_average and interval.has_passed(look)
 
     def _update_and_log(self, event: Event, state: State, logger: Logger) -> None:
         began, look, moves = time.perf_counter(), look_at(state), None
@@ -369,17 +339,15 @@ class WeightAverage(Algorithm):
     def _update(self, look: Look, state: State, logger: Logger) -> Moves:
         if not self._averages:
             self._create_now(state)
-        is_from_start = self._start.span.value == 0 and not self._has_started
-        moves = self._averages.update(state.model, look, self._interval, is_from_start=is_from_start)
+        moves = self._keeper.update(state.model, look)
         metrics: dict[str, float] = {}
         for label, average in self._averages:
             weight, _ = moves[label]
             if weight is not None and isinstance(average.profile, Exponential | BiasCorrected):
                 metrics[f'{label}/smoothing'] = 1.0 - weight
             metrics[f'{label}/num_updates'] = average.shadow.num_updates
-        if self._settings.skip_nonfinite:
+        if self._keeper.settings.skip_nonfinite:
             metrics[f'{self.name}/skipped_elements'] = self._averages.poll_skipped()
-        self._has_started = True
         logger.log_metrics(metrics)
         return moves
 
@@ -419,16 +387,8 @@ class WeightAverage(Algorithm):
         return self._averages.stashed_weights(model)
 
     @property
-    def _has_average(self) -> bool:
-        return bool(self._averages) and self._has_started
-
-    def _use(self, weights: str, model: nn.Module) -> None:
-        """Makes ``model`` hold the training weights, or the average called ``weights`` once there is one."""
-        if weights != TRAINING and self._has_average and self._averages[weights].has_begun:
-            self._averages.lend(weights, model)
-            self._harm.lent(weights, self._averages[weights])
-        else:
-            self._averages.take_back(model)
+    def _averages(self) -> Averages:
+        return self._keeper.averages
 
     def _take_back(self, model: nn.Module) -> None:
         """Makes ``model`` hold the training weights, whichever algorithm of this package has lent it an average."""
@@ -437,10 +397,10 @@ class WeightAverage(Algorithm):
 
     def _lending(self, state: State) -> AbstractContextManager[None]:
         """Lends what an export asks for, unless the model holds an average already."""
-        if not self._has_average or self._averages.lent is not None:
+        if not self._keeper.has_average or self._averages.lent is not None:
             return nullcontext()
         model = state.model
-        return Block(lambda: self._use(self.export_weights, model), lambda: self._use(TRAINING, model))
+        return Block(lambda: self._keeper.use(self.export_weights, model), lambda: self._keeper.use(TRAINING, model))
 
     # State
 
@@ -450,21 +410,8 @@ class WeightAverage(Algorithm):
         A checkpoint of the Trainer lacks the training weights here: it holds them as the model. Of a sharded model the
         tensors are DTensors, of which each process has its part; a checkpoint has them whole, or beside the state.
         """
-        state = {
-            **super().state_dict(),
-            formats.VERSION_KEY: formats.VERSION,
-            'config': dict(self._arguments),
-            'started': self._has_started,
-            'averages': self._averages.state_dict(only_begun=self._has_started),
-            **({formats.HIDDEN: list(self._averages.hidden)} if self._averages.hidden else {}),
-            **({} if self.snapshots is None else {_SNAPSHOTS: self.snapshots.state_dict()}),
-        }
-        for average in state['averages'].values():
-            if formats.STASH in average:
-                state[formats.STASH] = average.pop(formats.STASH)
-        if formats.STASH not in state and (stash := self._averages.stash()):
-            state[formats.STASH] = stash  # somebody else's average stands in the model
-        return state
+        snapshots = {} if self.snapshots is None else {_SNAPSHOTS: self.snapshots.state_dict()}
+        return {**super().state_dict(), **self._keeper.state_dict(), **snapshots}
 
     @property
     def _what(self) -> str:
@@ -481,44 +428,14 @@ class WeightAverage(Algorithm):
             ValueError: names, shapes, or a version that do not fit, all listed. Nothing is changed then.
         """
         del strict  # Composer never passes it, and half a state is of no use
-        if not self._averages:
-            self._state_for_init = state
-            return
-        live = self._averages.live
-        if live is not None:
-            self._averages.follow_surgery(live, may_rebuild=not self._has_started)
-        inventory = Inventory() if live is None else Inventory.of(live)
-        what = self._what
-        upgraded = formats.upgrade(
+        snapshots = self.snapshots
+        loaded = self._keeper.load_state_dict(
             state,
-            model_slot={name: tensor.detach() for name, tensor in inventory.tensors().items()},
-            tracked={name for each in self._averages.all().values() for name, _ in each.shadow.named_parameters()},
-            buffers=inventory.buffers,
-            what=what,
+            self._what,
+            check=None if snapshots is None else lambda upgraded: snapshots.check(upgraded.get(_SNAPSHOTS)),
         )
-        saved, hidden = upgraded['averages'], upgraded.get(formats.HIDDEN, ())
-        if not saved:
-            return
-        shown = {label: each['profile']['description'] for label, each in saved.items() if label not in hidden}
-        wanted = {label: average.description for label, average in self._averages}
-        continuation = labels.continued(shown, wanted, what)
-        config = upgraded['config']
-        if continuation.remark:
-            warn(continuation.remark)
-            config = {key: value for key, value in config.items() if key not in self.compared}  # it said so
-        sources = {**continuation.sources, **{label: label for label in self._averages.hidden if label in hidden}}
-        if self.snapshots is not None:
-            self.snapshots.check(upgraded.get(_SNAPSHOTS))
-        self._averages.load_state_dict(
-            {label: saved[source] for label, source in sources.items()},
-            what,
-            has_begun=upgraded['started'],
-            stash=upgraded.get(formats.STASH),
-            read=partial(state.read, sources=sources, like=inventory.tensors()) if isinstance(state, Outline) else None,
-        )
-        if self.snapshots is not None:
-            self.snapshots.load_state_dict(upgraded.get(_SNAPSHOTS))
-        self._has_started, self._loaded_config = upgraded['started'], config
+        if snapshots is not None and loaded is not None:
+            snapshots.load_state_dict(loaded.get(_SNAPSHOTS))
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: a copy stands beside no other algorithms."""
