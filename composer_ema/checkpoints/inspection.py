@@ -282,7 +282,7 @@ def _slot_of_script(found: Found) -> str:
         return AVERAGE
     if not average.stash and _is_in(average.parameters, model):
         return SAME
-    return TRAINING_WEIGHTS if average.source in ('EMAOptimizer', 'ShadowModel') else UNKNOWN
+    return TRAINING_WEIGHTS if average.source in ('EMAOptimizer', 'ShadowModel', 'WeightAverage') else UNKNOWN
 
 
 def _describe_weights(path: Path, held: Tensors) -> Description:

@@ -16,7 +16,7 @@ from typing import Any
 import safetensors
 from torch import Tensor
 
-from composer_ema.checkpoints import sharded, states
+from composer_ema.checkpoints import lightning_folder, sharded, states
 from composer_ema.checkpoints.checksum import is_sound
 from composer_ema.checkpoints.claims import check_claims
 from composer_ema.checkpoints.lazy_tensor import in_memory
@@ -63,14 +63,16 @@ def read_checkpoint(checkpoint: str | os.PathLike[str]) -> Any:
             model.load_state_dict(checkpoint['model'])
             optimizer.load_state_dict(checkpoint['optimizer'])
     """
-    return _plain(read_file(checkpoint_of(checkpoint, 'checkpoint')))
+    path = checkpoint_of(checkpoint, 'checkpoint')
+    held = read_file(path)
+    return _plain(held) if path.is_dir() else held
 
 
 def _plain(held: Any) -> Any:
-    """What a sharded folder holds, read as a whole; what a file holds is returned as it is."""
-    if isinstance(held, sharded.Branch):
+    """What a sharded folder holds, read as a whole."""
+    if isinstance(held, sharded.Branch) or type(held) is dict:
         return {key: _plain(value) for key, value in held.items()}
-    if isinstance(held, list) and any(isinstance(each, sharded.Branch | Tensor) for each in held):
+    if type(held) is list:
         return [_plain(each) for each in held]
     return in_memory(held) if isinstance(held, Tensor) else held
 
@@ -143,7 +145,7 @@ def read_file(path: Path, *, is_checked: bool = False, mmap: bool = False) -> An
     """
     if path.is_dir():
         if sharded.is_sharded(path):
-            return sharded.open_folder(path)
+            return _open_folder(path, mmap=mmap)
         raise CheckpointError(f'{path} is a folder. {_in_folder(path)}')
     if not path.exists():
         leads = f': it is a link to {os.readlink(path)!r}, which is not there' if path.is_symlink() else ''
@@ -166,6 +168,18 @@ def read_file(path: Path, *, is_checked: bool = False, mmap: bool = False) -> An
     _take_whole(held, path)
     check_claims(held, path, path.stat().st_size)
     return held
+
+
+def _open_folder(folder: Path, *, mmap: bool) -> Any:
+    held, beside = sharded.open_folder(folder), folder / lightning_folder.META
+    if not beside.is_file():
+        return held
+    try:
+        return lightning_folder.combined(held, read_file(beside, mmap=mmap))
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f'{folder} cannot be read: {error}') from error
 
 
 def _kind_of(path: Path) -> str:
