@@ -109,13 +109,14 @@ class Loop:
         return {name: whole(tensor) for name, tensor in averages_of(self.ema.shadow).items()}
 
 
-def _as_accelerate_starts_a_rank() -> None:
+def as_accelerate_starts_a_rank() -> None:
+    """Sets what accelerate's launcher sets."""
     rank, count = str(dist.get_rank()), str(dist.get_world_size())
     os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=count, LOCAL_WORLD_SIZE=count)
     os.environ.update(ACCELERATE_USE_CPU='true', MASTER_ADDR='127.0.0.1')
 
 
-def _shard(accelerator: Accelerator) -> None:
+def shard(accelerator: Accelerator) -> None:
     """Lets accelerate shard the model over processes on the CPU.
 
     It does so on devices only: ``AcceleratorState`` leaves a ``fsdp_plugin`` out for processes of ``MULTI_CPU``.
@@ -127,10 +128,10 @@ def _shard(accelerator: Accelerator) -> None:
 
 def run_in_ranks(folder: str, *, sharded: bool) -> dict[str, Any]:
     """Trains two epochs, saved after the first, and again from what was saved."""
-    _as_accelerate_starts_a_rank()
+    as_accelerate_starts_a_rank()
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # of torch, that it overwrites files of the other rank
-        prepared = _shard if sharded else lambda _: None
+        prepared = shard if sharded else lambda _: None
         loop = Loop(norm=nn.LayerNorm, prepared=prepared)
         loop.epoch()
         loop.accelerator.save_state(folder)

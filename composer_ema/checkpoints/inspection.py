@@ -16,7 +16,7 @@ from torch import Tensor
 from composer_ema.checkpoints import formats, others, search, states
 from composer_ema.checkpoints.formats import Format
 from composer_ema.checkpoints.lazy_tensor import in_memory, is_dense
-from composer_ema.checkpoints.opening import UNKNOWN_CONTENT, checkpoint_of, is_safetensors, read_file
+from composer_ema.checkpoints.opening import UNKNOWN_CONTENT, checkpoint_of, files_of, is_safetensors, read_file
 from composer_ema.checkpoints.others import Found
 from composer_ema.checkpoints.reading import (
     CheckpointError,
@@ -27,7 +27,6 @@ from composer_ema.checkpoints.reading import (
     run_name_of,
     trained,
 )
-from composer_ema.checkpoints.sharded import files_of
 from composer_ema.model.wrappers import canonical_name
 
 TRAINING_WEIGHTS, AVERAGE, UNKNOWN, NOT_READ = 'training weights', 'average', 'weights', 'not read'
@@ -276,13 +275,17 @@ def _describe_others(path: Path, found: Sequence[Found]) -> Description:
     return Description(str(path), size, None, {}, {}, slot, has_stash=bool(stash), averages=averages, tensors=[])
 
 
+# Who saves the training weights as the model's, and the average beside them.
+_OURS = ('EMAOptimizer', 'ShadowModel', 'WeightAverage')
+
+
 def _slot_of_script(found: Found) -> str:
     model, average = _tensors(found.model_slot), found.average
     if average.stash and not _is_in(average.stash, model):
         return AVERAGE
     if not average.stash and _is_in(average.parameters, model):
         return SAME
-    return TRAINING_WEIGHTS if average.source in ('EMAOptimizer', 'ShadowModel', 'WeightAverage') else UNKNOWN
+    return TRAINING_WEIGHTS if average.source in _OURS else UNKNOWN
 
 
 def _describe_weights(path: Path, held: Tensors) -> Description:
@@ -436,7 +439,7 @@ def _ratio(distance: float, size: float) -> float:
 
 
 def _bytes_of(path: Path) -> int:
-    return sum(file.stat().st_size for file in (files_of(path) if path.is_dir() else [path]))
+    return sum(file.stat().st_size for file in files_of(path))
 
 
 def _versions(state: Mapping[str, Any]) -> dict[str, str]:

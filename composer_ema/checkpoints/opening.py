@@ -16,7 +16,7 @@ from typing import Any
 import safetensors
 from torch import Tensor
 
-from composer_ema.checkpoints import lightning_folder, sharded, states
+from composer_ema.checkpoints import lightning_folder, sharded, states, trainer_folder
 from composer_ema.checkpoints.checksum import is_sound
 from composer_ema.checkpoints.claims import check_claims
 from composer_ema.checkpoints.lazy_tensor import in_memory
@@ -146,6 +146,8 @@ def read_file(path: Path, *, is_checked: bool = False, mmap: bool = False) -> An
     if path.is_dir():
         if sharded.is_sharded(path):
             return _open_folder(path, mmap=mmap)
+        if trainer_folder.is_trainer_folder(path):
+            return _of_trainer(path)
         raise CheckpointError(f'{path} is a folder. {_in_folder(path)}')
     if not path.exists():
         leads = f': it is a link to {os.readlink(path)!r}, which is not there' if path.is_symlink() else ''
@@ -168,6 +170,27 @@ def read_file(path: Path, *, is_checked: bool = False, mmap: bool = False) -> An
     _take_whole(held, path)
     check_claims(held, path, path.stat().st_size)
     return held
+
+
+def files_of(checkpoint: Path) -> list[Path]:
+    """The files of a checkpoint: itself, or those in its folder."""
+    if not checkpoint.is_dir():
+        return [checkpoint]
+    return (sharded if sharded.is_sharded(checkpoint) else trainer_folder).files_of(checkpoint)
+
+
+def _of_trainer(folder: Path) -> dict[str, Any]:
+    """A checkpoint of transformers' Trainer as one file would hold it: the training weights, and the average."""
+    average = read_file(folder / trainer_folder.AVERAGE)
+    try:
+        files = trainer_folder.weights_of(folder)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f'{folder} cannot be read: {error} Load an earlier checkpoint.') from error
+    weights: Any = OrderedDict()
+    for file in files:
+        held = read_file(file)
+        weights.update(held['model'] if file.is_dir() else held)
+    return {'model': weights, 'average': average} if weights else {'average': average}
 
 
 def _open_folder(folder: Path, *, mmap: bool) -> Any:
@@ -228,9 +251,9 @@ def _in_folder(folder: Path) -> str:
     files = [file for inner in (folder, folder / _IN_RUN) for file in _files_in(inner)]
     if files:
         return f'Pass one checkpoint of those in it, such as {max(files, key=_age)}.'
-    folders = [at.parent for inner in ('*', '*/*') for at in folder.glob(f'{inner}/{sharded.METADATA}')]
-    if folders:
-        return f'Pass one of the sharded checkpoints in it, such as {max(folders, key=_age)}.'
+    for name, kind in ((sharded.METADATA, 'sharded '), (trainer_folder.AVERAGE, '')):
+        if folders := [at.parent for inner in ('*', '*/*') for at in folder.glob(f'{inner}/{name}')]:
+            return f'Pass one of the {kind}checkpoints in it, such as {max(folders, key=_age)}.'
     return 'It holds no checkpoint: pass a .pt file, or the folder of a sharded checkpoint.'
 
 

@@ -103,7 +103,11 @@ def named(found: Found) -> dict[str, Any]:
     average = found.average
     assert average.has_names
     averaged = average.tensors
-    weights = {name: averaged.get(name, tensor) for name, tensor in found.model_slot.items()} or averaged
+    weights = {name: averaged.get(name, tensor) for name, tensor in found.model_slot.items()}
+    if weights:  # a file of safetensors has one name of a tied weight
+        weights |= {alias: averaged[alias] for alias in average.aliases if alias in averaged and alias not in weights}
+    else:
+        weights = averaged
     check_readable(weights)
     return weights
 

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from composer_ema.checkpoints import states
 from composer_ema.checkpoints.checksum import CHECKSUM, ZEROS, seal
+from composer_ema.checkpoints.opening import files_of
 from composer_ema.checkpoints.safely import CheckpointError, load_safely
-from composer_ema.checkpoints.sharded import files_of, is_sharded
+from composer_ema.checkpoints.sharded import is_sharded
+from composer_ema.checkpoints.trainer_folder import is_trainer_folder
 from composer_ema.files import beside, in_words
 from composer_ema.model.names import listed
 
@@ -51,7 +53,7 @@ def write_weights(weights: Mapping[str, Any], metadata: dict[str, str], what: st
 
 def refuse_overwriting(checkpoint: Path, out: Path, what: str) -> None:
     """Raises if ``out`` is the checkpoint, be it through a link such as ``latest-rank0.pt``."""
-    own = [checkpoint, *files_of(checkpoint)] if checkpoint.is_dir() else [checkpoint]
+    own = [checkpoint, *files_of(checkpoint)]
     if out.exists() and any(each.exists() and each.samefile(out) for each in own):
         same = '' if checkpoint == out else f', which is the same file as {checkpoint}'
         is_itself = f'a file of the checkpoint {checkpoint}' if checkpoint.is_dir() else f'the checkpoint itself{same}'
@@ -68,7 +70,7 @@ def _refuse_replacing_of_a_run(out: Path, what: str) -> None:
     folder = target.parent
     if target.name in _OF_A_RUN or _SNAPSHOT.fullmatch(target.name):
         kind = 'a file of a run'
-    elif is_sharded(folder):
+    elif is_sharded(folder) or is_trainer_folder(folder):
         kind = f'a file of the checkpoint {folder}'
     elif target.suffix in TORCH_SUFFIXES and next(folder.glob(_LATEST), None) is not None and not _is_an_export(target):
         kind = f'one of the checkpoints of a run, in {folder}'

@@ -21,8 +21,8 @@ class Run(Protocol):
     """What averages ask of a run. Each trainer has its own.
 
     Attributes:
-        remedies: by unit, what to do where the run cannot count it, for errors: ``'tok'`` where nobody counts tokens,
-            ``'ep'`` where the length of an epoch is not known, ``'dur'`` where that of the run is not.
+        remedies: by unit, why the run does not count it, and what to do, for errors: every unit that :meth:`counts` may
+            deny; ``'ep'`` also where the length of an epoch is not known, ``'dur'`` where that of the run is not.
     """
 
     remedies: ClassVar[Mapping[str, str]]

@@ -61,8 +61,8 @@ def effect_of_rare_updates(interval: Interval, run: Run) -> str:
 def _check_time(limit: Limit, run: Run) -> None:
     time, interval = limit.time, limit.measured_at
     resolved = time.resolve(run)
-    if resolved.unit == 'iter' and not run.counts('iter'):
-        raise ArgumentError(f'{time} counts iterations, but this run has none. Pass epochs or batches.', time.name)
+    if not run.counts(resolved.unit):
+        raise ArgumentError(f'{time} counts {UNITS[resolved.unit]}, but {run.remedies[resolved.unit]}', time.name)
     if interval is None:
         is_whole = float(resolved.value).is_integer()
     else:  # what passes between two updates is whole if they come at the ends of whole epochs or iterations

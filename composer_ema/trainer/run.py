@@ -32,6 +32,7 @@ class ComposerRun:
     remedies: ClassVar[Mapping[str, str]] = {
         'tok': 'the dataloader reports none. Pass samples or batches, or a DataSpec with get_num_tokens_in_batch.',
         'ep': 'the dataloader has no length. Pass batches or samples, or set train_subset_num_batches.',
+        'iter': 'this run has none. Pass epochs or batches.',
         'dur': 'the run has no max_duration. Set it.',
     }
 
