@@ -74,6 +74,7 @@ EVERY_ARGUMENT = [
     {'shard_over_ranks': True},
     {'shadow_dtype': 'bfloat16', 'rounding': 'stochastic', 'seed': 7},
     {'evaluate_with': {'eval': 'ema', 'eval_training': 'training'}},
+    {'evaluate': ['training', 'ema']},
     {'export_weights': 'ema'},
     {'log_interval': None},
     {'log_interval': '5ba'},
@@ -96,7 +97,8 @@ def test_the_repr_evaluates_to_an_equal_configuration(arguments):
     assert twin.state_dict() == ema.state_dict()
     assert (twin.half_life, twin.smoothing, twin.ema_start) == (ema.half_life, ema.smoothing, ema.ema_start)
     assert (twin.update_interval, twin.log_interval) == (ema.update_interval, ema.log_interval)
-    assert (twin.evaluate_with, twin.export_weights) == (ema.evaluate_with, ema.export_weights)
+    assert (twin.evaluate_with, twin.evaluate) == (ema.evaluate_with, ema.evaluate)
+    assert twin.export_weights == ema.export_weights
     for name, value in ema._keeper.settings.as_arguments().items():
         other = twin._keeper.settings.as_arguments()[name]
         assert list(other) == list(value) if isinstance(value, (list, tuple)) else other == value

@@ -34,7 +34,9 @@ from composer_ema.zoo.dataset import Extent
 #: The longest run to step through, at about 10,000 batches a second.
 MOST_BATCHES = 20_000_000
 # Arguments about the run, which do not change the weight of a step.
-_OF_THE_RUN = frozenset({'evaluate_with', 'log_interval', 'export_weights', 'refresh_batchnorm', 'snapshots'})
+_OF_THE_RUN = frozenset(
+    {'evaluate_with', 'evaluate', 'log_interval', 'export_weights', 'refresh_batchnorm', 'snapshots'}
+)
 
 
 @dataclass(frozen=True)

@@ -304,10 +304,12 @@ def _evaluate(values: Mapping[str, Any], algorithms: Sequence[Named], place: Pla
     """Which weights to evaluate, in order; by default the training weights and all averages of the recipe."""
     averages = averages_among(algorithms)
     for label, algorithm in averages.items():
-        if algorithm.arguments.get('evaluate_with') is not None:
-            raise (algorithm.place / 'evaluate_with').error(
-                f'a recipe says which weights to evaluate with evaluate: [training, {label}]. Write that instead.'
-            )
+        for argument in ('evaluate_with', 'evaluate'):
+            if algorithm.arguments.get(argument) is not None:
+                raise (algorithm.place / argument).error(
+                    f'a recipe says at its top which weights to evaluate: evaluate: [training, {label}]. Write that '
+                    'instead.'
+                )
     chosen, place = values.get('evaluate'), place / 'evaluate'
     legal = ['training', *averages]
     if chosen is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from composer.core import State, Time
@@ -64,6 +64,10 @@ class EMA(WeightAverage):
             or one epoch or iteration for a single half-life in those, as in Composer's own, with a warning.
         evaluate_with: ``'ema'``, or the label of an average, or ``'training'`` by evaluator label. Evaluators that it
             does not name, and predictions (label ``'predict'``), see the first average. Default: None.
+        evaluate: weights, ``'training'`` and labels of averages, for each of which every evaluator runs:
+            ``['training', 'ema']`` runs ``eval`` as ``eval_training`` and then as ``eval_ema``, on the same data, and
+            leaves training to the bit what one evaluator leaves it. Evaluators that ``evaluate_with`` names run once,
+            and so does one that is passed to ``Trainer.eval``. Default: None, run each once.
         log_interval: time string between two values of ``ema/relative_distance``; None logs none. Each value makes the
             host wait for the device once. Default: ``'1ep'``.
         export_weights: ``'ema'``, or the label of an average, or ``'training'``: what Composer's
@@ -121,6 +125,7 @@ class EMA(WeightAverage):
         warmup: float | Mapping[str, float] | None = None,
         bias_correction: bool | Mapping[str, bool] = False,
         evaluate_with: Mapping[str, str] | None = None,
+        evaluate: Sequence[str] | None = None,
         log_interval: str | Time | None = '1ep',
         export_weights: str = 'training',
         snapshots: str | Time | Mapping[str, Any] | None = None,
@@ -144,6 +149,7 @@ class EMA(WeightAverage):
             start=ema_start,
             update_interval=_interval(update_interval, self._asked),
             evaluate_with=evaluate_with,
+            evaluate=evaluate,
             log_interval=log_interval,
             export_weights=export_weights,
             settings=settings,

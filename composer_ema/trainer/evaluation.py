@@ -9,6 +9,7 @@ from composer.core import Event, State
 
 from composer_ema.run.asked import PREDICT, TRAINING, check_evaluate_with
 from composer_ema.spans import ArgumentError
+from composer_ema.trainer.evaluators import EachWeights, check_evaluate
 
 _PASS_OPENS = frozenset({Event.EVAL_BEFORE_ALL, Event.EVAL_STANDALONE_START})
 _PASS_CLOSES = frozenset({Event.EVAL_AFTER_ALL, Event.EVAL_STANDALONE_END})
@@ -30,17 +31,26 @@ class Evaluation:
     Args:
         labels: of the averages that may be lent. An evaluator that ``evaluate_with`` does not name sees the first.
         evaluate_with: one of ``labels`` or ``'training'`` by evaluator label. Default: none.
+        evaluate: weights, each of ``labels`` or ``'training'``, for each of which to run every evaluator that
+            ``evaluate_with`` does not name. Default: none, run it once.
 
     Attributes:
-        evaluate_with: as given, a copy.
+        evaluate_with, evaluate: as given, copies.
 
     Raises:
-        TypeError, ValueError: ``evaluate_with`` does not map labels to weights.
+        TypeError, ValueError: ``evaluate_with`` does not map labels to weights, or ``evaluate`` does not list any.
     """
 
-    def __init__(self, labels: Sequence[str], evaluate_with: Mapping[str, str] | None) -> None:
+    def __init__(
+        self,
+        labels: Sequence[str],
+        evaluate_with: Mapping[str, str] | None,
+        evaluate: Sequence[str] | None = None,
+    ) -> None:
         self.evaluate_with = check_evaluate_with(evaluate_with, labels)
-        self._default = labels[0]
+        self.evaluate = check_evaluate(evaluate, labels)
+        self._each_weights = EachWeights()
+        self._labels, self._default = tuple(labels), labels[0]
         self._of_all: Sequence[Evaluation] = (self,)
         self._open_passes = 0
 
@@ -64,6 +74,41 @@ class Evaluation:
                     )
         self._of_all = tuple(others)
 
+    def split_evaluators(self, state: State) -> None:
+        """Runs each evaluator of the Trainer once for each of the weights that the algorithms want evaluated.
+
+        Called for each algorithm: the first acts for all.
+
+        Raises:
+            ValueError: two evaluators would have one label.
+        """
+        if self._of_all[0] is self:
+            evaluate = dict.fromkeys(weights for each in self._of_all for weights in each.evaluate)
+            named = {label for each in self._of_all for label in each.evaluate_with}
+            self._each_weights.split(list(evaluate), named, state)
+
+    def start_training(self, state: State) -> None:
+        """Keeps Composer from drawing for evaluators that there would not be without this, until :meth:`go_on`."""
+        self._each_weights.hide(state)
+
+    def go_on(self) -> None:
+        """Training has started."""
+        self._each_weights.show()
+
+    @property
+    def has_to_go_on(self) -> bool:
+        """Whether :meth:`go_on` must come before the next evaluation."""
+        return self._each_weights.has_hidden
+
+    @property
+    def of_each_weights(self) -> Mapping[str, str]:
+        """The weights that evaluators see because ``evaluate`` lists them, by label."""
+        return self._of_all[0]._each_weights.weights
+
+    def forget_evaluators(self) -> None:
+        """Begins a run, which has evaluators of its own."""
+        self._each_weights = EachWeights()
+
     @property
     def is_open(self) -> bool:
         """Whether a pass over evaluators has begun and not ended."""
@@ -78,6 +123,7 @@ class Evaluation:
 
         Counts the passes that open and close, so call it once for each event of :data:`CHOOSES` and :data:`GOES_ON`.
         """
+        self._each_weights.observe(event, state)
         if event in _PASS_OPENS:
             self._open_passes += 1
             return self._weights_for_pass(state)
@@ -92,6 +138,8 @@ class Evaluation:
 
     def _weights_for(self, label: str | None) -> str:
         """What this algorithm does for an evaluator: the average to lend, or the training weights."""
+        if (weights := self.of_each_weights.get(label or '')) is not None:
+            return weights if weights in self._labels else TRAINING
         owner = next((each for each in self._of_all if label in each.evaluate_with), self._of_all[0])
         return owner.evaluate_with.get(label or '', owner._default) if owner is self else TRAINING
 

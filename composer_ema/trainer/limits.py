@@ -23,6 +23,13 @@ def warn_of_unknown_labels(evaluate_with: Collection[str], state: State) -> None
             warn(f'evaluate_with names the evaluator {label!r}, which this Trainer does not have. {remedy}')
 
 
+def warn_without_evaluator(evaluate: Collection[str], split: Collection[str], state: State) -> None:
+    """Warns that ``evaluate`` lists weights and no evaluator of the run is there to see them."""
+    if evaluate and not any(evaluator.label in split for evaluator in state.evaluators):
+        why = 'evaluate_with names all evaluators' if state.evaluators else 'this Trainer has no evaluator'
+        warn(f'evaluate={list(evaluate)} has no effect: {why}. Pass eval_dataloader to the Trainer, or leave it out.')
+
+
 def warn_without_exporter(export_weights: str) -> None:
     """Warns that ``export_weights`` asks for an average and no callback exports the model."""
     warn(

@@ -65,7 +65,8 @@ class SWA(WeightAverage):
             epoch. Batches are transformed and split into microbatches as in training, see
             :func:`composer_ema.update_bn`. Frozen layers keep their statistics, with a warning. If the pass fails, all
             layers do: a warning gives the cause, and the run goes on to save. Default: True.
-        evaluate_with, log_interval, export_weights: as for :class:`~composer_ema.EMA`, with ``'swa'`` for ``'ema'``.
+        evaluate_with, evaluate, log_interval, export_weights: as for :class:`~composer_ema.EMA`, with ``'swa'`` for
+            ``'ema'``.
         settings: which tensors are averaged and how: ``buffers``, ``include``, ``exclude``, ``shadow_dtype``,
             ``shadow_device``, ``skip_nonfinite``, ``rounding``, ``compensated``, ``shard_over_ranks``, ``seed``, and
             ``avg_fn`` or ``multi_avg_fn`` in place of the equal average; see :class:`composer_ema.settings.Settings`.
@@ -110,6 +111,7 @@ class SWA(WeightAverage):
         anneal_length: str | Time = '0.05dur',
         refresh_batchnorm: bool | int | str | Time = True,
         evaluate_with: Mapping[str, Literal['swa', 'training']] | None = None,
+        evaluate: Sequence[Literal['swa', 'training']] | None = None,
         log_interval: str | Time | None = '1ep',
         export_weights: Literal['swa', 'training'] = 'training',
         **settings: Unpack[TrainerSettings],
@@ -134,6 +136,7 @@ class SWA(WeightAverage):
             start=swa_start,
             update_interval=interval,
             evaluate_with=evaluate_with,
+            evaluate=evaluate,
             log_interval=log_interval,
             export_weights=export_weights,
             settings=settings,

@@ -82,7 +82,8 @@ class WeightAverage(Algorithm):
         arguments: what only the subclass takes, in plain types, for the state and the representation.
         start: time string before which nothing is averaged.
         update_interval: time between two updates.
-        evaluate_with, log_interval, export_weights: as for :class:`composer_ema.EMA`, with ``name`` for ``'ema'``.
+        evaluate_with, evaluate, log_interval, export_weights: as for :class:`composer_ema.EMA`, with ``name`` for
+            ``'ema'``.
         settings: which tensors are averaged and how; see :class:`composer_ema.settings.Settings`.
         snapshots: what writes averages of its own during the run, which are updated and saved beside the others, but
             not evaluated, exported or logged. Default: nothing.
@@ -106,6 +107,7 @@ class WeightAverage(Algorithm):
         start: str | Time,
         update_interval: Span,
         evaluate_with: Mapping[str, str] | None,
+        evaluate: Sequence[str] | None,
         log_interval: str | Time | None,
         export_weights: str,
         settings: Mapping[str, Any],
@@ -117,7 +119,7 @@ class WeightAverage(Algorithm):
         if log_interval is not None:
             self._log_interval = Interval('log_interval', Span.parse(log_interval, name='log_interval', positive=True))
         kept_settings = Settings.of(settings)
-        self._evaluation = Evaluation(list(kept), evaluate_with)
+        self._evaluation = Evaluation(list(kept), evaluate_with, evaluate)
         self.export_weights = export_weights = check_weights('export_weights', export_weights, list(kept))
         #: What writes snapshots of the run; None for nothing.
         self.snapshots = snapshots
@@ -129,6 +131,7 @@ class WeightAverage(Algorithm):
             'update_interval': str(update_interval),
             **kept_settings.as_plain(settings_of(type(self))),
             'evaluate_with': self.evaluate_with or None,
+            'evaluate': self.evaluate or None,
             'export_weights': export_weights,
             'log_interval': None if self.log_interval is None else str(self.log_interval),
         }
@@ -182,6 +185,11 @@ class WeightAverage(Algorithm):
         """Which weights evaluators see, by label, as given."""
         return self._evaluation.evaluate_with
 
+    @property
+    def evaluate(self) -> list[str]:
+        """The weights for each of which every evaluator runs, as given; empty where it runs once."""
+        return self._evaluation.evaluate
+
     # Events
 
     def match(self, event: Event, state: State) -> bool:
@@ -195,7 +203,9 @@ class WeightAverage(Algorithm):
             return self._averages.is_pending or self._steps.is_watching
         if when is _IF_TAKEN:
             return self._evaluation.is_open and self._keeper.has_started and self._averages.lent is None
-        if self._averages.lent is not None or (event in _TRAINING_STARTS and loan.is_open(state.model)):
+        if self._averages.lent is not None or self._evaluation.has_to_go_on:
+            return True
+        if event in _TRAINING_STARTS and loan.is_open(state.model):
             return True
         if when is _IF_LENT:
             return False
@@ -207,21 +217,26 @@ class WeightAverage(Algorithm):
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         """Does what ``event`` asks for; see :meth:`match`."""
         if event is Event.INIT:
+            self._evaluation.forget_evaluators()
             self._create(state)
         elif event is Event.BEFORE_LOAD:
+            self._evaluation.split_evaluators(state)  # a checkpoint has the metrics of each
             self._averages.follow_surgery(state.model, may_rebuild=not self._keeper.has_started)
         elif event is Event.AFTER_TRAIN_BATCH:
             self._averages.wait_for_reads()  # joins the last update before the optimizer writes
             self._steps.begin()
         elif event in _TRAINING_GOES_ON:
             self._evaluation.abandon()
+            self._evaluation.go_on()
             if event is Event.AFTER_LOAD and not self._averages:
                 self._build(state)
             self._take_back(state.model)
             if event in _TRAINING_STARTS:
                 loan.refuse(unwrap(state.model))  # nobody may train the average of a callback
             if event is Event.FIT_START:
+                self._evaluation.split_evaluators(state)  # fit() may bring others
                 self._prepare_fit(state)
+                self._evaluation.start_training(state)
             elif event is Event.FIT_END:
                 self._end_fit(state)
             elif event in _UPDATES_AT:
@@ -296,6 +311,7 @@ class WeightAverage(Algorithm):
         """Refuses settings that cannot work in this run, and warns of those that have no effect."""
         times.check_times(self._limits(state), ComposerRun(state))
         limits.warn_of_unknown_labels(self.evaluate_with, state)
+        limits.warn_without_evaluator(self.evaluate, self._evaluation.of_each_weights, state)
 
     def _limits(self, state: State) -> list[Limit]:
         """The times that the run must be able to count."""
