@@ -69,6 +69,7 @@ def in_brief(trial: Trial) -> str:
 
 def conclusion(sweep: Sweep) -> Iterator[str]:
     """What a sweep found, in sentences: the best average, what to write, and what speaks against it."""
+    yield from sweep.imported
     choice, metric = sweep.choice, sweep.metric
     if choice is None:
         yield (

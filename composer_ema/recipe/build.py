@@ -18,7 +18,7 @@ from composer.utils import dist, get_device, reproducibility
 from omegaconf import OmegaConf
 
 from composer_ema.posthoc.snapshot_files import SNAPSHOT_FOLDER
-from composer_ema.recipe import first_batch, groups, parallelism, run_folder, trainer_arguments
+from composer_ema.recipe import code_paths, first_batch, groups, parallelism, run_folder, trainer_arguments
 from composer_ema.recipe.arguments import RecipeError, said, signature
 from composer_ema.recipe.classes import with_classes
 from composer_ema.recipe.fitting import Fitted, fit
@@ -160,9 +160,15 @@ def _build_in(taken: RunFolder, checked: Plan, scratch: Path | None, callbacks: 
         raise
     length = checked.length(data.batches)
     filled = _schedule_values(recipe, stepped.scheduled) | _report_values(checked)
+    filled |= {code_paths.KEY: checked.code_paths} if checked.code_paths else {}
     resolved = recipe.replace(seed=seed, run_name=run_name, **filled)
     taken.recipe = as_yaml(resolved)
-    remarks = [*recipe.remarks, *data.remarks, *_remarks(checked, stepped.scheduled, length, optimizer)]
+    remarks = [
+        *checked.imported,
+        *recipe.remarks,
+        *data.remarks,
+        *_remarks(checked, stepped.scheduled, length, optimizer),
+    ]
     return Run(resolved, checked, folder, trainer, recorder, remarks, resumed)
 
 

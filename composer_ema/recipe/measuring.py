@@ -37,7 +37,7 @@ PARTS = 50
 #: What of a recipe decides what an evaluation gives. The rest starts, steers and records training.
 _KEPT = (
     'variables', 'model', 'data', 'optimizer', 'algorithms', 'max_duration', 'seed', 'precision', 'precision_config',
-    'device', 'device_train_microbatch_size', 'train_subset_num_batches', 'report',
+    'device', 'device_train_microbatch_size', 'train_subset_num_batches', 'report', 'code_paths',
 )  # fmt: skip
 #: Where data lie and how they are read. Whatever else describes them decides which samples were held out.
 _MAY_DIFFER = ('root', 'eval_batch_size', 'num_workers')
@@ -78,6 +78,11 @@ class Measure:
         words = evaluated_on(self._run).removeprefix(' on ')
         whole = len(self._evaluator.dataloader.dataloader)  # pyright: ignore[reportArgumentType]: loaders of recipes have a length
         return words if self._batches() == whole else f'{self._batches()} of {whole} batches of {words}'
+
+    @property
+    def imported(self) -> list[str]:
+        """Which files of the user's were imported for the recipe, in sentences."""
+        return self._run.plan.imported
 
     @property
     def has_batchnorm(self) -> bool:

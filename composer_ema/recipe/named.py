@@ -12,6 +12,7 @@ import torch
 
 from composer_ema.recipe.arguments import Place, said, signature
 from composer_ema.recipe.registry import Registry
+from composer_ema.recipe.trouble import line_of
 from composer_ema.wording import suggestion
 from composer_ema.zoo.plugins import PluginError
 
@@ -62,7 +63,7 @@ class Named:
             argument = self._carried(error)
             if argument is None and self.is_cheap and self._is_harmless():
                 argument = self._culprit(make, error)
-            message = said(error)
+            message = said(error) + ('' if self._is_harmless() else line_of(error))
             if argument is None:
                 raise self.place.error(message) from error
             if repr(self.arguments[argument]) not in message and ', got ' not in message:

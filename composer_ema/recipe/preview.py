@@ -20,6 +20,7 @@ from torch import nn
 
 from composer_ema.checkpoints.formats import config_of
 from composer_ema.posthoc.shares import shares
+from composer_ema.recipe.arguments import signature
 from composer_ema.recipe.named import Named
 from composer_ema.recipe.outline import Outline
 from composer_ema.recipe.outputs import Array, Curve, curves_by_group, momenta
@@ -159,6 +160,7 @@ def preview(
         momentum_names=momentum_names,
         profiles=[found for probe in probes for found in probe.profiles(outline.length.batches)],
         remarks=[
+            *checked.imported,
             *(f'{each.name} is drawn as if {each.metric} always improved' for each in outline.scheduled if each.metric),
             *(remark for each in outline.scheduled for remark in each.beyond(outline.length)),
         ],
@@ -297,13 +299,22 @@ def _extent(checked: Plan, batches_per_epoch: int | None) -> Extent:
         raise checked.place.error(f'--batches-per-epoch must be at least 1, got {batches_per_epoch}.')
     found = checked.extent()
     if found is None:
-        raise checked.data.place.error(
-            f'{checked.data.name} does not tell how many samples it has. Its package can make it with '
-            'composer_ema.zoo.dataset.dataset(samples=...).'
-        )
+        batch_size = checked.data.arguments.get('batch_size', _default(checked, 'batch_size'))
+        if batches_per_epoch is None or not isinstance(batch_size, int):
+            raise checked.data.place.error(
+                f'{checked.data.name} does not tell how many samples it has before it is read. Give the length of an '
+                'epoch by --batches-per-epoch, or register the data set with samples=...'
+            )
+        return Extent(batches_per_epoch * batch_size, batch_size, drop_last=False)
     if batches_per_epoch is None:
         return found
     return Extent(batches_per_epoch * found.batch_size, found.batch_size, drop_last=False)
+
+
+def _default(checked: Plan, argument: str) -> Any:
+    """What the data set takes for an argument that the recipe does not give."""
+    parameter = signature(checked.data.factory).get(argument)
+    return None if parameter is None else parameter.default
 
 
 def _state(checked: Plan, outline: Outline, size: Extent) -> State:

@@ -1,4 +1,4 @@
-"""The names that a recipe can use: what packages offer by entry points, then all that Composer and torch offer.
+"""The names that a recipe can use: what the user registers and packages offer, then all of Composer and torch.
 
 This package registers its own data sets, models, callbacks and algorithms by entry points, as any other package does.
 """
@@ -6,7 +6,6 @@ This package registers its own data sets, models, callbacks and algorithms by en
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import SWALR
 
 from composer_ema.wording import snake_case, squash
-from composer_ema.zoo.plugins import PluginError, Plugins, plugins
+from composer_ema.zoo.plugins import PluginError, Plugins, plugins, until_registered
 
 _SUFFIXES = ('callback', 'logger', 'scheduler')
 
@@ -80,45 +79,45 @@ class Registry:
         return self.classes[self.canonical(name) or name]
 
 
-@functools.cache
+@until_registered
 def datasets() -> Registry:
-    """Functions that return :class:`composer_ema.zoo.dataset.Data`."""
+    """Functions that return :class:`composer_ema.zoo.dataset.Data`, or what that is made of."""
     return _registry('data set', 'datasets', callable)
 
 
-@functools.cache
+@until_registered
 def models() -> Registry:
     """Classes and functions that return a network or a ComposerModel."""
     return _registry('model', 'models', callable)
 
 
-@functools.cache
+@until_registered
 def algorithms() -> Registry:
     """Plug-ins, then Composer's algorithms; a plug-in may take the name of one of Composer's, as ``ema`` does."""
     return _registry('algorithm', 'algorithms', _subclass_of(Algorithm), _exported(composer.algorithms, Algorithm))
 
 
-@functools.cache
+@until_registered
 def callbacks() -> Registry:
     """Plug-ins, then Composer's callbacks."""
     return _registry('callback', 'callbacks', _subclass_of(Callback), _exported(composer.callbacks, Callback))
 
 
-@functools.cache
+@until_registered
 def loggers() -> Registry:
     """Plug-ins, then Composer's logger destinations."""
     offered = _exported(composer.loggers, LoggerDestination)
     return _registry('logger', 'loggers', _subclass_of(LoggerDestination), offered)
 
 
-@functools.cache
+@until_registered
 def optimizers() -> Registry:
     """Plug-ins, then every optimizer of ``torch.optim`` and ``composer.optim``."""
     offered = [*_exported(torch.optim, Optimizer), *_exported(composer.optim, Optimizer)]
     return _registry('optimizer', 'optimizers', _subclass_of(Optimizer), offered)
 
 
-@functools.cache
+@until_registered
 def schedulers() -> Registry:
     """Plug-ins, then Composer's schedulers, then every class of ``torch.optim.lr_scheduler``, and SWALR."""
     of_torch = _exported(torch.optim.lr_scheduler, LRScheduler)

@@ -1,11 +1,13 @@
 """Reads a recipe file, applies overrides, and checks every key, name and kind of value against signatures.
 
-Nothing here touches data, builds a model or starts a process. A recipe that passes has only legal keys, names that
+Nothing here touches data, builds a model or starts a process; files of the user's are imported where the recipe names
+them. A recipe that passes has only legal keys, names that
 exist and values of the right kind; anything else raises one :class:`RecipeError` with the path of the key.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import os
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from composer_ema.recipe import (
+    code_paths,
     groups,
     interpolation,
     names,
@@ -50,6 +53,7 @@ SECTIONS = (
     'evaluate',
     'report',
     'runs_folder',
+    code_paths.KEY,
     *trust.KEYS,
 )
 #: What Composer takes a run name from where it is given none; the first wins.
@@ -108,6 +112,8 @@ class Plan:
     runs_folder: str
     trust: Trust
     trainer: dict[str, Any]
+    code_paths: list[str]
+    imported: list[str]
 
     @property
     def place(self) -> Place:
@@ -183,14 +189,20 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: No such file, no YAML, a key given twice, a malformed override, a dangling interpolation.
     """
     place = Place(os.fspath(path))
-    values, remarks = override(read(place), overrides, place)
+    read_values = read(place)
+    before = copy.copy(read_values.get(code_paths.KEY))
+    values, remarks = override(read_values, overrides, place)
+    raw = copy.copy(values.get(code_paths.KEY))
     values = interpolation.resolved(values, place)
     check_is_plain(values, place)
+    values = code_paths.anchored(values, before, raw, Path(place.source).parent)
     return Recipe(place.source, Path(place.source).stem, values, tuple(remarks))
 
 
 def plan(recipe: Recipe) -> Plan:
     """Checks every key, name and kind of value of a recipe against the signatures of what it names.
+
+    The files under ``code_paths`` are imported first.
 
     Args:
         recipe: The result of :func:`load`.
@@ -204,6 +216,7 @@ def plan(recipe: Recipe) -> Plan:
         if key not in trainer_names and key not in SECTIONS:
             remedy = suggestion(key, [*SECTIONS, *sorted(trainer_names)], 'Its keys are', spellings=_OF_OTHERS)
             raise (place / key).error(f'a recipe has no such key. {remedy}')
+    code, imported = code_paths.import_all(values.get(code_paths.KEY), place / code_paths.KEY)
     model, data = _model(values.get('model'), place / 'model'), _data(values.get('data'), place / 'data')
     algorithms = _section(values, 'algorithms', registry.algorithms(), place, is_cheap=True)
     evaluate = _evaluate(values, algorithms, place)
@@ -241,6 +254,8 @@ def plan(recipe: Recipe) -> Plan:
         runs_folder=runs_folder,
         trust=trust.read(values, place),
         trainer=trainer,
+        code_paths=code,
+        imported=imported,
     )
 
 

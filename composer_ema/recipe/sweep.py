@@ -122,6 +122,7 @@ class Sweep:
         own: Values of the averages that the run itself kept. Default: none.
         changes: What the averages have besides their half-life, from the recipe. Default: nothing.
         is_refreshed: Whether BatchNorm's statistics were computed anew for each average. Default: False.
+        imported: Which files of the user's were imported for the recipe, in sentences. Default: none.
     """
 
     run_name: str
@@ -138,6 +139,7 @@ class Sweep:
     own: Sequence[float] = ()
     changes: Mapping[str, Any] = field(default_factory=dict)
     is_refreshed: bool = False
+    imported: Sequence[str] = ()
 
     def in_own_unit(self, share: float) -> str:
         """A half-life in the unit of the recipe's own, or in ``dur``."""

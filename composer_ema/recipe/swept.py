@@ -110,6 +110,7 @@ def _sweep_locked(
             own=own,
             changes=changes,
             is_refreshed=refresh is not None,
+            imported=measure.imported,
         )
 
 

@@ -18,6 +18,7 @@ def line_of(error: BaseException) -> str:
         path = frame.f_code.co_filename
         if path.startswith('<') or path.startswith(_OF_OTHERS):
             continue
+        linecache.checkcache(path)  # a user mends a file, and tries again
         text = linecache.getline(path, number).strip()
         return f' ({path}, line {number}{": " if text else ""}{text})'
     return ''

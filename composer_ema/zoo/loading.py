@@ -36,8 +36,7 @@ def loaders(
     train = tensors['train_inputs'].numpy(), tensors['train_labels'].long().numpy()
     held_out = tensors['test_inputs'].numpy(), tensors['test_labels'].long().numpy()
     if batching.validation_split > 0:
-        # The seed is a constant: runs with different seeds are then evaluated on the same samples.
-        order = torch.randperm(len(train[1]), generator=torch.Generator().manual_seed(0)).numpy()
+        order = held_out_order(len(train[1])).numpy()
         count = batching.count_held_out(len(order))
         held_out = train[0][order[:count]], train[1][order[:count]]
         train = train[0][order[count:]], train[1][order[count:]]
@@ -90,7 +89,7 @@ def loader(batching: Batching, dataset: Batches, batch_size: int, *, is_training
         is_training: Whether the order is drawn, and an uneven last batch may be dropped.
     """
     drop_last = is_training and batching.drop_last
-    dataset.sampler = dist.get_sampler(dataset, shuffle=is_training, drop_last=drop_last, seed=_spread(batching.seed))
+    dataset.sampler = dist.get_sampler(dataset, shuffle=is_training, drop_last=drop_last, seed=spread(batching.seed))
     return DataLoader(
         dataset,
         batch_size=batch_size // dist.get_world_size(),
@@ -150,7 +149,16 @@ def as_is(batch: Any) -> Any:
     return batch
 
 
-def _spread(seed: int) -> int:
+def held_out_order(samples: int) -> torch.Tensor:
+    """The numbers of training samples in the order in which they are held out.
+
+    The seed is a constant: runs with different seeds are then evaluated on the same samples.
+    """
+    return torch.randperm(samples, generator=torch.Generator().manual_seed(0))
+
+
+def spread(seed: int) -> int:
+    """The seed for a DistributedSampler, so that no epoch of one seed is one of another."""
     # DistributedSampler seeds an epoch by seed + epoch, so epoch 2 of seed 1 would be epoch 1 of seed 2. The CPU
     # generator keeps 32 bits; an odd factor maps them one to one.
     return seed * 1_000_003 % 2**32

@@ -1,21 +1,26 @@
-"""What installed packages offer to recipes, read from their entry points; nothing is imported before it is used.
+"""What installed packages and a user's own code offer to recipes; no package is imported before it is used.
 
 A package offers a data set, a model or a callback by one line in its metadata, as this package does in its setup.cfg::
 
     [options.entry_points]
     composer_ema.datasets =
         rings = rings.data:rings
+
+A file that a recipe names under ``code_paths`` registers what it offers; see :mod:`composer_ema.zoo.registering`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import Any, TypeVar
 
 from composer_ema.wording import squash
+
+T = TypeVar('T')
 
 #: What can be offered. The group of entry points is ``composer_ema.<kind>``, that of families one with ``_families``.
 KINDS = ('datasets', 'models', 'callbacks', 'algorithms', 'loggers', 'optimizers', 'schedulers')
@@ -48,14 +53,21 @@ class Plugins(Mapping[str, Any]):
     Args:
         points: Entry points of single plug-ins.
         families: Entry points of families.
+        own: What a user's code has registered.
     """
 
-    def __init__(self, points: Collection[EntryPoint], families: Collection[EntryPoint] = ()) -> None:
+    def __init__(
+        self,
+        points: Collection[EntryPoint],
+        families: Collection[EntryPoint] = (),
+        own: Mapping[str, Registered] | None = None,
+    ) -> None:
         self._points: dict[str, list[EntryPoint]] = {}
         for point in points:
             self._points.setdefault(point.name, []).append(point)
         self._families = list(families)
-        self._loaded: dict[str, Any] = {}
+        self._own = dict(own or {})
+        self._loaded: dict[str, Any] = {name: each.value for name, each in self._own.items()}
 
     def __getitem__(self, name: str) -> Any:
         """The class or function of that name.
@@ -69,18 +81,18 @@ class Plugins(Mapping[str, Any]):
         return self._loaded[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(dict.fromkeys([*self._points, *self._members]))
+        return iter(dict.fromkeys([*self._own, *self._points, *self._members]))
 
     def __len__(self) -> int:
         return len(list(iter(self)))
 
     def __contains__(self, name: object) -> bool:
-        return name in self._points or self._family_of(str(name)) is not None
+        return name in self._own or name in self._points or self._family_of(str(name)) is not None
 
     @property
     def single(self) -> list[str]:
         """The names of single plug-ins, which are known without an import."""
-        return list(self._points)
+        return [*self._own, *self._points]
 
     @property
     def broken(self) -> list[str]:
@@ -88,7 +100,9 @@ class Plugins(Mapping[str, Any]):
         return [each for each in self._imported_families if isinstance(each, str)]
 
     def origin(self, name: str) -> str:
-        """Which package offers a single plug-in, in words."""
+        """Which package or which line of the user's offers a single plug-in, in words."""
+        if name in self._own:
+            return str(self._own[name])
         return _origin(self._points[name][0]) if name in self._points else name
 
     def _load(self, name: str) -> Any:
@@ -129,11 +143,128 @@ class Plugins(Mapping[str, Any]):
         return found
 
 
-@functools.cache
+@dataclass(frozen=True)
+class Registered:
+    """One thing that a user's own code has registered.
+
+    Args:
+        kind: One of :data:`KINDS`.
+        name: Its name in a recipe.
+        value: The class or function.
+        where: The line that registers it.
+    """
+
+    kind: str
+    name: str
+    value: Any
+    where: str
+
+    def __str__(self) -> str:
+        return f'{self.name}, which {self.where} registers,'
+
+
+class _Own:
+    """What the user's own code has registered: outside of any file, and by each file of ``code_paths``."""
+
+    def __init__(self) -> None:
+        self.everywhere: list[Registered] = []
+        self.by_file: dict[str, list[Registered]] = {}
+        self.shown: tuple[str, ...] = ()
+        self.importing: str | None = None
+        self.changes = 0
+
+    def visible(self) -> list[Registered]:
+        files = [*self.shown, *([] if self.importing is None else [self.importing])]
+        return [*self.everywhere, *(each for file in dict.fromkeys(files) for each in self.by_file.get(file, []))]
+
+
+_own = _Own()
+
+
+def register(found: Registered) -> None:
+    """Lets recipes name one more thing.
+
+    Raises:
+        ValueError: Something of that kind has the name already.
+    """
+    taken = [each for each in _own.visible() if each.kind == found.kind and squash(each.name) == squash(found.name)]
+    if taken and not _is_same(taken[0], found):
+        raise ValueError(
+            f'{found.where} registers {found.name!r}, and so does {taken[0].where}. Give one another name.'
+        )
+    at = next((point for point in _entry_points(found.kind) if squash(point.name) == squash(found.name)), None)
+    if at is not None:
+        raise ValueError(
+            f'{found.where} registers {found.name!r}, and {_origin(at)} has that name. Give it another one.'
+        )
+    own = _own.everywhere if _own.importing is None else _own.by_file[_own.importing]
+    own[:] = [each for each in own if each not in taken]
+    own.append(found)
+    _own.changes += 1
+
+
+@contextlib.contextmanager
+def registering(file: str) -> Iterator[None]:
+    """What is registered in this context is that file's: recipes see it where they name the file."""
+    before, _own.importing = _own.importing, file
+    _own.by_file[file] = []
+    try:
+        yield
+    except BaseException:
+        del _own.by_file[file]
+        raise
+    finally:
+        _own.importing = before
+        _own.changes += 1
+
+
+def registered_by(file: str) -> list[Registered] | None:
+    """What a file has registered; None for one that has not been imported."""
+    return _own.by_file.get(file)
+
+
+def shown() -> tuple[str, ...]:
+    """The files whose names recipes see."""
+    return _own.shown
+
+
+def show_only(files: Sequence[str]) -> None:
+    """Hides what other files than these have registered: two recipes may name different files with the same names."""
+    if tuple(files) != _own.shown:
+        _own.shown = tuple(files)
+        _own.changes += 1
+
+
+def until_registered(make: Callable[[], T]) -> Callable[[], T]:
+    """Keeps what ``make`` returns, as functools.cache, until something else is registered or shown."""
+    kept = functools.lru_cache(maxsize=1)(lambda changes: make())
+    return functools.wraps(make)(lambda: kept(_own.changes))
+
+
 def plugins(kind: str) -> Plugins:
-    """What all installed packages offer of one of the :data:`KINDS`; their metadata are read once per process."""
+    """What all installed packages, and the user's own code, offer of one of the :data:`KINDS`."""
     assert kind in KINDS
-    return Plugins(entry_points(group=f'composer_ema.{kind}'), entry_points(group=f'composer_ema.{kind}_families'))
+    return _plugins(kind, _own.changes)
+
+
+@functools.lru_cache(maxsize=len(KINDS))
+def _plugins(kind: str, changes: int) -> Plugins:
+    own = {each.name: each for each in _own.visible() if each.kind == kind}
+    return Plugins(_entry_points(kind), _entry_points(f'{kind}_families'), own)
+
+
+@functools.cache
+def _entry_points(kind: str) -> list[EntryPoint]:
+    """Those of a group; the metadata of the installed packages are read once per process."""
+    return list(entry_points(group=f'composer_ema.{kind}'))
+
+
+def _is_same(before: Registered, now: Registered) -> bool:
+    """Whether a cell of a notebook was run once more."""
+    names = [
+        (getattr(each.value, '__module__', None), getattr(each.value, '__qualname__', None)) for each in (before, now)
+    ]
+    return names[0] == names[1] and before.name == now.name and '<' not in str(names[0][1]) and _own.importing is None
 
 
 def _import(point: EntryPoint) -> Any:
