@@ -26,6 +26,7 @@ HOUSE = (
     'zoo',
     'trainer',
     'transformers',
+    'lightning',
     'run',
     'optimizer',
     'optimizer_average',

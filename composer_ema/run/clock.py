@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
-from composer_ema.spans import CLOCK_UNITS, ArgumentError, Span
+from composer_ema.spans import CLOCK_UNITS, UNITS, ArgumentError, Span
 
 Clock = dict[str, float]
 #: The clock before the first batch.
@@ -129,9 +129,8 @@ class Look:
 
     def check_counts(self, unit: str, argument: TimeArgument) -> None:
         """Raises a ValueError where ``argument`` needs ``unit`` and the dataloader does not report it."""
-        if unit == 'tok' and not self.run.counts('tok'):
-            remedy = self.run.remedies['tok']
-            raise ArgumentError(f'{argument} counts tokens, but {remedy}', argument.name)
+        if unit in ('sp', 'tok') and not self.run.counts(unit):  # only a batch may tell
+            raise ArgumentError(f'{argument} counts {UNITS[unit]}, but {self.run.remedies[unit]}', argument.name)
 
 
 def check_clock(clock: Any, what: str, *, least: float = 0.0) -> Clock | None:
