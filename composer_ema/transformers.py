@@ -300,7 +300,8 @@ class WeightAverage(TrainerCallback):
         """The checkpoint that the Trainer has just saved."""
         trainer = self._trainer()
         assert trainer is not None
-        runs = trainer._get_output_dir(getattr(trainer, '_trial', None))  # each trial of a search has its own
+        # Each trial of a hyperparameter search has a folder of its own.
+        runs = str(trainer._get_output_dir(getattr(trainer, '_trial', None)))
         return Path(runs) / f'{PREFIX_CHECKPOINT_DIR}-{state.global_step}'
 
     def _resume(self, args: TrainingArguments, state: TrainerState) -> None:

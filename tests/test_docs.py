@@ -11,6 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([ROOT / 'README.md', *(ROOT / 'method_cards').glob('*.md')])
+#: Documents that are about libraries which are not always installed.
+_NEEDS = {'transformers': ['transformers', 'accelerate']}
 _IDS = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 
 
@@ -21,6 +23,8 @@ def blocks(path, language):
 @pytest.mark.filterwarnings('error:.* of the initial weights')
 @pytest.mark.parametrize('path', DOCUMENTS, ids=_IDS)
 def test_python_blocks_run_one_after_the_other(path, tmp_path, monkeypatch):
+    for library in _NEEDS.get(path.stem, ()):
+        pytest.importorskip(library)
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'yamls').symlink_to(ROOT / 'yamls')
     assert blocks(path, 'python'), f'{path} shows no Python'
