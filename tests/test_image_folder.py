@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 
 from composer_ema.recipe import schema
 from composer_ema.recipe.build import build
-from composer_ema.recipe.classes import with_classes
+from composer_ema.recipe.from_data import with_data
 from composer_ema.recipe.run import rehearse
 from composer_ema.spans import ArgumentError
 from composer_ema.zoo import augmentation, image_batches, image_files
@@ -472,7 +472,7 @@ class TestRecipes:
         assert found.parts['evaluates'].endswith('on 6 samples of val/')
         assert 'classes, training + evaluation: a 4 + 2, b 6 + 2, c 8 + 2' in found.remarks
         given = schema.plan(recipe('model.num_classes=5'))
-        assert with_classes(given) is given
+        assert with_data(given) is given
 
     def test_errors_of_the_folder_are_at_their_key(self, recipe, root):
         with pytest.raises(schema.RecipeError, match=r'mine\.yaml: data\.root: root must be a folder'):

@@ -29,6 +29,7 @@ from composer_ema.recipe.build import build
 from composer_ema.recipe.loaded import check_loaded
 from composer_ema.recipe.outline import Outline
 from composer_ema.zoo.blocks import IsBlock, blocks
+from composer_ema.zoo.dataset import Extent
 from composer_ema.zoo.models import build_model
 
 ROOT = Path(__file__).parents[1]
@@ -107,7 +108,7 @@ class TestTheSection:
 
     def test_does_not_disturb_the_picture_of_a_recipe(self):
         plan = schema.plan(schema.load(RECIPE, ['parallelism_config.fsdp2={}']))
-        outline = Outline(plan, batches_per_epoch=2)
+        outline = Outline(plan, Extent(200, 100, drop_last=False))
         assert len(list(outline.steps())) == 40
 
 

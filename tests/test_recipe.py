@@ -711,6 +711,7 @@ class TestBuild:
 
     @pytest.mark.parametrize('path', YAMLS, ids=lambda path: str(path.relative_to(YAML_FOLDER)))
     def test_every_recipe_of_the_package_builds(self, path, tmp_path, monkeypatch, black_pictures):
+        _skip_without_its_library(path)
         monkeypatch.chdir(tmp_path)
         shown: list[Any] = []
         conclusion.of_rehearsal(run.rehearse(schema.load(path, ['progress_bar=false', 'device=cpu'])), shown.append)
@@ -719,6 +720,7 @@ class TestBuild:
 
     @pytest.mark.parametrize('path', YAMLS, ids=lambda path: str(path.relative_to(YAML_FOLDER)))
     def test_every_recipe_of_the_package_trains(self, path, tmp_path, monkeypatch, black_pictures):
+        _skip_without_its_library(path)
         # Composer's warm-ups have a rate of zero for two batches.
         known = registry.callbacks()
         classes = {**known.classes, 'stop': functools.partial(Interrupt, batch=3)}
@@ -1218,3 +1220,8 @@ def test_any_override_is_refused_or_merged(scratch, overrides):
         schema.plan(schema.load(scratch, overrides))
     except RecipeError:
         return
+
+
+def _skip_without_its_library(recipe: Path) -> None:
+    if 'name: hf_' in recipe.read_text():
+        pytest.importorskip('transformers')

@@ -213,7 +213,10 @@ class TestOutline:
     @staticmethod
     def outline(scheduler: Any, **values: Any) -> Outline:
         recipe = schema.Recipe('a.yaml', 'a', {**RECIPE, 'scheduler': scheduler, **values})
-        return Outline(schema.plan(recipe), batches_per_epoch=PER_EPOCH)
+        plan = schema.plan(recipe)
+        size = plan.extent()
+        assert size is not None
+        return Outline(plan, size)
 
     @pytest.mark.parametrize('interval', ['batch', 'epoch'])
     @pytest.mark.parametrize('name', CASES)
@@ -246,9 +249,11 @@ class TestOutline:
             outline.end_evaluation({'eval_training/CrossEntropy': value, 'eval_training/other': 9.0})
             assert outline.optimizer.param_groups[0]['lr'] == pytest.approx(lr)
 
-    def test_of_a_run_in_samples_says_what_to_write(self):
-        with pytest.raises(RecipeError, match=r"max_duration: '80sp' does not tell"):
-            self.outline(None, max_duration='80sp')
+    @pytest.mark.parametrize(('samples', 'batches'), [(37, 5), (38, 6), (74, 10), (32, 4), (1, 1)])
+    def test_of_a_run_in_samples_ends_with_the_batch_that_reaches_them(self, samples, batches):
+        outline = self.outline({'name': 'linear_lr', 'interval': 'batch'}, max_duration=f'{samples}sp')
+        assert outline.length == Length(batches, PER_EPOCH)
+        assert len(list(outline.steps())) == batches
 
 
 def test_filled_in_values_are_in_the_resolved_recipe_which_builds_the_same(tmp_path):
@@ -430,7 +435,6 @@ def test_refused_before_data_is_touched(tmp_path, register, scheduler, values, k
         ),
         ({'name': 'one_cycle_lr', 'max_lr': 1, 'epochs': 2}, {}, 'scheduler', 'after 10 steps and the run has 15'),
         ({**SEQUENCE, 'milestones': [3]}, {}, 'scheduler.milestones', 'no step for LinearLR in a run of 3'),
-        ({'name': 'linear_lr'}, {'max_duration': '80sp'}, 'scheduler', 'Give max_duration in ep or ba'),
         ({'name': 'cosine_with_warmup', 't_warmup': '1ba', 't_max': '9ba'}, {}, 'scheduler.t_max', 't_max'),
     ],
 )

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from composer import Callback, DataSpec, Evaluator, Trainer
-from composer.models import ComposerClassifier
+from composer.models import ComposerClassifier, ComposerModel
 from composer.utils import dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -80,6 +80,20 @@ def make_trainer(algorithms: Iterable[Any] = (), *, iteration: str | None = None
         'log_to_console': False,
     }
     return Trainer(model=model, algorithms=list(algorithms), callbacks=callbacks, **{**defaults, **arguments})
+
+
+class OneWeight(ComposerModel):
+    """A model of one weight, which no batch changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.weight.sum()
+
+    def loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return 0.0 * outputs
 
 
 class IterationLength(Callback):

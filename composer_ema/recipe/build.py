@@ -20,8 +20,8 @@ from omegaconf import OmegaConf
 from composer_ema.posthoc.snapshot_files import SNAPSHOT_FOLDER
 from composer_ema.recipe import code_paths, first_batch, groups, parallelism, run_folder, trainer_arguments
 from composer_ema.recipe.arguments import RecipeError, said, signature
-from composer_ema.recipe.classes import with_classes
 from composer_ema.recipe.fitting import Fitted, fit
+from composer_ema.recipe.from_data import with_data
 from composer_ema.recipe.interpolation import escaped
 from composer_ema.recipe.loaded import check_loaded
 from composer_ema.recipe.matching import how_loaded, refusing_misfits
@@ -38,6 +38,7 @@ from composer_ema.recipe.schema import Plan, Recipe, plan
 from composer_ema.spans import ArgumentError
 from composer_ema.trainer.weight_average import WeightAverage
 from composer_ema.wording import counted
+from composer_ema.zoo.dataset import Extent
 
 DEFAULT_SEED = 0
 
@@ -95,7 +96,7 @@ def build(recipe: Recipe, *, scratch: Path | None = None, callbacks: Sequence[Ca
 
 
 def _build_in(taken: RunFolder, checked: Plan, scratch: Path | None, callbacks: Sequence[Callback]) -> Run:
-    checked = with_classes(checked)
+    checked = with_data(checked)
     recipe, place, seed = checked.recipe, checked.place, _seed(checked)
     run_name, folder = taken.name, taken.path
     with checked.trust.reading():
@@ -107,7 +108,7 @@ def _build_in(taken: RunFolder, checked: Plan, scratch: Path | None, callbacks: 
     optimizer = groups.build_optimizer(checked.optimizer, checked.param_groups, model) if checked.optimizer else None
     # Before the data are touched, unless nothing else tells the length of an epoch.
     extent = checked.extent()
-    stepped = _fit(checked, extent.batches, model, optimizer) if extent is not None else None
+    stepped = _fit(checked, extent.batches, model, optimizer, extent) if extent is not None else None
     algorithms = [_algorithm(each, checked, scratch or folder) for each in checked.algorithms]
     callbacks = [*(_callback(each, scratch) for each in checked.callbacks), *callbacks]
     loggers = [each.build() for each in checked.loggers]
@@ -158,7 +159,7 @@ def _build_in(taken: RunFolder, checked: Plan, scratch: Path | None, callbacks: 
     except BaseException:
         trainer.close()
         raise
-    length = checked.length(data.batches)
+    length = checked.length(data.batches, extent)
     filled = _schedule_values(recipe, stepped.scheduled) | _report_values(checked)
     filled |= {code_paths.KEY: checked.code_paths} if checked.code_paths else {}
     resolved = recipe.replace(seed=seed, run_name=run_name, **filled)
@@ -254,8 +255,14 @@ def _seed_of_data(data: Named, seed: int) -> dict[str, int]:
     return {'seed': seed} if 'seed' in signature(data.factory) and 'seed' not in data.arguments else {}
 
 
-def _fit(checked: Plan, batches_per_epoch: int | None, model: Any, optimizer: torch.optim.Optimizer | None) -> Fitted:
-    length = checked.length(batches_per_epoch)
+def _fit(
+    checked: Plan,
+    batches_per_epoch: int | None,
+    model: Any,
+    optimizer: torch.optim.Optimizer | None,
+    size: Extent | None = None,
+) -> Fitted:
+    length = checked.length(batches_per_epoch, size)
     return fit(checked.schedulers, length, trainer=checked.trainer, model=model, optimizer=optimizer)
 
 

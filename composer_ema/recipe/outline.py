@@ -18,6 +18,7 @@ from composer_ema.recipe.fitting import fit
 from composer_ema.recipe.scheduled import Scheduled
 from composer_ema.recipe.schema import Plan
 from composer_ema.recipe.stepping import Schedules
+from composer_ema.zoo.dataset import Extent
 
 #: Options of parameter groups that schedules change.
 MOVED = ('lr', 'momentum', 'betas')
@@ -33,7 +34,7 @@ class Outline:
 
     Args:
         plan: The result of ``schema.plan``. Its model is built, for the names of its parameters; its data are not.
-        batches_per_epoch: The value of ``len(data.train)``, at least 1.
+        size: The length of an epoch.
 
     Attributes:
         optimizer: The optimizer of the recipe, over a model of its own.
@@ -45,15 +46,16 @@ class Outline:
 
     Example:
         >>> from composer_ema.recipe import schema
+        >>> from composer_ema.zoo.dataset import Extent
         >>> recipe = schema.Recipe('a.yaml', 'a', {
         ...     'max_duration': '2ep', 'model': {'name': 'mnist1d_mlp'}, 'data': {'name': 'mnist1d'},
         ...     'optimizer': {'name': 'sgd', 'lr': 1.0}, 'scheduler': {'name': 'linear_lr', 'end_factor': 0.0,
         ...     'start_factor': 1.0, 'interval': 'batch'}})
-        >>> [group['lr'] for (group,) in Outline(schema.plan(recipe), batches_per_epoch=2).steps()]
+        >>> [group['lr'] for (group,) in Outline(schema.plan(recipe), Extent(200, 100, drop_last=False)).steps()]
         [1.0, 0.75, 0.5, 0.25]
     """
 
-    def __init__(self, plan: Plan, batches_per_epoch: int) -> None:
+    def __init__(self, plan: Plan, size: Extent) -> None:
         trainer = plan.trainer
         model = plan.model.build()
         self.optimizer: Optimizer = (
@@ -61,12 +63,13 @@ class Outline:
             if plan.optimizer
             else DecoupledSGDW(model.parameters(), lr=0.1)  # as Trainer(optimizers=None)
         )
-        length = plan.length(batches_per_epoch)
+        length = plan.length(size.batches, size)
         if length is None:
             raise (plan.place / 'max_duration').error(
                 f'{trainer["max_duration"]!r} does not tell the number of batches. Give it in ep or ba.'
             )
         self.length = length
+        self._size, self._batch_in_epoch = size, 0
         self._stepped = fit(plan.schedulers, length, trainer=trainer, model=model, optimizer=self.optimizer)
         self.scheduled: Sequence[Scheduled] = self._stepped.scheduled
         self._state = SimpleNamespace(
@@ -93,12 +96,15 @@ class Outline:
             self._step()
         # Composer steps its schedulers before it advances the clock.
         if self._reads_time:
-            self._state.timestamp = self._state.timestamp.to_next_batch()
+            samples = self._size.samples_of(self._batch_in_epoch)
+            self._state.timestamp = self._state.timestamp.to_next_batch(samples, samples * self._size.tokens)
+        self._batch_in_epoch += 1
 
     def end_epoch(self) -> None:
         """Steps the schedule as the Trainer does after the last batch of an epoch, before it evaluates."""
         if self._stepped.every_batch is False:
             self._step()
+        self._batch_in_epoch = 0
         if self._reads_time:
             self._state.timestamp = self._state.timestamp.to_next_epoch()
         with _unwarned():

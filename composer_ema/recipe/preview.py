@@ -20,7 +20,7 @@ from torch import nn
 
 from composer_ema.checkpoints.formats import config_of
 from composer_ema.posthoc.shares import shares
-from composer_ema.recipe.arguments import signature
+from composer_ema.recipe.from_data import with_data
 from composer_ema.recipe.named import Named
 from composer_ema.recipe.outline import Outline
 from composer_ema.recipe.outputs import Array, Curve, curves_by_group, momenta
@@ -123,9 +123,9 @@ def preview(
     Raises:
         RecipeError: The recipe is wrong, or the number of batches of the run is not known.
     """
-    checked = plan(recipe)
+    checked = with_data(plan(recipe))
     size = _extent(checked, batches_per_epoch)
-    outline = Outline(checked, size.batches)
+    outline = Outline(checked, size)
     if outline.length.batches > MOST_BATCHES:
         raise (checked.place / 'max_duration').error(
             f'{checked.trainer["max_duration"]!r} is {outline.length.batches:,} batches, and a picture of more than '
@@ -142,7 +142,8 @@ def preview(
         _send(Event.BATCH_START, probes)  # an algorithm may overrule the scheduler here
         settings = step_settings([outline.optimizer])
         outline.end_batch()
-        _advance(state, state.timestamp.to_next_batch(samples=size.samples_of(batch % per_epoch)))
+        samples = size.samples_of(batch % per_epoch)
+        _advance(state, state.timestamp.to_next_batch(samples, samples * size.tokens))
         sample = int(state.timestamp.sample)
         lines.append({'epoch': (batch + 1) / per_epoch, 'batch': batch + 1, 'sample': sample, **settings})
         _send(Event.BATCH_END, probes)
@@ -280,10 +281,21 @@ class _OneWeight(nn.Module):
 
 
 @dataclass(frozen=True)
+class _Samples:
+    """The attributes of a data set that the clock of a run reads."""
+
+    count: int
+    max_seq_len: int
+
+    def __len__(self) -> int:
+        return self.count
+
+
+@dataclass(frozen=True)
 class _Loader:
     """The attributes of a loader that the clock of a run reads."""
 
-    dataset: range
+    dataset: _Samples
     batch_size: int
     batches: int
 
@@ -299,7 +311,7 @@ def _extent(checked: Plan, batches_per_epoch: int | None) -> Extent:
         raise checked.place.error(f'--batches-per-epoch must be at least 1, got {batches_per_epoch}.')
     found = checked.extent()
     if found is None:
-        batch_size = checked.data.arguments.get('batch_size', _default(checked, 'batch_size'))
+        batch_size = checked.data_argument('batch_size')
         if batches_per_epoch is None or not isinstance(batch_size, int):
             raise checked.data.place.error(
                 f'{checked.data.name} does not tell how many samples it has before it is read. Give the length of an '
@@ -308,13 +320,7 @@ def _extent(checked: Plan, batches_per_epoch: int | None) -> Extent:
         return Extent(batches_per_epoch * batch_size, batch_size, drop_last=False)
     if batches_per_epoch is None:
         return found
-    return Extent(batches_per_epoch * found.batch_size, found.batch_size, drop_last=False)
-
-
-def _default(checked: Plan, argument: str) -> Any:
-    """What the data set takes for an argument that the recipe does not give."""
-    parameter = signature(checked.data.factory).get(argument)
-    return None if parameter is None else parameter.default
+    return Extent(batches_per_epoch * found.batch_size, found.batch_size, drop_last=False, tokens=found.tokens)
 
 
 def _state(checked: Plan, outline: Outline, size: Extent) -> State:
@@ -327,7 +333,7 @@ def _state(checked: Plan, outline: Outline, size: Extent) -> State:
         max_duration=ensure_time(checked.trainer['max_duration'], TimeUnit.EPOCH),
         optimizers=outline.optimizer,
     )
-    loader = _Loader(range(size.samples), size.batch_size, size.batches)
+    loader = _Loader(_Samples(size.samples, size.tokens), size.batch_size, size.batches)
     state.set_dataloader(loader, 'train', outline.length.batches_per_epoch)
     return state
 

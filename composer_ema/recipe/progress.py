@@ -103,6 +103,6 @@ def _how_far(state: State) -> str:
     """Time done of the whole, in the unit of ``max_duration``, and the batch: ``epoch 2 of 20, batch 80``."""
     time, end = state.timestamp, state.max_duration
     assert end is not None, 'the schema asks for it'
-    done = epochs_done(state) if end.unit == TimeUnit.EPOCH else time.get(end.unit).value
-    far = f'{end.unit.name.lower()} {done:.6g} of {end.value}'
+    done = f'{epochs_done(state):.6g}' if end.unit == TimeUnit.EPOCH else time.get(end.unit).value
+    far = f'{end.unit.name.lower()} {done} of {end.value}'
     return far if end.unit == TimeUnit.BATCH else f'{far}, batch {int(time.batch)}'

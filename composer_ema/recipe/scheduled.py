@@ -24,6 +24,7 @@ from composer_ema.recipe.arguments import Place
 from composer_ema.recipe.named import Named
 from composer_ema.recipe.stepping import Interval
 from composer_ema.wording import counted
+from composer_ema.zoo.dataset import Extent
 
 #: Keys of a scheduler in a recipe that are no arguments of its class.
 INNER, INTERVAL, METRIC = 'schedulers', 'interval', 'metric'
@@ -54,17 +55,27 @@ class Length:
     batches_per_epoch: int
 
     @classmethod
-    def of(cls, max_duration: int | str | Time, batches_per_epoch: int | None) -> Length | None:
-        """The length of a run in epochs or batches; None for other units, which say nothing about batches.
+    def of(
+        cls, max_duration: int | str | Time, batches_per_epoch: int | None, size: Extent | None = None
+    ) -> Length | None:
+        """The length of a run; None where its unit says nothing about batches.
 
-        A stream, whose ``batches_per_epoch`` is None, is one epoch that the run ends within.
+        Args:
+            max_duration: Of the run.
+            batches_per_epoch: At least 1; None for a stream, which is one epoch that the run ends within.
+            size: Of the batches, for a run in samples or tokens. Default: None, not known.
         """
         duration = ensure_time(max_duration, TimeUnit.EPOCH)
         if duration.unit == TimeUnit.BATCH:
             return cls(int(duration.value), batches_per_epoch or int(duration.value))
-        if duration.unit != TimeUnit.EPOCH or batches_per_epoch is None:
+        if batches_per_epoch is None:
             return None
-        return cls(math.ceil(duration.value * batches_per_epoch), batches_per_epoch)
+        if duration.unit == TimeUnit.EPOCH:
+            return cls(math.ceil(duration.value * batches_per_epoch), batches_per_epoch)
+        if size is None:
+            return None
+        samples = math.ceil(duration.value / (size.tokens if duration.unit == TimeUnit.TOKEN else 1))
+        return cls(size.batches_until(samples, batches_per_epoch), batches_per_epoch)
 
     def steps(self, interval: Interval) -> int:
         """The number of steps that a schedule of that interval takes; an epoch that the run ends within counts."""

@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
 )
 
-from composer_ema.recipe import registry, times
+from composer_ema.recipe import registry
 from composer_ema.recipe.arguments import Place, check_arguments
 from composer_ema.recipe.named import Named, find, named
 from composer_ema.recipe.scheduled import INNER, INTERVAL, METRIC, SPAN, Scheduled
@@ -115,8 +115,6 @@ def _read_tree(section: Any, place: Place, *, is_inner: bool = False) -> Schedul
         _check_milestones(arguments['milestones'], len(inner), place / 'milestones')
     if issubclass(factory, LRScheduler):
         _check_counts(arguments, place)
-    else:
-        times.check(factory, arguments, place)
     found = Named(place, known.canonical(name) or name, factory, arguments, is_cheap=True)
     return Scheduled(found, 'epoch', inner)
 

@@ -38,7 +38,7 @@ from composer_ema.recipe.scheduled import Length, Scheduled
 from composer_ema.recipe.trust import Trust
 from composer_ema.trainer.weight_average import WeightAverage
 from composer_ema.wording import suggestion
-from composer_ema.zoo.dataset import Extent, evaluation_set, extent
+from composer_ema.zoo.dataset import Extent, counts_tokens, evaluation_set, extent
 from composer_ema.zoo.models import classifier
 
 SECTIONS = (
@@ -127,23 +127,28 @@ class Plan:
     @property
     def validation_split(self) -> float | None:
         """The share of the training set held out to evaluate on; None where the data set cannot hold any out."""
-        parameter = signature(self.data.factory).get('validation_split')
-        return None if parameter is None else self.data.arguments.get('validation_split', parameter.default)
+        return self.data_argument('validation_split')
+
+    def data_argument(self, name: str) -> Any:
+        """The value of an argument of the data set, given or by default; None where it takes no such argument."""
+        parameter = signature(self.data.factory).get(name)
+        return None if parameter is None else self.data.arguments.get(name, parameter.default)
 
     @property
     def evaluation_set(self) -> str:
         """What the run evaluates on where it holds nothing out of the training set, in words."""
         return self.data.attempt(lambda arguments: evaluation_set(self.data.factory, arguments))
 
-    def length(self, batches_per_epoch: int | None) -> Length | None:
+    def length(self, batches_per_epoch: int | None, size: Extent | None = None) -> Length | None:
         """The length of the run; None where ``max_duration`` does not give the number of batches.
 
         Args:
-            batches_per_epoch: None for a stream, whose epoch never ends.
+            batches_per_epoch: Of the whole training set; None for a stream, whose epoch never ends.
+            size: Of its batches, for a run in samples or tokens. Default: None, not known.
         """
         subset = self.trainer.get('train_subset_num_batches', -1)
         known = [each for each in (batches_per_epoch, subset) if each is not None and each >= 0]
-        return Length.of(self.trainer['max_duration'], min(known, default=None))
+        return Length.of(self.trainer['max_duration'], min(known, default=None), size)
 
     def extent(self) -> Extent | None:
         """The length of an epoch, without touching the data; None where the data set does not tell it.
@@ -220,7 +225,8 @@ def plan(recipe: Recipe) -> Plan:
     model, data = _model(values.get('model'), place / 'model'), _data(values.get('data'), place / 'data')
     algorithms = _section(values, 'algorithms', registry.algorithms(), place, is_cheap=True)
     evaluate = _evaluate(values, algorithms, place)
-    trainer = trainer_arguments.read(values, evaluate, place)
+    has_tokens = counts_tokens(data.factory)
+    trainer = trainer_arguments.read(values, evaluate, place, has_tokens=has_tokens)
     runs_folder = check_value(str, values.get('runs_folder', 'runs'), place / 'runs_folder')
     names.check_path(runs_folder, place / 'runs_folder')
     _check_run_name(recipe, runs_folder)
@@ -234,8 +240,9 @@ def plan(recipe: Recipe) -> Plan:
         )
     callbacks = _section(values, 'callbacks', registry.callbacks(), place, is_cheap=True)
     loggers = _section(values, 'loggers', registry.loggers(), place, is_cheap=False)
+    for each in (*(each.named for each in schedulers if not each.is_torchs), *algorithms, *callbacks, *loggers):
+        times.check(each.factory, each.arguments, each.place, has_tokens=has_tokens)
     for each in (*algorithms, *callbacks, *loggers):
-        times.check(each.factory, each.arguments, each.place)
         names.check_folders(each.name, each.arguments, each.place)
     for key in ('optimizer', 'scheduler'):
         check_is_finite(values.get(key), place / key)

@@ -11,8 +11,8 @@ from composer.core import Time, TimeUnit, ensure_time
 from composer_ema.recipe.arguments import Place, signature
 from composer_ema.spans import ArgumentError, Span
 
-#: What the clock of a recipe's run counts. Composer's also counts seconds, tokens and iterations.
-COUNTED = (TimeUnit.EPOCH, TimeUnit.BATCH, TimeUnit.SAMPLE)
+#: What can end a run of a recipe; tokens only where the data set counts them. Composer's clock also counts iterations.
+COUNTED = (TimeUnit.EPOCH, TimeUnit.BATCH, TimeUnit.SAMPLE, TimeUnit.TOKEN)
 #: The longest run, in its unit: more than any takes, and small enough for every number that is derived from it.
 LONGEST = 10**15
 _EXAMPLES = '2ep, 100ba or 0.5dur'
@@ -22,7 +22,7 @@ _NEVER = frozenset(('eval_interval', 'save_interval'))
 _AT_ONCE = frozenset(('t_warmup', 'milestones', 'patience', 'drop_warmup'))
 
 
-def check(owner: Callable[..., Any], arguments: Mapping[str, Any], place: Place) -> None:
+def check(owner: Callable[..., Any], arguments: Mapping[str, Any], place: Place, *, has_tokens: bool) -> None:
     """Checks every time among arguments: those whose annotation names Composer's ``Time``.
 
     Composer reads those of its own classes, and we say what it would not. Others read theirs themselves; of those only
@@ -32,6 +32,7 @@ def check(owner: Callable[..., Any], arguments: Mapping[str, Any], place: Place)
         owner: The class that takes them.
         arguments: What the recipe gives, of the right kinds.
         place: The key of the arguments.
+        has_tokens: Whether the data set counts tokens.
 
     Raises:
         RecipeError: No time, a negative one, parts of an epoch, a batch or a sample, zero where it is no interval, or a
@@ -44,24 +45,25 @@ def check(owner: Callable[..., Any], arguments: Mapping[str, Any], place: Place)
             continue
         for at, each in _leaves(value, place / key):
             if not is_composers:
-                _check_unit(each, at)
+                _check_unit(each, at, has_tokens=has_tokens)
             elif not isinstance(each, float):
-                check_of_composer(each, at, name=key)
+                check_of_composer(each, at, name=key, has_tokens=has_tokens)
 
 
-def check_of_composer(value: int | str, place: Place, *, name: str) -> None:
+def check_of_composer(value: int | str, place: Place, *, name: str, has_tokens: bool) -> None:
     """Checks a time that Composer reads.
 
     Args:
         value: A time string, or a number in a unit of Composer's choice.
         place: Its key.
         name: The argument.
+        has_tokens: Whether the data set counts tokens.
 
     Raises:
         RecipeError: As for :func:`check`.
     """
     time = _parsed(value, place)
-    _check_counted(value, time.unit.value, place)
+    _check_counted(value, time.unit.value, place, has_tokens=has_tokens)
     if time.unit is TimeUnit.SECOND and name not in _NEVER:
         raise place.error(f'{value!r} counts seconds, which differ from run to run. Write {_EXAMPLES}.')
     if time.value < 0:
@@ -72,15 +74,20 @@ def check_of_composer(value: int | str, place: Place, *, name: str) -> None:
         raise place.error(f'must be above 0, got {value!r}. Write a number and a unit, as in {_EXAMPLES}.{never}')
 
 
-def check_length(value: int | str, place: Place) -> None:
+def check_length(value: int | str, place: Place, *, has_tokens: bool) -> None:
     """Checks ``max_duration``: a length that a run reaches.
+
+    Args:
+        value: A time string, or a number of epochs.
+        place: Its key.
+        has_tokens: Whether the data set counts tokens.
 
     Raises:
         RecipeError: No time, below 1, or in a unit that no run of a recipe counts.
     """
     time = _parsed(value, place, examples='2ep or 100ba', fraction='20ba')
     if time.unit is TimeUnit.TOKEN:
-        _check_counted(value, time.unit.value, place)
+        _check_counted(value, time.unit.value, place, has_tokens=has_tokens)
     if time.unit is TimeUnit.SECOND:
         raise place.error(f'{value!r} counts seconds, and Composer ends no run by them. Write 2ep or 100ba.')
     if time.unit not in COUNTED:
@@ -113,20 +120,20 @@ def _parsed(
     return time
 
 
-def _check_unit(value: int | float | str, place: Place) -> None:
+def _check_unit(value: int | float | str, place: Place, *, has_tokens: bool) -> None:
     try:
         unit = Span.parse(value, name='time').unit if isinstance(value, str) else ''
     except ArgumentError:  # for whoever reads it to say
         return
-    _check_counted(value, unit, place)
+    _check_counted(value, unit, place, has_tokens=has_tokens)
 
 
-def _check_counted(value: int | float | str, unit: str, place: Place) -> None:
-    """Refuses times in tokens and iterations: no data set of a recipe counts them, so such a time would never pass."""
-    if unit == 'tok':
+def _check_counted(value: int | float | str, unit: str, place: Place, *, has_tokens: bool) -> None:
+    """Refuses times in what the run does not count, since such a time would never pass."""
+    if unit == 'tok' and not has_tokens:
         raise place.error(
-            f'{value!r} counts tokens, and the data sets of a recipe report none. Write samples, batches or epochs, as '
-            'in 1000sp.'
+            f'{value!r} counts tokens, and the data set of this recipe reports none. Write samples, batches or epochs, '
+            'as in 1000sp. A data set of your own reports them if it is registered with tokens=.'
         )
     if unit == 'iter':
         raise place.error(f'{value!r} counts iterations, and a run of a recipe has no iterations. Write 2ep or 100ba.')

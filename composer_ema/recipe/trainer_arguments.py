@@ -32,13 +32,14 @@ def legal_names() -> set[str]:
     return signature(Trainer).keys() - _BUILT_FROM_SECTIONS
 
 
-def read(values: Mapping[str, Any], evaluate: Collection[str], place: Place) -> dict[str, Any]:
+def read(values: Mapping[str, Any], evaluate: Collection[str], place: Place, *, has_tokens: bool) -> dict[str, Any]:
     """The arguments for the Trainer among the keys of a recipe.
 
     Args:
         values: The recipe.
         evaluate: The weights that the run evaluates, ``['training', 'ema']``.
         place: The file.
+        has_tokens: Whether the data set counts tokens.
 
     Raises:
         RecipeError: A value of the wrong kind, or one with which the run would fail, hang or do nothing.
@@ -49,11 +50,12 @@ def read(values: Mapping[str, Any], evaluate: Collection[str], place: Place) -> 
         raise (place / 'max_duration').error('is missing. Say how long to train, as in max_duration: 6ep.')
     own = {key: value for key, value in arguments.items() if key != parallelism.KEY}  # which has a check of its own
     check_arguments(Trainer, own, place, given={*_BUILT_FROM_SECTIONS, parallelism.KEY})
-    times.check_length(arguments['max_duration'], place / 'max_duration')
-    times.check(Trainer, {key: value for key, value in own.items() if key != 'max_duration'}, place)
+    times.check_length(arguments['max_duration'], place / 'max_duration', has_tokens=has_tokens)
+    rest = {key: value for key, value in own.items() if key != 'max_duration'}
+    times.check(Trainer, rest, place, has_tokens=has_tokens)
     names.check_paths(own, place)
     _check_console(own, place)
-    _check_numbers(own, place)
+    _check_numbers(own, place, has_tokens=has_tokens)
     if own.get('compile_config') is not None:
         _check_compile(own['compile_config'], place / 'compile_config')
     if (label := own.get('train_dataloader_label')) in [f'eval_{weights}' for weights in evaluate]:
@@ -90,7 +92,7 @@ def _check_compile(config: Any, place: Place) -> None:
         raise place.error(f'torch.compile refuses {config}: {said(error)}.') from error
 
 
-def _check_numbers(given: Mapping[str, Any], place: Place) -> None:
+def _check_numbers(given: Mapping[str, Any], place: Place, *, has_tokens: bool) -> None:
     seed = given.get('seed')
     if seed is not None and not 0 <= seed <= _LARGEST_SEED:
         raise (place / 'seed').error(f'must be a whole number from 0 to {_LARGEST_SEED}, got {seed}. Write 1.')
@@ -114,9 +116,9 @@ def _check_numbers(given: Mapping[str, Any], place: Place) -> None:
             f'must be a whole number of samples of at least 1, or auto on a GPU, got {microbatch!r}. Leave it out for '
             'the whole batch.'
         )
-    if given.get('accumulate_train_batch_on_tokens'):
+    if given.get('accumulate_train_batch_on_tokens') and not has_tokens:
         raise (place / 'accumulate_train_batch_on_tokens').error(
-            'true weighs by tokens, and the data sets of a recipe report none. Leave it out.'
+            'true weighs by tokens, and the data set of this recipe reports none. Leave it out.'
         )
 
 

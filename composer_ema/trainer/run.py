@@ -71,7 +71,10 @@ class ComposerRun:
             whole = self.length(length.unit.value)
             return None if whole is None else whole / length.value
         epoch_length = state.dataloader_len.value if state.dataloader_len is not None else None
-        per_epoch = {'ep': 1, 'ba': epoch_length, 'sp': self._samples_per_epoch()}
+        samples, tokens = self._samples_per_epoch(), self._tokens_per_sample()
+        per_epoch = {'ep': 1, 'ba': epoch_length, 'sp': samples}
+        if samples is not None and tokens is not None:
+            per_epoch['tok'] = samples * tokens
         if per_epoch.get(unit) is None or per_epoch.get(end_unit) is None:
             return None
         return end / per_epoch[end_unit] * per_epoch[unit]
@@ -124,3 +127,8 @@ class ComposerRun:
         ):  # a subset, or a last batch that is dropped
             return min(len(dataset), state.dataloader_len.value * batch_size * dist.get_world_size())
         return len(dataset)
+
+    def _tokens_per_sample(self) -> int | None:
+        """Tokens in each sample, as the data set tells Composer, padding included; None where it does not."""
+        tokens: Any = getattr(getattr(self._state.dataloader, 'dataset', None), 'max_seq_len', None)
+        return tokens if isinstance(tokens, int) and tokens > 0 else None

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from composer_ema.spans import ArgumentError
 from composer_ema.wording import counted
 from composer_ema.zoo.checks import check_whole
+from composer_ema.zoo.tokens import Tokenizer
 
 #: What a data set evaluates on that holds nothing out of its training samples.
 TEST_SET = 'the test set'
@@ -103,11 +104,13 @@ class Extent:
         samples: Samples in an epoch, at least 1.
         batch_size: Samples per step over all processes.
         drop_last: Whether an uneven last batch is dropped.
+        tokens: Tokens in each sample; 0 where nothing counts them. Default: 0.
     """
 
     samples: int
     batch_size: int
     drop_last: bool
+    tokens: int = 0
 
     @property
     def batches(self) -> int:
@@ -118,6 +121,23 @@ class Extent:
     def samples_of(self, batch_in_epoch: int) -> int:
         """Samples in one batch; batches of an epoch are counted from 0."""
         return min(self.batch_size, self.samples - batch_in_epoch * self.batch_size)
+
+    def batches_until(self, samples: int, batches_per_epoch: int) -> int:
+        """After how many batches a run has seen so many samples.
+
+        Args:
+            samples: At least 1.
+            batches_per_epoch: How many batches of each epoch it trains on, at least 1.
+
+        Example:
+            >>> Extent(10, 4, drop_last=False).batches_until(25, 3)
+            8
+        """
+        # Several processes count a few samples twice, so that each of them gets as many.
+        processes = dist.get_world_size()
+        counted = min(math.ceil(self.samples / processes) * processes, batches_per_epoch * self.batch_size)
+        epochs, rest = divmod(samples, counted)
+        return epochs * batches_per_epoch + math.ceil(rest / self.batch_size)
 
 
 @dataclass(frozen=True)
@@ -183,6 +203,8 @@ def dataset(
     samples: Callable[[Mapping[str, Any]], int],
     classes: Callable[[Mapping[str, Any]], int] | None = None,
     evaluation: Callable[[Mapping[str, Any]], str] | None = None,
+    tokens: Callable[[Mapping[str, Any]], int] | None = None,
+    tokenizer: Callable[[Mapping[str, Any]], Tokenizer] | None = None,
 ) -> Callable[[_Builder], _Builder]:
     """Makes a function that returns :class:`Data` into a data set that recipes can name.
 
@@ -196,10 +218,14 @@ def dataset(
 
     Args:
         samples: From the function's arguments, defaults included, to the number of training samples, without reading
-            them. A recipe's schedule is checked against it before the data are touched.
+            them if that can be. A recipe's schedule is checked against it before the data are touched.
         classes: Likewise, to the number of classes, which a model then gets that is given none. Default: None, a model
             keeps its own default.
         evaluation: Likewise, to what it evaluates on where nothing is held out, in words. Default: :data:`TEST_SET`.
+        tokens: Likewise, to the number of tokens in each sample, as Composer will count them, so that a recipe may give
+            times in tok. Default: None, samples are not made of tokens.
+        tokenizer: Likewise, to what made the tokens. A model that takes ``tokenizer`` gets it, and one that takes
+            ``vocab_size`` its ``size``, where the recipe gives none. Default: None, the data set has none.
 
     Raises:
         TypeError: The function takes no ``batch_size``.
@@ -217,9 +243,16 @@ def dataset(
         builder.training_samples = samples  # pyright: ignore[reportFunctionMemberAccess]
         builder.classes = classes  # pyright: ignore[reportFunctionMemberAccess]
         builder.evaluation = evaluation  # pyright: ignore[reportFunctionMemberAccess]
+        builder.tokens_in_sample = tokens  # pyright: ignore[reportFunctionMemberAccess]
+        builder.tokenizer = tokenizer  # pyright: ignore[reportFunctionMemberAccess]
         return builder
 
     return register
+
+
+def counts_tokens(builder: Callable[..., Data]) -> bool:
+    """Whether a data set tells how many tokens its samples have."""
+    return getattr(builder, 'tokens_in_sample', None) is not None
 
 
 def extent(builder: Callable[..., Data], arguments: Mapping[str, Any]) -> Extent | None:
@@ -244,7 +277,9 @@ def extent(builder: Callable[..., Data], arguments: Mapping[str, Any]) -> Extent
     samples = samples_of(given)
     samples -= batching.count_held_out(samples)
     batching.check_last_batch(samples)
-    return Extent(samples, batching.batch_size, batching.drop_last)
+    tokens_of = getattr(builder, 'tokens_in_sample', None)
+    tokens = 0 if tokens_of is None else tokens_of(given)
+    return Extent(samples, batching.batch_size, batching.drop_last, tokens)
 
 
 def num_classes(builder: Callable[..., Data], arguments: Mapping[str, Any]) -> int | None:
@@ -257,6 +292,12 @@ def evaluation_set(builder: Callable[..., Data], arguments: Mapping[str, Any]) -
     """What a data set evaluates on where nothing is held out, in words. As for :func:`extent`."""
     evaluation = getattr(builder, 'evaluation', None)
     return TEST_SET if evaluation is None else evaluation(_filled(builder, arguments))
+
+
+def tokenizer_of(builder: Callable[..., Data], arguments: Mapping[str, Any]) -> Tokenizer | None:
+    """The tokenizer of a data set; None where it has none. As for :func:`extent`."""
+    tokenizer = getattr(builder, 'tokenizer', None)
+    return None if tokenizer is None else tokenizer(_filled(builder, arguments))
 
 
 def _filled(builder: Callable[..., Data], arguments: Mapping[str, Any]) -> dict[str, Any]:

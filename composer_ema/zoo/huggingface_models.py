@@ -17,6 +17,7 @@ from composer_ema.spans import ArgumentError
 from composer_ema.wording import suggestion
 from composer_ema.zoo.blocks import offer_blocks
 from composer_ema.zoo.checks import check_whole
+from composer_ema.zoo.tokens import Tokenizer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -28,7 +29,7 @@ def hf_causal_lm(
     *,
     pretrained: str | None = None,
     config: dict[str, Any] | None = None,
-    tokenizer: str | None = None,
+    tokenizer: str | Tokenizer | None = None,
 ) -> HuggingFaceModel:
     """A language model that predicts the next token: GPT-2, Llama, Qwen, ..., trained by cross entropy.
 
@@ -40,7 +41,9 @@ def hf_causal_lm(
         pretrained: Name or folder of a model to begin with.
         config: Arguments of the model's configuration, such as `{model_type: gpt2, n_layer: 2}`. Without `pretrained`
             it must have a `model_type`, and the weights are random; with it, it changes the model's own.
-        tokenizer: Name or folder of the tokenizer, which every checkpoint then keeps. Default: none.
+        tokenizer: Name or folder of the tokenizer, which every checkpoint then keeps, and an export with it. A model
+            from a `config` gets its number of tokens and its special tokens, where the `config` does not say them.
+            Default: that of the data set; none where that has none.
 
     Returns:
         The model; `.model` is that of transformers.
@@ -50,8 +53,13 @@ def hf_causal_lm(
         ImportError: transformers is not installed.
     """
     transformers = _transformers('hf_causal_lm')
+    own = _tokenizer(transformers, tokenizer)
+    if pretrained is None and own is not None:
+        config = {**_described(own), **(config or {})}
     network = _network(transformers.AutoModelForCausalLM, pretrained, _configuration(transformers, pretrained, config))
-    own = None if tokenizer is None else transformers.AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
+    if getattr(network, 'loss_type', '') is None:
+        # GPT-2's class does not say it by its name, and transformers (4.53) warns before it takes this one.
+        network.loss_type = 'ForCausalLM'
     return HuggingFaceModel(
         network, own, use_logits=True, eval_metrics=[LanguageCrossEntropy(), LanguagePerplexity()], shift_labels=True
     )
@@ -117,6 +125,20 @@ def _transformers(model: str) -> Any:
     except ImportError as error:
         raise ImportError(f'{model} needs transformers: {error}. {_REMEDY}') from error
     return transformers
+
+
+def _tokenizer(transformers: Any, given: str | Tokenizer | None) -> Any:
+    if given is None:
+        return None
+    if isinstance(given, str):
+        return transformers.AutoTokenizer.from_pretrained(given, trust_remote_code=False)
+    return given.pretrained()
+
+
+def _described(tokenizer: Any) -> dict[str, Any]:
+    """What a configuration says of the tokenizer."""
+    special = ('bos_token_id', 'eos_token_id', 'pad_token_id')
+    return {'vocab_size': len(tokenizer), **{name: getattr(tokenizer, name) for name in special}}
 
 
 def _network(family: Any, pretrained: str | None, config: PretrainedConfig, **options: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -54,8 +54,10 @@ def loaders(
     )
 
 
-class Batches(Dataset[Batch]):
+class Batches(Dataset[Any]):
     """A data set that PyTorch's loader fetches a finished batch at a time from, by `__getitems__`.
+
+    A batch is a tuple or a mapping of tensors.
 
     Attributes:
         sampler: It knows the epoch. A worker process gets it with the data set.
@@ -66,11 +68,13 @@ class Batches(Dataset[Batch]):
     def __len__(self) -> int:
         raise NotImplementedError
 
-    def __getitem__(self, index: int) -> Batch:
-        inputs, targets = self.__getitems__([index])
-        return inputs[0], targets[0]
+    def __getitem__(self, index: int) -> Any:
+        batch = self.__getitems__([index])
+        if isinstance(batch, Mapping):
+            return {name: each[0] for name, each in batch.items()}
+        return tuple(each[0] for each in batch)
 
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
+    def __getitems__(self, indices: Sequence[int]) -> Any:
         raise NotImplementedError
 
     @property
@@ -79,7 +83,7 @@ class Batches(Dataset[Batch]):
         return self.sampler.epoch
 
 
-def loader(batching: Batching, dataset: Batches, batch_size: int, *, is_training: bool) -> DataLoader[Batch]:
+def loader(batching: Batching, dataset: Batches, batch_size: int, *, is_training: bool) -> DataLoader[Any]:
     """The loader of one data set, whose order is drawn from seed and epoch in training and fixed otherwise.
 
     Args:
