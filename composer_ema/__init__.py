@@ -6,10 +6,10 @@ from composer_ema.version import __version__  # the package's version
 
 if TYPE_CHECKING:
     from composer_ema.batchnorm import update_bn  # BatchNorm's statistics for the weights held now, or for an average
-    from composer_ema.checkpoints.export import export  # the average of a checkpoint as safetensors
     from composer_ema.checkpoints.opening import read_checkpoint  # what a file holds, its checksums compared
     from composer_ema.checkpoints.reading import CheckpointError, load_average  # the average of a checkpoint
     from composer_ema.functional import compute_ema  # one functional update
+    from composer_ema.interchange.export import export  # the average of a checkpoint, as many libraries read it
     from composer_ema.optimizer import EMAOptimizer  # averages after each step of any optimizer, in any loop
     from composer_ema.posthoc.merge import merge  # one file of the weighted sum of several checkpoints
     from composer_ema.posthoc.reconstruct import reconstruct  # any average of a run, from what it kept
@@ -51,7 +51,7 @@ _LAZY = {
     'ShadowModels': 'composer_ema.shadow.shadow_models',
     'Snapshots': 'composer_ema.posthoc.snapshots',
     'compute_ema': 'composer_ema.functional',
-    'export': 'composer_ema.checkpoints.export',
+    'export': 'composer_ema.interchange.export',
     'gather_state_dict': 'composer_ema.shadow.state',
     'load_average': 'composer_ema.checkpoints.reading',
     'merge': 'composer_ema.posthoc.merge',

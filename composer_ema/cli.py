@@ -125,8 +125,45 @@ def train(
 def export(
     checkpoint: Annotated[Path, typer.Argument(help=_CHECKPOINT_HELP, show_default=False)],
     out: Annotated[
-        Path, typer.Argument(help='The file to write: safetensors, or of torch as NAME.pt.', show_default=False)
+        Path,
+        typer.Argument(
+            help='What to write: a file of safetensors, or of torch as NAME.pt; else see --format.',
+            show_default=False,
+        ),
     ],
+    format: Annotated[
+        str | None,
+        typer.Option(
+            metavar='FORMAT',
+            help='safetensors, torch, or as a library reads it: huggingface, diffusers and peft, which are folders, '
+            'and timm. Default: by the ending of OUT.',
+            show_default=False,
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help='float32, bfloat16 or float16, rounded to nearest. Default: that of the average.',
+            show_default=False,
+        ),
+    ] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            metavar='FILE|FOLDER',
+            help='What the weights are of: a config.json, an adapter_config.json, or a folder with it and a tokenizer; '
+            'for timm the name of the architecture. Default: what the checkpoint says.',
+            show_default=False,
+        ),
+    ] = None,
+    max_shard_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar='SIZE',
+            help='Size above which huggingface and diffusers have several files. Default: 5GB, 10GB.',
+            show_default=False,
+        ),
+    ] = None,
     average: Annotated[
         str | None, typer.Option(help='Which average to write, if the checkpoint holds several.', show_default=False)
     ] = None,
@@ -140,11 +177,21 @@ def export(
         ),
     ] = None,
 ) -> None:
-    """Write the average of a checkpoint to a file of its own."""
+    """Write the average of a checkpoint to a file of its own, or as another library reads it."""
     with _usage_errors():
-        from composer_ema.checkpoints.export import export
+        from composer_ema.interchange.export import export
 
-        written = export(checkpoint, out, average=average, key=key, strip_prefix=strip_prefix)
+        written = export(
+            checkpoint,
+            out,
+            average=average,
+            key=key,
+            strip_prefix=strip_prefix,
+            format=format,
+            dtype=dtype,
+            config=config,
+            max_shard_size=max_shard_size,
+        )
         show(facts(str(out), written))
 
 

@@ -67,6 +67,36 @@ def beside(path: Path, *, ending: str = '') -> Iterator[Path]:
             written.unlink(missing_ok=True)
 
 
+@contextmanager
+def folder_beside(path: Path) -> Iterator[Path]:
+    """Lends an empty folder beside ``path`` to fill, and renames it into place; after an error it is removed.
+
+    What an earlier process, killed while it filled one, left beside ``path`` is removed.
+
+    Args:
+        path: Where the whole folder goes. An empty folder may be there.
+
+    Raises:
+        OSError: ``path`` cannot be written, or something is there already. Its ``filename`` is ``path``.
+    """
+    with _errors_of(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        is_empty = path.is_dir() and not path.is_symlink() and not any(path.iterdir())
+        if not is_empty and (path.is_symlink() or path.exists()):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+        remove_unfinished(path.parent, path.name)
+        handle, written = _new_folder(path)
+        try:
+            yield written
+            for each in [written, *written.rglob('*')]:  # mkdtemp and safetensors make theirs private
+                each.chmod((0o777 if each.is_dir() else 0o666) & ~_umask())
+            written.rename(path)
+        finally:
+            if handle is not None:
+                os.close(handle)
+            shutil.rmtree(written, ignore_errors=True)
+
+
 def write_beside(path: Path, content: str | bytes) -> None:
     """Puts ``content`` at ``path`` whole or not at all."""
     with beside(path) as written:
@@ -101,7 +131,7 @@ def size_of(path: Path) -> int:
 
 
 def remove_unfinished(folder: Path, name: str | None = None) -> None:
-    """Removes the files that :func:`beside` lent in a folder to processes that have died since.
+    """Removes what :func:`beside` and :func:`folder_beside` lent in a folder to processes that have died since.
 
     A process that writes holds a lock on the file it was lent, which ends with the process however it dies. Files of
     living processes stay, and so does everything on a disk without locks.
@@ -121,10 +151,11 @@ def remove_unfinished(folder: Path, name: str | None = None) -> None:
         if match is None or (name is not None and match['name'] != _prefix(name)):
             continue
         with suppress(OSError):  # another process holds it, or has just removed it
-            handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+            is_folder = path.is_dir() and not path.is_symlink()
+            handle = os.open(path, (os.O_RDONLY if is_folder else os.O_RDWR) | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink()
+                shutil.rmtree(path) if is_folder else path.unlink()
             finally:
                 os.close(handle)
 
@@ -191,7 +222,7 @@ def _errors_of(path: Path) -> Iterator[None]:
         if found is None:
             raise
         named = found.filename
-        is_lent = isinstance(named, str) and _UNFINISHED_NAME.fullmatch(os.path.basename(named)) is not None
+        is_lent = isinstance(named, str) and any(map(_UNFINISHED_NAME.fullmatch, Path(named).parts))
         if found.errno is not None and (named is None or is_lent):  # else its text would be lost
             found.filename = str(path)
         if found is error:
@@ -209,6 +240,21 @@ def _new_file(path: Path, ending: str) -> tuple[int, Path]:
         if os.fstat(handle).st_nlink:
             return handle, Path(name)
         os.close(handle)  # another process took it for a dead one's, before it was locked
+
+
+def _new_folder(path: Path) -> tuple[int | None, Path]:
+    """An empty folder beside ``path``, and a handle that holds the lock on it; None where there are no locks."""
+    while True:
+        made = Path(tempfile.mkdtemp(dir=path.parent, prefix=f'.{_prefix(path.name)}.', suffix=UNFINISHED))
+        if fcntl is None:
+            return None, made
+        with suppress(FileNotFoundError):  # another process took it for a dead one's, before it was locked
+            handle = os.open(made, os.O_RDONLY)
+            with suppress(OSError):  # a disk without locks
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            if made.exists():
+                return handle, made
+            os.close(handle)
 
 
 def _prefix(name: str) -> str:

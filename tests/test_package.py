@@ -36,6 +36,7 @@ HOUSE = (
     'functional',
     'batchnorm',
     'posthoc',
+    'interchange',
     'checkpoints',
     'shadow',
     'kernels',

@@ -27,6 +27,7 @@ from composer_ema.checkpoints.reading import (
     run_name_of,
     trained,
 )
+from composer_ema.checkpoints.weights_folder import files_of_weights
 from composer_ema.model.wrappers import canonical_name
 
 TRAINING_WEIGHTS, AVERAGE, UNKNOWN, NOT_READ = 'training weights', 'average', 'weights', 'not read'
@@ -162,7 +163,7 @@ def describe(checkpoint: str | os.PathLike[str], *, key: str | None = None) -> D
     held = read_file(path)
     try:
         if key is not None or not is_of_composer(held):
-            if key is None and is_safetensors(path) and states.exported_with(held) is None:
+            if key is None and _is_of_weights_alone(path, held):
                 return _describe_weights(path, held)
             return _describe_others(path, others.find(held, key))
         described = _describe(path, held['state'])
@@ -288,8 +289,14 @@ def _slot_of_script(found: Found) -> str:
     return TRAINING_WEIGHTS if average.source in _OURS else UNKNOWN
 
 
+def _is_of_weights_alone(path: Path, held: Any) -> bool:
+    """Whether a file or a folder of safetensors has weights of which nothing says what they are."""
+    is_read_so = is_safetensors(path) or (bool(files_of_weights(path)) and search.is_weights(held))
+    return is_read_so and states.exported_with(held) is None
+
+
 def _describe_weights(path: Path, held: Tensors) -> Description:
-    """A safetensors file that we did not export."""
+    """Safetensors that we did not export."""
     tensors = [_info(name, tensor, UNTRACKED) for name, tensor in held.items()]
     size = _bytes_of(path)
     return Description(str(path), size, None, {}, {}, UNKNOWN, has_stash=False, averages=[], tensors=tensors)

@@ -139,7 +139,7 @@ def _weights_in(held: Any, path: Path, average: str | None, key: str | None) -> 
     """The weights that are meant, and whose they are."""
     try:
         if average is None and key is None:
-            training = _training_weights(held)
+            training = training_weights(held)
             if training is not None:
                 return training, TRAINING_WEIGHTS
         if average is not None:
@@ -153,7 +153,7 @@ def _weights_in(held: Any, path: Path, average: str | None, key: str | None) -> 
         raise CheckpointError(f'{path} cannot be read: {error}') from error
 
 
-def _training_weights(held: Any) -> dict[str, Any] | None:
+def training_weights(held: Any) -> dict[str, Any] | None:
     """The weights that are trained, by canonical name; None where the file holds an average alone.
 
     Raises:

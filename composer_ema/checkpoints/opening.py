@@ -22,6 +22,7 @@ from composer_ema.checkpoints.claims import check_claims
 from composer_ema.checkpoints.lazy_tensor import in_memory
 from composer_ema.checkpoints.safely import CheckpointError, check_sums, load_safely, reason
 from composer_ema.checkpoints.torch_values import SavedShard
+from composer_ema.checkpoints.weights_folder import files_of_weights
 from composer_ema.wording import shown
 
 # Composer's names for the newest checkpoint of a run, and ours for the folder of the run's checkpoints.
@@ -148,6 +149,8 @@ def read_file(path: Path, *, is_checked: bool = False, mmap: bool = False) -> An
             return _open_folder(path, mmap=mmap)
         if trainer_folder.is_trainer_folder(path):
             return _of_trainer(path)
+        if files := files_of_weights(path):
+            return _load_folder(path, files, is_checked=is_checked)
         raise CheckpointError(f'{path} is a folder. {_in_folder(path)}')
     if not path.exists():
         leads = f': it is a link to {os.readlink(path)!r}, which is not there' if path.is_symlink() else ''
@@ -176,7 +179,11 @@ def files_of(checkpoint: Path) -> list[Path]:
     """The files of a checkpoint: itself, or those in its folder."""
     if not checkpoint.is_dir():
         return [checkpoint]
-    return (sharded if sharded.is_sharded(checkpoint) else trainer_folder).files_of(checkpoint)
+    if sharded.is_sharded(checkpoint):
+        return sharded.files_of(checkpoint)
+    if trainer_folder.is_trainer_folder(checkpoint):
+        return trainer_folder.files_of(checkpoint)
+    return files_of_weights(checkpoint)
 
 
 def _of_trainer(folder: Path) -> dict[str, Any]:
@@ -280,6 +287,17 @@ def metadata_of(path: Path) -> dict[str, str]:
     """The texts that a safetensors file keeps beside its tensors."""
     with safetensors.safe_open(path, framework='pt') as file:
         return file.metadata() or {}
+
+
+def _load_folder(folder: Path, files: list[Path], *, is_checked: bool) -> Any:
+    """The same, of several files of one model."""
+    parts = [read_file(file, is_checked=is_checked) for file in files]
+    weights: Any = OrderedDict((name, tensor) for part in parts for name, tensor in part.items())
+    if len(weights) < sum(map(len, parts)):
+        raise CheckpointError(f'{folder} is damaged: two of its files have a tensor of one name. Load an earlier one.')
+    if (metadata := states.exported_with(parts[0])) is not None:
+        setattr(weights, states.EXPORTED_KEY, metadata)
+    return weights
 
 
 def _load_safetensors(path: Path, *, is_checked: bool) -> Any:

@@ -89,6 +89,8 @@ def check_texts(**arguments: Any) -> None:
 _TEXTS = {
     'average': "Pass what the algorithm calls the average, as in average='ema'.",
     'key': "Pass the keys in the file, joined with dots, as in key='optimizer_states.1'.",
+    'format': "Pass one of those in the docstring of export, as in format='huggingface'.",
+    'max_shard_size': "Pass a size with its unit, as in max_shard_size='5GB'.",
     'strip_prefix': "Pass the module to take off the names, as in strip_prefix='module', or 'auto'.",
 }
 

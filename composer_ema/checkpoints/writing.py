@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ _LATEST = 'latest-rank*'
 TORCH_SUFFIXES = ('.pt', '.pth', '.ckpt')
 
 
-def write_weights(weights: Mapping[str, Any], metadata: dict[str, str], what: str, out: Path) -> None:
+def write_weights(
+    weights: Mapping[str, Any], metadata: dict[str, str], what: str, out: Path, *, by_torch: bool | None = None
+) -> None:
     """Writes ``weights`` to ``out``, beside and renamed into place.
 
     Args:
@@ -38,17 +41,47 @@ def write_weights(weights: Mapping[str, Any], metadata: dict[str, str], what: st
         metadata: to be written with the tensors. Names that safetensors cannot hold are added to it.
         what: the weights, in the words of an error.
         out: the file; its folder is made if it is missing.
+        by_torch: whether torch writes it, or else safetensors. Default: torch where ``out`` has one of its endings.
 
     Raises:
         CheckpointError: the format cannot hold a tensor, or the file cannot be written; ``out`` is a file that a run
             needs. It is not touched.
     """
+    if out.suffix in TORCH_SUFFIXES if by_torch is None else by_torch:
+        write_torch(torch_copy(weights, metadata), what, out)
+        return
     _refuse_replacing_of_a_run(out, what)
-    write = _write_torch if out.suffix in TORCH_SUFFIXES else _write_safetensors
+    tensors = dense(weights, metadata, what)
+    with in_our_words(what), beside(out) as written:
+        save_dense(tensors, metadata, written)
+
+
+def write_torch(value: Any, what: str, out: Path) -> None:
+    """Writes ``value`` as torch does to ``out``, beside and renamed into place.
+
+    Raises:
+        CheckpointError: as for :func:`write_weights`.
+    """
+    _refuse_replacing_of_a_run(out, what)
     try:
-        write(weights, metadata, what, out)
+        # Given a path in place of a file, torch does not say why it cannot write.
+        with beside(out) as written, written.open('wb') as file:
+            torch.save(value, file)
     except OSError as error:
         raise CheckpointError(in_words(error, 'written')) from error
+    except (RuntimeError, TypeError) as error:
+        raise CheckpointError(f'{what} cannot be written by torch: {error}') from error
+
+
+@contextmanager
+def in_our_words(what: str) -> Iterator[None]:
+    """Turns an error of the disk or of safetensors, while ``what`` is written, into a CheckpointError."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(in_words(error, 'written')) from error
+    except (ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f'{what} cannot be written as safetensors: {error}') from error
 
 
 def refuse_overwriting(checkpoint: Path, out: Path, what: str) -> None:
@@ -86,7 +119,12 @@ def _is_an_export(path: Path) -> bool:
         return False
 
 
-def _write_safetensors(weights: Mapping[str, Any], metadata: dict[str, str], what: str, out: Path) -> None:
+def dense(weights: Mapping[str, Any], metadata: dict[str, str], what: str) -> dict[str, Tensor]:
+    """``weights`` as safetensors take them. Names that they cannot hold are added to ``metadata``.
+
+    Raises:
+        CheckpointError: a tensor is not dense.
+    """
     tensors = {name: tensor for name, tensor in weights.items() if isinstance(tensor, Tensor)}
     sparse = [f'{name} ({_layout(tensor)})' for name, tensor in tensors.items() if tensor.layout is not torch.strided]
     if sparse:
@@ -96,26 +134,23 @@ def _write_safetensors(weights: Mapping[str, Any], metadata: dict[str, str], wha
         )
     if left_out := sorted(weights.keys() - tensors.keys()):
         metadata['left_out'] = ', '.join(left_out)  # the extra state of modules, which safetensors cannot hold
-    try:
-        tensors = _in_memory_of_their_own(tensors)
-        with beside(out) as written:
-            safetensors.torch.save_file(tensors, written, metadata={**metadata, CHECKSUM: ZEROS})
-            seal(written)
-    except (ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f'{what} cannot be written as safetensors: {error}') from error
+    with in_our_words(what):
+        return _in_memory_of_their_own(tensors)
 
 
-def _write_torch(weights: Mapping[str, Any], metadata: dict[str, str], what: str, out: Path) -> None:
+def save_dense(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> None:
+    """Writes what :func:`dense` returned, or a part of it, with a checksum."""
+    safetensors.torch.save_file(dict(tensors), path, metadata={**metadata, CHECKSUM: ZEROS})
+    seal(path)
+
+
+def torch_copy(weights: Mapping[str, Any], metadata: Mapping[str, str]) -> Any:
+    """``weights`` as torch writes a state dict, no more of each storage than the tensor needs."""
     tensors = _in_memory_of_their_own({name: each for name, each in weights.items() if isinstance(each, Tensor)})
     copies: Any = OrderedDict((name, tensors.get(name, each)) for name, each in weights.items())
     # As torch keeps the versions of modules: in an attribute, which load_state_dict passes over.
     setattr(copies, states.EXPORTED_KEY, dict(metadata))
-    try:
-        # Given a path in place of a file, torch does not say why it cannot write.
-        with beside(out) as written, written.open('wb') as file:
-            torch.save(copies, file)
-    except (RuntimeError, TypeError) as error:
-        raise CheckpointError(f'{what} cannot be written by torch: {error}') from error
+    return copies
 
 
 def _in_memory_of_their_own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,1 @@
+"""Averages in the files of other libraries, written as theirs and read back by them."""
