@@ -135,7 +135,7 @@ def _built(name: str, arguments: object) -> Callable[[torch.Tensor], torch.Tenso
     for key in arguments:
         if key not in parameters:
             remedy = suggestion(key, parameters, 'It takes')
-            raise _refused(f'gives {canonical} an argument that it has not, got {key!r}. {remedy}')
+            raise _refused(f'must give {canonical} an argument that it has, got {key!r}. {remedy}')
     missing = [key for key, each in parameters.items() if each.default is each.empty and key not in arguments]
     if missing:
         raise _refused(f'must give {canonical} its {", ".join(missing)}, got {dict(arguments)!r}.')
@@ -143,7 +143,7 @@ def _built(name: str, arguments: object) -> Callable[[torch.Tensor], torch.Tenso
     try:
         return offered()[canonical](**converted)
     except Exception as error:  # torchvision compares and calls whatever it gets
-        raise _refused(f'must give {canonical} what it takes, got {dict(arguments)!r}: {error}.') from error
+        raise _refused(f'must give {canonical} what it takes, got {dict(arguments)!r}: {str(error).rstrip(".")}.') from error
 
 
 def _converted(key: str, value: Any, parameter: inspect.Parameter) -> Any:

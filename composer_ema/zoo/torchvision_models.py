@@ -21,6 +21,8 @@ def names() -> list[str]:
 def find(architecture: str) -> Callable[..., torch.nn.Module]:
     """A builder of one classifier, whose signature lists what torchvision takes through `**kwargs`.
 
+    With `weights`, a `num_classes` other than theirs gives the network a new last layer, drawn at random.
+
     Args:
         architecture: One of :func:`names`.
     """
@@ -29,26 +31,45 @@ def find(architecture: str) -> Callable[..., torch.nn.Module]:
     def build(**arguments: object) -> torch.nn.Module:
         check_whole('num_classes', arguments.get('num_classes', 1), 1, 'Pass the number of classes of the data set.')
         weights = arguments.get('weights')
+        outputs = None
         if weights is not None:
             _check_weights(architecture, weights)
+            outputs = arguments.pop('num_classes', None)  # with weights, torchvision takes only their own number
         if 'aux_logits' in legal.parameters:
             # With auxiliary heads they return a tuple while training, which no classification loss takes.
             arguments.setdefault('aux_logits', False)
             if weights is None and arguments.get('init_weights') is None:
                 arguments['init_weights'] = True  # torchvision's default, without its warning
         try:
-            return torchvision.models.get_model(architecture, **arguments)
+            network = torchvision.models.get_model(architecture, **arguments)
         except TypeError as error:
             raise ValueError(
                 f'torchvision cannot build {architecture!r} from {arguments}: {error}. '
                 f'Leave out what the architecture fixes; legal arguments are {", ".join(legal.parameters)}.'
             ) from error
+        if isinstance(outputs, int):
+            _resize_head(network, outputs)
+        return network
 
     build.__name__ = architecture
     build.__doc__ = torchvision.models.get_model_builder(architecture).__doc__
     build.__annotations__ = {name: parameter.annotation for name, parameter in legal.parameters.items()}
     build.__signature__ = legal  # pyright: ignore[reportFunctionMemberAccess] # inspect.signature reads it
     return build
+
+
+def _resize_head(network: torch.nn.Module, outputs: int) -> None:
+    """Replaces the last layer by a new one unless it has as many outputs already."""
+    layers = [each for each in network.named_modules() if isinstance(each[1], torch.nn.Linear | torch.nn.Conv2d)]
+    name, last = layers[-1]
+    if isinstance(last, torch.nn.Linear):
+        new = torch.nn.Linear(last.in_features, outputs, bias=last.bias is not None)
+    else:
+        assert isinstance(last, torch.nn.Conv2d)
+        new = torch.nn.Conv2d(last.in_channels, outputs, kernel_size=1)
+    if last.weight.shape[0] != outputs:
+        parent, _, child = name.rpartition('.')
+        setattr(network.get_submodule(parent), child, new)
 
 
 def _check_weights(architecture: str, weights: object) -> None:
