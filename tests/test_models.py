@@ -186,6 +186,26 @@ class TestBuildModel:
         build_model('resnet18', weights='ResNet18_Weights.IMAGENET1K_V1')
         assert asked == ['weights'] * 2
 
+    @pytest.mark.parametrize(
+        ('name', 'arguments', 'head'),
+        [
+            ('mobilenet_v3_small', {'num_classes': 3}, (3, 1024)),
+            ('squeezenet1_1', {'num_classes': 3}, (3, 512, 1, 1)),
+            ('squeezenet1_1', {'num_classes': 1000}, None),
+            ('squeezenet1_1', {}, None),
+        ],
+    )
+    def test_pretrained_weights_take_another_number_of_classes(self, monkeypatch, name, arguments, head):
+        loaded = torchvision.models.get_model(name).state_dict()
+        monkeypatch.setattr(torchvision.models._api.WeightsEnum, 'get_state_dict', lambda *_, **__: loaded)
+        found = build_model(name, weights='DEFAULT', **arguments).module.state_dict()
+        changed = {key: value.shape for key, value in found.items() if not torch.equal(value, loaded[key])}
+        last = [key for key in found if key.endswith('weight')][-1]
+        assert {key: tuple(shape) for key, shape in changed.items() if key.endswith('weight')} == (
+            {last: head} if head else {}
+        )
+        assert len(changed) == (2 if head else 0)
+
     @pytest.mark.parametrize('name', ['resnet18', 'vit_b_16', 'maxvit_t', 'googlenet', 'densenet121', 'fashion_cnn'])
     def test_signatures_show_the_legal_keys(self, name):
         parameters = inspect.signature(MODELS[name]).parameters

@@ -143,7 +143,9 @@ def _built(name: str, arguments: object) -> Callable[[torch.Tensor], torch.Tenso
     try:
         return offered()[canonical](**converted)
     except Exception as error:  # torchvision compares and calls whatever it gets
-        raise _refused(f'must give {canonical} what it takes, got {dict(arguments)!r}: {str(error).rstrip(".")}.') from error
+        raise _refused(
+            f'must give {canonical} what it takes, got {dict(arguments)!r}: {str(error).rstrip(".")}.'
+        ) from error
 
 
 def _converted(key: str, value: Any, parameter: inspect.Parameter) -> Any:

@@ -70,6 +70,8 @@ def _resize_head(network: torch.nn.Module, outputs: int) -> None:
     if last.weight.shape[0] != outputs:
         parent, _, child = name.rpartition('.')
         setattr(network.get_submodule(parent), child, new)
+        if hasattr(network, 'num_classes'):  # Composer compares it
+            network.num_classes = outputs  # pyright: ignore[reportArgumentType]: some of them keep a number there
 
 
 def _check_weights(architecture: str, weights: object) -> None:
