@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 import shutil
 from pathlib import Path
 
@@ -245,8 +246,8 @@ class TestReading:
         grey = np.full((4, 6), 100, dtype=np.uint8)
         grey[0, 0] = 7
         images = {mode: Image.fromarray(grey).convert(mode) for mode in ('L', 'RGB', 'RGBA', 'LA', 'P', 'CMYK')}
-        images['I;16'] = Image.fromarray(grey.astype(np.uint16) * 257)
-        images['I'] = Image.fromarray(grey.astype(np.int32) * 257)
+        images['I;16'] = Image.fromarray(grey.astype(np.uint16) * 257 + 100)
+        images['I'] = Image.fromarray(grey.astype(np.int32) * 257 - 100)
         palette = images['P'].copy()
         palette.info['transparency'] = bytes([0, 128])
         images['transparent'] = palette
@@ -364,6 +365,7 @@ class TestAugmentation:
             augment = augmentation.Augmentation(augmentation.read(spelling), seed=0)
             with augmentation.own_draws():
                 results.append(augment(image, 1, 1))
+                assert not torch.equal(augment(image, 2, 1), results[-1])
         assert torch.equal(results[0], results[1])
         assert results[2].shape == (3, 5, 5)
 
@@ -408,6 +410,19 @@ class TestMemory:
         batches_of(data.train)
         assert len(opened) == 18 + 8
         assert any('only their headers were read; check: true' in each for each in data.remarks)
+
+    def test_what_was_decoded_is_not_sent_to_processes_that_are_no_forks(self, written):
+        data = built(written, augment=AUGMENT)
+        sent = pickle.loads(pickle.dumps(data.train.dataset))
+        assert len(data.train.dataset.load._kept) == 18  # pyright: ignore[reportAttributeAccessIssue]
+        assert not sent.load._kept
+        assert torch.equal(sent[3][0], data.train.dataset[3][0])
+
+    def test_worker_processes_keep_nothing(self, monkeypatch):
+        kept = image_batches.Decoded(lambda path: torch.zeros(1), image_batches.Room(100))
+        monkeypatch.setattr(image_batches, 'get_worker_info', object)
+        kept('path')
+        assert not kept._kept
 
     def test_large_images_can_be_kept_smaller(self, written):
         data = built(written, load_size=9, augment=['random_horizontal_flip'])

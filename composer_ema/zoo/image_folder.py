@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -118,14 +119,8 @@ def image_folder(
         train, evaluation = found.held_out(batching.count_held_out(len(train)))
     batching.check_last_batch(len(train))
 
-    def load_square(path: str) -> torch.Tensor:
-        return centre_square(decode(path, channels, at_least=2 * image_size), image_size)
-
-    def load_whole(path: str) -> torch.Tensor:
-        if load_size is None:
-            return decode(path, channels)
-        return shrunk(decode(path, channels, at_least=2 * load_size), load_size)
-
+    load_square = functools.partial(_square, channels=channels, side=image_size)
+    load_whole = functools.partial(_whole, channels=channels, shorter_side=load_size)
     room = Room(MOST_BYTES)
     squares = Decoded(load_square, room)
     wholes = squares if transform is None else Decoded(load_whole, room)
@@ -152,6 +147,16 @@ def image_folder(
             _of_inputs(normalise, image_size, None if given else min(MEASURED, len(train)), len(train)),
         ],
     )
+
+
+def _square(path: str, *, channels: int, side: int) -> torch.Tensor:
+    return centre_square(decode(path, channels, at_least=2 * side), side)
+
+
+def _whole(path: str, *, channels: int, shorter_side: int | None) -> torch.Tensor:
+    if shorter_side is None:
+        return decode(path, channels)
+    return shrunk(decode(path, channels, at_least=2 * shorter_side), shorter_side)
 
 
 def _given(normalize: object, channels: int) -> Normalise | None:
