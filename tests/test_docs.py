@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([ROOT / 'README.md', *(ROOT / 'method_cards').glob('*.md')])
 #: Documents that are about libraries which are not always installed.
-_NEEDS = {'transformers': ['transformers', 'accelerate']}
+_NEEDS = {'transformers': ['transformers', 'accelerate'], 'lightning': ['lightning']}
 _IDS = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 
 

@@ -27,6 +27,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision  # noqa: E402
 
 from composer_ema import load_average  # noqa: E402
 from composer_ema.lightning import WeightAverage  # noqa: E402
+from composer_ema.lightning import callback as callback_module  # noqa: E402
 from composer_ema.spans import ArgumentError  # noqa: E402
 
 pytestmark = [
@@ -465,6 +466,14 @@ class TestArguments:
         with pytest.raises(TypeError, match=r"no argument 'half_live'\. Did you mean 'half_life'"):
             WeightAverage(half_live='1ba')
 
+    def test_without_lightning_the_import_names_the_command(self, monkeypatch):
+        def fail(name: str) -> None:
+            raise ModuleNotFoundError(name=name.partition('.')[0])
+
+        monkeypatch.setattr(callback_module.importlib, 'import_module', fail)
+        with pytest.raises(ModuleNotFoundError, match='pip install lightning'):
+            callback_module._base()
+
     def test_it_can_be_copied_before_and_after_training(self, run):
         for callback in (WeightAverage(HALF_LIFE), run.callback):
             assert repr(pickle.loads(pickle.dumps(callback))) == repr(callback) == "WeightAverage(half_life='3ba')"
@@ -483,3 +492,48 @@ class TestArguments:
         trainer.fit(module, loader(), loader())
         assert callback.shadow().num_updates == BATCHES
         assert same_bits(module.seen[-1][1], average_of(callback))
+
+
+class TestLightningsOwn:
+    """What the card says of Lightning's own callback. Where one of these fails, the card has to change."""
+
+    def test_its_checkpoints_and_the_module_after_training_hold_the_average(self, tmp_path):
+        module, trainer = Module(), trainer_of([own := EMAWeightAveraging(decay=0.9)], max_epochs=1)
+        trainer.fit(module, loader())
+        trainer.save_checkpoint(tmp_path / 'own.ckpt')
+        saved, average = torch.load(tmp_path / 'own.ckpt'), copies(own._average_model.module)
+        assert same_bits(copies(module), average)
+        assert same_bits(saved['state_dict'], average)
+        counts = module.trained[-1]['net.1.num_batches_tracked'], average['net.1.num_batches_tracked']
+        assert counts == (BATCHES, 1)
+        trainer.fit_loop.max_epochs = EPOCHS
+        trainer.fit(module, loader())
+        assert own._average_model.n_averaged == BATCHES  # of twice as many
+
+    def test_weights_and_average_change_places_where_a_validation_raises_or_saves(self, tmp_path):
+        class Failing(Module):
+            def validation_step(self, batch: Any, index: int, dataloader_idx: int = 0) -> None:
+                if self.trained:
+                    self.trainer.save_checkpoint(tmp_path / 'within.ckpt')
+                    raise RuntimeError
+
+        module = Failing()
+        with pytest.raises(RuntimeError):
+            fit(
+                EMAWeightAveraging(decay=0.9), OnExceptionCheckpoint(tmp_path), module=module, enable_checkpointing=True
+            )
+        assert not same_bits(copies(module), module.trained[-1])
+        for name in ('within', 'on_exception'):
+            saved = torch.load(tmp_path / f'{name}.ckpt')
+            assert same_bits(saved['state_dict'], module.trained[-1])
+            assert not same_bits(saved['current_model_state'], module.trained[-1])
+
+    @pytest.mark.parametrize('is_ours', [True, False])
+    def test_each_validation_rounds_its_average_of_a_bfloat16_model(self, is_ours):
+        averages = []
+        for settings in ({'val_check_interval': 1}, {'limit_val_batches': 0}):
+            callback: Any = WeightAverage(smoothing=0.9) if is_ours else EMAWeightAveraging(decay=0.9)
+            fit(callback, precision='bf16-true', **settings)
+            averages.append(average_of(callback) if is_ours else copies(callback._average_model.module))
+        assert averages[0]['net.0.weight'].dtype is torch.float32
+        assert torch.equal(averages[0]['net.0.weight'], averages[1]['net.0.weight']) is is_ours

@@ -1,0 +1,30 @@
+"""WeightAverage in two processes of Lightning's Trainer, which share the batches, or the module as well."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip('lightning.pytorch')
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize('kind', ['ddp', 'folder', 'file'])
+def test_two_processes_average_save_and_go_on_to_the_same_bits(kind, tmp_path):
+    command = [sys.executable, ROOT / 'tests' / 'scripts' / 'lightning_of_two.py', kind, tmp_path]
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    [line] = [line for line in done.stdout.splitlines() if line.startswith('{')]
+    found = json.loads(line)
+    rows = 7 if kind == 'ddp' else 4
+    assert (found.pop('held by rank 0'), found.pop('updates')) == ([rows, 5], 12)
+    if kind != 'ddp':
+        assert found.pop("Lightning's own").startswith('FSDP does not support deepcopy')
+    assert found == dict.fromkeys(found, True)
