@@ -168,6 +168,21 @@ def test_the_same_algorithm_and_evaluators_in_a_second_trainer():
     first, second = (fitted([evaluator], ema, max_duration='1ep') for _ in range(2))
     assert first[1] == second[1] == [(3, 'eval_training'), (3, 'eval_ema')]
     assert evaluator.label == 'eval'
+    _, seen = fitted([make_evaluator('eval_ema')], ema, max_duration='1ep')
+    assert [label for _, label in seen] == ['eval_ema_training', 'eval_ema_ema']
+
+
+def test_an_interval_of_the_user_s_is_asked_once_for_all_weights():
+    asked = []
+
+    def every_other_time(state, event):
+        asked.append(event)
+        return len(asked) % 2 == 0
+
+    evaluator = Evaluator(label='eval', dataloader=make_data(4, seed=2), eval_interval=every_other_time)
+    _, seen = fitted([evaluator], EMA('2ba', evaluate=['training', 'ema']), max_duration='1ep')
+    assert len(asked) == 5  # after each of three batches, the epoch and training
+    assert seen == [(2, 'eval_training'), (2, 'eval_ema'), (3, 'eval_training'), (3, 'eval_ema')]
 
 
 def test_a_label_that_is_taken_is_refused():
@@ -195,3 +210,14 @@ def test_without_an_evaluator_it_is_said_to_have_no_effect():
         UserWarning, match=r"evaluate=\['training', 'ema'\] has no effect: this Trainer has no evaluator"
     ):
         trainer.fit()
+
+
+def test_the_average_of_a_run_as_a_module(alike):
+    trainer, _ = alike
+    model, average = trainer.state.model, trainer.state.algorithms[0].ema_model
+    module = average.module(model)
+    batch = next(iter(make_data(4, seed=2).dataloader))
+    with average.swapped(model):
+        expected = model.eval()(batch)
+    assert type(module) is type(model)
+    assert torch.equal(module(batch), expected)

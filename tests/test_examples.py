@@ -203,3 +203,45 @@ def test_frechet_distance_of_normal_distributions_is_that_of_the_closed_form(mon
     # |(3, 4)|^2 + (2 - 1)^2 + (3 - 4)^2
     assert frechet_distance(one, other) == pytest.approx(27)
     assert frechet_distance(one, one) == pytest.approx(0, abs=1e-12)
+
+
+def test_byol_learns_from_a_teacher_that_lies_in_the_memory_of_the_average(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / 'examples'))
+    byol = importlib.import_module('byol')
+    generator = torch.Generator().manual_seed(0)
+    data = {
+        f'{split}_{what}': torch.randint(most, shape, generator=generator, dtype=torch.uint8)
+        for split in ('train', 'test')
+        for what, most, shape in (('inputs', 256, (60, 1, 28, 28)), ('labels', 10, (60,)))
+    }
+    monkeypatch.setattr(byol, 'load_fashion_mnist', lambda root: data)
+    teachers = []
+
+    def train(network, shadow, teacher, *others):
+        teachers.append(teacher)
+        before = [parameter.clone() for parameter in teacher.parameters()]
+        learn(network, shadow, teacher, *others)
+        assert not any(map(torch.equal, before, teacher.parameters()))
+        assert [p.data_ptr() for p in teacher.parameters()] == [p.data_ptr() for p in shadow.parameters()]
+
+    learn = byol.train
+    monkeypatch.setattr(byol, 'train', train)
+    byol.main(['--seeds', '0', '1', '--steps', '2', '--batch-size', '8', '--images', '50', '--labelled', '20'])
+    assert len(teachers) == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert [re.sub(r'[0-9.]+ %', 'share', line) for line in lines] == [
+        f'seed {seed}: random share, network share, teacher share' for seed in (0, 1)
+    ]
+
+
+@pytest.mark.slow
+def test_byol_learns_features_that_tell_clothes_apart_better_than_random_ones(monkeypatch, capsys):
+    from composer_ema.zoo import fetch
+
+    kept = [fetch.DEBIAN_FOLDER, fetch.cache_folder()]
+    if not any(list(folder.rglob('train-images-idx3-ubyte*')) for folder in kept):
+        pytest.skip('Fashion-MNIST is not on this machine, and a test downloads nothing')
+    monkeypatch.syspath_prepend(str(ROOT / 'examples'))
+    importlib.import_module('byol').main(['--steps', '150'])
+    random, network, teacher = map(float, re.findall(r'([0-9.]+) %', capsys.readouterr().out))
+    assert min(network, teacher) > random + 5
