@@ -82,8 +82,8 @@ def image_folder(
         normalize: `'data'` for the mean and the standard deviation of each channel over the middle squares of up to
             1,000 training images, spread evenly over the sorted files and rounded to 4 decimals; `'imagenet'`; a mean
             and a standard deviation for pixels in [0, 1], a number or one per channel each; or `'none'` for 0 and 1.
-        load_size: Images with a longer shorter side are scaled to this one, in pixels, before `augment`. That saves
-            memory and time. Default: None, they keep their size.
+        load_size: Images with a longer shorter side are scaled to this one, in pixels, before `augment`. More
+            of them then fit into memory, and photos of many megapixels are decoded faster. Default: None, their size.
         evaluation_folder: The folder in `root` to evaluate on. Default: the first of the four that is there.
         check: True decodes all images before training, however many there are; False reads none. Default: None, as
             above.
