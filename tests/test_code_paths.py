@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from composer_ema.recipe import code_paths, register_callback, register_dataset, register_model, registry, run, schema
 from composer_ema.recipe.arguments import Place, RecipeError
+from composer_ema.recipe.build import build
 from composer_ema.zoo import plugins
 from composer_ema.zoo.dataset import extent
 from composer_ema.zoo.models import build_model
@@ -186,6 +187,20 @@ def test_a_file_is_imported_once_and_again_when_it_has_changed(tmp_path, capsys)
     path.write_text('print("twice or more")')
     plan(path, model={'name': 'mnist1d_mlp'}, data={'name': 'mnist1d'})
     assert capsys.readouterr().out == 'twice or more\n'
+
+
+def test_the_line_of_an_error_is_that_of_the_file_as_it_is_now(tmp_path):
+    for line in ('x = 1 / 0', 'another = 1 / 0'):
+        path = write(tmp_path / 'mended.py', line)
+        with pytest.raises(RecipeError, match=rf'\({path}, line 1: {line}\)'):
+            plan(path)
+
+
+def test_the_recipe_of_a_run_names_its_code_by_absolute_paths_whoever_made_it(project, monkeypatch):
+    monkeypatch.chdir(project)
+    built = build(schema.Recipe('own.yaml', 'own', dict(RECIPE)), scratch=project / 'scratch')
+    built.trainer.close()
+    assert built.recipe.values['code_paths'] == [f'{project}/code/sines.py']
 
 
 def test_a_package_and_what_lies_beside_a_file_can_be_imported(tmp_path):

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from composer_ema.pictures import report
 from composer_ema.recipe import registry, run, schema
 from composer_ema.recipe.arguments import RecipeError
+from composer_ema.recipe.build import build
 from composer_ema.recipe.measuring import measure_of
 from composer_ema.zoo import timm_models
 from composer_ema.zoo.dataset import Data
@@ -69,6 +70,14 @@ class TestTransformers:
         model = {'name': 'hf_image_classifier', 'config': VIT, 'num_classes': 3}
         outcome = run.train(recipe(data=data, model=model, algorithms={}), lambda shown: None)
         assert list(report.result(outcome).points['training'][-1].metrics) == ['CrossEntropy', 'MulticlassAccuracy']
+
+    def test_an_image_classifier_of_too_few_classes_is_refused_before_it_trains(self, recipe, tmp_path):
+        data = {'name': 'fake', 'image_size': [1, 8, 8], 'num_classes': 4, 'size': 8, 'eval_size': 4, 'batch_size': 4}
+        model = {'name': 'hf_image_classifier', 'config': VIT, 'num_classes': 3}
+        with pytest.raises(
+            RecipeError, match=r'model\.num_classes: must be at least 4, the classes of the data, got 3'
+        ):
+            build(recipe(data=data, model=model, algorithms={}), scratch=tmp_path)
 
     @pytest.mark.parametrize(
         ('given', 'message'),

@@ -43,8 +43,10 @@ def check(model: ComposerModel, data: Data, checked: Plan) -> None:
                 raise
             what = f'inputs of shape {data.input_shape}' if is_told else f'a batch of {describe(batch)}'
             raise place.error(f'cannot take {what}, which data gives: {said(error)}{line_of(error)}') from error
-    if isinstance(model, ComposerClassifier) and isinstance(outputs, torch.Tensor) and outputs.ndim > 1:
-        _check_classes(outputs.shape[-1], data, place)
+    is_of_logits = isinstance(model, ComposerClassifier) and isinstance(outputs, torch.Tensor) and outputs.ndim > 1
+    predicted = outputs.shape[-1] if is_of_logits else getattr(model, 'num_classes', None)
+    if isinstance(predicted, int):
+        _check_classes(predicted, data, place)
 
 
 def describe(batch: Any) -> str:
