@@ -391,10 +391,7 @@ class WeightAverage(TrainerCallback):
         @functools.wraps(train)
         def remembering(resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
             self._resumed_from = resume_from_checkpoint or kwargs.get('model_path')
-            try:
-                return train(resume_from_checkpoint, *args, **kwargs)
-            finally:
-                self._resumed_from = None
+            return train(resume_from_checkpoint, *args, **kwargs)
 
         return remembering
 
@@ -503,7 +500,7 @@ class _Run:
         if self._steps_in_epoch is None or self._samples_in_step is None or self._samples_in_epoch is None:
             return 0
         epochs, rest = divmod(steps, self._steps_in_epoch)
-        return epochs * self._samples_in_epoch + min(rest * self._samples_in_step, self._samples_in_epoch)
+        return epochs * self._samples_in_epoch + rest * self._samples_in_step
 
 
 def _length(of: Any) -> int | None:

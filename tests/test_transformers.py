@@ -19,7 +19,14 @@ pytest.importorskip('transformers')
 pytest.importorskip('accelerate')
 
 from torch.utils.data import IterableDataset
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState
+from transformers import (
+    EarlyStoppingCallback,
+    GPT2Config,
+    GPT2LMHeadModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+)
 from transformers_runs import SAMPLES, STEPS, Record, Sentences, averaged, build, network, run_in_ranks, weights
 
 from composer_ema import CheckpointError, load_average, read_checkpoint
@@ -199,8 +206,49 @@ class TestCheckpoints:
         assert same_bits(weights(model), averaged(run.average))
         with pytest.raises(CheckpointError, match='would replace what training resumes from'):
             export(folder, folder / 'model.safetensors')
+        with pytest.raises(CheckpointError, match=r'a file of the checkpoint .*checkpoint-5: .* would replace it'):
+            export(folder, checkpoint(run, 5) / 'model.safetensors')
         with pytest.raises(CheckpointError, match=r'Pass one of the checkpoints in it, such as .*checkpoint-'):
             load_average(run.folder)
+
+    def test_tied_weights_and_files_in_parts_are_read(self, tmp_path):
+        class Tokens(Sentences):
+            def __getitem__(self, index):
+                return {'input_ids': self.tokens[index], 'labels': self.tokens[index]}
+
+        config = GPT2Config(vocab_size=16, n_embd=8, n_layer=1, n_head=2, n_positions=8, loss_type='ForCausalLM')
+        model, average = GPT2LMHeadModel(config), WeightAverage('2ba')
+        options = {'train_dataset': Tokens(8), 'max_steps': 1, 'eval_strategy': 'no'}
+        build(tmp_path, average, model=model, **options).train()
+        folder = tmp_path / 'checkpoint-1'
+        loaded = load_average(folder)
+        assert loaded.keys() == model.state_dict().keys()  # the file has one name of the tied weight
+        assert same_bits(loaded, {**loaded, **averaged(average)})
+        model.save_pretrained(folder, max_shard_size='2KB')
+        (folder / 'model.safetensors').unlink()
+        assert same_bits(load_average(folder), loaded)
+        (folder / 'model.safetensors.index.json').write_text('{}')
+        with pytest.raises(CheckpointError, match='has no weight_map'):
+            load_average(folder)
+
+    def test_adapters_are_averaged_alone_and_resume(self, tmp_path):
+        peft = pytest.importorskip('peft')
+
+        def adapted():
+            return peft.get_peft_model(network(), peft.LoraConfig(target_modules=['query'], r=2, task_type='SEQ_CLS'))
+
+        average, resumed, model = WeightAverage('2ba'), WeightAverage('2ba'), adapted()
+        options = {'label_names': ['labels'], 'eval_steps': 1}
+        build(tmp_path, average, model=model, **options).train()
+        assert all('lora' in name or 'classifier' in name for name in averaged(average))
+        again = build(
+            tmp_path, resumed, model=adapted(), load_best_model_at_end=True, metric_for_best_model='score',
+            greater_is_better=True, compute_metrics=lambda _: {'score': again.state.global_step}, **options,
+        )  # fmt: skip
+        again.train(resume_from_checkpoint=str(tmp_path / 'checkpoint-4'))
+        assert same_bits(averaged(resumed), averaged(average))
+        held = weights(again.model)
+        assert same_bits({name: held[name] for name in averaged(average)}, averaged(average))  # the best was the last
 
 
 class TestBest:
@@ -278,6 +326,14 @@ class TestSettings:
         ends = [record.trained[3], record.trained[6]]
         assert_close(averaged(average), {name: (ends[0][name].double() + ends[1][name]) / 2 for name in ends[0]})
 
+    @pytest.mark.filterwarnings('ignore:update_interval=.* is longer than the run')
+    def test_an_epoch_that_does_not_end_makes_no_update(self, tmp_path):
+        average = WeightAverage('2ba', update_interval='1ep')
+        trainer = build(tmp_path, average, save_strategy='no', eval_strategy='no', max_steps=2)
+        with pytest.warns(UserWarning, match='training ended before the first update'):
+            trainer.train()
+        assert average.shadow().num_updates == 0
+
     @pytest.mark.parametrize(
         ('arguments', 'message'),
         [
@@ -298,7 +354,8 @@ class TestSettings:
             trainer.train()
         assert not record.trained
 
-    def test_a_step_that_the_gradient_scaler_skips_is_no_time(self, tmp_path):
+    @pytest.mark.parametrize('optimizer', ['adamw_torch', 'adamw_torch_fused'])  # a fused one skips steps by itself
+    def test_a_step_that_the_gradient_scaler_skips_is_no_time(self, tmp_path, optimizer):
         average, record = WeightAverage('2ba'), Record()
 
         class Damaged(TrainerCallback):
@@ -306,7 +363,8 @@ class TestSettings:
                 if state.global_step == 2:
                     next(model.parameters()).grad.fill_(float('inf'))
 
-        trainer = build(tmp_path, average, record=record, save_strategy='no', eval_strategy='no', max_grad_norm=0)
+        options = {'save_strategy': 'no', 'eval_strategy': 'no', 'max_grad_norm': 0, 'optim': optimizer}
+        trainer = build(tmp_path, average, record=record, **options)
         trainer.accelerator.scaler = torch.amp.GradScaler('cpu', init_scale=2.0)
         trainer.add_callback(Damaged())
         trainer.train()
@@ -410,10 +468,12 @@ def test_the_state_in_a_checkpoint_is_read_without_executing_it(run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('sharded', [False, True], ids=['ddp', 'fsdp2'])
-def test_two_processes_keep_the_contract(tmp_path, sharded):
-    for found in ranks(2)(functools.partial(run_in_ranks, sharded=sharded), str(tmp_path)):
-        assert found['wrapper'] == ('FSDPBertForSequenceClassification' if sharded else 'DistributedDataParallel')
+@pytest.mark.parametrize('how', ['ddp', 'ddp in pieces', 'fsdp2'])
+def test_two_processes_keep_the_contract(tmp_path, how):
+    call = functools.partial(run_in_ranks, sharded=how == 'fsdp2', shard_over_ranks=how == 'ddp in pieces')
+    for found in ranks(2)(call, str(tmp_path)):
+        wrapper = 'FSDPBertForSequenceClassification' if how == 'fsdp2' else 'DistributedDataParallel'
+        assert found['wrapper'] == wrapper
         assert all(found['untouched'])
         assert found['resumed'] == [True, True, True]
         assert found['seen']

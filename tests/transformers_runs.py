@@ -123,7 +123,7 @@ class Sharded(Trainer):
         self.is_fsdp_enabled = True
 
 
-def run_in_ranks(folder: str, *, sharded: bool) -> dict[str, Any]:
+def run_in_ranks(folder: str, *, sharded: bool, **settings: Any) -> dict[str, Any]:
     """Trains two epochs, saved after each step, and again from the fourth step on; and without an average."""
     as_accelerate_starts_a_rank()
     kind = Sharded if sharded else Trainer
@@ -138,7 +138,7 @@ def run_in_ranks(folder: str, *, sharded: bool) -> dict[str, Any]:
 
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        average, again = WeightAverage('2ba'), WeightAverage('2ba')
+        average, again = WeightAverage('2ba', **settings), WeightAverage('2ba', **settings)
         trainer, record = trained(average, 'whole')
         _, bare = trained(None, 'bare')
         at = str(Path(folder) / 'whole' / 'checkpoint-4')
