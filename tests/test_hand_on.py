@@ -374,7 +374,9 @@ class TestTimm:
         assert bits(model.state_dict()) == bits(average)
         timm.models.load_checkpoint(model, str(out), use_ema=False)
         assert bits(model.state_dict()) == bits(of_timm.state_dict())
-        assert torch.load(out, weights_only=True).get('arch') == architecture
+        written = torch.load(out, weights_only=True)
+        assert written.get('arch') == architecture
+        assert written['state_dict_ema'].keys() == written['state_dict'].keys() == average.keys()
         assert describe(out).averages[0].algorithm == 'timm'
 
     def test_another_architecture_is_refused_by_name(self, of_timm, tmp_path):
@@ -447,6 +449,7 @@ class TestPEFT:
             gpt2(), inputs, tmp_path / 'run', tokenizer=tokenizer(), peft_config=config, should_save_peft_only=only
         )
         export(checkpoint, tmp_path / 'adapter', format='peft')
+        assert json.loads((tmp_path / 'adapter' / 'adapter_config.json').read_text())['inference_mode'] is True
         loaded = peft.PeftModel.from_pretrained(gpt2(), tmp_path / 'adapter').eval()
         with torch.no_grad():
             assert torch.equal(loaded(input_ids=IDS).logits, logits)
@@ -605,6 +608,7 @@ class TestErrors:
         ('name', 'saved', 'message'),
         [
             ('../evil.json', {'file_extension': '.json', 'content': {}}, 'is no name of a file'),
+            ('sub/evil.json', {'file_extension': '.json', 'content': {}}, 'is no name of a file'),
             ('config.json', {'file_extension': '.json', 'content': {}}, 'is no name of a file'),
             ('model.safetensors', {'file_extension': '.safetensors', 'content': b''}, 'ends in'),
             ('vocab.txt', {'file_extension': '.txt', 'content': [3]}, 'cannot be read'),
