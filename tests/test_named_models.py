@@ -65,6 +65,13 @@ class TestTransformers:
         assert len(parts) == 16, 'each sample is a part'
         assert measured.metrics['LanguageCrossEntropy'] == pytest.approx(parts.mean().item(), rel=1e-5)
 
+    def test_the_first_batch_leaves_the_samples_in_memory_as_they_are(self, recipe, tmp_path, register):
+        stored = {'input_ids': torch.arange(16).view(2, 8), 'labels': torch.arange(16).view(2, 8)}
+        loader = DataLoader([0, 1], 2, collate_fn=lambda samples: stored)  # pyright: ignore[reportArgumentType]
+        register('datasets', 'stored', lambda: Data(loader, loader))
+        build(recipe(data={'name': 'stored'}, algorithms={}), scratch=tmp_path).trainer.close()
+        assert stored['labels'].tolist() == torch.arange(16).view(2, 8).tolist(), 'an evaluation shifts them in place'
+
     def test_an_image_classifier_takes_the_pairs_of_a_recipes_data(self, recipe):
         data = {'name': 'fake', 'image_size': [1, 8, 8], 'num_classes': 3, 'size': 8, 'eval_size': 4, 'batch_size': 4}
         model = {'name': 'hf_image_classifier', 'config': VIT, 'num_classes': 3}
