@@ -135,6 +135,16 @@ def counted(number: float, noun: str) -> str:
     return f'{amount} {noun if number == 1 else _plural(noun)}'
 
 
+def figure(number: float) -> str:
+    """A number as a time string has it: a whole one with all its digits, another one with six.
+
+    Example:
+        >>> figure(1_500_928.0), figure(4.465053763)
+        ('1500928', '4.46505')
+    """
+    return str(int(number)) if float(number).is_integer() else f'{number:g}'
+
+
 def shown(value: object) -> str:
     """A value as a message shows it: as Python writes it, on one line, cut where that is long.
 

@@ -16,8 +16,9 @@ from composer_ema.recipe.arguments import RecipeError
 from composer_ema.recipe.preview import preview
 from composer_ema.trainer.run import ComposerRun
 from composer_ema.zoo import text as zoo_text
-from composer_ema.zoo.dataset import extent
+from composer_ema.zoo.dataset import counts_tokens, extent
 from composer_ema.zoo.loading import as_is
+from composer_ema.zoo.own_data import own_dataset
 from composer_ema.zoo.text import Blocks, python_docs, text_file
 from composer_ema.zoo.tokens import Characters
 
@@ -216,6 +217,7 @@ class TestCharacters:
         for each in (made, loaded):
             assert len(each) == characters.size
             assert each(text)['input_ids'] == characters.encode(text).tolist()
+            assert set(each(text)) == {'input_ids', 'attention_mask'}
             assert each.decode(each(text)['input_ids']) == text
             assert each('h?o')['input_ids'] == characters.encode('h?o').tolist()
 
@@ -347,6 +349,16 @@ class TestTokens:
         )
         with pytest.raises(RecipeError, match='the data set of this recipe reports none'):
             schema.plan(recipe)
+
+    @pytest.mark.parametrize('tokens', [8, lambda given: given['length']], ids=['number', 'function'])
+    def test_a_data_set_of_ones_own_tells_how_many_its_samples_have(self, tokens):
+        def lines(*, length: int = 8) -> tuple[list[int], list[int]]: ...
+
+        found = extent(own_dataset(lines, samples=20, tokens=tokens), {'batch_size': 5})
+        assert found is not None
+        assert (found.tokens, found.batches_until(21, found.batches)) == (8, 5)
+        assert counts_tokens(own_dataset(lines, tokens=tokens))
+        assert not counts_tokens(own_dataset(lines))
 
     def test_the_length_of_a_run_in_tokens_is_known_before_it_trains(self):
         blocks = Blocks(np.zeros(128, np.uint16), 8)

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from composer_ema.checkpoints import inspection
 from composer_ema.checkpoints.inspection import AverageInfo, Description, TensorInfo
+from composer_ema.wording import figure
 
 # Settings that decide how far back an average reaches, in the order in which they are shown.
 _HORIZON = (
@@ -97,7 +98,7 @@ def _add_average(table: Table, average: AverageInfo, *, is_one_of_several: bool)
         table, '  updates', 'not counted by this format' if average.num_updates is None else f'{average.num_updates:,}'
     )
     last = average.last_update or {}
-    _add(table, '  last update', ', '.join(f'{count:g}{unit}' for unit, count in last.items() if count))
+    _add(table, '  last update', ', '.join(f'{figure(count)}{unit}' for unit, count in last.items() if count))
     if average.relative_distance is not None:
         _add(table, '  distance', f'{average.relative_distance:.4g} of the norm of the training weights')
 

@@ -13,7 +13,7 @@ from composer_ema.averages import Power
 from composer_ema.posthoc import shares
 from composer_ema.posthoc.shares import Vector
 from composer_ema.spans import UNITS, ArgumentError, Span
-from composer_ema.wording import shown, suggestion
+from composer_ema.wording import figure, shown, suggestion
 
 # Epochs and shares of a run come in fractions.
 _SAME_TIME = 1e-9
@@ -72,8 +72,8 @@ class RunClock:
         if count == 0 or value > times[-1] * (1 + _SAME_TIME):
             unit = next(unit for unit, each in self.times.items() if each is times)
             raise ArgumentError(
-                f'at={at} must lie between the first moment and the last one that the run kept, {times[0]:g}{unit} and '
-                f'{times[-1]:g}{unit}.',
+                f'at={at} must lie between the first moment and the last one that the run kept, '
+                f'{figure(times[0])}{unit} and {figure(times[-1])}{unit}.',
                 'at',
             )
         # What is a share of the run stays a share of all of it.
@@ -225,8 +225,8 @@ def _of_last(clock: RunClock, span: Span, name: str, closed_form: shares.OfLast)
     passed = float(times[-1])
     if length > passed * (1 + _SAME_TIME) and span.unit != 'dur':
         raise ArgumentError(
-            f'{name}={span} is longer than the run up to that moment, {passed:g}{span.unit}. Pass at most that, or a '
-            'share of the run.',
+            f'{name}={span} is longer than the run up to that moment, {figure(passed)}{span.unit}. Pass at most that, '
+            'or a share of the run.',
             name,
         )
     return closed_form(times, min(length, passed) if math.isfinite(length) else passed)

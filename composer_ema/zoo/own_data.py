@@ -29,13 +29,16 @@ _REMEDY = 'Return a pair for training and evaluation, each a torch Dataset, a li
 
 
 def own_dataset(
-    function: Callable[..., Any], samples: int | Callable[[Mapping[str, Any]], int] | None = None
+    function: Callable[..., Any],
+    samples: int | Callable[[Mapping[str, Any]], int] | None = None,
+    tokens: int | Callable[[Mapping[str, Any]], int] | None = None,
 ) -> Callable[..., Data]:
     """A data set for recipes of a function that returns a pair; see :mod:`composer_ema.zoo.registering`.
 
     Args:
         function: It takes keyword arguments.
         samples: The number of training samples, or a function that tells it from the arguments. Default: not known.
+        tokens: The number of tokens in each sample, likewise. Default: nothing counts tokens.
     """
     own = inspect.signature(function)
     takes_all = any(each.kind is each.VAR_KEYWORD for each in own.parameters.values())
@@ -63,6 +66,8 @@ def own_dataset(
     described.__signature__ = full
     if samples is not None:
         described.training_samples = samples if callable(samples) else lambda given: samples
+    if tokens is not None:
+        described.tokens_in_sample = tokens if callable(tokens) else lambda given: tokens
     return build
 
 

@@ -18,7 +18,10 @@ _T = TypeVar('_T', bound=Callable[..., Any])
 
 
 def register_dataset(
-    name: str, *, samples: int | Callable[[Mapping[str, Any]], int] | None = None
+    name: str,
+    *,
+    samples: int | Callable[[Mapping[str, Any]], int] | None = None,
+    tokens: int | Callable[[Mapping[str, Any]], int] | None = None,
 ) -> Callable[[_T], _T]:
     """Lets recipes name a data set of your own: ``data: {name: rings, points: 2000, batch_size: 32}``.
 
@@ -34,6 +37,9 @@ def register_dataset(
         samples: The number of training samples, or a function that tells it from the arguments, without reading them.
             A schedule is then checked before the data are read, and ``composer-ema plot`` can draw it. Default: None,
             not known before.
+        tokens: The number of tokens in each sample, or a function that tells it from the arguments. A recipe may then
+            give times in tok. Composer counts the tokens of batches that are mappings with ``input_ids``; for others,
+            return a ``DataSpec`` with ``get_num_tokens_in_batch``. Default: None, nothing counts tokens.
 
     Raises:
         ValueError: The name is taken.
@@ -50,7 +56,7 @@ def register_dataset(
     def decorate(function: _T) -> _T:
         from composer_ema.zoo.own_data import own_dataset  # it imports Composer
 
-        _register('datasets', name, own_dataset(function, samples), function)
+        _register('datasets', name, own_dataset(function, samples, tokens), function)
         return function
 
     return decorate

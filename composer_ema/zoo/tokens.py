@@ -85,7 +85,13 @@ class Characters:
         made: Any = FastTokenizer(models.WordLevel(numbered, unk_token=UNKNOWN))
         made.pre_tokenizer = pre_tokenizers.Split(Regex(r'[\s\S]'), 'isolated')
         made.decoder = decoders.Fuse()
-        return PreTrainedTokenizerFast(tokenizer_object=made, unk_token=UNKNOWN, clean_up_tokenization_spaces=False)
+        return PreTrainedTokenizerFast(
+            tokenizer_object=made,
+            unk_token=UNKNOWN,
+            clean_up_tokenization_spaces=False,
+            # Not token_type_ids, for which GPT-2 would add embeddings that nobody has trained.
+            model_input_names=['input_ids', 'attention_mask'],
+        )
 
 
 @dataclass(frozen=True)
