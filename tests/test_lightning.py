@@ -302,7 +302,7 @@ class TestEvaluation:
         assert all(same_bits(seen, average) for _, seen in module.seen)
         assert same_bits(copies(module), weights)
         trainer.fit_loop.max_epochs = 2
-        trainer.fit(module, loader())  # inference mode has left nothing that cannot be written
+        trainer.fit(module, loader())
         assert callback.shadow().num_updates == STEPS
 
     def test_each_evaluation_sees_what_it_asks_for(self):
@@ -395,10 +395,12 @@ class TestCheckpoints:
         assert same_bits(load_average(tmp_path / '4.ckpt'), run.averages[3])
 
     def test_a_fresh_trainer_evaluates_the_average_of_a_checkpoint(self, run):
-        module = Module()
-        trainer_of([WeightAverage(HALF_LIFE)]).validate(module, loader(), ckpt_path=run.checkpoint(5), verbose=False)
+        module, trainer = Module(), trainer_of([callback := WeightAverage(HALF_LIFE)])
+        trainer.validate(module, loader(), ckpt_path=run.checkpoint(5), verbose=False)
         assert same_bits(module.seen[0][1], run.averages[4])
         assert same_bits(copies(module), run.beside.trained[4])
+        trainer.fit(module, loader(), ckpt_path=run.checkpoint(5))
+        assert same_bits(average_of(callback), run.averages[-1])
 
     def test_a_state_that_does_not_fit_is_refused_by_name(self, run, tmp_path):
         saved = torch.load(run.checkpoint(4))

@@ -15,7 +15,6 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import nn
 from torch.distributed.checkpoint import FileSystemReader
 from typing_extensions import Unpack
@@ -328,11 +327,9 @@ class WeightAverage(Callback):
             self._use(self.evaluate_with.get(key, self.evaluate_with.get(stage, self.labels[0])), model)
 
     def _use(self, weights: str, model: nn.Module) -> None:
-        # What is allocated in inference mode, in which Lightning evaluates, could not be written by later training.
-        with torch.inference_mode(False):
-            if weights != TRAINING:
-                self._follow(model)
-            self._keeper.use(weights, model)
+        if weights != TRAINING:
+            self._follow(model)
+        self._keeper.use(weights, model)
 
     # Checkpoints
 
