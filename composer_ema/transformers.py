@@ -28,9 +28,8 @@ from composer_ema.profiles import Kind
 from composer_ema.run import asked, limits
 from composer_ema.run.asked import DEFAULT_HALF_LIFE, TRAINING
 from composer_ema.run.clock import Clock
-from composer_ema.run.due import Interval, Start
-from composer_ema.run.keeper import Keeper
-from composer_ema.settings import Settings, TrainerSettings, settings_of, takes_settings
+from composer_ema.run.keeper import keeper_of
+from composer_ema.settings import TrainerSettings, settings_of, takes_settings
 from composer_ema.shadow.interrupts import Block
 from composer_ema.shadow.shadow_model import ShadowModel
 from composer_ema.shadow.state import gathered
@@ -123,27 +122,16 @@ class WeightAverage(TrainerCallback):
         evaluate_with: Mapping[str, str] | None = None,
         **settings: Unpack[TrainerSettings],
     ) -> None:
-        kept = Settings.of(settings)
         arguments = {
             'half_life': half_life, 'smoothing': smoothing, 'power': power, 'gamma': gamma, 'average': average,
             'warmup': warmup, 'bias_correction': bias_correction,
         }  # fmt: skip
-        wanted = asked.read(_EMA, arguments, has_function=kept.has_function)
-        start = Start.of('ema_start', ema_start)
-        span = Span.parse(update_interval, name='update_interval', positive=True)
-        self._keeper = Keeper(
-            _EMA,
-            wanted.kept,
-            {
-                **wanted.arguments,
-                'ema_start': str(start.span),
-                'update_interval': str(span),
-                **kept.as_plain(settings_of(type(self))),
-            },
-            compared=(*asked.OF_PROFILES, 'avg_fn', 'multi_avg_fn'),
-            start=start,
-            interval=Interval('update_interval', span),
-            settings=kept,
+        self._keeper = keeper_of(
+            arguments,
+            settings,
+            ema_start=ema_start,
+            update_interval=update_interval,
+            taken=settings_of(type(self)),
         )
         #: Which weights evaluations see, by the prefix of their metrics, as given.
         self.evaluate_with = asked.check_evaluate_with(evaluate_with, self.labels)
