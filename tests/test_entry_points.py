@@ -39,6 +39,7 @@ ARGUMENTS = {
         rounding: stochastic
         seed: 3
         evaluate_with: {eval_training: training}
+        evaluate: [training, ema]
         log_interval: null
         export_weights: ema
         """,
@@ -59,6 +60,7 @@ ARGUMENTS = {
         rounding: stochastic
         seed: 3
         evaluate_with: {eval_training: training}
+        evaluate: [training, swa]
         log_interval: null
         export_weights: swa
         """,
