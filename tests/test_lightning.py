@@ -377,6 +377,23 @@ class TestCheckpoints:
                 del each['averages']['ema'][part]
         assert state == uninterrupted
 
+    @pytest.mark.parametrize('hook', ['on_train_batch_start', 'on_before_optimizer_step'])
+    def test_a_run_that_an_exception_ended_within_a_batch_goes_on_with_its_average(self, tmp_path, hook):
+        class Failing(Module):
+            pass
+
+        def fail(module: Module, *_: Any) -> None:
+            if len(module.trained) == 3:
+                raise RuntimeError('of a batch')
+
+        setattr(Failing, hook, fail)
+        failed, callbacks = Failing(), (WeightAverage(HALF_LIFE), OnExceptionCheckpoint(tmp_path))
+        with pytest.raises(RuntimeError, match='of a batch'):
+            fit(*callbacks, module=failed, enable_checkpointing=True)
+        module = fit(callback := WeightAverage(HALF_LIFE), ckpt_path=tmp_path / 'on_exception.ckpt')
+        expected = closed_form([*failed.trained, *module.trained], 'net.0.weight', lambda _: 1 / 3)
+        torch.testing.assert_close(average_of(callback)['net.0.weight'].double(), expected)
+
     def test_a_run_without_the_callback_goes_on_as_if_there_had_been_none(self, run):
         module = fit(ckpt_path=run.checkpoint(4))
         assert same_bits(copies(module), run.alone.trained[-1])

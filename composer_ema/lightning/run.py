@@ -78,10 +78,10 @@ class LightningRun:
         """Whether a batch has ended since this was last asked."""
         if self._trainer is None or not self._trainer.training:
             return False
-        total = self._batches.total
-        if total.processed in (self._processed, total.ready - 1):
+        processed = self._batches.total.processed
+        if processed == self._processed:
             return False
-        self._processed = total.processed
+        self._processed = processed
         self._samples += self._of_batch or 0
         return True
 
