@@ -246,18 +246,18 @@ class WeightAverage(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: Any
     ) -> None:
-        """Updates the averages if that is due after a step."""
+        """Updates the averages if that is due after a step, or after the epoch that the step ends.
+
+        The Trainer evaluates and saves before its event for the end of an epoch.
+        """
         assert self._run is not None
         self._run.tick()
         self._keeper.after('ba', unwrap(model), self._run, is_skipped=self._is_skipped)
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: Any
-    ) -> None:
-        """Updates the averages if that is due after an epoch. The event also comes where training ends within one."""
-        assert self._run is not None
         if self._run.is_at_end_of_epoch:
             self._keeper.after('ep', unwrap(model), self._run)
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Orders what comes after the epoch behind the last update."""
         self._keeper.averages.wait_for_reads()  # load_best_model_at_end may write the weights before the next event
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

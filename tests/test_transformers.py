@@ -326,6 +326,15 @@ class TestSettings:
         ends = [record.trained[3], record.trained[6]]
         assert_close(averaged(average), {name: (ends[0][name].double() + ends[1][name]) / 2 for name in ends[0]})
 
+    def test_an_epoch_has_ended_where_its_last_step_is_evaluated_and_saved(self, tmp_path):
+        average, again = (WeightAverage(average='equal', update_interval='1ep') for _ in range(2))
+        build(tmp_path / 'whole', average, record=(record := Record()), eval_steps=3).train()
+        assert [same_bits(seen, record.trained[step]) for step, seen in record.evaluated] == [True, False]
+        resumed = build(tmp_path / 'again', again)
+        resumed.train(resume_from_checkpoint=str(tmp_path / 'whole' / 'checkpoint-3'))
+        assert again.shadow().num_updates == average.shadow().num_updates == 2
+        assert_same(averaged(again), averaged(average))
+
     @pytest.mark.filterwarnings('ignore:update_interval=.* is longer than the run')
     def test_an_epoch_that_does_not_end_makes_no_update(self, tmp_path):
         average = WeightAverage('2ba', update_interval='1ep')
