@@ -80,11 +80,37 @@ def call(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     return call
 
 
+# What a Trainer of Composer leaves in the environment of a process that no launcher has started. Other trainers take it
+# for a launch, and look for the address of the other processes.
+_LEFT_BY_COMPOSER = {'RANK': '0', 'WORLD_SIZE': '1', 'LOCAL_RANK': '0', 'LOCAL_WORLD_SIZE': '1', 'NODE_RANK': '0'}
+
+
+def forget_ranks() -> None:
+    """Removes what a Trainer of Composer has left in the environment of this process."""
+    if 'MASTER_ADDR' not in os.environ and all(
+        os.environ.get(key) == _LEFT_BY_COMPOSER[key] for key in _LEFT_BY_COMPOSER
+    ):
+        for key in _LEFT_BY_COMPOSER:
+            del os.environ[key]
+
+
+@pytest.fixture(autouse=True, scope='module')
+def without_ranks_of_other_modules() -> None:
+    """Each file of tests begins in the environment of a process that is alone."""
+    forget_ranks()
+
+
+@pytest.fixture
+def without_ranks() -> None:
+    """Begins in the environment of a process that is alone."""
+    forget_ranks()
+
+
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
     """A process group of this process, as Composer's launcher would start it; calling it ends the group."""
-    for name, value in {'RANK': 0, 'WORLD_SIZE': 1, 'LOCAL_RANK': 0, 'LOCAL_WORLD_SIZE': 1, 'NODE_RANK': 0}.items():
-        monkeypatch.setenv(name, str(value))
+    for name, value in _LEFT_BY_COMPOSER.items():
+        monkeypatch.setenv(name, value)
     with mesh_of_one():
         yield torch.distributed.destroy_process_group
 
