@@ -250,6 +250,8 @@ class TestTokenizers:
         text = zoo_text._of_files(file, str(folder / name))
         assert 0 not in text.tokens
         assert text.tokenizer.pretrained().decode(text.tokens) == TEXT * 20
+        # The folder says itself what its tokenizer gives. A file does not, and GPT-2 embeds token types as tokens.
+        assert ('token_type_ids' in text.tokenizer.pretrained()('a')) == (not name)
         assert len(text.tokens) < len(TEXT) * 10
         assert tokens in text.tokens[: len(text.tokens) // 8 * 8].reshape(-1, 8).tolist()
         assert 'longer than' not in caplog.text

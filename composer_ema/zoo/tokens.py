@@ -23,6 +23,8 @@ CHARACTERS = 'characters'
 #: What stands for a character that the text does not have: Unicode's own, U+FFFD.
 UNKNOWN = '\ufffd'
 _LARGEST_CODE = 0x110000
+# What a tokenizer gives a model. Not token_type_ids, for which GPT-2 would add embeddings that nobody has trained.
+_INPUTS = ('input_ids', 'attention_mask')
 
 
 @runtime_checkable  # as arguments of a recipe are checked
@@ -89,8 +91,7 @@ class Characters:
             tokenizer_object=made,
             unk_token=UNKNOWN,
             clean_up_tokenization_spaces=False,
-            # Not token_type_ids, for which GPT-2 would add embeddings that nobody has trained.
-            model_input_names=['input_ids', 'attention_mask'],
+            model_input_names=list(_INPUTS),
         )
 
 
@@ -224,7 +225,8 @@ def _load(name: str) -> Any:
         ) from error
     try:
         if name.endswith('.json'):
-            return PreTrainedTokenizerFast(tokenizer_file=os.fspath(Path(name).expanduser()))
+            file = os.fspath(Path(name).expanduser())
+            return PreTrainedTokenizerFast(tokenizer_file=file, model_input_names=list(_INPUTS))
         return AutoTokenizer.from_pretrained(os.path.expanduser(name), trust_remote_code=False)
     except Exception as error:  # of the file system, the hub, the tokenizers in Rust or transformers
         raise ArgumentError(
