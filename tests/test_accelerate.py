@@ -12,7 +12,7 @@ pytest.importorskip('accelerate')
 from accelerate_loops import Loop, run_in_ranks
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-from composer_ema import ShadowModel
+from composer_ema import CheckpointError, ShadowModel, load_average
 
 pytestmark = STRICT
 
@@ -78,6 +78,17 @@ def test_a_shadow_is_saved_and_loaded_with_the_state_of_the_accelerator(tmp_path
     resumed.accelerator.load_state(str(tmp_path))
     assert loaded.num_updates == 1
     assert same_bits(dict(loaded.named_parameters()), dict(shadow.named_parameters()))
+
+
+def test_of_a_folder_of_accelerate_the_error_names_the_file_that_has_the_average(tmp_path):
+    loop = Loop()
+    loop.epoch()
+    loop.accelerator.save_state(str(tmp_path))
+    for passed in (tmp_path, tmp_path / 'model.safetensors'):
+        with pytest.raises(CheckpointError, match=r'accelerate saves in several files, and .*: \S+/optimizer\.bin\.'):
+            load_average(passed)
+    loaded = load_average(tmp_path / 'optimizer.bin', loop.model)
+    assert same_bits(loaded, {**loop.weights(), **loop.average()})
 
 
 def test_torch_s_checkpoint_functions_find_the_average_through_the_optimizer_of_accelerate():

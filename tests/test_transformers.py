@@ -151,6 +151,8 @@ class TestCheckpoints:
             folder = checkpoint(run, step)
             assert same_bits(load_file(folder / 'model.safetensors'), run.record.trained[step])
             assert_close(load_average(folder), by_formula(run.record.trained[: step + 1]))
+            with pytest.raises(CheckpointError, match=rf'The average is beside it: pass the folder, {folder}\.'):
+                load_average(folder / 'model.safetensors')
         assert not [file.name for file in run.folder.rglob('*') if 'unfinished' in file.name]
 
     def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(self, run):

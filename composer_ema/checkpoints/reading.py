@@ -5,6 +5,7 @@ Invariant: what a file holds is never executed.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,13 +16,16 @@ from typing import Any, NoReturn
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from composer_ema.checkpoints import formats, others, search, sharded_format, states
+from composer_ema.checkpoints import formats, others, search, sharded_format, states, trainer_folder
 from composer_ema.checkpoints.lazy_tensor import in_memory
 from composer_ema.checkpoints.opening import UNKNOWN_CONTENT, checkpoint_of, described, read_file
 from composer_ema.checkpoints.safely import CheckpointError
 from composer_ema.model.names import check_same, listed
 from composer_ema.model.wrappers import canonical_name, unwrap
 from composer_ema.shadow.foreign import is_extra_state, under_names_of
+
+# Where accelerate's save_state puts optimizers, and what register_for_checkpointing was given.
+_OF_ACCELERATE = ('optimizer*.bin', 'custom_checkpoint_*.pkl')
 
 
 def load_average(
@@ -141,7 +145,19 @@ def average_in(
         raise
     # The file is sound, so something other than a Trainer with an average wrote what it holds.
     except UNKNOWN_CONTENT as error:
-        raise CheckpointError(f'{path} holds no average that can be read: {error}') from error
+        raise CheckpointError(f'{path} holds no average that can be read: {error}{_beside(path)}') from error
+
+
+def _beside(path: Path) -> str:
+    """In an error: which other file of the same checkpoint holds an average, where there is one."""
+    folder = path if path.is_dir() else path.parent
+    if trainer_folder.is_trainer_folder(folder):
+        return f' The average is beside it: pass the folder, {folder}.'
+    for file in (each for pattern in _OF_ACCELERATE for each in sorted(folder.glob(pattern)) if each != path):
+        with contextlib.suppress(CheckpointError):
+            if search.averages(read_file(file, mmap=True)):
+                return f' accelerate saves in several files, and this one has an average: {file}.'
+    return ''
 
 
 def is_of_composer(checkpoint: Any) -> bool:
