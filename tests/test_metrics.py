@@ -97,6 +97,13 @@ def line(**_: Any) -> ComposerModel:
     )
 
 
+def listed(**_: Any) -> ComposerModel:
+    metrics: Any = [MeanSquaredError()]  # in no collection
+    return ComposerClassifier(
+        nn.Linear(3, 2), loss_fn=nn.functional.mse_loss, train_metrics=MeanSquaredError(), val_metrics=metrics
+    )
+
+
 def points(*, batch_size: int = 8) -> Data:
     inputs = torch.randn(24, 3, generator=torch.Generator().manual_seed(1))
     data = TensorDataset(inputs, inputs[:, :2] - inputs[:, 1:])
@@ -130,7 +137,7 @@ def signals(*, batch_size: int = 8) -> Data:
 
 @pytest.fixture
 def recipe(tmp_path, register) -> Callable[..., schema.Recipe]:
-    for name, function in (('line', line), ('autoencoder', lambda **_: Autoencoder())):
+    for name, function in (('line', line), ('listed', listed), ('autoencoder', lambda **_: Autoencoder())):
         register('models', name, function)
     for name, function in (('points', points), ('signals', signals)):
         register('datasets', name, function)
@@ -188,6 +195,7 @@ def test_a_sweep_chooses_by_the_metric_of_the_report(recipe):
 
 WRONG = [
     ({'report': {'metric': 'MeanSquareError'}}, 'report.metric', r"no evaluation metric 'MeanSquareError'\. Did"),
+    ({'model': {'name': 'listed'}}, 'model', r"its metrics cannot be read: 'list' object .* a MetricCollection\("),
     ({'data': {'name': 'signals'}}, 'model', r'cannot take a batch of signal: float32 \(2, 3\), which data gives: '),
     (
         {'model': {'name': 'mnist1d_mlp', 'input_length': 3, 'num_classes': 2}},

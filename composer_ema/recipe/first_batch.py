@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from composer.models import ComposerClassifier, ComposerModel
+from torchmetrics import Metric
 
 from composer_ema.recipe.arguments import Place, said
 from composer_ema.recipe.schema import Plan
@@ -26,18 +27,20 @@ def check(model: ComposerModel, data: Data, checked: Plan) -> None:
     run are left as they were.
 
     Raises:
-        RecipeError: At the model, which cannot take the batch; at ``model.num_classes``, where the data have more
-            classes than it predicts; or at the data, whose first samples cannot be read.
+        RecipeError: At the model, whose metrics cannot be read, or which cannot take the batch; at
+            ``model.num_classes``, where the data have more classes than it predicts; or at the data, whose first
+            samples cannot be read.
     """
     place, is_told = checked.model.place, data.input_shape is not None and data.num_classes is not None
     with _untouched(model), torch.no_grad():
+        metrics = _metrics(model, place)
         batch = _zeros(data) if is_told else _first(data, checked.data.place)
         if batch is None:
             return
         if is_plain_classifier(model) and not is_told:
             _check_are_classes(batch, checked.model.name, place)
         try:
-            outputs = model(batch) if is_told else _run(model, batch)
+            outputs = model(batch) if is_told else _run(model, batch, metrics)
         except Exception as error:  # the model or its metrics may be anybody's
             if is_told and not isinstance(error, RuntimeError | ValueError):
                 raise
@@ -60,6 +63,18 @@ def describe(batch: Any) -> str:
     return type(batch).__name__
 
 
+def _metrics(model: ComposerModel, place: Place) -> Mapping[str, Metric]:
+    """Those of evaluations. Composer asks for both kinds before training."""
+    try:
+        model.get_metrics(is_train=True)
+        return model.get_metrics(is_train=False)
+    except Exception as error:  # the model may be anybody's
+        raise place.error(
+            f'its metrics cannot be read: {said(error)}{line_of(error)}. Pass one metric of torchmetrics, or several '
+            'as a MetricCollection([...]).'
+        ) from error
+
+
 def _zeros(data: Data) -> Any:
     assert data.input_shape is not None
     return torch.zeros(1, *data.input_shape), torch.zeros(1, dtype=torch.long)
@@ -72,12 +87,12 @@ def _first(data: Data, place: Place) -> Any:
         raise place.error(f'its first samples cannot be read: {said(error)}{line_of(error)}') from error
 
 
-def _run(model: ComposerModel, batch: Any) -> Any:
+def _run(model: ComposerModel, batch: Any, metrics: Mapping[str, Metric]) -> Any:
     outputs = model(batch)
     model.loss(outputs, batch)
     batch = copy.deepcopy(batch)  # HuggingFaceModel takes the labels out and changes them
     evaluated = model.eval_forward(batch)
-    for metric in model.get_metrics(is_train=False).values():
+    for metric in metrics.values():
         model.update_metric(batch, evaluated, copy.deepcopy(metric))
     return outputs
 
