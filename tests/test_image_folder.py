@@ -6,6 +6,7 @@ import inspect
 import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -497,3 +498,14 @@ class TestRecipes:
         (root / 'val' / 'a' / '0.jpg').write_bytes(b'')
         with pytest.raises(schema.RecipeError, match=r'data\.root: 1 of 24 images .*a/0\.jpg \(the file is empty\)'):
             build(recipe())
+
+
+def test_other_files_become_inputs_as_those_of_the_evaluation_and_are_read_anew(root, tmp_path):
+    evaluated: Any = image_folder(root=str(root), image_size=8, batch_size=4).evaluation.dataset
+    (inputs, targets), paths = evaluated.__getitems__(range(6)), evaluated.images.paths
+    assert torch.equal(evaluated.inputs(paths), inputs)
+    assert [evaluated.classes[target] for target in targets] == [Path(path).parent.name for path in paths]
+    other = tmp_path / 'other.png'
+    for index in (0, 5):
+        shutil.copyfile(paths[index], other)
+        assert torch.equal(evaluated.inputs([other])[0], inputs[index])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ class ImageBatches(Batches):
 
     Args:
         images: The files and their classes.
+        classes: Names of the classes, in the order of the targets.
         load: From a path to the pixels, uint8 `(c, height, width)`.
         normalise: From pixels to inputs.
         side: Of the inputs in pixels.
@@ -34,12 +36,14 @@ class ImageBatches(Batches):
     def __init__(
         self,
         images: Images,
-        load: Callable[[str], torch.Tensor],
+        classes: Sequence[str],
+        load: Decoded,
         normalise: Normalise,
         side: int,
         augment: Augmentation | None = None,
     ) -> None:
         self.images = images
+        self.classes = classes
         self.load = load
         self.normalise = normalise
         self.side = side
@@ -56,6 +60,21 @@ class ImageBatches(Batches):
                 pixels = [self._augmented(index) for index in indices]
         inputs = self.normalise(torch.stack(pixels).numpy())
         return torch.from_numpy(inputs), torch.tensor([self.images.targets[index] for index in indices])
+
+    def inputs(self, paths: Sequence[str | os.PathLike[str]]) -> torch.Tensor:
+        """Images of any files, as an evaluation gives them to the model.
+
+        Args:
+            paths: Of the files, which are read anew.
+
+        Returns:
+            float32 `(len(paths), c, side, side)`: the middle squares, scaled and normalised.
+
+        Raises:
+            ArgumentError: A file cannot be read.
+        """
+        squares = [centre_square(self.load.anew(os.fspath(path)), self.side) for path in paths]
+        return torch.from_numpy(self.normalise(torch.stack(squares).numpy()))
 
     def _augmented(self, index: int) -> torch.Tensor:
         assert self.augment is not None
@@ -105,11 +124,15 @@ class Decoded:
     def __call__(self, path: str) -> torch.Tensor:
         image = self._kept.get(path)
         if image is None:
-            image = self._load(path)
+            image = self.anew(path)
             if image.nbytes <= self._room.left and get_worker_info() is None:
                 self._kept[path] = image
                 self._room.left -= image.nbytes
         return image
+
+    def anew(self, path: str) -> torch.Tensor:
+        """The image as the file has it now; it is not kept."""
+        return self._load(path)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), '_kept': {}}

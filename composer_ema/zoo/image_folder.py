@@ -134,8 +134,8 @@ def image_folder(
         try_out(transform, lowest_and_narrowest or [tuple(wholes(train.paths[0]).shape[-2:])], channels, load_size)
     # The squares of training images that are augmented are not needed again.
     normalise = given or measured(train, squares if transform is None else load_square, root)
-    train_set = ImageBatches(train, wholes, normalise, image_size, transform)
-    evaluation_set = ImageBatches(evaluation, squares, normalise, image_size)
+    train_set = ImageBatches(train, found.classes, wholes, normalise, image_size, transform)
+    evaluation_set = ImageBatches(evaluation, found.classes, squares, normalise, image_size)
     return Data(
         train=loader(batching, train_set, batch_size, is_training=True),
         evaluation=loader(batching, evaluation_set, eval_batch_size, is_training=False),
