@@ -439,7 +439,7 @@ class TestPlot:
             (['lr=1'], "the override 'lr=1' has no recipe before it."),
             (['missing.yaml'], 'missing.yaml: there is no such file.'),
             (['tiny.yaml', 'optimizer.lr=fast'], "tiny.yaml: optimizer.lr: must be a number, got 'fast'"),
-            (['tiny.yaml', 'max_duration=9sp'], 'tiny.yaml: max_duration: '),
+            (['tiny.yaml', 'max_duration=9tok'], 'tiny.yaml: max_duration'),
         ],
     )
     def test_what_cannot_be_drawn_is_one_line_and_exit_code_2(self, call, runs, recipe, monkeypatch, arguments, said):

@@ -316,7 +316,8 @@ class TestSignals:
 
     @pytest.mark.parametrize('command', ['export', 'plot', 'reconstruct', 'sweep', 'inspect'])
     def test_every_command_ends_in_one_line(self, call, tmp_path, monkeypatch, command):
-        from composer_ema.checkpoints import export, inspection
+        from composer_ema.checkpoints import inspection
+        from composer_ema.interchange import export
         from composer_ema.pictures import curves
         from composer_ema.posthoc import open_run
         from composer_ema.recipe import swept

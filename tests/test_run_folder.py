@@ -26,6 +26,7 @@ from composer_ema.pictures import conclusion
 from composer_ema.recipe import lock, run_folder, schema
 from composer_ema.recipe.arguments import RecipeError
 from composer_ema.recipe.lock import LOCK_FILE, InUseError, Lock
+from composer_ema.recipe.metrics import Report
 from composer_ema.recipe.recorder import Recorder
 from composer_ema.recipe.run import Outcome, train
 from composer_ema.recipe.run_folder import RunFolder
@@ -302,7 +303,7 @@ class TestOneAtATime:
             assert trial.play(drawn, number) == [], drawn
 
     def test_a_picture_is_not_drawn_into_a_folder_that_another_run_has_taken(self, held):
-        outcome = Outcome('a', 1, held, 0.9, [], None, 0)
+        outcome = Outcome('a', 1, held, Report(), [], None, 0)
         before, shown = contents(held), []
         conclusion.of_run(outcome, shown.append)
         assert 'no picture of the run: ' in shown[0]
