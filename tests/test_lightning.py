@@ -249,6 +249,16 @@ class TestTraining:
         fit(callback := WeightAverage('1ep', update_interval='1ep'), module=Short())
         assert callback.shadow().num_updates == EPOCHS
 
+    @pytest.mark.parametrize('hook', ['on_train_end', 'on_train_epoch_end'])
+    def test_a_batch_that_the_module_leaves_out_has_no_samples(self, tmp_path, hook):
+        class Short(Module):
+            def on_train_batch_start(self, _: Any, index: int) -> int | None:
+                return -1 if index == 2 else None
+
+        fit(callback := WeightAverage('8sp'), Saving(tmp_path, hook), module=Short())
+        [state] = callback.state_dict()['averages'].values()
+        assert state['last_update']['sp'] == 4 * 2 * EPOCHS
+
     def test_max_steps_within_an_epoch_is_the_end_of_none(self):
         fit(callback := WeightAverage('1ep', update_interval='1ep'), max_epochs=-1, max_steps=BATCHES + 2)
         assert callback.shadow().num_updates == 1

@@ -39,7 +39,9 @@ class LightningRun:
         self._trainer: Trainer | None = None
         self._now: Clock | None = None
         self._before: Clock | None = None
-        self._samples, self._processed, self._replicas = 0, 0, 1
+        self._samples, self._replicas = 0, 1
+        #: Batches that Lightning had started when the one in training was about to be, and had processed by the last.
+        self._started, self._processed = 0, 0
         #: Samples of the batch in training, in all processes; None where its tensors do not tell.
         self._of_batch: int | None = 0
 
@@ -62,7 +64,7 @@ class LightningRun:
 
     def begin(self) -> None:
         """Training starts, or goes on."""
-        self._processed = self._batches.total.processed
+        self._started, self._processed = self._batches.total.started, self._batches.total.processed
         self._replicas = (self.trainer.distributed_sampler_kwargs or {}).get('num_replicas', 1)
         if self._now is None or self._now['ba'] != self.trainer.global_step:  # no state of this moment was loaded
             epochs = self.trainer.fit_loop.epoch_progress.current
@@ -71,6 +73,7 @@ class LightningRun:
 
     def begin_batch(self, batch: Any) -> None:
         """A batch is about to be trained on."""
+        self._started = self._batches.total.started
         sizes = {leaf.shape[0] for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim}
         self._of_batch = sizes.pop() * self._replicas if len(sizes) == 1 else None
 
@@ -78,10 +81,10 @@ class LightningRun:
         """Whether a batch has ended since this was last asked."""
         if self._trainer is None or not self._trainer.training:
             return False
-        processed = self._batches.total.processed
-        if processed == self._processed:
+        total = self._batches.total
+        if total.processed == self._processed or total.started == self._started:  # the second where a hook left it out
             return False
-        self._processed = processed
+        self._processed = total.processed
         self._samples += self._of_batch or 0
         return True
 
