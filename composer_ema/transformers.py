@@ -135,7 +135,7 @@ class WeightAverage(TrainerCallback):
         )
         #: Which weights evaluations see, by the prefix of their metrics, as given.
         self.evaluate_with = asked.check_evaluate_with(evaluate_with, self.labels)
-        self._trainer: Callable[[], Trainer | None] = lambda: None
+        self._trainer: Callable[[], Trainer | None] = _no_trainer
         self._run: _Run | None = None
         self._resumed_from: str | bool | None = None
         self._in_model = TRAINING
@@ -391,6 +391,10 @@ class WeightAverage(TrainerCallback):
                 remedy = suggestion(prefix, known, 'They have')
                 limits.warn(f'evaluate_with names {prefix!r}, and no evaluation during training has it. {remedy}')
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and deepcopy: a copy belongs to no Trainer."""
+        return {**self.__dict__, '_trainer': _no_trainer, '_run': None, '_in_model': TRAINING}
+
     def __repr__(self) -> str:
         made_by = {name: self._keeper.arguments[name] for name in asked.MAKERS}
         given = (f'{name}={value!r}' for name, value in made_by.items() if value not in (None, 'exponential'))
@@ -514,6 +518,10 @@ def _scale_of_fused(optimizer: Any) -> float | None:
     """
     scaler, inner = getattr(optimizer, 'scaler', None), getattr(optimizer, 'optimizer', None)
     return scaler.get_scale() if scaler is not None and getattr(inner, '_step_supports_amp_scaling', False) else None
+
+
+def _no_trainer() -> None:
+    """The Trainer of a callback that has met none."""
 
 
 def _calling_trainer() -> Trainer:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
 import json
+import pickle
 import shutil
 import warnings
 from types import SimpleNamespace
@@ -439,6 +441,14 @@ class TestTrainer:
         with pytest.warns(UserWarning, match=r'uses the weights as they are: the average is of another Trainer\.'):
             first.evaluate()
         assert same_bits(record.evaluated[0][1], weights(first.model))
+
+    @pytest.mark.parametrize('copied', [copy.deepcopy, lambda average: pickle.loads(pickle.dumps(average))])
+    def test_a_copy_keeps_the_average_and_belongs_to_no_trainer(self, run, tmp_path, copied):
+        other = copied(run.average)
+        assert_same(averaged(other), averaged(run.average))
+        build(tmp_path, other, save_strategy='no', eval_strategy='no').train()
+        assert other.shadow().num_updates == STEPS
+        assert run.average._trainer() is run.trainer
 
     def test_before_training_there_is_no_average(self, tmp_path):
         average, record = WeightAverage('2ba'), Record()
