@@ -614,6 +614,7 @@ class TestErrors:
             ('vocab.txt', {'file_extension': '.txt', 'content': [3]}, 'cannot be read'),
             ('tokenizer.json', {'file_extension': '.json', 'content': torch.ones(1)}, 'a Tensor in its settings'),
             ('spiece.model', {'file_extension': '.model', 'content': 'text'}, 'is a str'),
+            (5, {'file_extension': '.json', 'content': {}}, '5 is no name of a file'),
         ],
     )
     def test_a_tokenizer_that_is_none_is_refused(self, of_gpt2, tmp_path, name, saved, message):
@@ -623,6 +624,21 @@ class TestErrors:
         with pytest.raises(CheckpointError, match=message):
             export(tmp_path / 'a.pt', tmp_path / 'out', format='huggingface')
         assert [path.name for path in tmp_path.iterdir()] == ['a.pt']
+
+    @pytest.mark.parametrize('name', ['_attn_implementation', '_attn_implementation_internal'])
+    def test_a_config_makes_nobody_download_a_kernel(self, of_gpt2, tmp_path, monkeypatch, name):
+        from transformers import modeling_utils
+
+        asked = []
+        monkeypatch.setattr(modeling_utils, 'is_kernels_available', lambda: True)
+        monkeypatch.setattr(modeling_utils, 'get_kernel', asked.append, raising=False)
+        state = torch.load(of_gpt2[0], weights_only=False)
+        content = state['state']['integrations']['huggingface']['model']['config']['content']
+        content |= {name: 'owner/name:function', 'task_specific_params': {'part': {name: 'owner/name:function'}}}
+        torch.save({'state': {**state['state'], 'optimizers': {}}}, tmp_path / 'a.pt')
+        export(tmp_path / 'a.pt', tmp_path / 'out', format='huggingface')
+        assert 'owner/name' not in (tmp_path / 'out' / 'config.json').read_text()
+        assert asked == []
 
     def test_every_kind_of_tokenizer_file_is_written_as_it_was(self, of_gpt2, tmp_path):
         state = torch.load(of_gpt2[0], weights_only=False)

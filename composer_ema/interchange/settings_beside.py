@@ -119,9 +119,11 @@ def _kept(held: Any) -> Mapping[str, Any] | None:
     return held if isinstance(held, Mapping) else None
 
 
-def _file(name: str, saved: Any) -> tuple[str, bytes]:
+def _file(name: Any, saved: Any) -> tuple[str, bytes]:
     """One file of a tokenizer, whose content Composer keeps by its ending."""
     ending, content = saved['file_extension'], saved['content']
+    if not isinstance(name, str):
+        raise TypeError(f'{shown(name)} is no name of a file of a tokenizer.')
     if ending not in _ENDINGS:
         raise ValueError(f'{name!r} of its tokenizer ends in {shown(ending)}, not in {listed(_ENDINGS)}.')
     name = name if name.endswith(ending) else f'{name}{ending}'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 import warnings
 from collections.abc import Iterable, Mapping
@@ -25,6 +26,8 @@ from composer_ema.model.names import listed
 FORMAT = 'huggingface'
 _GENERATION_CONFIG = 'generation_config.json'
 _SHARD_SIZE = '5GB'  # of transformers itself
+# How attention is computed. Of 'OWNER/NAME:FUNCTION' transformers downloads a kernel, and runs it as it builds a model.
+_ATTENTION = ('attn_implementation', '_attn_implementation', '_attn_implementation_internal')
 
 
 def write(wanted: Wanted, out: Path, config: Path | None, max_shard_size: str | None) -> dict[str, str]:
@@ -36,7 +39,7 @@ def write(wanted: Wanted, out: Path, config: Path | None, max_shard_size: str | 
         CheckpointError: there is no config; the average does not fit the model of the config; the folder cannot be
             written.
     """
-    settings = _settings(wanted, config)
+    settings = _without_attention(_settings(wanted, config))
     name, model = _model_of(settings)
     if model is None:
         weights, facts = wanted.read()
@@ -76,6 +79,17 @@ def _settings(wanted: Wanted, config: Path | None) -> Settings:
     own = settings_beside.given(config)
     tokenizer = {} if found is None or any(name.startswith('tokenizer') for name in own.files) else found.files
     return Settings(own.config, own.where, found.class_name if found else '', {**tokenizer, **own.files})
+
+
+def _without_attention(settings: Settings) -> Settings:
+    """The settings without what says how attention is computed, which transformers leaves out of its files, too."""
+
+    def without(content: Any) -> Any:
+        if isinstance(content, Mapping):  # configs of parts stand in that of the whole
+            return {name: without(value) for name, value in content.items() if name not in _ATTENTION}
+        return [without(value) for value in content] if isinstance(content, list) else content
+
+    return dataclasses.replace(settings, config=without(settings.config))
 
 
 def _model_of(settings: Settings) -> tuple[str, nn.Module | None]:
