@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ from composer import Callback, Trainer
 from composer.models import ComposerClassifier
 from composer.utils import dist
 from PIL import Image
+from torchvision.datasets import DatasetFolder
 from torchvision.transforms import v2
 
 from composer_ema.recipe import schema
@@ -30,6 +32,7 @@ from composer_ema.zoo.image_reading import centre_square, decode
 
 pytestmark = pytest.mark.filterwarnings('error')
 CLASSES = ('a', 'b', 'c')
+INDICES = {name: index for index, name in enumerate(CLASSES)}
 AUGMENT = {'random_resized_crop': {'size': 8, 'scale': [0.3, 1]}, 'ColorJitter': {'contrast': 0.5, 'hue': 0.1}}
 
 
@@ -215,6 +218,42 @@ class TestRefusals:
     )
     def test_an_argument_out_of_range_is_an_error_at_its_key(self, written, arguments, said):
         assert said in refusal(**{'root': str(written), **arguments})
+
+
+class TestWhatIsNoFileOfAnImage:
+    @pytest.mark.parametrize('target', ['..', '../..', '.'])
+    def test_a_link_that_leads_back_is_refused_and_not_followed(self, root, target):
+        (root / 'train/a/back').symlink_to(target)
+        message = refusal(root=str(root))
+        assert f'{root}/train/a/back is a link back to' in message
+        assert 'Remove the link' in message
+
+    def test_a_link_to_another_folder_is_followed_in_the_order_of_torchvision(self, root):
+        (root / 'train/a/more').symlink_to(root / 'val/a')
+        (root / 'train/a/.hidden').mkdir()
+        shutil.copy(root / 'train/a/0.png', root / 'train/a/.hidden')
+        found = image_files.find(str(root)).train
+        expected = DatasetFolder.make_dataset(str(root / 'train'), extensions=('.png', '.jpg'), class_to_idx=INDICES)
+        expected = [each for each in expected if '.hidden' not in each[0]]
+        assert list(zip(found.paths, found.targets, strict=True)) == expected
+        assert len(found) == 20
+
+    def test_a_pipe_is_named_and_not_waited_for(self, root):
+        os.mkfifo(root / 'train/a/pipe.png')
+        message = refusal(root=str(root))
+        assert 'pipe.png (it is no regular file)' in message
+
+    def test_a_folder_that_cannot_be_read_is_no_empty_one(self, root, monkeypatch):
+        (root / 'train/a/closed').mkdir()
+        scandir = os.scandir
+
+        def refuse(folder):
+            if str(folder).endswith('closed'):
+                raise PermissionError(13, 'Permission denied', str(folder))
+            return scandir(folder)
+
+        monkeypatch.setattr(os, 'scandir', refuse)
+        assert 'train/a/closed cannot be read: Permission denied' in refusal(root=str(root))
 
 
 class TestReading:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torchvision.datasets import DatasetFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
 
 from composer_ema.spans import ArgumentError
@@ -202,7 +201,9 @@ def _listed(folder: Path) -> tuple[list[str], Images, Counter[str]]:
             'root',
         )
     indices = {name: index for index, name in enumerate(classes)}
-    samples = DatasetFolder.make_dataset(str(folder), indices, is_valid_file=is_legal, allow_empty=True)
+    samples = [
+        (path, index) for name, index in indices.items() for path in _files(str(folder / name)) if is_legal(path)
+    ]
     found = {target for _, target in samples}
     if empty := [name for name, index in indices.items() if index not in found]:
         others = f' Other files there: {by_number(left_out)}.' if left_out else ''
@@ -242,8 +243,39 @@ def _folders(folder: Path) -> list[str]:
     """The names of the folders in a folder, sorted; none where that is no folder."""
     if not folder.is_dir():
         return []
-    return sorted(each.name for each in os.scandir(folder) if each.is_dir() and not each.name.startswith('.'))
+    return sorted(each.name for each in _entries(folder) if each.is_dir() and not each.name.startswith('.'))
 
 
 def _images(folder: Path) -> list[str]:
-    return [each.name for each in os.scandir(folder) if is_image_file(each.name)] if folder.is_dir() else []
+    return [each.name for each in _entries(folder) if is_image_file(each.name)] if folder.is_dir() else []
+
+
+def _files(folder: str) -> list[str]:
+    """The files in a folder and below, by folder and then by name, the order of torchvision's `ImageFolder`."""
+    return [f'{place}{os.sep}{name}' for place, names in sorted(_walk(folder, ())) for name in names]
+
+
+def _walk(folder: str, above: tuple[str, ...]) -> Iterator[tuple[str, list[str]]]:
+    """Each folder with its files. It follows links, but for those that lead back."""
+    real = os.path.realpath(folder)
+    if any(Path(each).is_relative_to(real) for each in above):
+        raise ArgumentError(
+            f'{folder} is a link back to {real}, in which it stands: its images would count again and again, and for '
+            'the wrong class. Remove the link.',
+            'root',
+        )
+    entries = [each for each in _entries(folder) if not each.name.startswith('.')]
+    folders = sorted(each.name for each in entries if each.is_dir())
+    yield folder, sorted(each.name for each in entries if not each.is_dir())
+    for name in folders:
+        yield from _walk(f'{folder}{os.sep}{name}', (*above, real))
+
+
+def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
+    try:
+        return list(os.scandir(folder))
+    except OSError as error:
+        raise ArgumentError(
+            f'{folder} cannot be read: {error.strerror}. Make it readable, or move it out of the folder of images.',
+            'root',
+        ) from error

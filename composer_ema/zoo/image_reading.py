@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -103,6 +104,8 @@ def _scaled(image: torch.Tensor, side: int) -> torch.Tensor:
 
 def _opened(path: str, read: Callable[[Image.Image], _Read]) -> _Read:
     try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ValueError('it is no regular file')  # of a pipe, open() would wait for a writer
         with open(path, 'rb') as file, Image.open(file) as image:
             return read(image)
     except UnreadableError:
