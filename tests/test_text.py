@@ -18,6 +18,7 @@ from composer_ema.trainer.run import ComposerRun
 from composer_ema.zoo import text as zoo_text
 from composer_ema.zoo.dataset import counts_tokens, extent
 from composer_ema.zoo.loading import as_is
+from composer_ema.zoo.models import build_model
 from composer_ema.zoo.own_data import own_dataset
 from composer_ema.zoo.text import Blocks, python_docs, text_file
 from composer_ema.zoo.tokens import Characters
@@ -255,6 +256,36 @@ class TestTokenizers:
         assert len(text.tokens) < len(TEXT) * 10
         assert tokens in text.tokens[: len(text.tokens) // 8 * 8].reshape(-1, 8).tolist()
         assert 'longer than' not in caplog.text
+
+    def words(self, numbers: dict[str, int], path) -> str:
+        pytest.importorskip('transformers')
+        from tokenizers import Tokenizer, models, pre_tokenizers
+
+        made = Tokenizer(models.WordLevel(numbers))
+        made.pre_tokenizer = pre_tokenizers.Whitespace()
+        made.save(str(path / 'tokenizer.json'))
+        return str(path / 'tokenizer.json')
+
+    @pytest.mark.parametrize('last', [5, 70_000])
+    def test_numbers_with_gaps_below_them_fit_the_model(self, tmp_path, last):
+        (tmp_path / 'words.txt').write_text('a b ' * 40)
+        given = self.words({'a': 0, 'b': last}, tmp_path)
+        text = zoo_text._of_files(str(tmp_path / 'words.txt'), given)
+        assert text.tokens.tolist() == [0, last] * 40
+        assert text.tokenizer.size == last + 1
+        model = build_model(
+            'hf_causal_lm',
+            config={'model_type': 'gpt2', 'n_embd': 2, 'n_layer': 1, 'n_head': 1},
+            tokenizer=text.tokenizer,
+        )
+        assert model.config.vocab_size == last + 1
+
+    def test_a_text_that_one_cannot_encode_is_refused(self, tmp_path):
+        (tmp_path / 'words.txt').write_text('a b c ' * 40)
+        given = self.words({'a': 0, 'b': 1}, tmp_path)
+        with pytest.raises(ValueError, match=r'the tokenizer cannot encode the text: .*Pass another') as caught:
+            text_file(path=str(tmp_path / 'words.txt'), tokenizer=given)
+        assert caught.value.argument == 'tokenizer'
 
     def test_one_that_is_not_there_is_refused(self, file, tmp_path):
         pytest.importorskip('transformers')

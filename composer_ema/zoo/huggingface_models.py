@@ -17,7 +17,7 @@ from composer_ema.spans import ArgumentError
 from composer_ema.wording import suggestion
 from composer_ema.zoo.blocks import offer_blocks
 from composer_ema.zoo.checks import check_whole
-from composer_ema.zoo.tokens import Tokenizer
+from composer_ema.zoo.tokens import Tokenizer, count_tokens
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -138,7 +138,7 @@ def _tokenizer(transformers: Any, given: str | Tokenizer | None) -> Any:
 def _described(tokenizer: Any) -> dict[str, Any]:
     """What a configuration says of the tokenizer."""
     special = ('bos_token_id', 'eos_token_id', 'pad_token_id')
-    return {'vocab_size': len(tokenizer), **{name: getattr(tokenizer, name) for name in special}}
+    return {'vocab_size': count_tokens(tokenizer), **{name: getattr(tokenizer, name) for name in special}}
 
 
 def _network(family: Any, pretrained: str | None, config: PretrainedConfig, **options: Any) -> Any:

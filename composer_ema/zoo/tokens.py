@@ -107,15 +107,25 @@ class Pretrained:
 
     @property
     def size(self) -> int:
-        return len(self.tokenizer)
+        return count_tokens(self.tokenizer)
 
     def encode(self, text: str) -> Tokens:
-        # Not verbose, or a text longer than the model's longest input is warned of.
-        found = self.tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)['input_ids']
-        return np.asarray(found, np.uint16 if self.size <= 2**16 else np.int32)
+        try:
+            # Not verbose, or a text longer than the model's longest input is warned of.
+            found = self.tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        except Exception as error:  # of the tokenizers in Rust
+            raise ArgumentError(
+                f'the tokenizer cannot encode the text: {_first_line(error)}. Pass another one.', 'tokenizer'
+            ) from error
+        return np.asarray(found['input_ids'], np.uint16 if self.size <= 2**16 else np.int32)
 
     def pretrained(self) -> Any:
         return self.tokenizer
+
+
+def count_tokens(tokenizer: Any) -> int:
+    """How many embeddings the tokens of a `PreTrainedTokenizerBase` need, some of which have no number below others."""
+    return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
 
 
 @dataclass(frozen=True)
