@@ -56,6 +56,9 @@ def beside(path: Path, *, ending: str = '') -> Iterator[Path]:
             # What os.replace would say, before the work is done rather than after it.
             if stat.S_ISDIR(path.lstat().st_mode):
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+            mode = path.stat().st_mode
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # os.replace would put a file in place of /dev/null
+                raise OSError(errno.EINVAL, 'it is a device or a pipe, not a file', str(path))
         remove_unfinished(path.parent, path.name)
         handle, written = _new_file(path, ending)
         try:

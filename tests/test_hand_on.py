@@ -560,6 +560,10 @@ class TestErrors:
             ({'max_shard_size': '5GB'}, 'a.pt', 'max_shard_size has no effect'),
             ({'format': 'huggingface', 'strip_prefix': 'model'}, 'a', "strip_prefix='model' has no effect"),
             ({'format': 'huggingface', 'max_shard_size': 'large'}, 'a', "a size such as '5GB'.*, got 'large'"),
+            ({'format': 'huggingface', 'max_shard_size': ''}, 'a', "a size such as '5GB'.*, got ''"),
+            ({'format': 'huggingface', 'max_shard_size': '-1GB'}, 'a', "a size such as '5GB'.*, got '-1GB'"),
+            ({'format': 'huggingface', 'max_shard_size': '0GB'}, 'a', "a size such as '5GB'.*, got '0GB'"),
+            ({'format': 'huggingface', 'max_shard_size': '9' * 400 + 'GB'}, 'a', "a size such as '5GB'"),
             ({'format': 'huggingface', 'config': 'missing'}, 'a', "config='missing': there is no file missing"),
         ],
     )
@@ -603,6 +607,16 @@ class TestErrors:
         with pytest.raises(CheckpointError, match=r'a folder that is not empty, and .* writes a new folder'):
             export(of_gpt2[0], out, format='huggingface', dtype='bfloat16')
         assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+    @pytest.mark.parametrize('name', ['pipe', 'link'])
+    def test_what_is_no_file_is_not_replaced_by_one(self, of_gpt2, tmp_path, name):
+        os.mkfifo(tmp_path / 'pipe')
+        (tmp_path / 'link').symlink_to('pipe')
+        with pytest.raises(CheckpointError, match='cannot be written: it is a device or a pipe, not a file'):
+            export(of_gpt2[0], tmp_path / name)
+        assert (tmp_path / name).is_fifo()
+        assert (tmp_path / 'link').is_symlink()
+        assert len(list(tmp_path.iterdir())) == 2
 
     @pytest.mark.parametrize(
         ('name', 'saved', 'message'),

@@ -46,7 +46,7 @@ def export(
     Args:
         checkpoint: as for :func:`load_average`.
         out: file or folder to write; the folder that it is in is made if it is missing. A file that is there is
-            replaced, a folder is not.
+            replaced; a folder, a device such as ``/dev/null`` and a pipe are not.
         average: as for :func:`load_average`.
         key: as for :func:`load_average`.
         strip_prefix: module to take off the names, such as ``'module'``, so that the network of a ComposerModel loads

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -60,10 +61,12 @@ def _split(
     """Which tensors go into which file, and the index by its name, where there are several files."""
     hub = library('huggingface_hub')  # with which the libraries that read it do the same
     try:
+        if not re.search(r'\A[^-]*[1-9]', max_shard_size):  # with which each tensor would get a file of its own
+            raise ValueError(max_shard_size)
         split = hub.split_torch_state_dict_into_shards(
             dict(tensors), filename_pattern=f'{stem}{{suffix}}{SAFETENSORS}', max_shard_size=max_shard_size
         )
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise CheckpointError(
             f"max_shard_size must be a size such as '5GB' or '500MB', got {max_shard_size!r}."
         ) from error

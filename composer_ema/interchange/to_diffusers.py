@@ -59,7 +59,7 @@ def write(wanted: Wanted, out: Path, config: Path | None, max_shard_size: str | 
         out,
         stem=DIFFUSERS,
         files={CONFIG: settings_beside.as_json(content)},
-        max_shard_size=max_shard_size or _SHARD_SIZE,
+        max_shard_size=_SHARD_SIZE if max_shard_size is None else max_shard_size,
     )
     return metadata
 
