@@ -138,6 +138,29 @@ def test_a_resumed_run_is_the_uninterrupted_one_its_metrics_too(tmp_path, alike)
     assert results(trainer) == results(alike[0])
 
 
+def test_after_an_evaluator_that_raised_no_random_numbers_come_back():
+    class Failing(Callback):
+        is_on = True
+
+        def eval_batch_end(self, state, logger):
+            if self.is_on and state.dataloader_label == 'eval_ema':
+                raise RuntimeError('of an evaluation')
+
+    failing = Failing()
+    trainer = make_trainer(
+        algorithms=[EMA('2ba', evaluate=['training', 'ema'])], eval_dataloader=drawing_evaluator(),
+        callbacks=[failing], eval_interval='2ba',
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match='of an evaluation'):
+        trainer.fit()
+    failing.is_on, drawn = False, []
+    for _ in range(2):
+        torch.manual_seed(5)
+        trainer.eval()
+        drawn.append(torch.rand(1))
+    assert drawn[0] == drawn[1]
+
+
 def test_evaluators_given_to_fit_and_to_eval():
     passes = Passes()
     trainer = make_trainer(algorithms=[EMA('2ba', evaluate=['ema', 'training'])], callbacks=[passes])

@@ -92,8 +92,8 @@ class EachWeights:
 
     def observe(self, event: Event, state: State) -> None:
         """Keeps random numbers for training that an evaluator between the two events would draw."""
-        if event is Event.EVAL_START and state.dataloader_label in self._further:
-            self._drawn = _random_states()
+        if event is Event.EVAL_START:  # what one that raised has left is forgotten
+            self._drawn = _random_states() if state.dataloader_label in self._further else None
         elif event is Event.EVAL_END and self._drawn is not None:
             drawn, self._drawn = self._drawn, None
             _restore(drawn)
