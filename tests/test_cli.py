@@ -144,13 +144,13 @@ class TestProgress:
 
 def test_a_run_that_diverges_has_its_numbers_whole_in_the_table(capfd, monkeypatch):
     monkeypatch.setenv('COLUMNS', '40')
-    points = [classified(1, 0.1, 2165743237602476032.0), classified(2, 0.1, math.inf)]
+    points = [classified(1, 0.1, 2165743237602476032.0), classified(98 / 47, 0.1, math.inf)]
     cli.show(
         report.epochs_table(report.Result('div', 1, Report(), {'training': points, 'ema': [classified(1, 0.1, 2e-7)]}))
     )
     assert [re.split(r'\s*│\s*', line)[1:-1] for line in capfd.readouterr().out.splitlines() if line[0] == '│'] == [
         ['1', '10.00', '10.00', '2.166e+18', '2.000e-07'],
-        ['2', '10.00', '–', 'inf', '–'],
+        ['2.085', '10.00', '–', 'inf', '–'],
     ]
 
 

@@ -95,7 +95,7 @@ def epochs_table(outcome: Result) -> Table:
     for epoch in sorted({epoch for points in by_epoch for epoch in points}):
         row = [points.get(epoch, Point(epoch, {})) for points in by_epoch]
         cells = (_cell(name, point.metrics.get(name)) for name in outcome.metrics for point in row)
-        table.add_row(f'{epoch:g}', *cells)
+        table.add_row(f'{round(epoch, 3):g}', *cells)
     return table
 
 
