@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from composer.models import ComposerClassifier, ComposerModel
-from torchmetrics import Metric
 
 from composer_ema.recipe.arguments import Place, said
 from composer_ema.recipe.schema import Plan
@@ -63,7 +62,7 @@ def describe(batch: Any) -> str:
     return type(batch).__name__
 
 
-def _metrics(model: ComposerModel, place: Place) -> Mapping[str, Metric]:
+def _metrics(model: ComposerModel, place: Place) -> Mapping[str, Any]:
     """Those of evaluations. Composer asks for both kinds before training."""
     try:
         model.get_metrics(is_train=True)
@@ -87,7 +86,7 @@ def _first(data: Data, place: Place) -> Any:
         raise place.error(f'its first samples cannot be read: {said(error)}{line_of(error)}') from error
 
 
-def _run(model: ComposerModel, batch: Any, metrics: Mapping[str, Metric]) -> Any:
+def _run(model: ComposerModel, batch: Any, metrics: Mapping[str, Any]) -> Any:
     outputs = model(batch)
     model.loss(outputs, batch)
     batch = copy.deepcopy(batch)  # HuggingFaceModel takes the labels out and changes them
