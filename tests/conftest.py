@@ -96,13 +96,13 @@ def forget_ranks() -> None:
 
 @pytest.fixture(autouse=True, scope='module')
 def without_ranks_of_other_modules() -> None:
-    """Each file of tests begins in the environment of a process that is alone."""
+    """Each file of tests begins in the environment of a process that is alone, before its fixtures."""
     forget_ranks()
 
 
-@pytest.fixture
-def without_ranks() -> None:
-    """Begins in the environment of a process that is alone."""
+@pytest.fixture(autouse=True)
+def without_ranks_of_other_tests() -> None:
+    """So does each test."""
     forget_ranks()
 
 

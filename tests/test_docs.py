@@ -20,7 +20,6 @@ def blocks(path, language):
     return re.findall(rf'^```{language}\n(.*?)^```', path.read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.usefixtures('without_ranks')
 @pytest.mark.filterwarnings('error:.* of the initial weights')
 @pytest.mark.parametrize('path', DOCUMENTS, ids=_IDS)
 def test_python_blocks_run_one_after_the_other(path, tmp_path, monkeypatch):
@@ -37,7 +36,6 @@ def test_python_blocks_run_one_after_the_other(path, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ('card', 'needed'), [('ema_optimizer', ['peft']), ('hand_on', ['transformers', 'diffusers', 'timm', 'peft'])]
 )
-@pytest.mark.usefixtures('without_ranks')
 @pytest.mark.filterwarnings('ignore')
 def test_blocks_that_need_other_libraries_run(card, needed, tmp_path, monkeypatch):
     for library in needed:

@@ -9,8 +9,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from composer_ema import ShadowModel
 
-pytestmark = pytest.mark.usefixtures('without_ranks')
-
 README = Path(__file__).parents[1] / 'README.md'
 
 
