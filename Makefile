@@ -12,7 +12,7 @@ CORE := averages settings spans stream sharding sharded kernels layout naming of
 	loan lazy sharded_format sharded_folders sharded_device sharded_doors updates merge snapshots functional wrapper \
 	optimizer optimizer_entries optimizer_stepping optimizer_state optimizer_swapping batchnorm interchange package \
 	compiled profiles shares \
-	fit target reconstruct shadow_models rounding arguments
+	fit target reconstruct shadow_models rounding arguments beside
 # What the hostile trials draw their inputs from; another seed is another trial.
 SEED ?= 0
 # Threads of torch while something is measured on the CPU; empty: as many as torch takes by itself.
