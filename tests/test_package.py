@@ -54,7 +54,7 @@ HOUSE = (
 #: Only these may name Composer; the rest works without it.
 MAY_NAME_COMPOSER = {'cli', 'pictures', 'recipe', 'zoo', 'trainer', '__init__'}
 #: Rooms that are for another library, and that library, which is imported with the room.
-DOORS = {'transformers': 'transformers'}
+DOORS = {'transformers': 'transformers', 'lightning': 'lightning'}
 #: What the package needs where Composer is missing. Triton comes with torch where there is CUDA, and only there.
 CORE_REQUIREMENTS = {'torch', 'safetensors', 'numpy', 'triton', 'typing_extensions'}
 
