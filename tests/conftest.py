@@ -22,6 +22,7 @@ from tensors import all_tensors, copies
 from torch import Tensor, nn
 
 from composer_ema import EMA
+from composer_ema.zoo import plugins
 
 torch.set_num_threads(1)  # the toy models are too small for more
 
@@ -98,6 +99,16 @@ def forget_ranks() -> None:
 def without_ranks_of_other_modules() -> None:
     """Each file of tests begins in the environment of a process that is alone, before its fixtures."""
     forget_ranks()
+
+
+@pytest.fixture(autouse=True)
+def without_what_others_register() -> Iterator[None]:
+    """What a test, or a block of a card, registers for recipes is gone after it."""
+    yield
+    plugins.show_only([])
+    if plugins._own.everywhere:
+        plugins._own.everywhere.clear()
+        plugins._own.changes += 1
 
 
 @pytest.fixture(autouse=True)

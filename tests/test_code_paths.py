@@ -59,9 +59,6 @@ RECIPE = {
 def alone_in_the_process() -> Iterator[None]:
     path = list(sys.path)
     yield
-    plugins.show_only([])
-    plugins._own.everywhere.clear()
-    plugins._own.changes += 1
     sys.path[:] = path
     for name, (module, _) in list(code_paths._imported.items()):
         sys.modules.pop(module.__name__, None)

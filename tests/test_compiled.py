@@ -16,6 +16,10 @@ from composer_ema.model.untraced import is_traced, untraced
 pytestmark = [
     STRICT,
     pytest.mark.filterwarnings('ignore:.*script_method.*:DeprecationWarning'),  # dynamo imports what uses it
+    # Dynamo (2.7) may remove a name of its own twice when what it had compiled goes.
+    pytest.mark.filterwarnings(
+        'ignore:Exception ignored in.*ExactWeakKeyDictionary:pytest.PytestUnraisableExceptionWarning'
+    ),
 ]
 
 
