@@ -47,7 +47,6 @@ except ImportError as error:
 
 log = logging.getLogger(__name__)
 
-_EMA = 'ema'
 # Where the Trainer evaluates and predicts: evaluate() and predict() call one or the other.
 _LOOPS = ('evaluation_loop', 'prediction_loop')
 # The prefixes of the metrics of evaluate() and of predict().
