@@ -77,7 +77,9 @@ def _average_piece(
     # A comparison with NaN is false. We keep numbers because Triton 3.3's interpreter cannot negate booleans.
     is_bad = tl.where(tl.abs(new) <= 3.4028234663852886e38, 0, 1)
     if GUARD:
-        tl.atomic_add(skipped + offsets * 0, is_bad.to(tl.int64), mask=is_bad != 0)
+        # One sum a piece, and no traffic where all is well.
+        count_bad = tl.sum(is_bad).to(tl.int64)
+        tl.atomic_add(skipped, count_bad, mask=count_bad > 0)
     is_mended = tl.load(row + 2) // 8 if MENDS else 0
     for k in tl.static_range(K):
         weight, shadow = tl.load(weights + k), tl.load(row + 3 + k)
@@ -85,18 +87,18 @@ def _average_piece(
         if SHADOW >= 0:
             _average(
                 shadow, term, offsets, count, new, is_bad, is_mended, weight, seed, number, step, k, SHADOW, GUARD,
-                STOCHASTIC, MENDS, MASKED, ALIGNED, ROUNDS, COMPENSATED,
+                STOCHASTIC, MENDS, MASKED, ALIGNED, PIECE, ROUNDS, COMPENSATED,
             )  # fmt: skip
         else:
             if tl.load(row + 3 + K + k) == 0:
                 _average(
                     shadow, term, offsets, count, new, is_bad, is_mended, weight, seed, number, step, k, 0, GUARD,
-                    STOCHASTIC, MENDS, MASKED, ALIGNED, ROUNDS, COMPENSATED,
+                    STOCHASTIC, MENDS, MASKED, ALIGNED, PIECE, ROUNDS, COMPENSATED,
                 )  # fmt: skip
             else:
                 _average(
                     shadow, term, offsets, count, new, is_bad, is_mended, weight, seed, number, step, k, 1, GUARD,
-                    STOCHASTIC, MENDS, MASKED, ALIGNED, ROUNDS, COMPENSATED,
+                    STOCHASTIC, MENDS, MASKED, ALIGNED, PIECE, ROUNDS, COMPENSATED,
                 )  # fmt: skip
 
 
@@ -104,7 +106,7 @@ def _average_piece(
 def _average(
     shadow, term, offsets, count, new, is_bad, is_mended, weight, seed, number, step, which,
     CODE: tl.constexpr, GUARD: tl.constexpr, STOCHASTIC: tl.constexpr, MENDS: tl.constexpr, MASKED: tl.constexpr,
-    ALIGNED: tl.constexpr, ROUNDS: tl.constexpr, COMPENSATED: tl.constexpr,
+    ALIGNED: tl.constexpr, PIECE: tl.constexpr, ROUNDS: tl.constexpr, COMPENSATED: tl.constexpr,
 ):  # fmt: skip
     old = _read(shadow, offsets, count, CODE, MASKED, ALIGNED)
     if COMPENSATED:
@@ -124,8 +126,7 @@ def _average(
         # bfloat16 is float32 without its lower 16 bits. What we add before cutting them off decides what carries.
         bits = value.to(tl.uint32, bitcast=True)
         if STOCHASTIC:
-            random, _, _, _ = tl.philox(seed, offsets.to(tl.uint32), number, step, which, ROUNDS)
-            rounded = (bits + (random & 0xFFFF)) & 0xFFFF0000
+            rounded = (bits + _random_bits(seed, number, step, which, PIECE, ROUNDS)) & 0xFFFF0000
         else:
             rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         value = tl.where(tl.abs(value) <= 3.3895313892515355e38, rounded.to(tl.float32, bitcast=True), value)
@@ -138,6 +139,14 @@ def _average(
         if GUARD:
             rest = tl.where(is_bad != 0, left_out, rest)
         _write(term, rest, offsets, count, 0, MASKED, ALIGNED)
+
+
+@triton.jit
+def _random_bits(seed, number, step, which, PIECE: tl.constexpr, ROUNDS: tl.constexpr):
+    """16 random bits for each element of a piece: eight elements share the four words of one Philox."""
+    first, second, third, fourth = tl.philox(seed, tl.arange(0, PIECE // 8).to(tl.uint32), number, step, which, ROUNDS)
+    words = tl.join(tl.join(first, third), tl.join(second, fourth))
+    return tl.reshape(tl.join(words & 0xFFFF, words >> 16), (PIECE,))
 
 
 @triton.jit

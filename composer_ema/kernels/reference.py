@@ -10,7 +10,7 @@ from torch import Tensor
 
 from composer_ema.kernels.backend import Steps
 from composer_ema.kernels.layout import Pair, flat
-from composer_ema.kernels.rules import PHILOX_ROUNDS, PIECE, Rules
+from composer_ema.kernels.rules import PHILOX_ROUNDS, PIECE, GROUP, Rules
 
 
 def average(shadow: Tensor, source: Tensor, weight: float) -> Tensor:
@@ -114,8 +114,10 @@ def round_stochastically(value: Tensor, like: Tensor, seed: int, first_piece: in
     Returns:
         float32 values that bfloat16 holds exactly, in the shape of ``value``.
     """
-    places = torch.arange(value.numel(), device=value.device)
-    random = philox(seed, places % PIECE, first_piece + places // PIECE, step, which) & 0xFFFF
+    groups = torch.arange(-(-value.numel() // GROUP), device=value.device)
+    in_piece = PIECE // GROUP
+    words = philox(seed, groups % in_piece, first_piece + groups // in_piece, step, which)
+    random = torch.stack([words & 0xFFFF, words >> 16], 1).flatten(0, 1).T.reshape(-1)[: value.numel()]
     in_shape = torch.empty_like(like, dtype=torch.int64)
     in_memory = flat(in_shape)
     assert in_memory is not None
@@ -127,7 +129,7 @@ def round_stochastically(value: Tensor, like: Tensor, seed: int, first_piece: in
 
 
 def philox(seed: int, place: Tensor, piece: Tensor, step: int, which: int) -> Tensor:
-    """Returns the first of the four words of Philox4x32 (Salmon et al. 2011, section 3.3), as int64 in [0, 2**32).
+    """Returns the four words of Philox4x32 (Salmon et al. 2011, section 3.3) along dimension 0, as int64 in [0, 2**32).
 
     The counter is (place, piece, step, which). The key is the lower and the upper half of ``seed``.
     """
@@ -140,7 +142,7 @@ def philox(seed: int, place: Tensor, piece: Tensor, step: int, which: int) -> Te
         high_b, low_b = _multiply(0xCD9E8D57, c2)
         c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
         k0, k1 = (k0 + 0x9E3779B9) & word, (k1 + 0xBB67AE85) & word
-    return c0
+    return torch.stack([c0, c1, c2, c3])
 
 
 def _multiply(factor: int, word: Tensor) -> tuple[Tensor, Tensor]:
