@@ -9,7 +9,9 @@ import gc
 import pickle
 import threading
 import time
+from collections import Counter
 from concurrent.futures import Future
+from itertools import chain
 
 import pytest
 import torch
@@ -17,13 +19,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from composer_ema import EMAOptimizer, ShadowModel, kernels
+from composer_ema import EMAOptimizer, ShadowModel, ShadowModels, kernels
 from composer_ema.shadow import offload
 from composer_ema.shadow.offload import HostAverage
 
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')]
 #: Some 0.2 s at 2 GHz.
 SLEEP_CYCLES = 400_000_000
+#: Weights of averages that are updated together.
+WEIGHTS = (0.5, 1.0, 0.25)
+
+for_one_and_three = pytest.mark.parametrize('count', [1, 3])
 
 
 class Gate:
@@ -48,14 +54,33 @@ def as_if_on_another_device(monkeypatch):
     monkeypatch.setattr(offload, 'can_take', lambda shadow, source: True)
 
 
+@pytest.fixture
+def elements_read(monkeypatch):
+    """How many elements of a tensor's memory ``torch._foreach_copy_`` has read."""
+    read, copy_ = Counter(), torch._foreach_copy_
+
+    def counting(targets, sources, *args, **kwargs):
+        for source in sources:
+            read[source.untyped_storage().data_ptr()] += source.numel()
+        return copy_(targets, sources, *args, **kwargs)
+
+    monkeypatch.setattr(torch, '_foreach_copy_', counting)
+    return lambda tensor: read[tensor.untyped_storage().data_ptr()]
+
+
 def _average(values, **options):
-    shadows, sources = [torch.zeros_like(value) for value in values], list(values)
-    return shadows, sources, HostAverage(list(zip(shadows, sources, strict=True)), [], [], **options)
+    (shadows,), sources, average = _averages(values, 1, **options)
+    return shadows, sources, average
+
+
+def _averages(values, count, **options):
+    sets = [[torch.zeros_like(value) for value in values] for _ in range(count)]
+    return sets, list(values), HostAverage(list(zip(*sets, values, strict=True)), [], [], **options)
 
 
 def test_half_an_update_lies_half_way():
     shadows, _, average = _average([torch.tensor([2.0, 4.0]), torch.tensor(8.0)])
-    average.update(0.5)
+    average.update((0.5,))
     average.wait()
     assert [shadow.tolist() for shadow in shadows] == [[1.0, 2.0], 4.0]
 
@@ -65,31 +90,77 @@ def test_half_an_update_lies_half_way():
         st.tuples(st.integers(0, 90), st.sampled_from([torch.float32, torch.bfloat16, torch.float64])), max_size=8
     ),
     st.integers(1, 64),
-    st.sampled_from([0.0, 0.3, 1.0]),
+    st.lists(st.sampled_from([0.0, 0.3, 1.0]), min_size=1, max_size=3),
 )
-def test_chunks_of_any_size_give_the_bits_of_an_update_in_line(kinds, chunk, weight):
+def test_chunks_of_any_size_give_each_average_the_bits_of_an_update_in_line(kinds, chunk, weights):
     sources = [torch.randn(size, dtype=dtype) for size, dtype in kinds] + [
         torch.randn(4, 6).t(),
         torch.randn(6, 4)[:, 1],
     ]
-    shadows = [torch.randn(source.shape) for source in sources]
-    expected = [shadow.clone() for shadow in shadows]
-    average = HostAverage(list(zip(shadows, sources, strict=True)), [], [], chunk=chunk)
+    sets = [[torch.randn(source.shape) for source in sources] for _ in weights]
+    expected = copy.deepcopy(sets)
+    average = HostAverage(list(zip(*sets, sources, strict=True)), [], [], chunk=chunk)
     for _ in range(2):
-        average.update(weight)
-        kernels.prepare([expected], sources)((weight,))
+        average.update(weights)
+        for shadows, weight in zip(expected, weights, strict=True):
+            kernels.prepare([shadows], sources)((weight,))
     average.wait()
-    for shadow, wanted in zip(shadows, expected, strict=True):
+    for shadow, wanted in zip(chain(*sets), chain(*expected), strict=True):
         assert torch.equal(shadow, wanted)
 
 
-def test_two_chunks_are_all_the_memory_it_takes(monkeypatch):
+@for_one_and_three
+def test_averages_that_share_the_copies_have_the_bits_of_single_ones(count):
+    sources = [
+        [torch.randn(40), torch.randn(3, 5, dtype=torch.bfloat16)],
+        [torch.tensor([1.0, torch.nan, torch.inf])],
+        [torch.tensor(3), torch.tensor([True, False])],
+    ]
+
+    def rows(count):
+        return [[(*(torch.zeros_like(each) for _ in range(count)), each) for each in kind] for kind in sources]
+
+    of_all, of_each = rows(count), [rows(1) for _ in range(count)]
+    together, single = HostAverage(*of_all, chunk=16), [HostAverage(*each, chunk=16) for each in of_each]
+    for _ in range(2):
+        together.update(WEIGHTS[:count])
+        for average, weight in zip(single, WEIGHTS, strict=False):
+            average.update((weight,))
+    for average in (together, *single):
+        average.wait()
+    for which, alone in enumerate(of_each):
+        for row, (expected, _) in zip(chain(*of_all), chain(*alone), strict=True):
+            torch.testing.assert_close(row[which], expected, rtol=0, atol=0, equal_nan=True)
+
+
+@for_one_and_three
+def test_each_source_is_copied_once_for_all_averages(count, elements_read):
+    sources = torch.ones(40), torch.ones(3), torch.tensor(3)
+    kinds = [[(*(torch.zeros_like(source) for _ in range(count)), source)] for source in sources]
+    average = HostAverage(*kinds, chunk=16)
+    average.update(WEIGHTS[:count])
+    average.wait()
+    assert [elements_read(source) for source in sources] == [40, 3, 1]
+
+
+def test_the_weights_are_those_that_it_was_called_with():
+    shadows, _, average = _average([torch.ones(3)])
+    gate, weights = Gate(average, '_run'), [1.0]
+    average.update(weights)
+    weights[0] = 0.0
+    gate.open()
+    average.wait()
+    assert shadows[0].tolist() == [1, 1, 1]
+
+
+@for_one_and_three
+def test_two_chunks_are_all_the_memory_it_takes(count, monkeypatch):
     taken = []
     new_memory = HostAverage._new_memory
     monkeypatch.setattr(HostAverage, '_new_memory', lambda *args: taken.append(new_memory(*args)) or taken[-1])
-    _, _, average = _average([torch.ones(1000), torch.ones(7)], chunk=16)
+    _, _, average = _averages([torch.ones(1000), torch.ones(7)], count, chunk=16)
     assert [memory.numel() for memory in taken] == [16, 16]
-    average.update(1.0)
+    average.update(WEIGHTS[:count])
     average.wait()
     assert len(taken) == 2
 
@@ -97,7 +168,7 @@ def test_two_chunks_are_all_the_memory_it_takes(monkeypatch):
 def test_update_returns_before_the_thread_has_begun():
     shadows, _, average = _average([torch.ones(3)])
     gate = Gate(average, '_run')
-    average.update(1.0)
+    average.update((1.0,))
     assert average.is_reading
     assert shadows[0].tolist() == [0, 0, 0]
     gate.open()
@@ -106,40 +177,54 @@ def test_update_returns_before_the_thread_has_begun():
     assert shadows[0].tolist() == [1, 1, 1]
 
 
-def test_sources_may_be_written_once_they_are_read_while_the_thread_still_averages():
-    shadows, sources, average = _average([torch.ones(3)])
+@for_one_and_three
+def test_sources_may_be_written_once_they_are_read_while_the_thread_still_averages(count):
+    sets, sources, average = _averages([torch.ones(3)], count)
     gate = Gate(average, '_average')
-    average.update(1.0)
+    average.update(WEIGHTS[:count])
     average.wait_for_reads()
     sources[0].fill_(100)
-    assert shadows[0].tolist() == [0, 0, 0]
+    assert [shadow.tolist() for (shadow,) in sets] == [[0] * 3] * count
     gate.open()
     average.wait()
-    assert shadows[0].tolist() == [1, 1, 1]
+    assert [shadow.tolist() for (shadow,) in sets] == [[weight] * 3 for weight in WEIGHTS[:count]]
 
 
 def test_without_that_wait_the_average_is_wrong():
     """Shows that the test above tests something."""
     shadows, sources, average = _average([torch.ones(3)])
     gate = Gate(average, '_run')
-    average.update(1.0)
+    average.update((1.0,))
     sources[0].fill_(100)
     gate.open()
     average.wait()
     assert shadows[0].tolist() == [100, 100, 100]
 
 
-def test_buffers_may_be_written_as_soon_as_update_returns():
-    averaged, counted = (torch.zeros(2), torch.ones(2)), (torch.tensor(0), torch.tensor(3))
-    average = HostAverage([], [averaged], [counted])
+@for_one_and_three
+def test_buffers_may_be_written_as_soon_as_update_returns(count):
+    averaged = [*torch.zeros(count, 2), torch.ones(2)]
+    counted = [*torch.zeros(count, dtype=torch.int64), torch.tensor(3)]
+    average = HostAverage([], [tuple(averaged)], [tuple(counted)])
     gate = Gate(average, '_run')
-    average.update(0.5)
-    averaged[1].fill_(100)
-    counted[1].fill_(100)
+    average.update(WEIGHTS[:count])
+    averaged[-1].fill_(100)
+    counted[-1].fill_(100)
     gate.open()
     average.wait()
-    assert averaged[0].tolist() == [0.5, 0.5]
-    assert counted[0].item() == 3
+    assert [shadow.tolist() for shadow in averaged[:-1]] == [[weight] * 2 for weight in WEIGHTS[:count]]
+    assert [shadow.item() for shadow in counted[:-1]] == [3] * count
+
+
+@for_one_and_three
+def test_an_element_of_a_buffer_is_copied_where_it_was_not_finite(count):
+    *shadows, source = *torch.zeros(count, 2), torch.tensor([torch.inf, 8.0])
+    average = HostAverage([], [(*shadows, source)], [])
+    for value in (torch.inf, 4.0):
+        source[0] = value
+        average.update([0.5] * count)
+    average.wait()
+    assert [shadow.tolist() for shadow in shadows] == [[4.0, 6.0]] * count
 
 
 def test_a_second_update_waits_for_the_first():
@@ -147,7 +232,7 @@ def test_a_second_update_waits_for_the_first():
     for value in (4.0, 8.0, 16.0):
         average.wait_for_reads()
         sources[0].fill_(value)
-        average.update(0.5)
+        average.update((0.5,))
     average.wait()
     assert shadows[0].tolist() == [10.5] * 5  # 2, 5, 10.5
 
@@ -156,10 +241,10 @@ def test_a_second_update_leaves_what_the_first_has_not_averaged_yet():
     shadow, source = torch.zeros(2), torch.ones(2)
     average = HostAverage([], [(shadow, source)], [])
     gate = Gate(average, '_run')
-    average.update(1.0)
+    average.update((1.0,))
     source.fill_(100)
     threading.Timer(0.05, gate.open).start()
-    average.update(0.0)
+    average.update((0.0,))
     average.wait()
     assert shadow.tolist() == [1, 1]
 
@@ -167,7 +252,7 @@ def test_a_second_update_leaves_what_the_first_has_not_averaged_yet():
 def test_a_wait_that_is_interrupted_leaves_the_next_one_to_wait(monkeypatch):
     shadows, _, average = _average([torch.ones(3)])
     gate = Gate(average, '_average')
-    average.update(1.0)
+    average.update((1.0,))
 
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -189,11 +274,11 @@ def test_an_error_in_the_thread_is_raised_by_the_next_wait_and_only_there(monkey
 
     with monkeypatch.context() as patched:
         patched.setattr(average, '_average', fail)
-        average.update(1.0)
+        average.update((1.0,))
         with pytest.raises(ZeroDivisionError):
             average.wait()
     average.wait()
-    average.update(1.0)
+    average.update((1.0,))
     average.wait()
     assert shadows[0].tolist() == [1, 1, 1]
 
@@ -205,7 +290,7 @@ def test_an_error_before_the_sources_are_read_does_not_hang_who_waits_to_write_t
         raise ZeroDivisionError
 
     monkeypatch.setattr(average, '_on_side_stream', fail)
-    average.update(1.0)
+    average.update((1.0,))
     average.wait_for_reads()
     with pytest.raises(ZeroDivisionError):
         average.wait()
@@ -222,7 +307,7 @@ def test_the_thread_itself_never_waits(monkeypatch):
         average.wait_for_reads()
 
     monkeypatch.setattr(average, '_average', average_then_wait)
-    average.update(1.0)
+    average.update((1.0,))
     done = threading.Thread(target=average.wait, daemon=True)
     done.start()
     done.join(10)
@@ -251,6 +336,31 @@ class TestAShadow:
         ):
             assert torch.equal(one, two), name
 
+    @pytest.mark.parametrize('labels', [['one'], ['one', 'two', 'three']])
+    def test_several_hold_what_single_ones_in_line_hold(self, labels):
+        model = self._model()
+        beside, in_line = ShadowModels(model, labels, overlap=True), {label: ShadowModel(model) for label in labels}
+        smoothing = dict(zip(labels, (0.7, 0.0, 0.99), strict=False))
+        for _ in range(3):
+            beside.wait_for_reads()
+            model(torch.randn(8, 3))
+            nn.init.normal_(model[0].weight)
+            beside.update(model, smoothing=smoothing)
+            for label, shadow in in_line.items():
+                shadow.update(model, smoothing=smoothing[label])
+        for label, shadow in in_line.items():
+            held, expected = (each.averaged_state_dict(model) for each in (beside[label], shadow))
+            torch.testing.assert_close(held, expected, rtol=0, atol=0)
+
+    @pytest.mark.parametrize('labels', [['one'], ['one', 'two', 'three']])
+    def test_each_tensor_of_the_model_is_copied_once_for_all(self, labels, elements_read):
+        model = self._model()
+        shadows = ShadowModels(model, labels, overlap=True)
+        shadows.update(model, smoothing=0.7)
+        shadows.wait()
+        for name, tensor in model.state_dict().items():
+            assert elements_read(tensor) == tensor.numel(), name
+
     @pytest.mark.parametrize(
         'read',
         [
@@ -267,7 +377,7 @@ class TestAShadow:
         model = self._model()
         shadow = ShadowModel(model, overlap=True)
         shadow.resolve(model)
-        gate = Gate(shadow._follower.plan.host_averages[0][0], '_run')
+        gate = Gate(shadow._follower.plan.host_averages[0], '_run')
         nn.init.constant_(model[0].weight, 5.0)
         shadow.update(model, smoothing=0.0)
         assert shadow.is_pending
@@ -332,6 +442,24 @@ class TestCuda:
         ):
             assert torch.equal(one, two), name
 
+    def test_three_averages_of_one_copy_are_exact_while_the_model_goes_on_changing(self, model, monkeypatch):
+        monkeypatch.setattr(HostAverage.__init__, '__kwdefaults__', {'chunk': 1000})
+        smoothing = {'short': 0.5, 'none': 0.0, 'long': 0.9}
+        beside = ShadowModels(model, smoothing, device='cpu', overlap=True)
+        in_line = {label: ShadowModel(model, device='cpu') for label in smoothing}
+        for value in range(5):
+            beside.wait_for_reads()
+            with torch.no_grad():
+                model[0].weight.fill_(value)
+            model(torch.full((4, 1024), float(value), device='cuda'))
+            torch.cuda.synchronize()
+            for label, shadow in in_line.items():
+                shadow.update(model, smoothing=smoothing[label])
+            beside.update(model, smoothing=smoothing)
+        for label, shadow in in_line.items():
+            held, expected = (each.averaged_state_dict(model) for each in (beside[label], shadow))
+            torch.testing.assert_close(held, expected, rtol=0, atol=0)
+
     def test_within_two_chunks_neither_update_nor_the_wait_for_reads_makes_the_host_wait(self, model):
         shadow = ShadowModel(model, device='cpu', overlap=True)
         shadow.resolve(model)
@@ -363,5 +491,5 @@ class TestCuda:
     def test_copies_go_to_pinned_memory(self, model):
         shadow = ShadowModel(model, device='cpu', overlap=True)
         shadow.resolve(model)
-        ((average,),) = shadow._follower.plan.host_averages
+        (average,) = shadow._follower.plan.host_averages
         assert all(view.is_pinned() for chunk in [*average._chunks, *average._buffers] for view in chunk.copies)

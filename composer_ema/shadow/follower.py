@@ -163,7 +163,7 @@ class Follower:
     # Helpers, in call order
 
     def _host_averages(self) -> Sequence[HostAverage]:
-        return () if self.plan is None else list(chain.from_iterable(self.plan.host_averages))
+        return () if self.plan is None else self.plan.host_averages
 
     def _new_plan(self, module: nn.Module, joining: bool) -> Plan:
         inventory = Inventory.of(module)

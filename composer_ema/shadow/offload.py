@@ -1,5 +1,7 @@
 """Averages a model on CUDA into shadows on the host: copies it out chunk by chunk, and averages in a thread.
 
+Each source is copied once, however many averages of it there are.
+
 Invariants: after :meth:`HostAverage.wait_for_reads` the sources may be written, and after :meth:`HostAverage.wait` the
 shadows may be read. The training stream waits only for the copies, which have a whole forward and backward pass to
 finish in. Training slows down only if the thread's arithmetic takes longer than that.
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from composer_ema import kernels
 from composer_ema.kernels.backend import Steps
-from composer_ema.kernels.layout import Pair, Row, carve, columns, packed, pieces
+from composer_ema.kernels.layout import Row, carve, columns, detached, packed, pieces
 
 #: Elements in a chunk: 16 MiB of float32, which take a PCI Express link about 0.7 ms.
 CHUNK = 2**22
@@ -34,7 +36,7 @@ def can_take(shadow: Tensor, source: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Sources, the memory that they are copied to, and the step that averages the copies."""
+    """Sources, the memory that they are copied to, and the step that takes the copies into every average."""
 
     sources: list[Tensor]
     copies: list[Tensor]
@@ -42,7 +44,7 @@ class _Chunk:
 
 
 class HostAverage:
-    """Moves shadows on the host towards sources on one CUDA device, beside training::
+    """Moves k averages on the host towards sources on one CUDA device, beside training. For each average::
 
         shadow += weight * (source - shadow)
 
@@ -51,17 +53,17 @@ class HostAverage:
     With sources on a CPU, which needs no streams, the thread does the same with plain copies.
 
     Args:
-        parameters: pairs of a shadow and its source, to average.
+        parameters: the shadows of a tensor in each average and last their source, to average.
         buffers: likewise; their sources may be written as soon as :meth:`update` returns.
-        copied: pairs of a buffer's shadow and its source, to copy.
+        copied: likewise, of buffers, to copy.
         chunk: elements in each of the two chunks. Tensors with gaps in memory are not cut, and may need larger ones.
             Default: 4 Mi.
     """
 
     def __init__(
-        self, parameters: Sequence[Pair], buffers: Sequence[Pair], copied: Sequence[Pair], *, chunk: int = CHUNK
+        self, parameters: Sequence[Row], buffers: Sequence[Row], copied: Sequence[Row], *, chunk: int = CHUNK
     ) -> None:
-        self.device = [*parameters, *buffers, *copied][0][1].device
+        self.device = [*parameters, *buffers, *copied][0][-1].device
         is_cuda = self.device.type == 'cuda'
         # Any: torch 2.7's stubs give its own stream and event types two incompatible bases.
         self._stream: Any = torch.cuda.Stream(self.device) if is_cuda else None
@@ -70,7 +72,7 @@ class HostAverage:
         self._chunks = list(self._in_chunks(parameters, _averaging, limit=chunk))
         self._chunk_copied = [self._new_event() for _ in range(2)]
         if is_cuda:
-            for _, source in parameters:
+            for *_, source in parameters:
                 source.record_stream(self._stream)  # if freed, its memory waits for the side stream
         self._thread = ThreadPoolExecutor(1, thread_name_prefix='composer_ema')
         self._thread_id: int | None = None
@@ -83,11 +85,11 @@ class HostAverage:
         """Whether the last update may still be reading: :meth:`wait_for_reads` has not been called since."""
         return self._is_reading
 
-    def update(self, weight: float) -> None:
+    def update(self, weights: Sequence[float]) -> None:
         """Starts an update that sees the sources as the work on the current stream leaves them, and returns.
 
         Args:
-            weight: share of the sources in the new average, in [0, 1].
+            weights: for each average the share of the sources in the new one, in [0, 1].
         """
         self.wait()
         for chunk in self._buffers:
@@ -97,7 +99,7 @@ class HostAverage:
             self._stream.wait_event(self._buffers_copied)  # joined by wait_for_reads()
         self._is_enqueued.clear()
         self._is_reading = True
-        self._job = self._thread.submit(self._run, weight)
+        self._job = self._thread.submit(self._run, tuple(weights))
 
     def wait_for_reads(self) -> None:
         """Orders the current stream after the last copy of a source.
@@ -135,7 +137,7 @@ class HostAverage:
 
     # In the thread
 
-    def _run(self, weight: float) -> None:
+    def _run(self, weights: Sequence[float]) -> None:
         self._thread_id = threading.get_ident()
         try:
             before: tuple[_Chunk, Any] | None = None
@@ -145,21 +147,21 @@ class HostAverage:
                     torch._foreach_copy_(chunk.copies, chunk.sources, non_blocking=True)
                     self._record(copied)
                 if before is not None:
-                    self._average(*before, weight)  # frees the memory that the next chunk is copied to
+                    self._average(*before, weights)  # frees the memory that the next chunk is copied to
                 before = (chunk, copied)
             with self._on_side_stream():
                 self._record(self._sources_read)
         finally:
             self._is_enqueued.set()
         if before is not None:
-            self._average(*before, weight)
+            self._average(*before, weights)
         for chunk in self._buffers:
-            self._average(chunk, self._buffers_copied, weight)
+            self._average(chunk, self._buffers_copied, weights)
 
-    def _average(self, chunk: _Chunk, copied: Any, weight: float) -> None:
+    def _average(self, chunk: _Chunk, copied: Any, weights: Sequence[float]) -> None:
         if copied is not None:
             copied.synchronize()
-        chunk.step((weight,))
+        chunk.step(weights)
 
     def _on_side_stream(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
@@ -176,34 +178,35 @@ class HostAverage:
 
     def _in_chunks(
         self,
-        pairs: Sequence[Pair],
-        prepare: Callable[[list[Tensor], list[Tensor]], Steps],
+        rows: Sequence[Row],
+        prepare: Callable[[list[list[Tensor]], list[Tensor]], Steps],
         *,
         limit: int = _NO_LIMIT,
     ) -> Iterator[_Chunk]:
-        """Groups pairs by the source's dtype. Every second chunk of a group is copied to the same memory."""
+        """Groups rows by the source's dtype. Every second chunk of a group is copied to the same memory."""
         by_dtype: defaultdict[torch.dtype, list[Row]] = defaultdict(list)
-        for shadow, source in pairs:
-            by_dtype[source.dtype].extend(pieces((shadow.detach(), source.detach()), limit))
+        for row in rows:
+            by_dtype[row[-1].dtype].extend(pieces(tuple(detached(row)), limit))
         for dtype, of_dtype in by_dtype.items():
-            chunks = [columns(chunk) for chunk in packed(of_dtype, lambda pair: pair[0].numel(), limit)]
-            size = max(sum(shadow.numel() for shadow in shadows) for shadows, _ in chunks)
+            chunks = [columns(chunk) for chunk in packed(of_dtype, lambda row: row[-1].numel(), limit)]
+            size = max(sum(source.numel() for source in sources) for *_, sources in chunks)
             memory = [self._new_memory(size, dtype) for _ in chunks[:2]]
-            for index, (shadows, sources) in enumerate(chunks):
-                copies = carve(memory[index % 2], shadows)
-                yield _Chunk(sources, copies, prepare(shadows, copies))
+            for index, (*averages, sources) in enumerate(chunks):
+                copies = carve(memory[index % 2], sources)
+                yield _Chunk(sources, copies, prepare(averages, copies))
 
     def _new_memory(self, size: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(size, dtype=dtype, pin_memory=self._stream is not None)
 
 
-def _averaging(shadows: list[Tensor], copies: list[Tensor]) -> Steps:
-    return kernels.prepare([shadows], copies)
+def _averaging(averages: list[list[Tensor]], copies: list[Tensor]) -> Steps:
+    return kernels.prepare(averages, copies)
 
 
-def _averaging_buffers(shadows: list[Tensor], copies: list[Tensor]) -> Steps:
-    return kernels.prepare([shadows], copies, mended=range(len(copies)))
+def _averaging_buffers(averages: list[list[Tensor]], copies: list[Tensor]) -> Steps:
+    return kernels.prepare(averages, copies, mended=range(len(copies)))
 
 
-def _copying(shadows: list[Tensor], copies: list[Tensor]) -> Steps:
-    return kernels.prepare([[]], [], copied=list(zip(shadows, copies, strict=True)))
+def _copying(averages: list[list[Tensor]], copies: list[Tensor]) -> Steps:
+    pairs = [pair for shadows in averages for pair in zip(shadows, copies, strict=True)]
+    return kernels.prepare([[] for _ in averages], [], copied=pairs)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from composer_ema import kernels
-from composer_ema.kernels.layout import Pair, grouped
+from composer_ema.kernels import layout
 from composer_ema.kernels.rules import FIRST_PIECE_OF_BUFFERS
 from composer_ema.model.watch import Watch
 from composer_ema.settings import Settings
@@ -78,7 +78,7 @@ class Plan:
 
     Attributes:
         identities: tell the sources apart from other tensors.
-        host_averages: for each device, one per average: what a thread averages on the host.
+        host_averages: for each device what a thread averages on the host.
         forked_steps: steps that run on the side stream of their device.
         steps: steps that run on the current stream.
     """
@@ -99,7 +99,7 @@ class Plan:
         left = [list(filter(mover.is_left_to_a_thread, kind)) for kind in kinds]
         self.host_averages = _host_averages(left)
         parameters, averaged, copied = (
-            grouped(filterfalse(mover.is_left_to_a_thread, kind), lambda row: row[0][0].device) for kind in kinds
+            layout.grouped(filterfalse(mover.is_left_to_a_thread, kind), lambda row: row[0][0].device) for kind in kinds
         )
         self.forked_steps: list[tuple[SideStream, Step]] = []
         self.steps: list[Step] = []
@@ -189,8 +189,7 @@ class ByWeight:
 
     def run(self, plan: Plan, numbers: Sequence[float]) -> None:
         for averages in plan.host_averages:
-            for average, weight in zip(averages, numbers, strict=True):
-                average.update(weight)  # waited for as the forks are
+            averages.update(numbers)  # waited for as the forks are
         for stream, step in plan.forked_steps:
             with stream.fork():  # joined by wait_for_reads(), and by wait(), which every read of the average calls
                 step(numbers)
@@ -198,17 +197,13 @@ class ByWeight:
             step(numbers)
 
 
-def _pairs(rows: Sequence[Row], which: int) -> list[Pair]:
-    return [(shadows[which], source) for shadows, source in rows]
+def _host_averages(kinds: Sequence[Sequence[Row]]) -> list[HostAverage]:
+    devices = dict.fromkeys(source.device for kind in kinds for _, source in kind)
+    return [HostAverage(*(_rows_of(device, kind) for kind in kinds)) for device in devices]
 
 
-def _host_averages(kinds: Sequence[Sequence[Row]]) -> list[list[HostAverage]]:
-    averages = []
-    for device in dict.fromkeys(source.device for kind in kinds for _, source in kind):
-        here = [[row for row in kind if row[1].device == device] for kind in kinds]
-        count = len(next(row for kind in here for row in kind)[0])
-        averages.append([HostAverage(*(_pairs(kind, which) for kind in here)) for which in range(count)])
-    return averages
+def _rows_of(device: torch.device, rows: Sequence[Row]) -> list[layout.Row]:
+    return [(*shadows, source) for shadows, source in rows if source.device == device]
 
 
 def _tensors_on(device: torch.device, rows: Sequence[Row]) -> list[Tensor]:
