@@ -6,6 +6,8 @@
   instances of each peer. The target is (4 + 8 k) / 12 limits: the weights are read once, and each average is read and
   written;
 - guard: an update of a model with ``skip_nonfinite``, beside one without;
+- settings, on a CUDA device: an update with each setting that changes the kernel, in time for a byte of what it must
+  read and write, beside the plain one of float32;
 - ranks: an update of a model that 1, 2 and 4 processes share with FSDP2, in the slowest of them, beside one of a model
   that is whole and as large as the process's part; and what follows for more processes and a larger model.
 
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,6 +33,25 @@ from composer_ema import ShadowModel, ShadowModels, kernels
 _WEIGHT = 1 - common.SMOOTHING
 LIMIT = 'limit'
 PLAIN, GUARDED = 'ShadowModel.update', 'ShadowModel.update, skip_nonfinite'
+#: What changes the kernel: dtype of the weights, settings of the average, and bytes read and written for a float.
+SETTINGS: dict[str, tuple[torch.dtype, dict[str, Any], int]] = {
+    'float32': (torch.float32, {}, 12),
+    'float32, skip_nonfinite': (torch.float32, {'skip_nonfinite': True}, 12),
+    'float32, compensated': (torch.float32, {'compensated': True}, 20),
+    'bfloat16 weights, float32 averages': (torch.bfloat16, {}, 10),
+    'float32 weights, bfloat16 averages': (torch.float32, {'dtype': torch.bfloat16}, 8),
+    'float32 weights, bfloat16 averages, stochastic': (
+        torch.float32,
+        {'dtype': torch.bfloat16, 'rounding': 'stochastic'},
+        8,
+    ),
+    'bfloat16 weights, bfloat16 averages': (torch.bfloat16, {'dtype': torch.bfloat16}, 6),
+    'bfloat16 weights, bfloat16 averages, stochastic': (
+        torch.bfloat16,
+        {'dtype': torch.bfloat16, 'rounding': 'stochastic'},
+        6,
+    ),
+}
 #: Peers of which k instances average beside our k averages.
 PEERS = ('ema-pytorch, use_foreach', 'timm ModelEmaV3')
 #: Bytes for each float that a sweep holds: the weights and one average.
@@ -49,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> common.Result:
     options.add_argument('--averages', default='1,2,4,8')
     options.add_argument('--average-floats', type=float, default=25e6, help='floats of each of the averages')
     options.add_argument('--guarded', default='shufflenet_v2_x0_5,resnet50,vit_b_16', help='torchvision models')
+    options.add_argument('--settings', default='resnet50,vit_b_16,vit_l_32', help='likewise; on CUDA devices only')
     options.add_argument('--ranks', default='1,2,4', help='processes that share a model; none if empty')
     options.add_argument('--rank-floats', type=float, default=48e6, help='floats of the model that they share')
     options.add_argument('--processes', type=int, default=1024, help='to project to')
@@ -68,6 +91,9 @@ def main(arguments: Sequence[str] | None = None) -> common.Result:
         sweep.averages(count, int(parsed.average_floats))
     for name in filter(None, parsed.guarded.split(',')):
         sweep.guard(name)
+    if result.device.type == 'cuda':
+        for name in filter(None, parsed.settings.split(',')):
+            sweep.settings(name)
     sweep.ranks(_numbers(parsed.ranks), int(parsed.rank_floats))
     _show(result)
     return result
@@ -161,6 +187,27 @@ class Sweep:
         }
         self._measure('guard', name, floats, calls, base=PLAIN)
 
+    def settings(self, name: str) -> None:
+        """An update of a torchvision model with each of the settings that change the kernel."""
+        models = {dtype: common.make_model(name, self._device, dtype) for dtype, _, _ in SETTINGS.values()}
+        model = models[torch.float32]
+        floats = sum(tensor.numel() for tensor in common.floating(itertools.chain(model.parameters(), model.buffers())))
+        flat, source = torch.zeros(floats, device=self._device), torch.ones(floats, device=self._device)
+        calls: dict[str, Callable[[], object]] = {LIMIT: lambda: flat.lerp_(source, _WEIGHT)}
+        for call, (dtype, settings, _) in SETTINGS.items():
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore')  # of what rounding to the nearest drops, which is not asked here
+                shadow = ShadowModel(models[dtype], **settings)
+                shadow.update(models[dtype], weight=_WEIGHT)
+            calls[call] = partial(shadow.update, models[dtype], weight=_WEIGHT)
+        rows = {row['call']: row for row in self._measure('settings', name, floats, calls)}
+        plain = rows['float32']['device_ms'] / 12
+        for call, (_, _, bytes_moved) in SETTINGS.items():
+            row = rows[call]
+            row.update(bytes=bytes_moved, gb_per_s=bytes_moved * floats / row['device_ms'] / 1e6)
+            row['over_plain'] = row['device_ms'] / bytes_moved / plain
+        self._result.save()
+
     def ranks(self, sizes: Sequence[int], floats: int) -> None:
         """A model of ``floats`` that as many processes share as each of ``sizes`` says, the largest last."""
         devices = torch.cuda.device_count() if self._device.type == 'cuda' else max(sizes, default=0)
@@ -253,11 +300,13 @@ def _show(result: common.Result) -> None:
         'parameters': 'number of parameters',
         'averages': 'number of averages, in limits of one',
         'guard': 'skip_nonfinite',
+        'settings': 'settings; over plain: device time for a byte, of that of float32',
         'ranks': f'number of processes; {"time" if on_cuda else "CPU time"} of the slowest, memory in models',
     }
     more = {
         'averages': ['target', 'over_target'],
         'guard': ['over_plain'],
+        'settings': ['bytes', 'gb_per_s', 'over_plain'],
         'ranks': ['faster', 'lasting', 'peak'],
     }
     for sweep, title in titles.items():
@@ -266,7 +315,10 @@ def _show(result: common.Result) -> None:
         of_sweep = [row for row in result.rows if row['sweep'] == sweep]
         if of_sweep:
             sizes = f', {of_sweep[0]["floats"]:,} floats' if sweep in ('tensors', 'averages', 'ranks') else ''
-            columns = ['model' if sweep == 'guard' else sweep, *(key.replace('_', ' ') for key in keys[1:])]
+            columns = [
+                'model' if sweep in ('guard', 'settings') else sweep,
+                *(key.replace('_', ' ') for key in keys[1:]),
+            ]
             common.show(title + sizes, columns, [[row.get(key) for key in keys] for row in of_sweep])
     if projected := result.summary.get('projection'):
         settings = result.settings

@@ -144,6 +144,13 @@ class Training:
 
     def turn(self, hooks: Hooks, iterations: int) -> None:
         """Trains; returns when the device has finished."""
+        self.iterate(hooks, iterations)
+        hooks.at_end()
+        if self._is_cuda:
+            torch.cuda.synchronize()
+
+    def iterate(self, hooks: Hooks, iterations: int) -> None:
+        """Trains; returns when the device has been told."""
         for _ in range(iterations):
             self.optimizer.zero_grad()
             with self._autocast:
@@ -152,9 +159,6 @@ class Training:
             hooks.before_step()
             hooks.step(self.optimizer)
             hooks.after_step()
-        hooks.at_end()
-        if self._is_cuda:
-            torch.cuda.synchronize()
 
     def _forward(self) -> Tensor:
         return self.model(self._images)
