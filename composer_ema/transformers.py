@@ -27,7 +27,7 @@ from composer_ema.model.wrappers import unwrap
 from composer_ema.profiles import Kind
 from composer_ema.run import asked, limits
 from composer_ema.run.asked import DEFAULT_HALF_LIFE, TRAINING
-from composer_ema.run.clock import Clock
+from composer_ema.run.clock import Clock, Look
 from composer_ema.run.keeper import keeper_of
 from composer_ema.settings import TrainerSettings, settings_of, takes_settings
 from composer_ema.shadow.interrupts import Block
@@ -251,9 +251,9 @@ class WeightAverage(TrainerCallback):
         """
         assert self._run is not None
         self._run.tick()
-        self._keeper.after('ba', unwrap(model), self._run, is_skipped=self._is_skipped)
+        self._keeper.after('ba', unwrap(model), Look(self._run), is_skipped=self._is_skipped)
         if self._run.is_at_end_of_epoch:
-            self._keeper.after('ep', unwrap(model), self._run)
+            self._keeper.after('ep', unwrap(model), Look(self._run))
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Orders what comes after the epoch behind the last update."""

@@ -27,6 +27,7 @@ from composer_ema.model.sharding import is_shard
 from composer_ema.profiles import Kind
 from composer_ema.run import limits
 from composer_ema.run.asked import DEFAULT_HALF_LIFE, TRAINING, check_evaluate_with
+from composer_ema.run.clock import Look
 from composer_ema.run.keeper import keeper_of
 from composer_ema.run.model_slot import put_training_weights
 from composer_ema.run.shards import Outline
@@ -261,13 +262,13 @@ class WeightAverage(Callback):
         if module is None or not self._run.has_ended_batch():
             return
         if self._run.has_stepped():
-            self._keeper.after('ba', module, self._run, is_skipped=self._steps.skipped)
+            self._keeper.after('ba', module, Look(self._run), is_skipped=self._steps.skipped)
         if self._run.trainer.is_last_batch:  # Lightning validates before its hooks for the end of an epoch
             self._end_epoch(module)
 
     def _end_epoch(self, module: nn.Module) -> None:
         self._run.end_epoch()
-        self._keeper.after('ep', module, self._run)
+        self._keeper.after('ep', module, Look(self._run))
 
     # Evaluation
 

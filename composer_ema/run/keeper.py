@@ -151,30 +151,27 @@ class Keeper:
                 return True
         return False
 
-    def update(self, model: nn.Module, look: Look) -> Moves:
-        """Moves every average towards the weights of ``model``, in one update."""
-        is_from_start = self.start.span.value == 0 and not self.has_started
-        moves = self.averages.update(model, look, self.interval, is_from_start=is_from_start)
-        self.has_started = True
-        return moves
-
-    def after(self, unit: str, model: nn.Module, run: Run, *, is_skipped: bool = False) -> Moves | None:
-        """Something has ended: updates the averages if that is due.
+    def after(self, unit: str, model: nn.Module, look: Look, *, is_skipped: bool = False) -> Moves | None:
+        """Something has ended: moves every average towards the weights of ``model``, in one update, if that is due.
 
         Args:
             unit: ``'ba'``, ``'ep'`` or ``'iter'``, of what has ended. Each batch ends once, before its epoch does.
             model: in training.
-            run: now.
+            look: at the clock, now.
             is_skipped: of a batch, whether its step was left out, as a gradient scaler does. It is no time then.
 
         Returns:
             What the update was; None if there was none.
         """
-        look = Look(run)
         if is_skipped and unit == 'ba':
             self.averages.pass_over_batch(look)
             return None
-        return self.update(model, look) if self.is_due(unit, look) else None
+        if not self.is_due(unit, look):
+            return None
+        is_from_start = self.start.span.value == 0 and not self.has_started
+        moves = self.averages.update(model, look, self.interval, is_from_start=is_from_start)
+        self.has_started = True
+        return moves
 
     def end(self) -> None:
         """Training has ended: waits for the last update, and warns of averages that are still their start.

@@ -50,9 +50,9 @@ _SNAPSHOTS = 'snapshots'
 
 #: When the ends of a unit come.
 _ENDS = {'ba': Event.BATCH_END, 'ep': Event.EPOCH_END, 'iter': Event.ITERATION_END}
-_UPDATES_AT = frozenset(_ENDS.values())
+_UPDATES_AT = {event: unit for unit, event in _ENDS.items()}
 # Training or saving goes on: the model must hold the training weights, also after an evaluation that raised.
-_TRAINING_GOES_ON = _UPDATES_AT | {
+_TRAINING_GOES_ON = _UPDATES_AT.keys() | {
     Event.AFTER_LOAD, Event.FIT_START, Event.ITERATION_START, Event.EPOCH_START, Event.BATCH_START, Event.FIT_END,
     Event.BATCH_CHECKPOINT, Event.EPOCH_CHECKPOINT, Event.ITERATION_CHECKPOINT,
 }  # fmt: skip
@@ -339,11 +339,12 @@ class WeightAverage(Algorithm):
         return self._keeper.has_average and interval.has_passed(look)
 
     def _update_and_log(self, event: Event, state: State, logger: Logger) -> None:
-        began, look, moves = time.perf_counter(), look_at(state), None
-        if self._steps.skipped and event is Event.BATCH_END:
-            self._averages.pass_over_batch(look)
-        elif self._is_update_due(event, look):
-            moves = self._update(look, state, logger)
+        began, look, unit, is_skipped = time.perf_counter(), look_at(state), _UPDATES_AT[event], self._steps.skipped
+        if not self._averages and self._keeper.is_due(unit, look):  # the user has taken them away
+            self._create_now(state)
+        moves = self._keeper.after(unit, state.model, look, is_skipped=is_skipped)
+        if moves is not None:
+            self._log_update(moves, logger)
         if self._is_log_due(event, look):
             for label, average in self._averages:
                 distance = average.shadow.relative_distance(state.model).item()
@@ -352,10 +353,7 @@ class WeightAverage(Algorithm):
         if self.snapshots is not None and moves is not None:
             self.snapshots.after_update(look, moves, self._averages, state.model)
 
-    def _update(self, look: Look, state: State, logger: Logger) -> Moves:
-        if not self._averages:
-            self._create_now(state)
-        moves = self._keeper.update(state.model, look)
+    def _log_update(self, moves: Moves, logger: Logger) -> None:
         metrics: dict[str, float] = {}
         for label, average in self._averages:
             weight, _ = moves[label]
@@ -365,7 +363,6 @@ class WeightAverage(Algorithm):
         if self._keeper.settings.skip_nonfinite:
             metrics[f'{self.name}/skipped_elements'] = self._averages.poll_skipped()
         logger.log_metrics(metrics)
-        return moves
 
     def disk_of_snapshots(self, state: State) -> str | None:
         """How much disk the snapshots of the run will take, in a sentence, once the Trainer is built; None for none.
