@@ -19,7 +19,6 @@ import torch
 from torch import nn
 from typing_extensions import Unpack
 
-from composer_ema import plain
 from composer_ema.checkpoints.opening import read_checkpoint
 from composer_ema.checkpoints.trainer_folder import AVERAGE
 from composer_ema.files import beside
@@ -28,6 +27,7 @@ from composer_ema.profiles import Kind
 from composer_ema.run import asked, limits
 from composer_ema.run.asked import DEFAULT_HALF_LIFE, TRAINING
 from composer_ema.run.clock import Clock, Look
+from composer_ema.run.door import Door
 from composer_ema.run.keeper import keeper_of
 from composer_ema.settings import TrainerSettings, settings_of, takes_settings
 from composer_ema.shadow.interrupts import Block
@@ -55,7 +55,7 @@ _TAKE_IT = "For that of a checkpoint: model.load_state_dict(load_average('checkp
 
 
 @takes_settings
-class WeightAverage(TrainerCallback):
+class WeightAverage(Door, TrainerCallback):
     """Keeps an average of the model's weights beside a ``transformers.Trainer`` and evaluates with it.
 
     After each ``update_interval`` of training, as :class:`composer_ema.EMA` does::
@@ -121,16 +121,18 @@ class WeightAverage(TrainerCallback):
         evaluate_with: Mapping[str, str] | None = None,
         **settings: Unpack[TrainerSettings],
     ) -> None:
-        arguments = {
-            'half_life': half_life, 'smoothing': smoothing, 'power': power, 'gamma': gamma, 'average': average,
-            'warmup': warmup, 'bias_correction': bias_correction,
-        }  # fmt: skip
         self._keeper = keeper_of(
-            arguments,
             settings,
+            taken=settings_of(type(self)),
             ema_start=ema_start,
             update_interval=update_interval,
-            taken=settings_of(type(self)),
+            half_life=half_life,
+            smoothing=smoothing,
+            power=power,
+            gamma=gamma,
+            average=average,
+            warmup=warmup,
+            bias_correction=bias_correction,
         )
         #: Which weights evaluations see, by the prefix of their metrics, as given.
         self.evaluate_with = asked.check_evaluate_with(evaluate_with, self.labels)
@@ -140,22 +142,6 @@ class WeightAverage(TrainerCallback):
         self._in_model = TRAINING
         self._scale: float | None = None
         self._is_skipped = False
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """What the averages are called, the one that evaluations see by default first."""
-        return self._keeper.labels
-
-    def shadow(self, label: str | None = None) -> ShadowModel | None:
-        """The averaged tensors; None before training starts.
-
-        Args:
-            label: of the average. Default: the first.
-
-        Raises:
-            ValueError: there is none of that label.
-        """
-        return self._keeper.averages.shadow(self._label(label))
 
     def swapped(self, model: nn.Module, label: str | None = None) -> AbstractContextManager[nn.Module]:
         """Puts an average into ``model`` for the block, then restores every bit of the training weights.
@@ -273,9 +259,6 @@ class WeightAverage(TrainerCallback):
         self._keeper.end()
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._take_best(args, state, model)
-
-    def _label(self, label: str | None) -> str:
-        return self.labels[0] if label is None else plain.label('label', label, self.labels)
 
     def _required(self, label: str | None) -> ShadowModel:
         found = self.shadow(label)

@@ -28,13 +28,13 @@ from composer_ema.profiles import Kind
 from composer_ema.run import limits
 from composer_ema.run.asked import DEFAULT_HALF_LIFE, TRAINING, check_evaluate_with
 from composer_ema.run.clock import Look
+from composer_ema.run.door import Door
 from composer_ema.run.keeper import keeper_of
 from composer_ema.run.model_slot import put_training_weights
 from composer_ema.run.shards import Outline
 from composer_ema.run.steps import Steps
 from composer_ema.settings import TrainerSettings, settings_of, takes_settings
 from composer_ema.shadow import loan
-from composer_ema.shadow.shadow_model import ShadowModel
 from composer_ema.shadow.state import gathered
 from composer_ema.spans import ArgumentError, Span
 from composer_ema.wording import suggestion
@@ -63,7 +63,7 @@ _PASS_IT = 'Pass ckpt_path to the Trainer for the average of a checkpoint, or th
 
 
 @takes_settings
-class WeightAverage(Callback):
+class WeightAverage(Door, Callback):
     """Averages the weights of a Lightning run, and validates, tests and predicts with the average.
 
     After each ``update_interval`` of training::
@@ -141,21 +141,18 @@ class WeightAverage(Callback):
         **settings: Unpack[TrainerSettings],
     ) -> None:
         super().__init__()
-        arguments = {
-            'half_life': half_life,
-            'smoothing': smoothing,
-            'power': power,
-            'gamma': gamma,
-            'average': average,
-            'warmup': warmup,
-            'bias_correction': bias_correction,
-        }
         self._keeper = keeper_of(
-            arguments,
             settings,
+            taken=settings_of(type(self)),
             ema_start=ema_start,
             update_interval=update_interval,
-            taken=settings_of(type(self)),
+            half_life=half_life,
+            smoothing=smoothing,
+            power=power,
+            gamma=gamma,
+            average=average,
+            warmup=warmup,
+            bias_correction=bias_correction,
         )
         self.evaluate_with = _check_evaluations(evaluate_with, self._keeper.labels)
         self.name = None if name is None else plain.word('name', name)
@@ -164,27 +161,10 @@ class WeightAverage(Callback):
         self._module: weakref.ref[nn.Module] | None = None
 
     @property
-    def labels(self) -> tuple[str, ...]:
-        """What the averages are called, the one seen by default first."""
-        return self._keeper.labels
-
-    @property
     def state_key(self) -> str:
         """Where the ``callbacks`` of a checkpoint have the state of this one."""
         own = type(self).__qualname__
         return own if self.name is None else f'{own}.{self.name}'
-
-    def shadow(self, label: str | None = None) -> ShadowModel | None:
-        """An average; None before there is one.
-
-        Args:
-            label: of the average. Default: the first.
-
-        Raises:
-            ValueError: there is none of that label.
-        """
-        chosen = self.labels[0] if label is None else plain.label('label', label, self.labels)
-        return self._keeper.averages.shadow(chosen)
 
     # Training
 

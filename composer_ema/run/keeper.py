@@ -279,22 +279,17 @@ class Keeper:
 
 
 def keeper_of(
-    arguments: Mapping[str, Any],
-    settings: Mapping[str, Any],
-    *,
-    ema_start: Any,
-    update_interval: Any,
-    taken: Collection[str],
+    settings: Mapping[str, Any], *, taken: Collection[str], ema_start: Any, update_interval: Any, **arguments: Any
 ) -> Keeper:
     """The keeper that a door's arguments ask for, those of :class:`composer_ema.EMA`.
 
     Args:
-        arguments: ``half_life``, by default :data:`~composer_ema.run.asked.DEFAULT_HALF_LIFE`, ``smoothing``,
-            ``power``, ``gamma``, ``average``, ``warmup`` and ``bias_correction``.
         settings: what the door has collected.
+        taken: names of the settings that the door takes.
         ema_start: time string before which nothing is averaged.
         update_interval: time string between two updates.
-        taken: names of the settings that the door takes.
+        arguments: ``half_life``, by default :data:`~composer_ema.run.asked.DEFAULT_HALF_LIFE`, ``smoothing``,
+            ``power``, ``gamma``, ``average``, ``warmup`` and ``bias_correction``, all of them.
 
     Raises:
         TypeError, ValueError: an argument out of range, or without effect.
