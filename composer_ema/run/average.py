@@ -58,6 +58,7 @@ class Average:
             the start of training.
         start: how much of the average is still its start.
         has_begun: whether it was updated; the first update copies the weights.
+        last_weight: that of the last update since it was built or loaded; None before one, or if a function makes it.
     """
 
     profile: Profile | None
@@ -68,6 +69,7 @@ class Average:
     first_update: Clock | None = None
     start: StartShare = field(default_factory=StartShare)
     has_begun: bool = False
+    last_weight: float | None = None
 
     @property
     def description(self) -> str:
@@ -100,7 +102,7 @@ class Average:
     def record(self, look: Look, weight: float | None, moment: Moment | None) -> None:
         """Records that the update at ``moment`` was made, by the weight that :meth:`next_weight` gave."""
         record_update(self.profile, self.start, moment, weight, has_copied=not self.has_begun)
-        self.has_begun, self.last_update = True, look.now
+        self.has_begun, self.last_update, self.last_weight = True, look.now, weight
 
     def _moment(self, unit: str, look: Look, interval: Interval) -> Moment:
         """The moment of an update now, in the unit of the profile."""
@@ -181,6 +183,7 @@ class Average:
         return dataclasses.replace(
             self,
             profile=profile,
+            last_weight=None,
             last_update=check_clock(state[_LAST_UPDATE], f'{_LAST_UPDATE} of {what}'),
             # Negative where the clock was set back since.
             started_at=check_clock(state[_STARTED_AT], f'{_STARTED_AT} of {what}', least=-math.inf),

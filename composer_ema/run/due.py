@@ -40,6 +40,15 @@ class Start(TimeArgument):
 class Interval(TimeArgument):
     """The time between two occurrences of something."""
 
+    @classmethod
+    def of(cls, name: str, time: Any) -> Interval:
+        """Reads the argument ``name``, a time string above zero.
+
+        Raises:
+            TypeError, ArgumentError: ``time`` is none.
+        """
+        return cls(name, Span.parse(time, name=name, positive=True))
+
     @functools.cached_property
     def ends(self) -> str:
         """At whose ends to look: ``'ep'`` or ``'iter'`` for whole epochs or iterations, else ``'ba'``, of batches."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from composer_ema.averages import Moment
+from composer_ema.averages import BiasCorrected, Exponential, Moment
 from composer_ema.checkpoints import formats, labels
 from composer_ema.model.inventory import Inventory
 from composer_ema.run import asked, limits
@@ -24,7 +24,6 @@ from composer_ema.run.harm import Harm
 from composer_ema.run.limits import Limit, warn
 from composer_ema.run.shards import Outline
 from composer_ema.settings import Settings
-from composer_ema.spans import Span
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +47,7 @@ class Keeper:
         start: before which nothing is averaged.
         interval: between two updates.
         settings: which tensors are averaged and how.
+        log_interval: between two measurements of the distance. Default: None, none is measured.
         hidden: as ``kept``, of averages that are updated and saved beside the others, and not used. Default: none.
 
     Attributes:
@@ -65,10 +65,12 @@ class Keeper:
         start: Start,
         interval: Interval,
         settings: Settings,
+        log_interval: Interval | None = None,
         hidden: Mapping[str, Kept] = {},
     ) -> None:
         self.name, self.kept, self.arguments = name, dict(kept), dict(arguments)
         self.start, self.interval, self.settings = start, interval, settings
+        self.log_interval = log_interval
         self.averages = Averages(kept, settings, hidden=hidden)
         self.has_started = False
         self._compared = compared
@@ -96,11 +98,15 @@ class Keeper:
     def limits(self, run: Run) -> list[Limit]:
         """The times that a run must be able to count."""
         horizons = [horizon for _, horizon in self.kept.values() if horizon is not None]
-        return [
+        found = [
             *(Limit(horizon, measured_at=self.interval) for horizon in horizons),
             Limit(self.interval, limits.effect_of_rare_updates(self.interval, run)),
             Limit(self.start, 'no average will be kept'),
         ]
+        if self.log_interval is not None:
+            is_default = str(self.log_interval.span) == '1ep'
+            found.append(Limit(self.log_interval, None if is_default else 'no distance will be logged'))
+        return found
 
     def build(self, model: nn.Module, *, overlap: bool = True) -> Mapping[str, Any] | None:
         """Starts every average anew, at the weights of ``model``; returns a state that was waiting for them."""
@@ -183,6 +189,39 @@ class Keeper:
         if not self.has_started:
             limits.warn_of_no_update(self.start, self.interval)
         self._harm.tell(self.averages)
+
+    # What is logged
+
+    def is_log_due(self, unit: str, look: Look) -> bool:
+        """Whether the distance is to be measured at the end of a batch, an epoch or an iteration, once updated.
+
+        Args:
+            unit: ``'ba'``, ``'ep'`` or ``'iter'``, of what has just ended.
+            look: at the clock, now.
+        """
+        interval = self.log_interval
+        return interval is not None and unit == interval.ends and self.has_average and interval.has_passed(look)
+
+    def progress(self) -> dict[str, float]:
+        """What the last update was and how many there were, by name of the metric. Never waits for a device."""
+        metrics: dict[str, float] = {}
+        for label, average in self.averages:
+            if average.last_weight is not None and isinstance(average.profile, Exponential | BiasCorrected):
+                metrics[f'{label}/smoothing'] = 1.0 - average.last_weight
+            metrics[f'{label}/num_updates'] = average.shadow.num_updates
+        if self.settings.skip_nonfinite:
+            metrics[f'{self.name}/skipped_elements'] = self.averages.poll_skipped()
+        return metrics
+
+    def distances(self, model: nn.Module) -> dict[str, float]:
+        """How far each average is from the training weights of ``model``, by name of the metric.
+
+        Makes the host wait for the device. A collective call where tensors are sharded.
+        """
+        return {
+            f'{label}/relative_distance': average.shadow.relative_distance(model).item()
+            for label, average in self.averages
+        }
 
     # Loans
 
@@ -297,7 +336,7 @@ def keeper_of(
     has_function = settings.get('avg_fn') is not None or settings.get('multi_avg_fn') is not None
     wanted = asked.read(NAME, arguments, has_function=has_function)
     start = Start.of('ema_start', ema_start)
-    interval = Interval('update_interval', Span.parse(update_interval, name='update_interval', positive=True))
+    interval = Interval.of('update_interval', update_interval)
     chosen = Settings.of(settings)
     written = {
         **wanted.arguments,

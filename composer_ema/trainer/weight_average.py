@@ -18,7 +18,6 @@ from composer.loggers import Logger
 from torch import Tensor, nn
 
 from composer_ema import plain
-from composer_ema.averages import BiasCorrected, Exponential
 from composer_ema.checkpoints import sharded_format
 from composer_ema.model.names import listed
 from composer_ema.model.wrappers import unwrap
@@ -27,7 +26,7 @@ from composer_ema.run.asked import TRAINING, check_weights
 from composer_ema.run.average import Averages, Kept
 from composer_ema.run.clock import Look
 from composer_ema.run.due import Interval, Start
-from composer_ema.run.keeper import Keeper, Moves
+from composer_ema.run.keeper import Keeper
 from composer_ema.run.limits import Limit, warn
 from composer_ema.run.shards import Outline
 from composer_ema.run.steps import Steps
@@ -115,9 +114,7 @@ class WeightAverage(Algorithm):
     ) -> None:
         begin = Start.of(f'{self.name}_start', start)
         interval = Interval('update_interval', update_interval)
-        self._log_interval = None
-        if log_interval is not None:
-            self._log_interval = Interval('log_interval', Span.parse(log_interval, name='log_interval', positive=True))
+        log_at = None if log_interval is None else Interval.of('log_interval', log_interval)
         kept_settings = Settings.of(settings)
         self._evaluation = Evaluation(list(kept), evaluate_with, evaluate)
         self.export_weights = export_weights = check_weights('export_weights', export_weights, list(kept))
@@ -133,7 +130,7 @@ class WeightAverage(Algorithm):
             'evaluate_with': self.evaluate_with or None,
             'evaluate': self.evaluate or None,
             'export_weights': export_weights,
-            'log_interval': None if self.log_interval is None else str(self.log_interval),
+            'log_interval': None if log_at is None else str(log_at.span),
         }
         #: Arguments that the representation leaves out because their values follow from others.
         self._implied: set[str] = set()
@@ -146,6 +143,7 @@ class WeightAverage(Algorithm):
             start=begin,
             interval=interval,
             settings=kept_settings,
+            log_interval=log_at,
             hidden={} if snapshots is None else snapshots.hidden,
         )
         self.update_seconds = 0.0
@@ -159,7 +157,8 @@ class WeightAverage(Algorithm):
     @property
     def log_interval(self) -> Span | None:
         """The time between two logged distances; None for none."""
-        return None if self._log_interval is None else self._log_interval.span
+        interval = self._keeper.log_interval
+        return None if interval is None else interval.span
 
     @classmethod
     def labels_of(cls, arguments: Mapping[str, Any]) -> tuple[str, ...]:
@@ -315,11 +314,7 @@ class WeightAverage(Algorithm):
 
     def _limits(self, state: State) -> list[Limit]:
         """The times that the run must be able to count."""
-        found = self._keeper.limits(ComposerRun(state))
-        if self._log_interval is not None:
-            is_default = str(self.log_interval) == '1ep'
-            found.append(Limit(self._log_interval, None if is_default else 'no distance will be logged'))
-        return found
+        return self._keeper.limits(ComposerRun(state))
 
     def _end_fit(self, state: State) -> None:
         self._steps.release()
@@ -333,10 +328,8 @@ class WeightAverage(Algorithm):
         return event is _ENDS[unit] and self._keeper.is_due(unit, look)
 
     def _is_log_due(self, event: Event, look: Look) -> bool:
-        interval = self._log_interval
-        if interval is None or event is not _ENDS[interval.ends]:
-            return False
-        return self._keeper.has_average and interval.has_passed(look)
+        interval = self._keeper.log_interval
+        return interval is not None and event is _ENDS[interval.ends] and self._keeper.is_log_due(interval.ends, look)
 
     def _update_and_log(self, event: Event, state: State, logger: Logger) -> None:
         began, look, unit, is_skipped = time.perf_counter(), look_at(state), _UPDATES_AT[event], self._steps.skipped
@@ -344,25 +337,12 @@ class WeightAverage(Algorithm):
             self._create_now(state)
         moves = self._keeper.after(unit, state.model, look, is_skipped=is_skipped)
         if moves is not None:
-            self._log_update(moves, logger)
-        if self._is_log_due(event, look):
-            for label, average in self._averages:
-                distance = average.shadow.relative_distance(state.model).item()
-                logger.log_metrics({f'{label}/relative_distance': distance})
+            logger.log_metrics(self._keeper.progress())
+        if self._keeper.is_log_due(unit, look):
+            logger.log_metrics(self._keeper.distances(state.model))
         self.update_seconds += time.perf_counter() - began
         if self.snapshots is not None and moves is not None:
             self.snapshots.after_update(look, moves, self._averages, state.model)
-
-    def _log_update(self, moves: Moves, logger: Logger) -> None:
-        metrics: dict[str, float] = {}
-        for label, average in self._averages:
-            weight, _ = moves[label]
-            if weight is not None and isinstance(average.profile, Exponential | BiasCorrected):
-                metrics[f'{label}/smoothing'] = 1.0 - weight
-            metrics[f'{label}/num_updates'] = average.shadow.num_updates
-        if self._keeper.settings.skip_nonfinite:
-            metrics[f'{self.name}/skipped_elements'] = self._averages.poll_skipped()
-        logger.log_metrics(metrics)
 
     def disk_of_snapshots(self, state: State) -> str | None:
         """How much disk the snapshots of the run will take, in a sentence, once the Trainer is built; None for none.
