@@ -49,6 +49,8 @@ log = logging.getLogger(__name__)
 
 # Where the Trainer evaluates and predicts: evaluate() and predict() call one or the other.
 _LOOPS = ('evaluation_loop', 'prediction_loop')
+# Among what the Trainer logs every ``logging_steps``, and nowhere else.
+_LOSS = 'loss'
 # The prefixes of the metrics of evaluate() and of predict().
 _EVAL, _TEST = 'eval', 'test'
 _TAKE_IT = "For that of a checkpoint: model.load_state_dict(load_average('checkpoint-500', model))."
@@ -86,12 +88,18 @@ class WeightAverage(Door, TrainerCallback):
         evaluate_with: ``'ema'``, or the label of an average, or ``'training'`` by the prefix of the metrics: ``'eval'``
             for ``evaluate()``, ``'eval_name'`` where ``eval_dataset`` maps names to data sets, ``'test'`` for
             ``predict()``. An evaluation that it does not name sees the first average. Default: None.
+        log_interval: time string; after each, the next row that the Trainer logs with its ``loss`` has what is below,
+            too. The host waits for the device then, as the Trainer makes it do there. None logs nothing. Default:
+            ``'0.05dur'``.
         settings: which tensors are averaged and how, as for :class:`composer_ema.EMA`; see
             :class:`composer_ema.settings.Settings`.
 
     Raises:
         TypeError, ValueError: an argument out of range, when built; a setting that cannot work in this run, when
             training starts.
+
+    Logs ``ema/relative_distance``, ``ema/num_updates`` and, of an exponential average, ``ema/smoothing`` of the last
+    update, with the label of the average for ``ema``; and ``ema/skipped_elements`` with ``skip_nonfinite``.
 
     Example:
         .. code:: python
@@ -119,6 +127,7 @@ class WeightAverage(Door, TrainerCallback):
         warmup: float | Mapping[str, float] | None = None,
         bias_correction: bool | Mapping[str, bool] = False,
         evaluate_with: Mapping[str, str] | None = None,
+        log_interval: str | None = '0.05dur',
         **settings: Unpack[TrainerSettings],
     ) -> None:
         self._keeper = keeper_of(
@@ -126,6 +135,7 @@ class WeightAverage(Door, TrainerCallback):
             taken=settings_of(type(self)),
             ema_start=ema_start,
             update_interval=update_interval,
+            log_interval=log_interval,
             half_life=half_life,
             smoothing=smoothing,
             power=power,
@@ -141,7 +151,7 @@ class WeightAverage(Door, TrainerCallback):
         self._resumed_from: str | bool | None = None
         self._in_model = TRAINING
         self._scale: float | None = None
-        self._is_skipped = False
+        self._is_skipped = self._is_log_due = False
 
     def swapped(self, model: nn.Module, label: str | None = None) -> AbstractContextManager[nn.Module]:
         """Puts an average into ``model`` for the block, then restores every bit of the training weights.
@@ -174,6 +184,7 @@ class WeightAverage(Door, TrainerCallback):
             for name in _LOOPS:
                 setattr(trainer, name, self._evaluating(getattr(trainer, name)))
             trainer.train = self._remembering(trainer.train)
+            trainer.log = self._logging(trainer.log)
         return self
 
     # Events
@@ -207,6 +218,7 @@ class WeightAverage(Door, TrainerCallback):
         self._run = run = _Run(args, state, train_dataloader)
         limits.check_times(self._keeper.limits(run), run)
         self._warn_of_unknown_prefixes(trainer.eval_dataset)
+        self._is_log_due = False
         self._keeper.forget()
         self._keeper.build(unwrap(model))
         if state.global_step > 0:
@@ -237,9 +249,10 @@ class WeightAverage(Door, TrainerCallback):
         """
         assert self._run is not None
         self._run.tick()
-        self._keeper.after('ba', unwrap(model), Look(self._run), is_skipped=self._is_skipped)
-        if self._run.is_at_end_of_epoch:
-            self._keeper.after('ep', unwrap(model), Look(self._run))
+        for unit in ('ba', 'ep') if self._run.is_at_end_of_epoch else ('ba',):
+            look = Look(self._run)
+            self._keeper.after(unit, unwrap(model), look, is_skipped=self._is_skipped)
+            self._is_log_due |= self._keeper.is_log_due(unit, look)
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Orders what comes after the epoch behind the last update."""
@@ -354,6 +367,20 @@ class WeightAverage(Door, TrainerCallback):
     def _use(self, weights: str, model: nn.Module) -> None:
         self._keeper.use(weights, model)
         self._in_model = weights
+
+    def _logging(self, log: Callable[..., Any]) -> Callable[..., Any]:
+        """``Trainer.log`` with the averages beside the loss. By ``on_log`` the row is in the history already."""
+        owner = self._trainer
+
+        @functools.wraps(log)
+        def with_averages(logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
+            model = self._keeper.averages.live
+            if self._is_log_due and _LOSS in logs and self._trainer is owner and model is not None:
+                logs.update(self._keeper.measured(model))
+                self._is_log_due = False
+            return log(logs, *args, **kwargs)
+
+        return with_averages
 
     def _remembering(self, train: Callable[..., Any]) -> Callable[..., Any]:
         """``Trainer.train``, which tells callbacks that training goes on, but not from which checkpoint."""

@@ -23,11 +23,13 @@ from lightning.pytorch.callbacks import (  # noqa: E402
     ModelCheckpoint,
     OnExceptionCheckpoint,
 )
+from lightning.pytorch.loggers.logger import Logger  # noqa: E402
 from lightning.pytorch.plugins.precision import MixedPrecision  # noqa: E402
 
 from composer_ema import load_average  # noqa: E402
 from composer_ema.lightning import WeightAverage  # noqa: E402
 from composer_ema.lightning import callback as callback_module  # noqa: E402
+from composer_ema.shadow.shadow_model import ShadowModel  # noqa: E402
 from composer_ema.spans import ArgumentError  # noqa: E402
 
 pytestmark = [
@@ -293,6 +295,74 @@ class TestTraining:
         assert callback.shadow().num_updates == STEPS - 2
         expected = closed_form(kept, 'net.0.weight', lambda _: 1 / 3)
         torch.testing.assert_close(average_of(callback)['net.0.weight'].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+class Rows(Logger):
+    """What is logged, by step."""
+
+    name = version = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[tuple[int | None, dict[str, float]]] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        if any('num_updates' in name for name in metrics):
+            self.rows.append((step, metrics))
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None: ...
+
+
+def distance(average: dict[str, Tensor], weights: dict[str, Tensor]) -> float:
+    names = ('net.0.weight', 'net.0.bias', 'net.1.weight', 'net.1.bias', 'net.2.weight', 'net.2.bias')
+    average, weights = (torch.cat([each[name].flatten() for name in names]) for each in (average, weights))
+    return float((average - weights).norm() / weights.norm())
+
+
+class TestLogs:
+    def test_each_epoch_shows_once_how_far_the_average_is(self):
+        callback, rows = WeightAverage(HALF_LIFE), Rows()
+        watching = Averages(callback)
+        module = fit(callback, watching, logger=rows)
+        assert [step for step, _ in rows.rows] == [BATCHES - 1, STEPS - 1]
+        for step, row in rows.rows:
+            assert row == {
+                'ema/smoothing': pytest.approx(2 ** (-1 / 3)),
+                'ema/num_updates': step + 1,
+                'ema/relative_distance': pytest.approx(distance(watching.found[step], module.trained[step]), rel=1e-4),
+            }
+
+    @pytest.mark.parametrize(
+        ('interval', 'steps'), [('4ba', [3, 7, 11]), ('0.25dur', [2, 5, 8, 11]), ('2ep', [11]), (None, [])]
+    )
+    def test_so_it_is_at_the_interval_and_at_no_other_time(self, interval, steps, monkeypatch):
+        rows, measured = Rows(), []
+        real = ShadowModel.relative_distance
+        monkeypatch.setattr(ShadowModel, 'relative_distance', lambda *of: measured.append(of) or real(*of))
+        fit(WeightAverage(HALF_LIFE, log_interval=interval), logger=rows)
+        assert [step for step, _ in rows.rows] == steps
+        assert len(measured) == len(steps)
+        fit(WeightAverage(HALF_LIFE, log_interval='1ba'))  # without a logger
+        assert len(measured) == len(steps)
+
+    def test_names_are_those_of_the_callback_and_of_the_label(self):
+        rows = Rows()
+        averages = WeightAverage(half_life={'short': '2ba'}, average={'all': 'equal'}, skip_nonfinite=True, name='a')
+        fit(averages, logger=rows)
+        of_label = {f'a/{label}/{what}' for label in ('short', 'all') for what in ('num_updates', 'relative_distance')}
+        assert rows.rows[-1][1].keys() == {*of_label, 'a/short/smoothing', 'a/ema/skipped_elements'}
+
+    def test_the_smoothing_is_that_of_an_update_since_the_state_was_loaded(self, run):
+        callback = copy.deepcopy(run.callback)
+        assert callback._keeper.progress().keys() == {'ema/smoothing', 'ema/num_updates'}
+        callback.load_state_dict(callback.state_dict())
+        assert callback._keeper.progress() == {'ema/num_updates': STEPS}
+
+    def test_an_epoch_that_the_module_cuts_short_is_shown_once(self):
+        rows, module = Rows(), Module()
+        module.on_train_batch_start = lambda batch, index: -1 if index == 4 else None
+        fit(WeightAverage(HALF_LIFE), module=module, logger=rows)
+        assert [row['ema/num_updates'] for _, row in rows.rows] == [4, 8]
 
 
 class TestEvaluation:

@@ -33,6 +33,7 @@ from transformers_runs import SAMPLES, STEPS, Record, Sentences, averaged, build
 
 from composer_ema import CheckpointError, load_average, read_checkpoint
 from composer_ema.checkpoints.inspection import TRAINING_WEIGHTS, describe
+from composer_ema.shadow.shadow_model import ShadowModel
 from composer_ema.transformers import WeightAverage
 
 pytestmark = pytest.mark.filterwarnings(
@@ -56,6 +57,11 @@ def assert_close(got, expected):
     assert got.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(got[name].double(), tensor, rtol=1e-5, atol=1e-7)
+
+
+def distance(average, weights):
+    one, other = (torch.cat([each[name].double().flatten() for name in weights]) for each in (average, weights))
+    return float((one - other).norm() / other.norm())
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -402,6 +408,57 @@ class TestSettings:
             trainer.train()
 
 
+class TestLogs:
+    """Rows of the Trainer have the averages beside the loss."""
+
+    @pytest.mark.parametrize(
+        ('interval', 'every', 'expected'),
+        [
+            ('0.05dur', 2, [2, 4, 6]),
+            ('0.05dur', 4, [4]),  # no more often than the Trainer logs, and not in the rows of its evaluations
+            ('4ba', 1, [4]),
+            ('3ba', 2, [4, 6]),  # in the next row
+            ('1ep', 1, [3, 6]),
+            (None, 1, []),
+        ],
+    )
+    def test_they_are_in_the_rows_of_the_interval(self, tmp_path, monkeypatch, interval, every, expected):
+        measured, real = [], ShadowModel.relative_distance
+        monkeypatch.setattr(ShadowModel, 'relative_distance', lambda *of: measured.append(of) or real(*of))
+        average, options = WeightAverage('2ba', log_interval=interval), {'logging_strategy': 'steps'}
+        trainer = build(tmp_path, average, save_strategy='no', logging_steps=every, **options)
+        trainer.train()
+        rows = [row for row in trainer.state.log_history if 'ema/num_updates' in row]
+        assert [(row['step'], row['ema/num_updates']) for row in rows] == [(step, step) for step in expected]
+        assert all('loss' in row for row in rows)
+        assert len(measured) == len(expected)
+
+    def test_they_say_how_far_the_average_is(self, tmp_path):
+        seen, record, average = [], Record(), WeightAverage({'a': '2ba'}, average={'b': 'equal'}, skip_nonfinite=True)
+        record.on_log = lambda *_, logs, **__: seen.append(logs)
+        trainer = build(
+            tmp_path, average, record=record, save_strategy='no', eval_strategy='no', logging_strategy='epoch'
+        )
+        trainer.train()
+        *_, row = [logs for logs in seen if 'a/smoothing' in logs]
+        assert row['a/smoothing'] == pytest.approx(2**-0.5)
+        assert row['b/num_updates'] == STEPS
+        assert row['ema/skipped_elements'] == 0
+        assert 'b/smoothing' not in row
+        expected = distance(averaged(average, 'a'), weights(trainer.model))
+        assert row['a/relative_distance'] == pytest.approx(expected, rel=1e-4)
+
+    def test_what_a_run_has_not_shown_is_in_no_row_of_another(self, tmp_path):
+        average = WeightAverage('2ba', log_interval='6ba')
+        options = {'save_strategy': 'no', 'eval_strategy': 'no', 'logging_strategy': 'steps', 'logging_steps': 4}
+        first, second = (build(tmp_path / name, average, **options) for name in ('first', 'second'))
+        second.train()
+        first.log({'loss': 1.0})
+        second.train()
+        assert [row['step'] for row in second.state.log_history if 'loss' in row] == [4]
+        assert not any('ema/num_updates' in row for each in (first, second) for row in each.state.log_history)
+
+
 class TestTrainer:
     """How the callback meets the Trainer."""
 
@@ -500,6 +557,8 @@ def test_two_processes_keep_the_contract(tmp_path, how):
         assert found['seen']
         assert found['given back']
         trained = [{name: torch.tensor(values) for name, values in one.items()} for one in found['trained']]
+        expected = [distance(by_formula(trained[: step + 1]), trained[step]) for step in (STEPS // 2, STEPS)]
+        assert found['distances'] == pytest.approx(expected, rel=1e-3)
         assert_close({name: torch.tensor(values) for name, values in found['average'].items()}, by_formula(trained))
     load_average(tmp_path / 'whole' / 'checkpoint-6')
 

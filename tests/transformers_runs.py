@@ -139,7 +139,7 @@ def run_in_ranks(folder: str, *, sharded: bool, **settings: Any) -> dict[str, An
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         average, again = WeightAverage('2ba', **settings), WeightAverage('2ba', **settings)
-        trainer, record = trained(average, 'whole')
+        trainer, record = trained(average, 'whole', logging_strategy='epoch')
         _, bare = trained(None, 'bare')
         at = str(Path(folder) / 'whole' / 'checkpoint-4')
         _, later = trained(again, 'again', resume_from_checkpoint=at)
@@ -156,6 +156,7 @@ def run_in_ranks(folder: str, *, sharded: bool, **settings: Any) -> dict[str, An
             again.shadow().num_updates == average.shadow().num_updates == STEPS,
         ],
         'seen': same_bits(seen, ends),
+        'distances': [row['ema/relative_distance'] for row in trainer.state.log_history if 'loss' in row],
         'given back': same_bits(weights(trainer.model), record.trained[-1]),
         'trained': [{name: tensor.tolist() for name, tensor in one.items()} for one in record.trained],
         'average': {name: tensor.tolist() for name, tensor in ends.items()},

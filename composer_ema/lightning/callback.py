@@ -102,6 +102,8 @@ class WeightAverage(Door, Callback):
         evaluate_with: the label of an average, ``'ema'`` if it has none, or ``'training'``, by evaluation:
             ``'validate'``, ``'test'``, ``'predict'``, or ``'dataloader_idx_1'`` for the second of several dataloaders.
             Those that it does not name see the first average. Default: None.
+        log_interval: time string between two rows in the Trainer's loggers, see below; None logs none. Each makes the
+            host wait for the device. Default: ``'1ep'``.
         name: tells several of these callbacks in one Trainer apart. A checkpoint has the state of
             ``name='generator'`` under ``WeightAverage.generator``. The first of them lends its average where the others
             do not name the evaluation. Default: None.
@@ -113,6 +115,10 @@ class WeightAverage(Door, Callback):
         TypeError, ValueError: an argument out of range, when built; a setting that cannot work in this run, when
             training starts.
         ModuleNotFoundError: from the import, if Lightning is not installed.
+
+    Logs ``ema/relative_distance``, ``ema/num_updates`` and, of an exponential average, ``ema/smoothing`` of the last
+    update, with the label of the average for ``ema``; and ``ema/skipped_elements`` with ``skip_nonfinite``. Those of
+    ``name='generator'`` begin with ``generator/``.
 
     Example:
         .. code:: python
@@ -137,6 +143,7 @@ class WeightAverage(Door, Callback):
         warmup: float | Mapping[str, float] | None = None,
         bias_correction: bool | Mapping[str, bool] = False,
         evaluate_with: Mapping[str, str] | None = None,
+        log_interval: str | Span | None = '1ep',
         name: str | None = None,
         **settings: Unpack[TrainerSettings],
     ) -> None:
@@ -146,6 +153,7 @@ class WeightAverage(Door, Callback):
             taken=settings_of(type(self)),
             ema_start=ema_start,
             update_interval=update_interval,
+            log_interval=log_interval,
             half_life=half_life,
             smoothing=smoothing,
             power=power,
@@ -242,13 +250,23 @@ class WeightAverage(Door, Callback):
         if module is None or not self._run.has_ended_batch():
             return
         if self._run.has_stepped():
-            self._keeper.after('ba', module, Look(self._run), is_skipped=self._steps.skipped)
+            self._update_and_log('ba', module)
         if self._run.trainer.is_last_batch:  # Lightning validates before its hooks for the end of an epoch
             self._end_epoch(module)
 
     def _end_epoch(self, module: nn.Module) -> None:
-        self._run.end_epoch()
-        self._keeper.after('ep', module, Look(self._run))
+        if self._run.has_ended_epoch():
+            self._update_and_log('ep', module)
+
+    def _update_and_log(self, unit: str, module: nn.Module) -> None:
+        look, trainer = Look(self._run), self._run.trainer
+        self._keeper.after(unit, module, look, is_skipped=self._steps.skipped)
+        if not trainer.loggers or not self._keeper.is_log_due(unit, look):
+            return
+        prefix = '' if self.name is None else f'{self.name}/'
+        metrics = {f'{prefix}{name}': value for name, value in self._keeper.measured(module).items()}
+        for logger in trainer.loggers:  # at the step of what the module logs
+            logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
 
     # Evaluation
 

@@ -42,6 +42,8 @@ class LightningRun:
         self._samples, self._replicas = 0, 1
         #: Batches that Lightning had started when the one in training was about to be, and had processed by the last.
         self._started, self._processed = 0, 0
+        #: Epochs that had ended by the last.
+        self._epochs = 0
         #: Samples of the batch in training, in all processes; None where its tensors do not tell.
         self._of_batch: int | None = 0
 
@@ -65,6 +67,7 @@ class LightningRun:
     def begin(self) -> None:
         """Training starts, or goes on."""
         self._started, self._processed = self._batches.total.started, self._batches.total.processed
+        self._epochs = self.trainer.current_epoch
         self._replicas = (self.trainer.distributed_sampler_kwargs or {}).get('num_replicas', 1)
         if self._now is None or self._now['ba'] != self.trainer.global_step:  # no state of this moment was loaded
             epochs = self.trainer.fit_loop.epoch_progress.current
@@ -95,9 +98,14 @@ class LightningRun:
         self._before, self._now = self._now, self._read()
         return True
 
-    def end_epoch(self) -> None:
-        """An epoch has ended, perhaps before its dataloader has."""
-        self._now = {**self.clock(), 'ep': self.trainer.current_epoch + 1}
+    def has_ended_epoch(self) -> bool:
+        """Whether an epoch has ended since this was last asked, perhaps before its dataloader; call it at its end."""
+        epochs = self.trainer.current_epoch + 1
+        if epochs == self._epochs:
+            return False
+        self._epochs = epochs
+        self._now = {**self.clock(), 'ep': epochs}
+        return True
 
     @property
     def _batches(self) -> Any:

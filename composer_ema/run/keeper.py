@@ -223,6 +223,10 @@ class Keeper:
             for label, average in self.averages
         }
 
+    def measured(self, model: nn.Module) -> dict[str, float]:
+        """The :meth:`progress` and the :meth:`distances`."""
+        return {**self.progress(), **self.distances(model)}
+
     # Loans
 
     def use(self, weights: str, model: nn.Module) -> None:
@@ -318,7 +322,13 @@ class Keeper:
 
 
 def keeper_of(
-    settings: Mapping[str, Any], *, taken: Collection[str], ema_start: Any, update_interval: Any, **arguments: Any
+    settings: Mapping[str, Any],
+    *,
+    taken: Collection[str],
+    ema_start: Any,
+    update_interval: Any,
+    log_interval: Any,
+    **arguments: Any,
 ) -> Keeper:
     """The keeper that a door's arguments ask for, those of :class:`composer_ema.EMA`.
 
@@ -327,6 +337,7 @@ def keeper_of(
         taken: names of the settings that the door takes.
         ema_start: time string before which nothing is averaged.
         update_interval: time string between two updates.
+        log_interval: time string between two measurements of what is logged, or None.
         arguments: ``half_life``, by default :data:`~composer_ema.run.asked.DEFAULT_HALF_LIFE`, ``smoothing``,
             ``power``, ``gamma``, ``average``, ``warmup`` and ``bias_correction``, all of them.
 
@@ -337,12 +348,23 @@ def keeper_of(
     wanted = asked.read(NAME, arguments, has_function=has_function)
     start = Start.of('ema_start', ema_start)
     interval = Interval.of('update_interval', update_interval)
+    log_at = None if log_interval is None else Interval.of('log_interval', log_interval)
     chosen = Settings.of(settings)
     written = {
         **wanted.arguments,
         'ema_start': str(start.span),
         'update_interval': str(interval.span),
+        'log_interval': None if log_at is None else str(log_at.span),
         **chosen.as_plain(taken),
     }
     compared = (*asked.OF_PROFILES, 'avg_fn', 'multi_avg_fn')
-    return Keeper(NAME, wanted.kept, written, compared=compared, start=start, interval=interval, settings=chosen)
+    return Keeper(
+        NAME,
+        wanted.kept,
+        written,
+        compared=compared,
+        start=start,
+        interval=interval,
+        settings=chosen,
+        log_interval=log_at,
+    )
