@@ -462,8 +462,8 @@ def sweep(
     with _usage_errors('What has been evaluated is kept, and the same command goes on from there.'):
         from composer_ema.pictures import sweeps
         from composer_ema.pictures.writing import check_out, write
-        from composer_ema.recipe.sweep import POINTS, Asked
-        from composer_ema.recipe.swept import sweep_run
+        from composer_ema.sweep.finished_run import sweep_run
+        from composer_ema.sweep.search import POINTS, Asked
 
         family = 'power' if power or powers else 'half_life'
         check_out(out := out or run / sweeps.picture_name(family, on_test=on_test))

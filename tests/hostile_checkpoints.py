@@ -33,8 +33,8 @@ from composer_ema.recipe.arguments import RecipeError
 from composer_ema.recipe.build import build
 from composer_ema.recipe.loaded import check_loaded
 from composer_ema.recipe.matching import how_loaded, refusing_misfits
-from composer_ema.recipe.packed import decompressed
 from composer_ema.recipe.run import train
+from composer_ema.run_folder.packed import decompressed
 
 TINY: dict[str, Any] = {
     'max_duration': '1ep',

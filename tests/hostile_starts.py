@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from composer_ema.recipe.lock import LOCK_FILE
+from composer_ema.run_folder.lock import LOCK_FILE
 
 RECIPE = {
     'max_duration': '2ep',

@@ -24,7 +24,7 @@ from composer_ema.pictures.weights import in_words
 from composer_ema.recipe import schema
 from composer_ema.recipe.build import build
 from composer_ema.recipe.metrics import Goal, Report
-from composer_ema.recipe.recorder import momentum_of, step_settings
+from composer_ema.run_folder.recorder import momentum_of, step_settings
 
 TINY = {
     'max_duration': '2ep',

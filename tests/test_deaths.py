@@ -22,12 +22,13 @@ from composer.utils import checkpoint, dist
 from composer_ema import files
 from composer_ema.files import append, beside, error_of_the_system, in_words, remove_unfinished, write_beside
 from composer_ema.pictures import conclusion
-from composer_ema.recipe import recorder, run_folder
+from composer_ema.recipe import folders
 from composer_ema.recipe.command import Standing, that_goes_on
-from composer_ema.recipe.lock import LOCK_FILE, InUseError, Lock
-from composer_ema.recipe.recorder import Recorder
 from composer_ema.recipe.stopped import undisturbed
-from composer_ema.recipe.whole import whole_checkpoints
+from composer_ema.run_folder import recorder
+from composer_ema.run_folder.lock import LOCK_FILE, InUseError, Lock
+from composer_ema.run_folder.recorder import Recorder
+from composer_ema.run_folder.whole import whole_checkpoints
 
 sys.path.append(str(Path(__file__).parent / 'scripts'))
 TINY = {
@@ -304,7 +305,7 @@ class TestSignals:
         assert (code, err) == (143, '')
 
     def test_a_signal_before_training(self, call, recipe, monkeypatch):
-        monkeypatch.setattr(run_folder, 'take', lambda _: signal.raise_signal(signal.SIGINT))
+        monkeypatch.setattr(folders, 'take', lambda _: signal.raise_signal(signal.SIGINT))
         assert call('train', recipe)[::2] == (130, 'stopped by Ctrl-C. Training had not begun.\n')
 
     def test_a_signal_while_a_finished_run_is_drawn(self, call, recipe, tmp_path, monkeypatch):
@@ -320,7 +321,7 @@ class TestSignals:
         from composer_ema.interchange import export
         from composer_ema.pictures import curves
         from composer_ema.posthoc import open_run
-        from composer_ema.recipe import swept
+        from composer_ema.sweep import finished_run
 
         def interrupted(*_: Any, **__: Any) -> None:
             raise KeyboardInterrupt
@@ -329,7 +330,7 @@ class TestSignals:
         monkeypatch.setattr(inspection, 'describe', interrupted)
         monkeypatch.setattr(curves, 'read_runs', interrupted)
         monkeypatch.setattr(open_run, 'OpenRun', interrupted)
-        monkeypatch.setattr(swept, 'sweep_run', interrupted)
+        monkeypatch.setattr(finished_run, 'sweep_run', interrupted)
         (tmp_path / 'run').mkdir()
         out = [tmp_path / 'out.pt'] if command in ('export', 'reconstruct') else []
         code, _, err = call(command, tmp_path / 'run', *out)

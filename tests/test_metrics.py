@@ -21,8 +21,8 @@ from composer_ema.pictures.runs import draw_runs
 from composer_ema.recipe import first_batch, run, schema
 from composer_ema.recipe.arguments import Place, RecipeError
 from composer_ema.recipe.build import build
-from composer_ema.recipe.measuring import measure_of
 from composer_ema.recipe.metrics import Goal, Report, deciding, directions, is_lower_better, titles
+from composer_ema.sweep.measuring import measure_of
 from composer_ema.zoo.dataset import Data
 
 CLASSIFIER = ['CrossEntropy', 'MulticlassAccuracy']

@@ -16,7 +16,7 @@ from composer_ema.pictures import report
 from composer_ema.recipe import registry, run, schema
 from composer_ema.recipe.arguments import RecipeError
 from composer_ema.recipe.build import build
-from composer_ema.recipe.measuring import measure_of
+from composer_ema.sweep.measuring import measure_of
 from composer_ema.zoo import timm_models
 from composer_ema.zoo.dataset import Data
 from composer_ema.zoo.models import build_model, is_plain_classifier

@@ -22,8 +22,10 @@ HAS_COMPOSER = importlib.util.find_spec('composer') is not None
 HOUSE = (
     'cli',
     'pictures',
+    'sweep',
     'recipe',
     'zoo',
+    'run_folder',
     'trainer',
     'transformers',
     'lightning',
@@ -52,7 +54,7 @@ HOUSE = (
     'version',
 )
 #: Only these may name Composer; the rest works without it.
-MAY_NAME_COMPOSER = {'cli', 'pictures', 'recipe', 'zoo', 'trainer', '__init__'}
+MAY_NAME_COMPOSER = {'cli', 'pictures', 'sweep', 'recipe', 'zoo', 'run_folder', 'trainer', '__init__'}
 #: Rooms that are for another library, and that library, which is imported with the room.
 DOORS = {'transformers': 'transformers', 'lightning': 'lightning'}
 #: What the package needs where Composer is missing. Triton comes with torch where there is CUDA, and only there.

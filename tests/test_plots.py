@@ -25,10 +25,11 @@ from composer_ema.pictures.previews import describe, draw_previews
 from composer_ema.pictures.runs import draw_runs
 from composer_ema.pictures.writing import check_out, write
 from composer_ema.posthoc.shares import shares
-from composer_ema.recipe import preview, recorder
+from composer_ema.recipe import preview
 from composer_ema.recipe.metrics import Report
-from composer_ema.recipe.outputs import Curve
 from composer_ema.recipe.preview import Preview, Profile
+from composer_ema.run_folder import recorder
+from composer_ema.run_folder.outputs import Curve
 
 LONG = [f'resnet_on_cifar10_sgd_momentum_cosine_with_warmup_learning_rate_{rate}_seed_1' for rate in range(4)]
 

@@ -33,9 +33,9 @@ from composer_ema.recipe.build import build
 from composer_ema.recipe.kinds import Kind
 from composer_ema.recipe.metrics import Report
 from composer_ema.recipe.named import Named
-from composer_ema.recipe.recorder import Recorder
-from composer_ema.recipe.run_folder import RunFolder
 from composer_ema.recipe.schema import Plan
+from composer_ema.run_folder.folder import RunFolder
+from composer_ema.run_folder.recorder import Recorder
 from composer_ema.spans import ArgumentError
 from composer_ema.trainer.ema import EMA
 from composer_ema.trainer.swa import SWA

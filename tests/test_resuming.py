@@ -22,10 +22,10 @@ from composer_ema.recipe.arguments import RecipeError
 from composer_ema.recipe.build import build
 from composer_ema.recipe.loaded import check_loaded
 from composer_ema.recipe.matching import _in_short
-from composer_ema.recipe.packed import unpacked
-from composer_ema.recipe.recorder import Recorder
-from composer_ema.recipe.resuming import Found
 from composer_ema.recipe.run import train
+from composer_ema.run_folder.packed import unpacked
+from composer_ema.run_folder.recorder import Recorder
+from composer_ema.run_folder.resuming import Found
 from composer_ema.trainer.safe_loading import reading_safely
 
 RECIPE = Path(__file__).parent.parent / 'yamls' / 'mnist1d.yaml'

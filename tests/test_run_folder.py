@@ -23,18 +23,19 @@ from test_recipe import TINY, quiet
 
 from composer_ema.files import write_beside
 from composer_ema.pictures import conclusion
-from composer_ema.recipe import lock, run_folder, schema
+from composer_ema.recipe import folders, schema
 from composer_ema.recipe.arguments import RecipeError
-from composer_ema.recipe.lock import LOCK_FILE, InUseError, Lock
 from composer_ema.recipe.metrics import Report
-from composer_ema.recipe.recorder import Recorder
 from composer_ema.recipe.run import Outcome, train
-from composer_ema.recipe.run_folder import RunFolder
+from composer_ema.run_folder import lock
+from composer_ema.run_folder.folder import RunFolder
+from composer_ema.run_folder.lock import LOCK_FILE, InUseError, Lock
+from composer_ema.run_folder.recorder import Recorder
 
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from composer_ema.recipe.lock import Lock
+from composer_ema.run_folder.lock import Lock
 held = Lock(Path(sys.argv[1]))
 if os.fork() == 0:  # as a worker of a data loader, which outlives its parent
     print('held', flush=True)
@@ -223,7 +224,7 @@ class TestOneAtATime:
 
     def test_unnamed_runs_that_start_at_once_get_names_of_their_own(self, load, runs):
         plan, found = schema.plan(load()), []
-        threads = [threading.Thread(target=lambda: found.append(run_folder.take(plan))) for _ in range(8)]
+        threads = [threading.Thread(target=lambda: found.append(folders.take(plan))) for _ in range(8)]
         for each in threads:
             each.start()
         for each in threads:
@@ -237,13 +238,13 @@ class TestOneAtATime:
         plan = schema.plan(load())
 
         def take_first(folder: Path) -> Lock:
-            monkeypatch.setattr(run_folder, 'Lock', Lock)
+            monkeypatch.setattr(folders, 'Lock', Lock)
             others.append(Lock(folder))
             return Lock(folder)
 
         others: list[Lock] = []
-        monkeypatch.setattr(run_folder, 'Lock', take_first)
-        taken = run_folder.take(plan)
+        monkeypatch.setattr(folders, 'Lock', take_first)
+        taken = folders.take(plan)
         assert taken.name == 'tiny-2'
         taken.release()
         others[0].release()
@@ -253,12 +254,12 @@ class TestOneAtATime:
         plan = schema.plan(load(*([] if name is None else [f'run_name={name}'])))
 
         def remove_first(folder: Path) -> Lock:
-            monkeypatch.setattr(run_folder, 'Lock', Lock)
+            monkeypatch.setattr(folders, 'Lock', Lock)
             folder.rmdir()
             return Lock(folder)
 
-        monkeypatch.setattr(run_folder, 'Lock', remove_first)
-        taken = run_folder.take(plan)
+        monkeypatch.setattr(folders, 'Lock', remove_first)
+        taken = folders.take(plan)
         assert taken.path.is_dir()
         taken.release()
         assert not taken.path.exists()
@@ -267,14 +268,14 @@ class TestOneAtATime:
     def test_a_folder_that_cannot_be_made_is_said(self, load, tmp_path, overrides):
         write_beside(tmp_path / 'file', '')
         with pytest.raises(RecipeError, match=r'runs_folder: .*file is a file, and the run is to lie in'):
-            run_folder.take(schema.plan(load(*overrides, f'runs_folder={tmp_path}/file')))
+            folders.take(schema.plan(load(*overrides, f'runs_folder={tmp_path}/file')))
 
     @pytest.mark.parametrize('make', [Path.mkdir, os.mkfifo, lambda path: path.symlink_to('recipe.yaml')])
     def test_what_lies_at_the_place_of_the_lock_is_not_touched(self, runs, load, make):
         make(runs / 'a' / LOCK_FILE)
         before = contents(runs)
         with pytest.raises(RecipeError, match=r'runs_folder: .*a cannot be written to'):
-            run_folder.take(schema.plan(load('run_name=a', 'autoresume=true')))
+            folders.take(schema.plan(load('run_name=a', 'autoresume=true')))
         assert contents(runs) == before
 
     def test_an_error_on_rank_0_is_raised_on_every_rank(self, load, monkeypatch):
@@ -282,7 +283,7 @@ class TestOneAtATime:
         monkeypatch.setattr(dist, 'get_global_rank', lambda: 1)
         monkeypatch.setattr(dist, 'broadcast_object_list', lambda found: found.__setitem__(1, error))
         with pytest.raises(RecipeError, match='taken'):
-            run_folder.take(schema.plan(load('run_name=a')))
+            folders.take(schema.plan(load('run_name=a')))
 
     @pytest.mark.slow
     def test_two_ranks_are_refused_together(self, held, finished):

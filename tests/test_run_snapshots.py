@@ -22,9 +22,9 @@ from composer_ema import EMA, SWA
 from composer_ema.posthoc.history import read_run
 from composer_ema.posthoc.moments import History, KeptAverage
 from composer_ema.recipe import run, schema
-from composer_ema.recipe.sweep import Asked
-from composer_ema.recipe.swept import sweep_run
 from composer_ema.spans import ArgumentError
+from composer_ema.sweep.finished_run import sweep_run
+from composer_ema.sweep.search import Asked
 
 # Runs of a few batches, as in conftest.py.
 pytestmark = pytest.mark.filterwarnings('ignore:.* still hold.* of the initial weights:UserWarning')

@@ -24,15 +24,15 @@ from composer_ema import EMA, CheckpointError, Snapshots, cli
 from composer_ema.pictures import sweeps
 from composer_ema.posthoc.target import RunClock
 from composer_ema.recipe import run, schema
-from composer_ema.recipe import swept as swept_module
 from composer_ema.recipe.arguments import RecipeError
-from composer_ema.recipe.choice import choose, difference
-from composer_ema.recipe.measuring import measure_of, recipe_of
-from composer_ema.recipe.sweep import Asked, Sweep, grid, in_unit_of, overrides, sweep
-from composer_ema.recipe.swept import Opened, Simulated, sweep_run
-from composer_ema.recipe.trials import TRAINING, Measured, Trial, TrialsFile
 from composer_ema.run.average import Average
 from composer_ema.spans import ArgumentError, Span
+from composer_ema.sweep import finished_run
+from composer_ema.sweep.choice import choose, difference
+from composer_ema.sweep.finished_run import Opened, Simulated, sweep_run
+from composer_ema.sweep.measuring import measure_of, recipe_of
+from composer_ema.sweep.search import Asked, Sweep, grid, in_unit_of, overrides, sweep
+from composer_ema.sweep.trials import TRAINING, Measured, Trial, TrialsFile
 from composer_ema.trainer.refresh import Refresh
 
 NOISE = np.random.default_rng(0).normal(size=50)
@@ -510,9 +510,9 @@ class Watched:
 def watched(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Watched:
     folder = Path(shutil.copytree(finished, tmp_path_factory.mktemp('watched') / 'tiny', symlinks=True))
     before = contents(folder)
-    reports, opened, original = [], [], swept_module.OpenRun
+    reports, opened, original = [], [], finished_run.OpenRun
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(swept_module, 'OpenRun', lambda folder: opened.append(folder) or original(folder))
+        patch.setattr(finished_run, 'OpenRun', lambda folder: opened.append(folder) or original(folder))
         found = sweep_run(
             folder, Asked(points=3), report=lambda done, total, trial: reports.append((done, total, trial.target))
         )

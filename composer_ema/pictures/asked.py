@@ -10,7 +10,7 @@ from typing import get_args
 from composer_ema.pictures.curves import CURVES
 from composer_ema.pictures.errors import PlotError
 from composer_ema.recipe.command import is_override
-from composer_ema.recipe.outputs import METRICS_FILE, Axis
+from composer_ema.run_folder.outputs import METRICS_FILE, Axis
 
 
 @dataclass(frozen=True)

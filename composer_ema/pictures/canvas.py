@@ -11,7 +11,7 @@ import numpy as np
 
 from composer_ema.pictures.errors import PlotError
 from composer_ema.pictures.style import GREY, MARKED_POINTS, RC
-from composer_ema.recipe.outputs import Array, Axis
+from composer_ema.run_folder.outputs import Array, Axis
 from composer_ema.wording import visible
 
 if TYPE_CHECKING:  # matplotlib takes a second to import, and most of what imports this module never draws

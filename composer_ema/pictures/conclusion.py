@@ -15,7 +15,7 @@ from composer_ema.pictures.errors import PlotError
 from composer_ema.pictures.report import Result
 from composer_ema.pictures.runs import draw_runs
 from composer_ema.pictures.writing import write
-from composer_ema.recipe.lock import InUseError, Lock
+from composer_ema.run_folder.lock import InUseError, Lock
 from composer_ema.wording import counted
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import Any
 from composer_ema.pictures.errors import PlotError
 from composer_ema.pictures.weights import in_order
 from composer_ema.recipe.metrics import Goal, Report
-from composer_ema.recipe.outputs import METRICS_FILE, RECIPE_FILE, Curve, curve, curves_by_group, is_number, momenta
+from composer_ema.run_folder.outputs import METRICS_FILE, RECIPE_FILE, Curve, curve, curves_by_group, is_number, momenta
 from composer_ema.wording import suggestion
 
 # Longer than any line of a run, and than any recipe; such a line is none.
@@ -87,7 +87,7 @@ def read_run(folder: str | os.PathLike[str], name: str | None = None) -> RunCurv
     """Reads the curves of a run, finished or still going on.
 
     Args:
-        folder: The run folder, with the ``metrics.jsonl`` of :class:`composer_ema.recipe.recorder.Recorder`. Files
+        folder: The run folder, with the ``metrics.jsonl`` of :class:`composer_ema.run_folder.recorder.Recorder`. Files
             without learning rates, as older releases wrote them, are read too.
         name: The run's name. Default: the folder's name.
 

@@ -12,7 +12,7 @@ from composer_ema.pictures import canvas
 from composer_ema.pictures.canvas import LARGE_RATIO, WIDE_PANEL_CHARACTERS, Panel, note
 from composer_ema.pictures.rates import MOMENTA, RATES
 from composer_ema.pictures.style import BLUE, DASHES, MARKED_POINTS, Pen, covered_if_few, with_pens
-from composer_ema.recipe.outputs import Array, Axis
+from composer_ema.run_folder.outputs import Array, Axis
 
 if TYPE_CHECKING:  # both take seconds to import
     from matplotlib.axes import Axes

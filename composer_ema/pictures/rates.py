@@ -10,7 +10,7 @@ import numpy as np
 
 from composer_ema.pictures.canvas import LARGE_RATIO, Panel, mark_gaps, note, plot
 from composer_ema.pictures.style import BLACK, DASHES, MOMENTUM_WORDS, covered_if_few, few, with_pens
-from composer_ema.recipe.outputs import MOMENTUM, Axis, Curve
+from composer_ema.run_folder.outputs import MOMENTUM, Axis, Curve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

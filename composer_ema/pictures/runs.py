@@ -16,7 +16,7 @@ from composer_ema.pictures.smoothing import smoothed
 from composer_ema.pictures.style import GREY, VERMILION, Pen, Stroke, covered, covered_if_few, few, strokes, with_pens
 from composer_ema.pictures.weights import in_words
 from composer_ema.recipe.metrics import Goal, Report, is_share, scaled, titles
-from composer_ema.recipe.outputs import Array, Axis
+from composer_ema.run_folder.outputs import Array, Axis
 
 if TYPE_CHECKING:  # matplotlib takes a second to import
     from matplotlib.axes import Axes

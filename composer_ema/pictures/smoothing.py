@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from composer_ema.recipe.outputs import Array
+from composer_ema.run_folder.outputs import Array
 
 # A curve is smoothed over this share of its values, and only if it goes up and down by this many times its range.
 SMOOTHED_SHARE, NOISY_TIMES = 0.02, 3.0

@@ -11,7 +11,7 @@ from itertools import cycle
 from typing import Any, Literal, TypeVar
 
 from composer_ema.pictures.weights import TRAINING, UNNAMED, in_order
-from composer_ema.recipe.outputs import Array, Curve
+from composer_ema.run_folder.outputs import Array, Curve
 
 _T = TypeVar('_T')
 

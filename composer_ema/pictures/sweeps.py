@@ -11,11 +11,11 @@ from rich.table import Table
 from composer_ema.pictures.canvas import add_legend, literally, new_figure
 from composer_ema.pictures.style import BLACK, BLUE, GREY, RC, VERMILION
 from composer_ema.pictures.tables import number
-from composer_ema.recipe.choice import UNRELIABLE, Choice
 from composer_ema.recipe.metrics import is_share, scaled
-from composer_ema.recipe.outputs import Array
-from composer_ema.recipe.sweep import Sweep, rounded
-from composer_ema.recipe.trials import Family, Trial
+from composer_ema.run_folder.outputs import Array
+from composer_ema.sweep.choice import UNRELIABLE, Choice
+from composer_ema.sweep.search import Sweep, rounded
+from composer_ema.sweep.trials import Family, Trial
 
 if TYPE_CHECKING:  # matplotlib takes a second to import
     from matplotlib.axes import Axes

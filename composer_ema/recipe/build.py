@@ -18,7 +18,7 @@ from composer.utils import dist, get_device, reproducibility
 from omegaconf import OmegaConf
 
 from composer_ema.posthoc.snapshot_files import SNAPSHOT_FOLDER
-from composer_ema.recipe import code_paths, first_batch, groups, parallelism, run_folder, trainer_arguments
+from composer_ema.recipe import code_paths, first_batch, folders, groups, parallelism, trainer_arguments
 from composer_ema.recipe.arguments import RecipeError, said, signature
 from composer_ema.recipe.fitting import Fitted, fit
 from composer_ema.recipe.from_data import with_data
@@ -27,14 +27,14 @@ from composer_ema.recipe.loaded import check_loaded
 from composer_ema.recipe.matching import how_loaded, refusing_misfits
 from composer_ema.recipe.metrics import Report, directions
 from composer_ema.recipe.named import REFUSALS, Named
-from composer_ema.recipe.outputs import CHECKPOINT_FOLDER
-from composer_ema.recipe.packed import decompressed
 from composer_ema.recipe.progress import other_progress_may_resume, progress_of
-from composer_ema.recipe.recorder import Recorder
-from composer_ema.recipe.resuming import Found
-from composer_ema.recipe.run_folder import RunFolder
 from composer_ema.recipe.scheduled import Length, Scheduled
 from composer_ema.recipe.schema import Plan, Recipe, plan
+from composer_ema.run_folder.folder import RunFolder
+from composer_ema.run_folder.outputs import CHECKPOINT_FOLDER
+from composer_ema.run_folder.packed import decompressed
+from composer_ema.run_folder.recorder import Recorder
+from composer_ema.run_folder.resuming import Found
 from composer_ema.spans import ArgumentError
 from composer_ema.trainer.weight_average import WeightAverage
 from composer_ema.wording import counted
@@ -87,7 +87,7 @@ def build(recipe: Recipe, *, scratch: Path | None = None, callbacks: Sequence[Ca
     """
     checked = plan(recipe)
     _start_processes(checked)
-    folder = run_folder.take(checked) if scratch is None else run_folder.look(checked)
+    folder = folders.take(checked) if scratch is None else folders.look(checked)
     try:
         return _build_in(folder, checked, scratch, callbacks)
     except BaseException:
@@ -247,7 +247,7 @@ def _check_past(checked: Plan, folder: RunFolder, recorder: Recorder) -> None:
             'the run with save_overwrite=true.'
         )
 
-    run_folder.on_rank_0(check)
+    folders.on_rank_0(check)
 
 
 def _seed_of_data(data: Named, seed: int) -> dict[str, int]:

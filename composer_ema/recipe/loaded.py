@@ -18,15 +18,15 @@ from composer_ema.checkpoints.inert_pickle import UnknownNamesError
 from composer_ema.checkpoints.reading import is_of_composer
 from composer_ema.checkpoints.safely import CheckpointError, check_sums, load_safely, reason
 from composer_ema.checkpoints.sharded import check_folder, is_sharded
-from composer_ema.recipe import parallelism, resuming
+from composer_ema.recipe import parallelism
 from composer_ema.recipe.arguments import Place, signature
-from composer_ema.recipe.outputs import RECIPE_FILE
-from composer_ema.recipe.packed import unpacked
-from composer_ema.recipe.resuming import Found
-from composer_ema.recipe.run_folder import on_rank_0
-from composer_ema.recipe.save_folder import SaveFolder
+from composer_ema.recipe.folders import on_rank_0, save_folder
 from composer_ema.recipe.schema import Plan
 from composer_ema.recipe.trust import Trust
+from composer_ema.run_folder import resuming
+from composer_ema.run_folder.outputs import RECIPE_FILE
+from composer_ema.run_folder.packed import unpacked
+from composer_ema.run_folder.resuming import Found
 
 # Of the addresses that Composer knows.
 _SCHEMES = (*BACKEND_TO_OBJECT_STORE_FACTORY, 'AZURE_BLOBS', 'dbfs')
@@ -92,7 +92,7 @@ def _to_resume(checked: Plan, run_name: str) -> Found | None:
     place = checked.place / 'autoresume'
     if checked.trainer.get('save_folder', '') is None:
         raise place.error('goes on from what the run has saved, and save_folder: null saves nothing. Leave one out.')
-    folder = SaveFolder.of(checked, run_name)
+    folder = save_folder(checked, run_name)
     if folder is None or not folder.has_any():
         return None
     now, before = checked.validation_split, _split_before(checked, run_name)

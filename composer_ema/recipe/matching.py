@@ -25,9 +25,9 @@ from composer_ema.checkpoints.sharded import open_folder
 from composer_ema.model.names import listed
 from composer_ema.model.wrappers import canonical_name
 from composer_ema.recipe.arguments import Place, RecipeError, said
-from composer_ema.recipe.resuming import Found
 from composer_ema.recipe.schema import Plan
 from composer_ema.recipe.trust import Trust
+from composer_ema.run_folder.resuming import Found
 from composer_ema.trainer.safe_loading import replaced
 
 _SOME = 4  # of the names that do not fit

@@ -23,10 +23,10 @@ from composer_ema.posthoc.shares import shares
 from composer_ema.recipe.from_data import with_data
 from composer_ema.recipe.named import Named
 from composer_ema.recipe.outline import Outline
-from composer_ema.recipe.outputs import Array, Curve, curves_by_group, momenta
-from composer_ema.recipe.recorder import step_settings
 from composer_ema.recipe.schema import Plan, Recipe, plan
 from composer_ema.run.clock import resolve_share
+from composer_ema.run_folder.outputs import Array, Curve, curves_by_group, momenta
+from composer_ema.run_folder.recorder import step_settings
 from composer_ema.settings import settings_of
 from composer_ema.trainer.run import ComposerRun
 from composer_ema.trainer.weight_average import WeightAverage

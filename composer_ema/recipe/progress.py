@@ -12,7 +12,7 @@ from composer.core import State, TimeUnit
 from composer.loggers import ConsoleLogger, Logger, LoggerDestination, ProgressBarLogger
 from composer.utils import dist, is_notebook
 
-from composer_ema.recipe.recorder import Collector, epochs_done
+from composer_ema.run_folder.recorder import Collector, epochs_done
 from composer_ema.wording import visible
 
 _LOSS, _METRICS = 'loss/train/', 'metrics/'

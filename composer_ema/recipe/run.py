@@ -14,13 +14,12 @@ from composer.utils import dist
 
 from composer_ema.files import remove_unfinished, write_beside
 from composer_ema.recipe.build import Run, as_yaml, build, refused
+from composer_ema.recipe.folders import on_rank_0, save_folder
 from composer_ema.recipe.metrics import Report
-from composer_ema.recipe.outputs import RECIPE_FILE
-from composer_ema.recipe.run_folder import on_rank_0
-from composer_ema.recipe.save_folder import SaveFolder
 from composer_ema.recipe.schema import Recipe
 from composer_ema.recipe.stopped import closed_at_end, stops_told
-from composer_ema.recipe.whole import whole_checkpoints
+from composer_ema.run_folder.outputs import RECIPE_FILE
+from composer_ema.run_folder.whole import whole_checkpoints
 from composer_ema.trainer.snapshots import RunSnapshots
 from composer_ema.trainer.weight_average import WeightAverage
 from composer_ema.wording import counted
@@ -196,7 +195,7 @@ def _remove_leftovers(run: Run) -> None:
     if dist.get_global_rank() != 0:
         return
     remove_unfinished(run.folder)
-    saves = SaveFolder.of(run.plan, run.trainer.state.run_name)
+    saves = save_folder(run.plan, run.trainer.state.run_name)
     if saves is not None:
         remove_unfinished(saves.path)
         if saves.is_own:

@@ -24,10 +24,10 @@ from composer_ema.recipe import schema
 from composer_ema.recipe.arguments import Place, RecipeError
 from composer_ema.recipe.build import Run, build
 from composer_ema.recipe.metrics import directions
-from composer_ema.recipe.outputs import RECIPE_FILE
 from composer_ema.recipe.run import evaluated_on
 from composer_ema.recipe.schema import Recipe
-from composer_ema.recipe.trials import Measured
+from composer_ema.run_folder.outputs import RECIPE_FILE
+from composer_ema.sweep.trials import Measured
 from composer_ema.trainer.refresh import Refresh
 from composer_ema.trainer.weight_average import WeightAverage
 from composer_ema.zoo.dataset import TEST_SET

@@ -1,89 +1,29 @@
-"""The folder of a run: its name, who works in it, and when its files are replaced.
-
-Invariant: until :meth:`RunFolder.begin` nothing in the folder changes but the lock file; a run that is refused before
-leaves every file as it was, and no folder of its own.
-"""
+"""The folders that a recipe asks for: that of its run, taken or only looked at, and that of its checkpoints."""
 
 from __future__ import annotations
 
-import contextlib
+import inspect
 import re
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from composer.utils import dist
+from composer import Trainer
+from composer.utils import FSDPConfig, dist, format_name_with_dist
 
-from composer_ema.files import write_beside
+from composer_ema.recipe import parallelism
 from composer_ema.recipe.arguments import RecipeError
-from composer_ema.recipe.lock import InUseError, Lock
-from composer_ema.recipe.outputs import CHECKPOINT_FOLDER, METRICS_FILE, RECIPE_FILE
-from composer_ema.recipe.save_folder import SaveFolder
 from composer_ema.recipe.schema import Plan
+from composer_ema.run_folder.folder import RunFolder
+from composer_ema.run_folder.lock import InUseError, Lock
+from composer_ema.run_folder.outputs import CHECKPOINT_FOLDER
+from composer_ema.run_folder.save_folder import SaveFolder, patterns
 
 Result = TypeVar('Result')
 
 # Others may remove an empty folder, or take a name, between our look and our step.
 _TRIES = 100
-
-
-class RunFolder:
-    """The folder of a run, taken by this process group until :meth:`release`. Rank 0 holds its lock.
-
-    Args:
-        path: The folder; its name is the run's.
-        lock: Its lock on rank 0 of a run that writes, else None.
-        made: What was made for this run, innermost first; :meth:`release` removes what is still empty. Default: none.
-
-    Attributes:
-        name: The run's name.
-        recipe: The recipe in YAML, which :meth:`begin` writes; set before training starts.
-    """
-
-    def __init__(self, name: str, path: Path, lock: Lock | None = None, made: tuple[Path, ...] = ()) -> None:
-        self.name, self.path = name, path
-        self.recipe: str | None = None
-        self._lock, self._made = lock, made
-
-    @property
-    def metrics(self) -> Path:
-        """The file of the run's metrics."""
-        return self.path / METRICS_FILE
-
-    @property
-    def is_taken(self) -> bool:
-        """Whether it holds what a run has left."""
-        metrics = self.metrics
-        return (metrics.exists() and metrics.stat().st_size > 0) or any((self.path / CHECKPOINT_FOLDER).glob('*'))
-
-    def begin(self) -> None:
-        """Replaces the recipe in the folder by the run's: its first batch has been trained.
-
-        Raises:
-            OSError: It cannot be written. The old one is untouched.
-        """
-        self._made = ()
-        if self.recipe is not None:
-            write_beside(self.path / RECIPE_FILE, self.recipe)
-
-    def keep(self) -> None:
-        """Takes the folder again if somebody has removed or renamed it, or has removed its lock file.
-
-        Raises:
-            InUseError: Another process has taken it since.
-            OSError: It cannot be made again.
-        """
-        if self._lock is not None:
-            self._lock.keep()
-
-    def release(self) -> None:
-        """Gives the folder back, without the empty folders of a run that never began."""
-        if self._lock is not None:
-            self._lock.release()
-        for folder in self._made:
-            with contextlib.suppress(OSError):  # it holds something
-                folder.rmdir()
-        self._made = ()
+_DEFAULTS = {name: each.default for name, each in inspect.signature(Trainer).parameters.items()}
 
 
 def take(checked: Plan) -> RunFolder:
@@ -124,6 +64,35 @@ def look(checked: Plan) -> RunFolder:
     return RunFolder(name, Path(checked.runs_folder) / name)
 
 
+def save_folder(checked: Plan, run_name: str) -> SaveFolder | None:
+    """Where Composer puts the checkpoints of a run; None for one that saves nothing, or saves in an object store.
+
+    Raises:
+        RecipeError: ``save_filename`` is no format string.
+    """
+    given = checked.trainer
+    in_run_folder = str(Path(checked.runs_folder) / run_name / CHECKPOINT_FOLDER)
+    folder = given.get('save_folder', in_run_folder)
+    if not folder or '://' in folder:
+        return None
+    latest = given.get('save_latest_filename', _DEFAULTS['save_latest_filename'])
+    filename = str(given.get('save_filename', _DEFAULTS['save_filename']))
+    path = Path(format_name_with_dist(folder, run_name))
+    sharded = str(PurePosixPath(filename).parent / _prefix_of_folders(given.get(parallelism.KEY)))
+    try:
+        names = tuple(patterns(each.lstrip('/'), run_name) for each in (filename, sharded))
+    except ValueError as error:
+        raise (checked.place / 'save_filename').error(
+            f"is no format string: {error}, got {filename!r}. Write one as in 'ep{{epoch}}-ba{{batch}}.pt'."
+        ) from error
+    return SaveFolder(
+        path=path,
+        latest=path / format_name_with_dist(latest, run_name).lstrip('/') if latest else None,
+        names=names,
+        is_own='save_folder' not in given or '{run_name}' in folder,
+    )
+
+
 def on_rank_0(do: Callable[[], Result]) -> Result:
     """Returns on every rank what ``do`` returns on rank 0, or raises on every rank the RecipeError that it raises."""
     outcome: list[Any] = [None, None]
@@ -137,6 +106,12 @@ def on_rank_0(do: Callable[[], Result]) -> Result:
     if error is not None:
         raise error
     return result
+
+
+def _prefix_of_folders(section: Any) -> str:
+    """What Composer calls the folder of a sharded checkpoint."""
+    own = section.get('fsdp') if isinstance(section, dict) else None
+    return (own or {}).get('sharded_ckpt_prefix_dir') or FSDPConfig.sharded_ckpt_prefix_dir
 
 
 # On rank 0
@@ -155,7 +130,7 @@ def _own_name(checked: Plan) -> str:
 
 
 def _holds_checkpoint(checked: Plan, run_name: str) -> bool:
-    folder = SaveFolder.of(checked, run_name)
+    folder = save_folder(checked, run_name)
     return folder is not None and folder.has_any()
 
 

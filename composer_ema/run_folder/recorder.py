@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from composer.core import Callback, State
@@ -16,12 +16,10 @@ from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist
 
 from composer_ema.files import append, size_of, write_beside
-from composer_ema.recipe.losses import LostCheckpoints
-from composer_ema.recipe.outputs import BETA1, MOMENTUM
+from composer_ema.run_folder.folder import RunFolder
+from composer_ema.run_folder.lost import LostCheckpoints
+from composer_ema.run_folder.outputs import BETA1, MOMENTUM
 from composer_ema.wording import counted
-
-if TYPE_CHECKING:
-    from composer_ema.recipe.run_folder import RunFolder
 
 _NUM_LINES, _EVALUATIONS, _LINES, _DIGEST, _TRAIN = 'num_lines', 'evaluations', 'lines', 'digest', 'train'
 _STEP_SECONDS, _UPDATE_SECONDS, _NUM_BATCHES = 'step_seconds', 'update_seconds', 'num_batches'

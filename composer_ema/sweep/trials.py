@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from composer_ema.files import write_beside
-from composer_ema.recipe.outputs import is_number
+from composer_ema.run_folder.outputs import is_number
 
 #: What distinguishes the averages of a sweep: a half-life as a share of the run, or the width of a power function.
 Family = Literal['half_life', 'power']

@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import re
 import string
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
 
-from composer import Trainer
-from composer.utils import FSDPConfig, format_name_with_dist
-
-from composer_ema.recipe import parallelism
-from composer_ema.recipe.outputs import CHECKPOINT_FOLDER
-from composer_ema.recipe.schema import Plan
-
-_DEFAULTS = {name: each.default for name, each in inspect.signature(Trainer).parameters.items()}
 _OF_PROCESS = ('rank', 'local_rank', 'node_rank')
 _COUNTS = (
     *('world_size', 'local_world_size', 'epoch', 'batch', 'batch_in_epoch', 'sample', 'sample_in_epoch', 'token'),
@@ -43,35 +33,6 @@ class SaveFolder:
     latest: Path | None
     names: tuple[tuple[str, ...], ...]
     is_own: bool
-
-    @classmethod
-    def of(cls, checked: Plan, run_name: str) -> SaveFolder | None:
-        """None for a run that saves nothing, and for one that saves in an object store.
-
-        Raises:
-            RecipeError: ``save_filename`` is no format string.
-        """
-        given = checked.trainer
-        in_run_folder = str(Path(checked.runs_folder) / run_name / CHECKPOINT_FOLDER)
-        folder = given.get('save_folder', in_run_folder)
-        if not folder or '://' in folder:
-            return None
-        latest = given.get('save_latest_filename', _DEFAULTS['save_latest_filename'])
-        filename = str(given.get('save_filename', _DEFAULTS['save_filename']))
-        path = Path(format_name_with_dist(folder, run_name))
-        sharded = str(PurePosixPath(filename).parent / _prefix_of_folders(given.get(parallelism.KEY)))
-        try:
-            names = tuple(_parts(each.lstrip('/'), run_name) for each in (filename, sharded))
-        except ValueError as error:
-            raise (checked.place / 'save_filename').error(
-                f"is no format string: {error}, got {filename!r}. Write one as in 'ep{{epoch}}-ba{{batch}}.pt'."
-            ) from error
-        return cls(
-            path=path,
-            latest=path / format_name_with_dist(latest, run_name).lstrip('/') if latest else None,
-            names=names,
-            is_own='save_folder' not in given or '{run_name}' in folder,
-        )
 
     def checkpoints(self) -> dict[Path, int | None]:
         """What has the name of a checkpoint, of whatever kind it is, and the batches that the name tells.
@@ -101,13 +62,7 @@ class SaveFolder:
             return True
 
 
-def _prefix_of_folders(section: Any) -> str:
-    """What Composer calls the folder of a sharded checkpoint."""
-    own = section.get('fsdp') if isinstance(section, dict) else None
-    return (own or {}).get('sharded_ckpt_prefix_dir') or FSDPConfig.sharded_ckpt_prefix_dir
-
-
-def _parts(template: str, run_name: str) -> tuple[str, ...]:
+def patterns(template: str, run_name: str) -> tuple[str, ...]:
     """A pattern for each part of a path that was made of a format string of Composer's; rank 0 makes it."""
     pattern = ''
     for literal, field, form, _ in string.Formatter().parse(template):

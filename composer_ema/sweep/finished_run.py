@@ -18,12 +18,12 @@ from composer_ema.posthoc import shares
 from composer_ema.posthoc.open_run import OpenRun
 from composer_ema.posthoc.shares import Vector
 from composer_ema.posthoc.target import RunClock, Target, choose, start_of
-from composer_ema.recipe.lock import InUseError, Lock
-from composer_ema.recipe.measuring import measure_of, recipe_of
-from composer_ema.recipe.outputs import RECIPE_FILE, SWEEP_FILE
-from composer_ema.recipe.sweep import Asked, Sweep, check_metric, forgetting, own_values, sweep
-from composer_ema.recipe.trials import Family, Trial, TrialsFile
+from composer_ema.run_folder.lock import InUseError, Lock
+from composer_ema.run_folder.outputs import RECIPE_FILE, SWEEP_FILE
 from composer_ema.spans import ArgumentError, Span
+from composer_ema.sweep.measuring import measure_of, recipe_of
+from composer_ema.sweep.search import Asked, Sweep, check_metric, forgetting, own_values, sweep
+from composer_ema.sweep.trials import Family, Trial, TrialsFile
 from composer_ema.trainer.refresh import Refresh
 
 _WEIGHTS = 'weights'
@@ -42,7 +42,7 @@ def sweep_run(
         folder: The run folder, with its recipe and with snapshots or checkpoints.
         asked: What to try and how.
         overrides: Of where the data lie, how they are read, and the device.
-        report: As for :func:`composer_ema.recipe.sweep.sweep`.
+        report: As for :func:`composer_ema.sweep.search.sweep`.
 
     Raises:
         RecipeError: The run held out no samples, or cannot be built here.
@@ -154,7 +154,7 @@ class Simulated(Target):
 
 
 class Opened:
-    """What a run has kept, opened once; see :class:`composer_ema.recipe.sweep.Kept`.
+    """What a run has kept, opened once; see :class:`composer_ema.sweep.search.Kept`.
 
     Args:
         folder: of the run.

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from composer_ema.recipe.trials import Trial, is_finite
+from composer_ema.sweep.trials import Trial, is_finite
 
 #: A reconstruction with a larger predicted error is not trusted: it is drawn hollow and never chosen.
 UNRELIABLE = 0.05

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from composer_ema.averages import Power
 from composer_ema.labelled import CHANGES
-from composer_ema.recipe.choice import Choice, choose
-from composer_ema.recipe.outputs import is_number
-from composer_ema.recipe.trials import TRAINING, Family, Measured, Trial, TrialsFile
 from composer_ema.run.asked import MAKERS
+from composer_ema.run_folder.outputs import is_number
 from composer_ema.spans import ArgumentError, Span
+from composer_ema.sweep.choice import Choice, choose
+from composer_ema.sweep.trials import TRAINING, Family, Measured, Trial, TrialsFile
 from composer_ema.wording import squash, suggestion
 
 #: The shortest and the longest half-life tried, as shares of the run, and the widths of power functions like them.
@@ -36,12 +36,12 @@ class Kept(Protocol):
         ...
 
     def average(self, family: Family, value: float) -> tuple[Mapping[str, Tensor], float]:
-        """An average at the end of the run, and its predicted error; see :class:`composer_ema.recipe.trials.Trial`."""
+        """An average at the end of the run, and its predicted error; see :class:`composer_ema.sweep.trials.Trial`."""
         ...
 
 
 class Measures(Protocol):
-    """What evaluates weights: :class:`composer_ema.recipe.measuring.Measure`."""
+    """What evaluates weights: :class:`composer_ema.sweep.measuring.Measure`."""
 
     @property
     def metrics(self) -> dict[str, bool]:

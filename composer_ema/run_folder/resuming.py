@@ -15,8 +15,8 @@ from typing import Any
 from composer_ema.checkpoints.reading import is_of_composer, run_name_of, trained
 from composer_ema.checkpoints.safely import load_safely
 from composer_ema.checkpoints.sharded import open_folder
-from composer_ema.recipe.packed import unpacked
-from composer_ema.recipe.save_folder import SaveFolder
+from composer_ema.run_folder.packed import unpacked
+from composer_ema.run_folder.save_folder import SaveFolder
 from composer_ema.wording import counted
 
 _NAMED = 3  # of the checkpoints that an error or a remark has to name

@@ -12,11 +12,11 @@ from typing import Any, Literal, TypeGuard
 
 import numpy as np
 
-#: The run's metrics, one JSON object a line; see :class:`composer_ema.recipe.recorder.Recorder`.
+#: The run's metrics, one JSON object a line; see :class:`composer_ema.run_folder.recorder.Recorder`.
 METRICS_FILE = 'metrics.jsonl'
 #: The recipe as it was trained, with every value filled in.
 RECIPE_FILE = 'recipe.yaml'
-#: The averages that ``composer-ema sweep`` has evaluated; see :class:`composer_ema.recipe.trials.TrialsFile`.
+#: The averages that ``composer-ema sweep`` has evaluated; see :class:`composer_ema.sweep.trials.TrialsFile`.
 SWEEP_FILE = 'sweep.jsonl'
 #: The folder of the checkpoints, unless the recipe gives another.
 CHECKPOINT_FOLDER = 'checkpoints'
