@@ -16,19 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from recipes import tiny
 
 from composer_ema.run_folder.lock import LOCK_FILE
 
-RECIPE = {
-    'max_duration': '2ep',
-    'device': 'cpu',
-    'progress_bar': False,
-    'save_interval': '3ba',
-    'model': {'name': 'mnist1d_mlp', 'width': 4},
-    'data': {'name': 'mnist1d', 'num_samples': 100, 'batch_size': 8, 'eval_batch_size': 20},
-    'optimizer': {'name': 'sgd', 'lr': 0.1},
-    'algorithms': {'ema': {'half_life': '3ba'}},
-}
+RECIPE = tiny(progress_bar=False, save_interval='3ba')
 SEEDS = (1, 2, 3)
 STARTS = {
     'unnamed': [],

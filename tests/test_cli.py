@@ -24,6 +24,7 @@ import torch
 import yaml
 from composer.loggers import ConsoleLogger, ProgressBarLogger
 from points import classified
+from recipes import tiny
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -33,21 +34,12 @@ from composer_ema.recipe.metrics import Report
 from composer_ema.recipe.progress import progress_of
 
 PACKAGE = Path(cli.__file__).parent
-TINY = {
-    'max_duration': '2ep',
-    'seed': 3,
-    'device': 'cpu',
-    'model': {'name': 'mnist1d_mlp', 'width': 4},
-    'data': {'name': 'mnist1d', 'num_samples': 100, 'batch_size': 8, 'eval_batch_size': 20},
-    'optimizer': {'name': 'sgd', 'lr': 0.1},
-    'algorithms': {'ema': {'half_life': '3ba'}},
-}
 
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
     path = tmp_path / 'tiny.yaml'
-    path.write_text(yaml.safe_dump({**TINY, 'runs_folder': str(tmp_path / 'runs')}))
+    path.write_text(yaml.safe_dump(tiny(seed=3, runs_folder=str(tmp_path / 'runs'))))
     return path
 
 

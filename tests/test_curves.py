@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from points import classified
+from recipes import tiny
 
 from composer_ema.pictures.asked import check_axis, sort_arguments
 from composer_ema.pictures.curves import evaluations, first_reaching, read_lines, read_run, read_runs
@@ -26,15 +27,7 @@ from composer_ema.recipe.build import build
 from composer_ema.recipe.metrics import Goal, Report
 from composer_ema.run_folder.recorder import momentum_of, step_settings
 
-TINY = {
-    'max_duration': '2ep',
-    'seed': 3,
-    'device': 'cpu',
-    'progress_bar': False,
-    'model': {'name': 'mnist1d_mlp', 'width': 4},
-    'data': {'name': 'mnist1d', 'num_samples': 100, 'batch_size': 8, 'eval_batch_size': 20},
-    'optimizer': {'name': 'sgd', 'lr': 0.1, 'momentum': 0.9},
-}
+TINY = tiny(seed=3, progress_bar=False, optimizer={'momentum': 0.9}, algorithms={})
 
 
 def write_lines(folder: Path, lines: list[dict[str, Any]], *, end: str = '') -> Path:

@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 import yaml
 from composer.utils import checkpoint, dist
+from recipes import tiny
 
 from composer_ema import files
 from composer_ema.files import append, beside, error_of_the_system, in_words, remove_unfinished, write_beside
@@ -31,17 +32,7 @@ from composer_ema.run_folder.recorder import Recorder
 from composer_ema.run_folder.whole import whole_checkpoints
 
 sys.path.append(str(Path(__file__).parent / 'scripts'))
-TINY = {
-    'max_duration': '2ep',
-    'seed': 3,
-    'device': 'cpu',
-    'progress_bar': False,
-    'save_interval': '4ba',
-    'model': {'name': 'mnist1d_mlp', 'width': 4},
-    'data': {'name': 'mnist1d', 'num_samples': 60, 'batch_size': 8, 'eval_batch_size': 20},
-    'optimizer': {'name': 'sgd', 'lr': 0.1},
-    'algorithms': {'ema': {'half_life': '3ba'}},
-}
+TINY = tiny(seed=3, progress_bar=False, save_interval='4ba', data={'num_samples': 60})
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import torch
 from composer.utils import dist
 from hypothesis import given
 from hypothesis import strategies as st
+from recipes import tiny
 
 from composer_ema.averages import HalfLife, Moment
 from composer_ema.pictures.curves import read_run
@@ -24,21 +25,7 @@ from composer_ema.zoo.dataset import extent
 DATASETS = registry.datasets().classes
 
 # 80 samples in 7 batches, 8 of them in the last.
-TINY: dict[str, Any] = {
-    'max_duration': '2ep',
-    'seed': 3,
-    'device': 'cpu',
-    'progress_bar': False,
-    'model': {'name': 'mnist1d_mlp', 'width': 4},
-    'data': {
-        'name': 'mnist1d',
-        'num_samples': 100,
-        'batch_size': 12,
-        'eval_batch_size': 20,
-    },  # 7 batches, 8 in the last
-    'optimizer': {'name': 'sgd', 'lr': 0.1, 'momentum': 0.9},
-    'algorithms': {'ema': {'half_life': '3ba'}},
-}
+TINY = tiny(seed=3, progress_bar=False, data={'batch_size': 12}, optimizer={'momentum': 0.9})
 
 
 def recipe(**sections: Any) -> schema.Recipe:

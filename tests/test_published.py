@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import yaml
 from points import classified
+from recipes import tiny
 from rich.console import Console
 
 from benchmarks import published, published_page
@@ -28,14 +29,6 @@ from composer_ema.recipe.metrics import Report
 
 ROOT = Path(__file__).parents[1]
 
-TINY: dict[str, Any] = {
-    'max_duration': '2ep',
-    'device': 'cpu',
-    'model': {'name': 'mnist1d_mlp', 'width': 4},
-    'data': {'name': 'mnist1d', 'num_samples': 100, 'batch_size': 8, 'eval_batch_size': 20},
-    'optimizer': {'name': 'sgd', 'lr': 0.1},
-    'algorithms': {'ema': {'half_life': '3ba'}},
-}
 FIGURES = 'recipe,accuracy,loss\nslow,0.125,2.5\nfast,0.5,1.25\n'
 PAGE = f'# Card\n\nbefore: `{published_page.BEGIN}`\n\n{published_page.BEGIN}\nold\n{published_page.END}\n\nafter\n'
 MADE_ON = {'date': '2026-01-02', 'torch': '2.7.0', 'Composer': '0.32.1', 'threads': '1'}
@@ -45,7 +38,7 @@ MADE_ON = {'date': '2026-01-02', 'torch': '2.7.0', 'Composer': '0.32.1', 'thread
 def folder(tmp_path: Path) -> Path:
     """Two recipes, published figures and a page, in a folder of the test."""
     for name, rate in (('fast', 0.1), ('slow', 0.01)):
-        values = {**TINY, 'optimizer': {'name': 'sgd', 'lr': rate}, 'runs_folder': str(tmp_path / 'runs')}
+        values = tiny(optimizer={'lr': rate}, runs_folder=str(tmp_path / 'runs'))
         (tmp_path / f'{name}.yaml').write_text(yaml.safe_dump(values))
     (tmp_path / 'published.csv').write_text(FIGURES)
     (tmp_path / 'card.md').write_text(PAGE)

@@ -20,23 +20,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
 import torch
 import yaml
+from recipes import tiny
 from safetensors.torch import load_file
 
 from composer_ema.recipe import run, schema
 
-RECIPE = {
-    'max_duration': '3ep',
-    'seed': 3,
-    'device': 'cpu',
-    'progress_bar': False,
-    'model': {'name': 'mnist1d_mlp', 'width': 4},
-    'data': {'name': 'mnist1d', 'num_samples': 60, 'batch_size': 8, 'eval_batch_size': 20},
-    'optimizer': {'name': 'sgd', 'lr': 0.1, 'momentum': 0.9},
-    'algorithms': {'ema': {'half_life': '3ba'}},
-    'autoresume': True,
-}
+RECIPE = tiny(
+    max_duration='3ep',
+    seed=3,
+    progress_bar=False,
+    autoresume=True,
+    data={'num_samples': 60},
+    optimizer={'momentum': 0.9},
+)
 #: What is different from run to run: how often it saves, what it keeps, and whether it writes snapshots.
 VARIANTS = (
     {'save_interval': '1ba'},
