@@ -171,8 +171,9 @@ def test_an_update_beside_training_has_read_the_weights_before_the_optimizer_wri
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
-def test_on_a_gpu_a_hundred_batches_never_make_the_algorithm_synchronise(trainer):
-    """The Trainer itself may: it logs losses."""
+@pytest.mark.parametrize('precision', ['fp32', 'amp_fp16'])
+def test_on_a_gpu_a_hundred_batches_never_make_the_algorithm_synchronise(trainer, precision):
+    """The Trainer itself may: it logs losses. Of float16, the first steps overflow, and the average skips them too."""
 
     class Strict(EMA):
         def apply(self, event, state, logger):
@@ -184,6 +185,20 @@ def test_on_a_gpu_a_hundred_batches_never_make_the_algorithm_synchronise(trainer
             finally:
                 torch.cuda.set_sync_debug_mode('default')
 
-    algorithm = Strict('10ba', log_interval=None)
-    trainer(algorithms=[algorithm], device='gpu', max_duration='103ba').fit()
-    assert algorithm.ema_model.num_updates == 103
+    class Overflows(Callback):
+        count, scale = 0, None
+
+        def batch_end(self, state, logger):
+            now = None if state.scaler is None else state.scaler.get_scale()
+            self.count += self.scale is not None and now < self.scale
+            self.scale = now
+
+        def fit_start(self, state, logger):
+            self.batch_end(state, logger)
+
+    algorithm, overflows = Strict('10ba', log_interval=None), Overflows()
+    trainer(
+        algorithms=[algorithm], callbacks=[overflows], device='gpu', precision=precision, max_duration='103ba'
+    ).fit()
+    assert algorithm.ema_model.num_updates == 103 - overflows.count
+    assert (overflows.count > 0) == (precision == 'amp_fp16')

@@ -264,7 +264,7 @@ class TestCuda:
     def test_the_average_is_exact_with_the_join_and_wrong_without(self, device, is_joined):
         model = _weights(0.0)
         shadow = ShadowModel(model, overlap=True)
-        shadow.resolve(model)
+        shadow.resolve(model, joining=True)  # so that the next update only runs
         _fill(model, 4)
         _sleep_on_side_stream(shadow)
         shadow.update(model, smoothing=0.5)
@@ -293,7 +293,7 @@ class TestCuda:
     def test_every_read_waits_for_the_update(self, device, read, smoothing):
         model = _weights(0.0)
         shadow = ShadowModel(model, overlap=True)
-        shadow.resolve(model)
+        shadow.resolve(model, joining=True)  # so that the next update only runs
         _fill(model, 4)
         _sleep_on_side_stream(shadow)
         shadow.update(model, smoothing=smoothing)
@@ -306,7 +306,7 @@ class TestCuda:
         shadow = ShadowModel(model, overlap=True)
         saved = copy.deepcopy(shadow.state_dict())
         saved['parameters']['weight'].fill_(9)
-        shadow.resolve(model)
+        shadow.resolve(model, joining=True)  # so that the next update only runs
         _sleep_on_side_stream(shadow)
         shadow.update(model, smoothing=0.5)
         shadow.load_state_dict(saved)
@@ -380,7 +380,7 @@ class TestCuda:
     def test_deleting_the_shadow_in_flight_corrupts_nothing(self, device):
         model = _weights(4.0)
         shadow = ShadowModel(model, overlap=True)
-        shadow.resolve(model)
+        shadow.resolve(model, joining=True)  # so that the next update only runs
         _sleep_on_side_stream(shadow)
         shadow.update(model, smoothing=0.5)
         del shadow
@@ -392,7 +392,7 @@ class TestCuda:
     def test_deleting_the_model_in_flight_leaves_the_average_right(self, device):
         model = _weights(0.0)
         shadow = ShadowModel(model, overlap=True)
-        shadow.resolve(model)
+        shadow.resolve(model, joining=True)  # so that the next update only runs
         _fill(model, 4)
         _sleep_on_side_stream(shadow)
         shadow.update(model, smoothing=0.5)
@@ -406,7 +406,7 @@ class TestCuda:
     def test_a_replaced_parameter_is_averaged_in_order(self, device):
         model = _weights(0.0)
         shadow = ShadowModel(model, overlap=True)
-        shadow.resolve(model)
+        shadow.resolve(model, joining=True)  # so that the next update only runs
         _fill(model, 4)
         _sleep_on_side_stream(shadow)
         shadow.update(model, smoothing=0.5)
@@ -420,8 +420,8 @@ class TestCuda:
         model = nn.Module()
         model.weight = nn.Parameter(torch.zeros(SIZE, device=device))
         model.register_buffer('mean', torch.full((SIZE,), 4.0, device=device))
-        shadow = ShadowModel(model, overlap=True)
-        shadow.resolve(model)
+        shadow = ShadowModel(model, overlap=True, buffers='average')
+        shadow.resolve(model, joining=True)  # so that the next update only runs
         model.mean.fill_(8)
         _sleep_on_side_stream(shadow)
         shadow.update(model, smoothing=0.5)

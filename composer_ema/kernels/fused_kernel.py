@@ -19,7 +19,9 @@ def update(
     number = tl.program_id(0)
     row = table + number.to(tl.int64) * (3 + (3 if COMPENSATED else 2) * K)
     count = tl.load(row + 1).to(tl.int32)
-    seed, step = tl.load(control), tl.load(control + 1).to(tl.uint32)
+    # Of the programs that have finished so far, all of earlier launches and some of this one, but not this one.
+    finished = tl.load(control + 2) if STOCHASTIC else 0
+    seed, step = tl.load(control), (tl.load(control + 1) + finished // tl.num_programs(0)).to(tl.uint32)
     number = number.to(tl.uint32) + FIRST
     code = tl.load(row + 2) % 8 if COPIES else 0
     # Whole pieces need no mask, and without one the loads are vectors.
@@ -36,11 +38,7 @@ def update(
             ALIGNED, PIECE, ROUNDS, COMPENSATED,
         )  # fmt: skip
     if STOCHASTIC:
-        # When the last program arrives, all programs have read the step, so that one may advance it.
-        arrived = tl.atomic_add(control + 2, 1)
-        if arrived == tl.num_programs(0) - 1:
-            tl.atomic_add(control + 1, 1)
-            tl.atomic_xchg(control + 2, 0)
+        tl.atomic_add(control + 2, 1)
 
 
 @triton.jit
@@ -76,10 +74,6 @@ def _average_piece(
             new = _read(address, offsets, count, 2, MASKED, ALIGNED)
     # A comparison with NaN is false. We keep numbers because Triton 3.3's interpreter cannot negate booleans.
     is_bad = tl.where(tl.abs(new) <= 3.4028234663852886e38, 0, 1)
-    if GUARD:
-        # One sum a piece, and no traffic where all is well.
-        count_bad = tl.sum(is_bad).to(tl.int64)
-        tl.atomic_add(skipped, count_bad, mask=count_bad > 0)
     is_mended = tl.load(row + 2) // 8 if MENDS else 0
     for k in tl.static_range(K):
         weight, shadow = tl.load(weights + k), tl.load(row + 3 + k)
@@ -100,6 +94,10 @@ def _average_piece(
                     shadow, term, offsets, count, new, is_bad, is_mended, weight, seed, number, step, k, 1, GUARD,
                     STOCHASTIC, MENDS, MASKED, ALIGNED, PIECE, ROUNDS, COMPENSATED,
                 )  # fmt: skip
+    if GUARD:
+        # Last, since a sum is a barrier, behind which no load may wait. Where all is well, nothing is written.
+        count_bad = tl.sum(is_bad).to(tl.int64)
+        tl.atomic_add(skipped, count_bad, mask=count_bad > 0)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from composer_ema.kernels.backend import Steps
 from composer_ema.kernels.layout import Pair, flat
-from composer_ema.kernels.rules import PHILOX_ROUNDS, PIECE, GROUP, Rules
+from composer_ema.kernels.rules import GROUP, PHILOX_ROUNDS, PIECE, Rules
 
 
 def average(shadow: Tensor, source: Tensor, weight: float) -> Tensor:

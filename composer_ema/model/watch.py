@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from composer_ema.model.inventory import Inventory
 from composer_ema.model.sharding import is_shard, local, reshard
 
+#: Ends a list of entries, so that neither one more nor one less goes unseen.
+_END = object()
+
 
 class Watch:
     """Tells at the cost of a few list comparisons whether a module still is what it was.
@@ -43,7 +46,7 @@ class Watch:
         registries = [r for child in module.modules() for r in (child._modules, child._parameters, child._buffers)]
         self._empty = [registry for registry in registries if not registry]
         self._views = [_values(registry) for registry in registries if registry]
-        self._entries = list(chain.from_iterable(self._views))
+        self._entries = [*chain.from_iterable(self._views), _END]
         self._frozen = [parameter for parameter in inventory.parameters.values() if not parameter.requires_grad]
         tensors = list(inventory.tensors().values())
         self._shared = list(filter(is_shard, tensors))
@@ -63,11 +66,9 @@ class Watch:
         return self._sees_the_same(module) or (reshard(module) and self._sees_the_same(module))
 
     def _sees_the_same(self, module: nn.Module) -> bool:
-        entries = list(chain.from_iterable(self._views))
         return (
             self._module() is module
-            and len(entries) == len(self._entries)
-            and all(map(is_, entries, self._entries))
+            and all(map(is_, chain(chain.from_iterable(self._views), (_END,)), self._entries))
             and not any(self._empty)
             and not any(map(_requires_grad, self._frozen))
             and all(map(is_, map(_part, self._shared), self._parts))
