@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # Every benchmark on a CUDA device in under 10 minutes, with nothing but Python, torch, torchvision and the checkout, and
-# the tests marked gpu where pytest and hypothesis are installed.
-# Each writes benchmarks/results/NAME_cuda.json as it goes, so what is stopped keeps what it has.
-# Usage: benchmarks/gpu.sh [PYTHON] [RESULT FOLDER]
+# the tests of it where pytest and hypothesis are installed; peers and Composer take part where they can be imported.
+# Each writes NAME_cuda.json into the result folder as it goes, so what is stopped keeps what it has.
+# Usage: benchmarks/gpu.sh [PYTHON] [RESULT FOLDER] [PART...]
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${1:-python3}
 results=${2:-benchmarks/results}
+parts=("${@:3}")
+[ ${#parts[@]} -gt 0 ] || parts=(tests update scaling step offload memory host adamw)
 export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 failed=0
 mkdir -p "$results"
@@ -23,21 +25,45 @@ run() {
     fi
 }
 
-# Those that need no Composer: streams that are late, graphs, 100 steps during which nothing may synchronise, and models
-# that FSDP2 and tensor parallelism shard over a mesh of one, with NCCL.
-run_tests() {
-    if ! "$python" -c 'import pytest, hypothesis' 2>/dev/null; then
-        echo 'left out: the gpu tests, which need pytest and hypothesis' >&2
-        return
-    fi
-    timeout --signal=INT --kill-after=5 60 "$python" -m pytest -m gpu --noconftest -p no:cacheprovider -rs \
-        tests/test_{stream,fused,kernels,shadow,optimizer,offload,custom,sharded_device}.py | tee "$results/gpu_tests.txt" || failed=1
+has() { "$python" -c "import $1" 2>/dev/null; }
+
+# run_pytest NAME SECONDS FILES AND OPTIONS
+run_pytest() {
+    local name=$1 seconds=$2 options=(-p no:cacheprovider -q -rfE)
+    shift 2
+    has composer || options+=(--noconftest)
+    timeout --signal=INT --kill-after=5 "$seconds" "$python" -m pytest "${options[@]}" "$@" | tee "$results/$name.txt" || failed=1
 }
 
-run_tests
-run host 30 --rounds 300 --seconds 5
-run update 120 --seconds 4
-run memory 30
-run scaling 60 --seconds 2
-run step 290 --budget-seconds 250
+# First what the kernel computes, each of its variants compiled and compared with the reference, side by side where
+# pytest-xdist is installed. Then, alone, what needs a device's time: streams that are late, graphs, 100 steps during
+# which nothing may synchronise, models that FSDP2 and tensor parallelism shard over a mesh of one, with NCCL.
+run_tests() {
+    if ! has pytest || ! has hypothesis; then
+        echo 'left out: the tests, which need pytest and hypothesis' >&2
+        return
+    fi
+    local workers=() gpu=(tests/test_{stream,kernels,shadow,optimizer_stepping,offload,custom,sharded_device}.py)
+    has xdist && workers=(--numprocesses 12 --dist worksteal)
+    has composer && gpu+=(tests/test_ema_beside_others.py)
+    run_pytest kernel_tests 60 "${workers[@]}" tests/test_fused.py
+    run_pytest gpu_tests 90 -m gpu "${gpu[@]}"
+}
+
+for part in "${parts[@]}"; do
+    case $part in
+    tests) run_tests ;;
+    update) run update 80 --seconds 2.5 ;;
+    scaling) run scaling 70 --seconds 1.5 ;;
+    step) run step 210 --budget-seconds 170 ;;
+    offload) run offload 40 --seconds 5 ;;
+    memory) run memory 30 ;;
+    host) run host 25 --rounds 300 --seconds 4 ;;
+    adamw) run adamw 30 --seconds 3 ;;
+    *)
+        echo "no part is called $part" >&2
+        failed=1
+        ;;
+    esac
+done
 exit "$failed"
