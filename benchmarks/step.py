@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -188,10 +189,12 @@ def _start(names: Sequence[str], train: Training, result: common.Result) -> dict
 
 def _ours(model: nn.Module, *, overlap: bool) -> Hooks:
     from composer_ema import ShadowModel
+    from composer_ema.shadow import follower
 
     shadow = ShadowModel(model, overlap=overlap)
-    for _ in range(peers.WARM_UP):
-        shadow.update(model, weight=1 - common.SMOOTHING)
+    with mock.patch.object(follower, 'WORTH_FORKING', 0):  # however short an update is
+        for _ in range(peers.WARM_UP):
+            shadow.update(model, weight=1 - common.SMOOTHING)
     return Hooks(
         before_step=shadow.wait,
         after_step=lambda: shadow.update(model, weight=1 - common.SMOOTHING),

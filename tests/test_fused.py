@@ -19,6 +19,7 @@ from torch import nn
 from composer_ema import ShadowModel, kernels
 from composer_ema.kernels import fused, reference
 from composer_ema.kernels.rules import FIRST_PIECE_OF_BUFFERS, PIECE, Rules
+from composer_ema.shadow import follower
 from composer_ema.shadow.stream import SideStream
 
 pytest.importorskip('triton')
@@ -467,6 +468,7 @@ def test_weights_that_stay_are_filled_in_once(kind):
 def test_a_profiler_sees_one_kernel_an_update_and_one_more_for_buffers_beside_training(
     overlap, kernels_expected, monkeypatch
 ):
+    monkeypatch.setattr(follower, 'WORTH_FORKING', 0)
     net = batch_norm_net()
     shadow = ShadowModel(net, overlap=overlap)
     for _ in range(2):

@@ -15,7 +15,10 @@ import torch
 from torch import nn
 
 from composer_ema import EMAOptimizer, ShadowModel
-from composer_ema.shadow.stream import SideStream
+from composer_ema.shadow import follower
+from composer_ema.shadow.follower import Follower
+from composer_ema.shadow.plan import bytes_moved
+from composer_ema.shadow.stream import WORTH_FORKING, SideStream
 
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')]
 
@@ -114,6 +117,25 @@ def test_a_join_on_another_stream_leaves_the_work_pending_for_the_one_that_forke
     ]
 
 
+@pytest.mark.parametrize('count', [1, 2])
+@pytest.mark.parametrize('short_of', [0, 1])
+def test_only_an_update_that_moves_a_gibibyte_runs_beside_training(streams, monkeypatch, short_of, count):
+    # Of each parameter, its bfloat16 weights and, read and written, float32 averages.
+    size = -(-WORTH_FORKING // (2 + 8 * count)) - short_of
+    source, shadow = torch.empty(size, dtype=torch.bfloat16, device='meta'), torch.empty(size, device='meta')
+    rows = [((shadow,) * count, source)]
+    moved = bytes_moved(rows, torch.device('meta'))
+    assert moved == size * (2 + 8 * count)
+    assert bytes_moved(rows, CPU) == 0
+    monkeypatch.setattr(follower, 'bytes_moved', lambda *_: moved)
+    monkeypatch.setattr(follower, 'DeviceCounter', lambda _: None)
+    for overlap in (True, False):
+        each = Follower([], overlap=overlap)
+        each._add_device(torch.device('cuda'), [])
+        (stream,) = each._streams.values()
+        assert stream.is_beside == (overlap and not short_of)
+
+
 def test_the_next_update_waits_for_what_reads_the_average_on_another_stream(streams):
     stream, make_current = streams
     make_current(False)
@@ -144,7 +166,8 @@ def test_a_forward_of_the_module_counts_as_reading_when_it_has_ended(monkeypatch
 
 
 @pytest.fixture
-def device():
+def device(monkeypatch):
+    monkeypatch.setattr(follower, 'WORTH_FORKING', 0)  # these models are small
     device = torch.device('cuda')
     # The first launch of a kernel loads its code, which may wait for the device: do that before the clock runs.
     warm = torch.ones(SIZE, device=device)

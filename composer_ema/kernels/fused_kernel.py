@@ -142,8 +142,9 @@ def _average(
 @triton.jit
 def _random_bits(seed, number, step, which, PIECE: tl.constexpr, ROUNDS: tl.constexpr):
     """16 random bits for each element of a piece: eight elements share the four words of one Philox."""
-    first, second, third, fourth = tl.philox(seed, tl.arange(0, PIECE // 8).to(tl.uint32), number, step, which, ROUNDS)
-    words = tl.join(tl.join(first, third), tl.join(second, fourth))
+    groups = tl.arange(0, PIECE // 8).to(tl.uint32)
+    drawn = tl.philox(seed, groups, number, step, which, ROUNDS)
+    words = tl.join(tl.join(drawn[0], drawn[2]), tl.join(drawn[1], drawn[3]))
     return tl.reshape(tl.join(words & 0xFFFF, words >> 16), (PIECE,))
 
 

@@ -24,8 +24,10 @@ from composer_ema import kernels
 from composer_ema.kernels.backend import Steps
 from composer_ema.kernels.layout import Row, carve, columns, detached, packed, pieces
 
-#: Elements in a chunk: 16 MiB of float32, which take a PCI Express link about 0.7 ms.
-CHUNK = 2**22
+#: Elements in a chunk: 32 MiB of float32. Beside an H100, smaller chunks took the thread 1.6 times as long.
+CHUNK = 2**23
+#: Pieces that fill a chunk: a larger tensor is cut, so that it leaves little of a chunk empty.
+_PIECES = 8
 _NO_LIMIT = 2**62
 
 
@@ -57,7 +59,7 @@ class HostAverage:
         buffers: likewise; their sources may be written as soon as :meth:`update` returns.
         copied: likewise, of buffers, to copy.
         chunk: elements in each of the two chunks. Tensors with gaps in memory are not cut, and may need larger ones.
-            Default: 4 Mi.
+            Default: 8 Mi.
     """
 
     def __init__(
@@ -186,7 +188,7 @@ class HostAverage:
         """Groups rows by the source's dtype. Every second chunk of a group is copied to the same memory."""
         by_dtype: defaultdict[torch.dtype, list[Row]] = defaultdict(list)
         for row in rows:
-            by_dtype[row[-1].dtype].extend(pieces(tuple(detached(row)), limit))
+            by_dtype[row[-1].dtype].extend(pieces(tuple(detached(row)), max(limit // _PIECES, 1)))
         for dtype, of_dtype in by_dtype.items():
             chunks = [columns(chunk) for chunk in packed(of_dtype, lambda row: row[-1].numel(), limit)]
             size = max(sum(source.numel() for source in sources) for *_, sources in chunks)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, filterfalse
 from typing import Any, Protocol
@@ -37,6 +37,15 @@ class Rows:
     parameters: Sequence[Row]
     averaged: Sequence[Row]
     copied: Sequence[Row]
+
+
+def bytes_moved(rows: Iterable[Row], device: torch.device) -> int:
+    """What an update of those averages that lie on ``device`` reads and writes: sources once, averages twice."""
+    return sum(
+        source.nbytes + 2 * sum(shadow.nbytes for shadow in shadows)
+        for shadows, source in rows
+        if shadows[0].device == device
+    )
 
 
 class Mover(Protocol):
