@@ -32,22 +32,27 @@ run_pytest() {
     local name=$1 seconds=$2 options=(-p no:cacheprovider -q -rfE)
     shift 2
     has composer || options+=(--noconftest)
-    timeout --signal=INT --kill-after=5 "$seconds" "$python" -m pytest "${options[@]}" "$@" | tee "$results/$name.txt" || failed=1
+    timeout --signal=INT --kill-after=5 "$seconds" "$python" -m pytest "${options[@]}" "$@" | tee "$results/$name.txt"
+    local code=${PIPESTATUS[0]}
+    [ "$code" -eq 0 ] || failed=1
+    return "$code"
 }
 
-# First what the kernel computes, each of its variants compiled and compared with the reference, side by side where
-# pytest-xdist is installed. Then, alone, what needs a device's time: streams that are late, graphs, 100 steps during
-# which nothing may synchronise, models that FSDP2 and tensor parallelism shard over a mesh of one, with NCCL.
+# First, side by side where pytest-xdist is installed, what is computed: each variant of the kernel, compiled and compared
+# with the reference; models that FSDP2 and tensor parallelism shard over a mesh of one, with NCCL. Then, alone, what
+# needs a device's time: streams that are late, and 100 steps during which nothing may synchronise.
 run_tests() {
     if ! has pytest || ! has hypothesis; then
         echo 'left out: the tests, which need pytest and hypothesis' >&2
         return
     fi
-    local workers=() gpu=(tests/test_{stream,kernels,shadow,optimizer_stepping,offload,custom,sharded_device}.py)
-    has xdist && workers=(--numprocesses 12 --dist worksteal)
-    has composer && gpu+=(tests/test_ema_beside_others.py)
-    run_pytest kernel_tests 60 "${workers[@]}" tests/test_fused.py
-    run_pytest gpu_tests 90 -m gpu "${gpu[@]}"
+    local workers=() timed=(tests/test_{stream,optimizer_stepping,offload}.py)
+    has xdist && workers=(--numprocesses 8 --dist worksteal)
+    has composer && timed+=(tests/test_ema_beside_others.py)
+    run_pytest kernel_tests 90 "${workers[@]}" tests/test_fused.py &
+    run_pytest gpu_tests 90 "${workers[@]}" -m gpu tests/test_{kernels,shadow,custom,sharded_device}.py
+    wait $! || failed=1
+    run_pytest timed_tests 60 -m gpu "${timed[@]}"
 }
 
 for part in "${parts[@]}"; do
