@@ -60,8 +60,8 @@ for part in "${parts[@]}"; do
     tests) run_tests ;;
     update) run update 80 --seconds 2.5 ;;
     scaling) run scaling 70 --seconds 1.5 ;;
-    step) run step 210 --budget-seconds 170 ;;
-    offload) run offload 40 --seconds 5 ;;
+    step) run step 210 --budget-seconds 160 --precision tf32 --contestants none,inline,optimizer,multi ;;
+    offload) run offload 60 --seconds 8 ;;
     memory) run memory 30 ;;
     host) run host 25 --rounds 300 --seconds 4 ;;
     adamw) run adamw 30 --seconds 3 ;;

@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> common.Result:
     options.add_argument('--models', default='vit_l_32', help='torchvision names')
     options.add_argument('--batch-size', type=int, default=64)
     options.add_argument('--image-size', type=int, default=224)
-    options.add_argument('--precision', default='fp32,tf32', help='of step.py; several by commas')
+    options.add_argument('--precision', default='tf32,amp_bf16', help='of step.py; several by commas')
     options.add_argument('--intervals', default='1,4', help='batches from update to update of an average on the host')
     options.add_argument('--iterations', type=int, default=8, help='in a turn')
     options.add_argument('--rounds', type=int, default=20, help='at most, for each model and precision')
