@@ -70,6 +70,13 @@ def test_two_processes_evaluate_with_the_same_bits_on_both_ranks(two_processes):
     assert first[-1] == two_processes[0]['whole']['average']
 
 
+def test_two_processes_evaluate_each_of_several_averages_with_the_same_bits_on_both_ranks(two_processes):
+    first, second = (rank['evaluated_several'] for rank in two_processes)
+    assert first == second
+    assert any('running_mean' in name for name in first[-1])
+    assert first[-1] != first[0]
+
+
 def test_two_processes_save_the_training_weights_inside_an_evaluation_too(two_processes):
     folder = two_processes[0]['folder']
     inside = sorted(path.name for path in (folder / 'inside').iterdir())

@@ -94,6 +94,15 @@ def test_evaluators_see_the_average_that_they_name_and_else_the_first(trainer, p
     assert sees.seen == [('predict', 'all')]
 
 
+def test_an_evaluation_shares_the_buffers_of_its_own_average_and_the_end_those_of_all(trainer, monkeypatch):
+    shared = []
+    monkeypatch.setattr(ShadowModel, 'broadcast_buffers', lambda shadow: shared.append(shadow))
+    ema = EMA(**SEVERAL, evaluate_with={'b': 'long', 'c': 'wide', 'd': 'training'})
+    trainer([ema], eval_dataloader=[make_evaluator(label, '1ba') for label in 'abcd'], max_duration='1ba').fit()
+    labels = {id(shadow): label for label, shadow in ema.ema_model.items()}
+    assert [labels[id(shadow)] for shadow in shared] == ['short', 'long', 'wide', *ALONE]
+
+
 @pytest.mark.parametrize('is_swa_first', [False, True])
 def test_ema_and_swa_take_turns_in_one_trainer(trainer, plain, is_swa_first, tmp_path):
     ema = EMA(half_life={'short': '2ba', 'long': '4ba'}, evaluate_with={'l': 'long'})

@@ -448,13 +448,16 @@ class Averages:
     def lend(self, label: str, model: nn.Module) -> None:
         """Puts an average into ``model`` in place of any other of these, over a stash of its training weights.
 
-        Nothing if ``model`` holds it already.
+        Under DDP every rank shows the averaged buffers of rank 0: a collective call. Nothing if ``model`` holds the
+        average already.
         """
-        if self._averages[label].shadow.is_swapped:
+        shadow = self._averages[label].shadow
+        if shadow.is_swapped:
             return
-        self.share_buffers()
+        self._built.wait()
+        shadow.broadcast_buffers()
         self.take_back(model)
-        self._averages[label].shadow.swap_in(model)
+        shadow.swap_in(model)
 
     def take_back(self, model: nn.Module) -> None:
         """Restores the training weights of ``model`` if it holds an average."""

@@ -44,6 +44,10 @@ def ema() -> EMA:
     return EMA('1.5ep', update_interval='2ba')
 
 
+def several() -> EMA:
+    return EMA({'short': '1ba', 'long': '1.5ep'}, update_interval='2ba', evaluate_with={'second': 'long'})
+
+
 def swa() -> SWA:
     return SWA('1ba', update_interval='2ba')
 
@@ -53,8 +57,7 @@ def build(watch: Watch, algorithm: Callable[[], Any] | None = ema, **arguments: 
         [] if algorithm is None else [algorithm()],
         callbacks=[watch],
         train_dataloader=toy.make_data(10, 2, shuffle=True),
-        eval_dataloader=toy.make_evaluator(interval='2ba'),
-        **arguments,
+        **{'eval_dataloader': toy.make_evaluator(interval='2ba'), **arguments},
     )
 
 
@@ -69,6 +72,10 @@ def main(folder: Path) -> None:
     watch = Watch()
     build(watch, None).fit()
     seen['history_without'] = watch.history
+
+    watch = Watch()
+    build(watch, several, eval_dataloader=[toy.make_evaluator(label, '2ba') for label in ('first', 'second')]).fit()
+    seen['evaluated_several'] = watch.evaluated
 
     watch = Watch()
     equal = build(watch, swa, save_folder=str(folder / 'equal'), save_interval='1ba', save_filename='ba{batch}.pt')
