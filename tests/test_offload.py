@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from composer_ema import EMAOptimizer, ShadowModel, ShadowModels, kernels
-from composer_ema.shadow import offload
+from composer_ema.shadow import offload, plan
 from composer_ema.shadow.offload import HostAverage
 
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')]
@@ -360,6 +360,25 @@ class TestAShadow:
         shadows.wait()
         for name, tensor in model.state_dict().items():
             assert elements_read(tensor) == tensor.numel(), name
+
+    @pytest.mark.parametrize('options', [{'overlap': False}, {'skip_nonfinite': True}])
+    def test_in_line_too_a_counter_is_copied_once_for_all(self, options, elements_read):
+        model = self._model()
+        shadows = ShadowModels(model, ['one', 'two', 'three'], **{'overlap': True, **options})
+        for _ in range(2):
+            model(torch.randn(8, 3))
+            shadows.update(model, smoothing=0.5)
+        assert elements_read(model[1].num_batches_tracked) == 2
+        counts = [dict(shadow.named_buffers())['1.num_batches_tracked'].item() for shadow in shadows.values()]
+        assert counts == [2, 2, 2]
+
+    def test_on_a_device_no_copy_depends_on_another(self):
+        """There one launch makes them all. Tensors on ``meta`` stand for those on a device."""
+        rows = [(tuple(torch.empty(3, 1, device='meta')), torch.empty(1, device='meta')) for _ in range(2)]
+        together, after = plan._copies(rows)
+        assert after == []
+        assert len(together) == 6
+        assert all(any(source is each for _, each in rows) for _, source in together)
 
     @pytest.mark.parametrize(
         'read',

@@ -170,17 +170,26 @@ class ByWeight:
         sources = [source for _, source in averaged]
         if averaged and log.isEnabledFor(logging.INFO):
             log.info('averaging %s', kernels.describe(shadows, sources, backend=self._backend, rules=rules))
-        pairs = [(shadow, source) for row, source in rows.copied for shadow in row]
         buffers = range(len(rows.parameters), len(averaged))
-        return kernels.prepare(
+        from_model, from_first = _copies(rows.copied)
+        step = kernels.prepare(
             shadows,
             sources,
             mended=buffers,
-            copied=pairs,
+            copied=from_model,
             backend=self._backend,
             rules=rules,
             compensations=self._terms(shadows) if rules.compensated else None,
         )
+        if not from_first:
+            return step
+        copy = kernels.prepare([[] for _ in first], [], copied=from_first, backend=self._backend)
+
+        def step_and_copy(weights: Sequence[float]) -> None:
+            step(weights)
+            copy(weights)
+
+        return step_and_copy
 
     def _terms(self, shadows: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
         """The Kahan terms of these shadows, kept until the stream that writes them is done."""
@@ -213,6 +222,19 @@ def _host_averages(kinds: Sequence[Sequence[Row]]) -> list[HostAverage]:
 
 def _rows_of(device: torch.device, rows: Sequence[Row]) -> list[layout.Row]:
     return [(*shadows, source) for shadows, source in rows if source.device == device]
+
+
+def _copies(rows: Sequence[Row]) -> tuple[list[layout.Pair], list[layout.Pair]]:
+    """The pairs to copy in one step, and those to copy after it.
+
+    On the host only the first average copies from the model, and the others from the first: a copy from a device waits
+    for it. On a device one launch makes all copies, in any order.
+    """
+    is_on_host = all(shadows[0].device.type == 'cpu' for shadows, _ in rows)
+    first = [(shadows[0], source) for shadows, source in rows]
+    others = [[(shadow, shadows[0] if is_on_host else source) for shadow in shadows[1:]] for shadows, source in rows]
+    by_average = list(chain.from_iterable(zip(*others, strict=True)))  # what lies side by side is copied in one call
+    return (first, by_average) if is_on_host else (first + by_average, [])
 
 
 def _tensors_on(device: torch.device, rows: Sequence[Row]) -> list[Tensor]:
