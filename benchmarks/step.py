@@ -189,10 +189,10 @@ def _start(names: Sequence[str], train: Training, result: common.Result) -> dict
 
 def _ours(model: nn.Module, *, overlap: bool) -> Hooks:
     from composer_ema import ShadowModel
-    from composer_ema.shadow import follower
+    from composer_ema.shadow import plan
 
     shadow = ShadowModel(model, overlap=overlap)
-    with mock.patch.object(follower, 'WORTH_FORKING', 0):  # however short an update is
+    with mock.patch.object(plan, 'WORTH_FORKING', 0):  # however short an update is
         for _ in range(peers.WARM_UP):
             shadow.update(model, weight=1 - common.SMOOTHING)
     return Hooks(

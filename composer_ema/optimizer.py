@@ -49,8 +49,8 @@ class EMAOptimizer(OptimizerWrapper):
 
     The average starts from the weights before the first step, and from the buffers as the first batch left them. On
     CUDA an update that moves a gibibyte or more runs on a side stream, and is joined before the next step writes: after
-    the closure's first call if there is a closure. Joining does not block the host. Before you write the weights between
-    two steps, call :meth:`wait`.
+    the closure's first call if there is a closure. Joining does not block the host. Before you write the weights
+    between two steps, call :meth:`wait`.
 
     ``param_groups``, ``state`` and ``defaults`` are the wrapped optimizer's own objects, so schedulers, gradient
     scalers and clipping work on either. Two kinds of step are not averaged: one that a ``GradScaler`` skips, and the

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import (
 
 from composer_ema import ShadowModel
 from composer_ema.averages import Equal
-from composer_ema.shadow import follower
+from composer_ema.shadow import plan
 
 pytestmark = pytest.mark.filterwarnings(
     'error',
@@ -393,7 +393,7 @@ def test_a_function_that_fails_on_a_buffer_leaves_counters_as_they_were():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
 def test_on_the_side_stream_a_function_does_what_it_does_in_line(monkeypatch):
-    monkeypatch.setattr(follower, 'WORTH_FORKING', 0)
+    monkeypatch.setattr(plan, 'WORTH_FORKING', 0)
     torch.manual_seed(0)
     model = Net().cuda()
     for functions in FUNCTIONS.values():

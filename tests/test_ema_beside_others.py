@@ -14,8 +14,7 @@ from composer.core import Algorithm, Event
 from torch import nn
 
 from composer_ema import EMA, ShadowModel
-from composer_ema.shadow import follower, offload
-from composer_ema.shadow.stream import WORTH_FORKING
+from composer_ema.shadow import offload, plan
 
 
 def test_after_the_clock_is_set_back_updates_go_on(trainer):
@@ -172,14 +171,14 @@ def test_an_update_beside_training_has_read_the_weights_before_the_optimizer_wri
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
-@pytest.mark.parametrize('worth_forking', [WORTH_FORKING, 0], ids=['in line', 'beside'])
+@pytest.mark.parametrize('worth_forking', [plan.WORTH_FORKING, 0], ids=['in line', 'beside'])
 @pytest.mark.parametrize('precision', ['fp32', 'amp_fp16'])
 def test_on_a_gpu_a_hundred_batches_never_make_the_algorithm_synchronise(
     trainer, precision, worth_forking, monkeypatch
 ):
     """The Trainer itself may: it logs losses. Of float16, the first steps overflow, and the average skips them too."""
 
-    monkeypatch.setattr(follower, 'WORTH_FORKING', worth_forking)
+    monkeypatch.setattr(plan, 'WORTH_FORKING', worth_forking)
 
     class Strict(EMA):
         def apply(self, event, state, logger):

@@ -19,7 +19,7 @@ from torch import nn
 from composer_ema import ShadowModel, kernels
 from composer_ema.kernels import fused, reference
 from composer_ema.kernels.rules import FIRST_PIECE_OF_BUFFERS, PIECE, Rules
-from composer_ema.shadow import follower
+from composer_ema.shadow import plan
 from composer_ema.shadow.stream import SideStream
 
 pytest.importorskip('triton')
@@ -376,6 +376,7 @@ class TestCopies:
             forked.append(len(launches) - before)
 
         monkeypatch.setattr(SideStream, 'is_beside', True)
+        monkeypatch.setattr(plan, 'WORTH_FORKING', 0)
         monkeypatch.setattr(SideStream, 'fork', fork)
         shadow = ShadowModel(net, backend='fused')
         shadow.update(net, smoothing=0.5)
@@ -407,6 +408,7 @@ class TestCopies:
 
         in_line = rounded()
         monkeypatch.setattr(SideStream, 'is_beside', True)
+        monkeypatch.setattr(plan, 'WORTH_FORKING', 0)
         assert all(map(torch.equal, in_line, rounded()))
 
     @pytest.mark.parametrize('lazy', [torch.Tensor.conj, lambda tensor: torch.imag(tensor.conj())], ids=['conj', 'neg'])
@@ -468,7 +470,7 @@ def test_weights_that_stay_are_filled_in_once(kind):
 def test_a_profiler_sees_one_kernel_an_update_and_one_more_for_buffers_beside_training(
     overlap, kernels_expected, monkeypatch
 ):
-    monkeypatch.setattr(follower, 'WORTH_FORKING', 0)
+    monkeypatch.setattr(plan, 'WORTH_FORKING', 0)
     net = batch_norm_net()
     shadow = ShadowModel(net, overlap=overlap)
     for _ in range(2):

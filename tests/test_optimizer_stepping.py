@@ -39,7 +39,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import lr_scheduler
 
 from composer_ema import EMAOptimizer
-from composer_ema.shadow import follower
+from composer_ema.shadow import plan
 
 pytestmark = STRICT
 
@@ -430,7 +430,7 @@ class TestOrder:
     @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
     @pytest.mark.parametrize('with_closure', [False, True])
     def test_on_cuda_an_update_is_late_but_reads_the_weights_of_its_step(self, with_closure, monkeypatch):
-        monkeypatch.setattr(follower, 'WORTH_FORKING', 0)
+        monkeypatch.setattr(plan, 'WORTH_FORKING', 0)
         model = nn.Linear(2048, 2048, bias=False, device='cuda')
         with torch.no_grad():
             model.weight.fill_(0.0)

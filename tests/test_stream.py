@@ -14,11 +14,9 @@ import pytest
 import torch
 from torch import nn
 
-from composer_ema import EMAOptimizer, ShadowModel
-from composer_ema.shadow import follower
-from composer_ema.shadow.follower import Follower
-from composer_ema.shadow.plan import bytes_moved
-from composer_ema.shadow.stream import WORTH_FORKING, SideStream
+from composer_ema import EMAOptimizer, ShadowModel, ShadowModels
+from composer_ema.shadow import plan
+from composer_ema.shadow.stream import SideStream
 
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')]
 
@@ -118,22 +116,27 @@ def test_a_join_on_another_stream_leaves_the_work_pending_for_the_one_that_forke
 
 
 @pytest.mark.parametrize('count', [1, 2])
-@pytest.mark.parametrize('short_of', [0, 1])
-def test_only_an_update_that_moves_a_gibibyte_runs_beside_training(streams, monkeypatch, short_of, count):
-    # Of each parameter, its bfloat16 weights and, read and written, float32 averages.
-    size = -(-WORTH_FORKING // (2 + 8 * count)) - short_of
-    source, shadow = torch.empty(size, dtype=torch.bfloat16, device='meta'), torch.empty(size, device='meta')
-    rows = [((shadow,) * count, source)]
-    moved = bytes_moved(rows, torch.device('meta'))
-    assert moved == size * (2 + 8 * count)
-    assert bytes_moved(rows, CPU) == 0
-    monkeypatch.setattr(follower, 'bytes_moved', lambda *_: moved)
-    monkeypatch.setattr(follower, 'DeviceCounter', lambda _: None)
-    for overlap in (True, False):
-        each = Follower([], overlap=overlap)
-        each._add_device(torch.device('cuda'), [])
-        (stream,) = each._streams.values()
-        assert stream.is_beside == (overlap and not short_of)
+@pytest.mark.parametrize(
+    ('settings', 'size'), [({}, 4), ({'rounding': 'stochastic', 'dtype': 'bfloat16'}, 2)], ids=['nearest', 'stochastic']
+)
+def test_an_update_runs_beside_training_while_its_parameters_are_worth_it(monkeypatch, settings, size, count):
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.BatchNorm1d(4), nn.Linear(4, 2, bias=False))
+    model[2].requires_grad_(False)
+    monkeypatch.setattr(SideStream, 'is_beside', True)
+    shadows = ShadowModels(model, ['a', 'b'][:count], overlap=True, **settings)
+
+    def forks_at(bound: int) -> int:
+        monkeypatch.setattr(plan, 'WORTH_FORKING', bound)
+        shadows._follower.forget_plan()
+        shadows.update(model, smoothing=0.5)
+        return len(shadows._follower.plan.forked_steps)
+
+    # Of each float of the trainable parameters the weights are read, and each average is read and written.
+    of_float = 4 + 2 * size * count
+    moved = (16 + 4 + 4) * of_float
+    assert [forks_at(bound) for bound in (moved, moved + 1)] == [1, 0]
+    model[2].requires_grad_(True)
+    assert [forks_at(bound) for bound in (moved + 1, moved + 8 * of_float + 1)] == [1, 0]
 
 
 def test_the_next_update_waits_for_what_reads_the_average_on_another_stream(streams):
@@ -167,7 +170,7 @@ def test_a_forward_of_the_module_counts_as_reading_when_it_has_ended(monkeypatch
 
 @pytest.fixture
 def device(monkeypatch):
-    monkeypatch.setattr(follower, 'WORTH_FORKING', 0)  # these models are small
+    monkeypatch.setattr(plan, 'WORTH_FORKING', 0)  # these models are small
     device = torch.device('cuda')
     # The first launch of a kernel loads its code, which may wait for the device: do that before the clock runs.
     warm = torch.ones(SIZE, device=device)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -25,10 +25,10 @@ from composer_ema.shadow import loan
 from composer_ema.shadow.counter import DeviceCounter
 from composer_ema.shadow.function import ByFunction
 from composer_ema.shadow.offload import HostAverage
-from composer_ema.shadow.plan import ByWeight, Mover, Plan, Row, Rows, bytes_moved
+from composer_ema.shadow.plan import ByWeight, Mover, Plan, Row, Rows
 from composer_ema.shadow.rounding import RoundingNotice
 from composer_ema.shadow.storage import Storage
-from composer_ema.shadow.stream import WORTH_FORKING, SideStream
+from composer_ema.shadow.stream import SideStream
 from composer_ema.wording import counted
 
 log = logging.getLogger(__name__)
@@ -190,7 +190,7 @@ class Follower:
         parameters, buffers = _rows(parameter_pairs), _rows(buffer_pairs)
         sources = {name: pair[1] for pairs in (*parameter_pairs, *buffer_pairs) for name, pair in pairs.items()}
         for shadows, _ in chain(parameters.values(), buffers.values()):
-            self._add_device(shadows[0].device, parameters.values())
+            self._add_device(shadows[0].device)
         is_averaged = self._storages[0].is_averaged
         averaged = {name: row for name, row in buffers.items() if is_averaged(name)}
         copied = {name: row for name, row in buffers.items() if name not in averaged}
@@ -218,11 +218,10 @@ class Follower:
             listed(kept) or 'none',
         )
 
-    def _add_device(self, device: torch.device, parameters: Collection[Row]) -> None:
+    def _add_device(self, device: torch.device) -> None:
         if device not in self._streams:
             self._skipped[device] = DeviceCounter(device)  # first: threads may come here together
-            is_long = bytes_moved(parameters, device) >= WORTH_FORKING
-            self._streams[device] = SideStream(device, overlap=self.overlap and is_long)
+            self._streams[device] = SideStream(device, overlap=self.overlap)
 
     def _rounded(self) -> set[torch.dtype]:
         """The dtypes of averaged parameters that round to the nearest, and so lose small updates."""

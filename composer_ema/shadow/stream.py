@@ -11,10 +11,6 @@ from typing import Any
 
 import torch
 
-#: Bytes that an update must read and write to be worth a fork and a join: less is done in the time that these cost the
-#: host. An H100 moves a gibibyte in 0.35 ms.
-WORTH_FORKING = 2**30
-
 
 class SideStream:
     """Runs work beside one device's current stream without ever blocking the host.
