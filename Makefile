@@ -118,7 +118,7 @@ bench-memory: $(PEERS) ## what an average keeps, and the peaks beyond it
 bench-reconstruct: $(PEERS) ## averages made after a run, beside the peers': error, disk, time
 	$(BENCH).reconstruct $(BENCH_CPU)
 
-bench-gpu: ## all of it on a GPU in 10 minutes; needs only Python, torch, torchvision and this checkout
+bench-gpu: ## what a GPU can show, in 10 minutes; needs only Python, torch, torchvision and this checkout
 	bash benchmarks/gpu.sh "$(PYTHON)"
 
 clean: ## remove the virtual environment and the caches, never the runs

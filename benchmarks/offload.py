@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks import common, peers
-from benchmarks.step import Hooks, Training
+from benchmarks.step import PRECISIONS, Hooks, Training, set_precision
 from composer_ema import ShadowModel
 
 _WEIGHT = 1 - common.SMOOTHING
@@ -37,12 +37,17 @@ def main(arguments: Sequence[str] | None = None) -> common.Result:
     options.add_argument('--seconds', type=float, default=12.0, help='no round is begun after these, for each')
     parsed = options.parse_args(arguments)
     if torch.device(parsed.device).type != 'cuda':
-        raise SystemExit('an average on the host is beside training only where that runs on a CUDA device.')
-    parsed.channels_last = False
+        options.error(
+            f'benchmarks.offload needs a CUDA device, got {parsed.device}: only there is an average on the host beside '
+            'training. Pass --device cuda.'
+        )
+    for precision in parsed.precision.split(','):
+        if precision not in PRECISIONS:
+            options.error(f'--precision takes {", ".join(PRECISIONS)}, several by commas, got {precision!r}.')
     result = common.start('offload', parsed)
     result.measures = ['ms']
     for name, precision in itertools.product(parsed.models.split(','), parsed.precision.split(',')):
-        torch.backends.cuda.matmul.allow_tf32 = precision == 'tf32'
+        set_precision(precision)
         parsed.precision = precision
         result.rows.extend(measure(name, parsed, result))
         result.save()
@@ -55,10 +60,10 @@ def measure(name: str, parsed: Any, result: common.Result) -> list[dict[str, Any
     """The rows of one model in one precision."""
     train = Training(name, parsed, result.device)
     intervals = [int(part) for part in parsed.intervals.split(',')]
-    hooks = {NONE: Hooks(), ON_DEVICE: _following(train, 'cuda', 1)}
+    hooks = {NONE: Hooks(), ON_DEVICE: _following(train, result.device, 1)}
     for interval in intervals:
-        hooks[f'on the host, {_every(interval)}'] = _following(train, 'cpu', interval)
-    calls = {key: _turn(train, each, parsed.iterations) for key, each in hooks.items()}
+        hooks[f'on the host, {_every(interval)}'] = _following(train, torch.device('cpu'), interval)
+    calls = {key: _turn(train, each, parsed.iterations, result.device) for key, each in hooks.items()}
     for call in calls.values():
         for _ in range(_WARM_UP_TURNS):
             call()
@@ -84,7 +89,7 @@ def _every(interval: int) -> str:
     return 'every batch' if interval == 1 else f'every {interval} batches'
 
 
-def _following(train: Training, device: str, interval: int) -> Hooks:
+def _following(train: Training, device: torch.device, interval: int) -> Hooks:
     shadow, batches = ShadowModel(train.model, device=device, overlap=True), itertools.count(1)
     for _ in range(peers.WARM_UP):
         shadow.update(train.model, weight=_WEIGHT)
@@ -97,18 +102,21 @@ def _following(train: Training, device: str, interval: int) -> Hooks:
     return Hooks(before_step=shadow.wait_for_reads, after_step=update, at_end=shadow.wait)
 
 
-def _turn(train: Training, hooks: Hooks, iterations: int) -> Callable[[], float]:
+def _turn(train: Training, hooks: Hooks, iterations: int, device: torch.device) -> Callable[[], float]:
     """A turn, which returns its milliseconds for each iteration."""
+
+    def finish() -> None:
+        if device.type == 'cuda':
+            torch.cuda.current_stream().synchronize()  # of training alone
 
     def turn() -> float:
         train.iterate(hooks, 1)
-        torch.cuda.current_stream().synchronize()
+        finish()
         began = time.perf_counter()
         train.iterate(hooks, iterations)
-        torch.cuda.current_stream().synchronize()
+        finish()
         ms = (time.perf_counter() - began) * 1e3 / iterations
         hooks.at_end()
-        torch.cuda.synchronize()
         return ms
 
     return turn

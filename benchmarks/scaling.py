@@ -52,6 +52,8 @@ SETTINGS: dict[str, tuple[torch.dtype, dict[str, Any], int]] = {
         6,
     ),
 }
+#: The first of them, with which the others are compared.
+PLAIN_SETTING = 'float32'
 #: Peers of which k instances average beside our k averages.
 PEERS = ('ema-pytorch, use_foreach', 'timm ModelEmaV3')
 #: Bytes for each float that a sweep holds: the weights and one average.
@@ -71,7 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> common.Result:
     options.add_argument('--averages', default='1,2,4,8')
     options.add_argument('--average-floats', type=float, default=25e6, help='floats of each of the averages')
     options.add_argument('--guarded', default='shufflenet_v2_x0_5,resnet50,vit_b_16', help='torchvision models')
-    options.add_argument('--settings', default='resnet50,vit_b_16,vit_l_32', help='likewise; on CUDA devices only')
+    options.add_argument(
+        '--settings', default=None, help='likewise; resnet50, vit_b_16 and vit_l_32 on a GPU, else none'
+    )
     options.add_argument('--ranks', default='1,2,4', help='processes that share a model; none if empty')
     options.add_argument('--rank-floats', type=float, default=48e6, help='floats of the model that they share')
     options.add_argument('--processes', type=int, default=1024, help='to project to')
@@ -79,6 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> common.Result:
     options.add_argument('--rounds', type=int, default=25, help='at most, for each size')
     options.add_argument('--seconds', type=float, default=20.0, help='no round is begun after these, for each size')
     parsed = options.parse_args(arguments)
+    if parsed.settings is None:
+        parsed.settings = 'resnet50,vit_b_16,vit_l_32' if torch.device(parsed.device).type == 'cuda' else ''
     result = common.start('scaling', parsed)
     if result.device.type == 'cuda':
         result.measures = ['ms', 'host_ms', 'device_ms']
@@ -91,9 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> common.Result:
         sweep.averages(count, int(parsed.average_floats))
     for name in filter(None, parsed.guarded.split(',')):
         sweep.guard(name)
-    if result.device.type == 'cuda':
-        for name in filter(None, parsed.settings.split(',')):
-            sweep.settings(name)
+    for name in filter(None, parsed.settings.split(',')):
+        sweep.settings(name)
     sweep.ranks(_numbers(parsed.ranks), int(parsed.rank_floats))
     _show(result)
     return result
@@ -201,11 +206,12 @@ class Sweep:
                 shadow.update(models[dtype], weight=_WEIGHT)
             calls[call] = partial(shadow.update, models[dtype], weight=_WEIGHT)
         rows = {row['call']: row for row in self._measure('settings', name, floats, calls)}
-        plain = rows['float32']['device_ms'] / 12
+        per_byte = {}
         for call, (_, _, bytes_moved) in SETTINGS.items():
             row = rows[call]
-            row.update(bytes=bytes_moved, gb_per_s=bytes_moved * floats / row['device_ms'] / 1e6)
-            row['over_plain'] = row['device_ms'] / bytes_moved / plain
+            per_byte[call] = row.get('device_ms', row['ms']) / bytes_moved
+            row.update(bytes=bytes_moved, gb_per_s=floats / per_byte[call] / 1e6)
+            row['over_plain_per_byte'] = per_byte[call] / per_byte[PLAIN_SETTING]
         self._result.save()
 
     def ranks(self, sizes: Sequence[int], floats: int) -> None:
@@ -300,13 +306,13 @@ def _show(result: common.Result) -> None:
         'parameters': 'number of parameters',
         'averages': 'number of averages, in limits of one',
         'guard': 'skip_nonfinite',
-        'settings': 'settings; over plain: device time for a byte, of that of float32',
+        'settings': 'settings',
         'ranks': f'number of processes; {"time" if on_cuda else "CPU time"} of the slowest, memory in models',
     }
     more = {
         'averages': ['target', 'over_target'],
         'guard': ['over_plain'],
-        'settings': ['bytes', 'gb_per_s', 'over_plain'],
+        'settings': ['bytes', 'gb_per_s', 'over_plain_per_byte'],
         'ranks': ['faster', 'lasting', 'peak'],
     }
     for sweep, title in titles.items():

@@ -30,6 +30,7 @@ _SHORT = {
 }  # fmt: skip
 _DEFAULT = 'none,overlap,inline,optimizer,multi,avg,builtin'
 _SPEEDUPS = {OVERLAPPED: 'speedup_overlapped', IN_LINE: 'speedup_in_line', OPTIMIZER: 'speedup_EMAOptimizer'}
+PRECISIONS = ('fp32', 'tf32', 'amp_bf16', 'bf16')
 _CPU_MODELS = ('squeezenet1_1', 'shufflenet_v2_x0_5', 'resnet18')
 # Iterations in a turn: long enough that the first of them, which nothing overlaps, weighs little.
 _TURN_MS, _MIN_TURN, _MAX_TURN, _MIN_ROUNDS = 150.0, 2, 8, 3
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> common.Result:
     options.add_argument('--models', default=None, help='torchvision names; all 42 published on a GPU, 3 on the CPU')
     options.add_argument('--batch-size', type=int, default=None, help='64 on a GPU, 4 on the CPU')
     options.add_argument('--image-size', type=int, default=224)
-    options.add_argument('--precision', choices=('fp32', 'tf32', 'amp_bf16', 'bf16'), default='fp32')
+    options.add_argument('--precision', choices=PRECISIONS, default='fp32')
     options.add_argument('--channels-last', action='store_true')
     options.add_argument('--rounds', type=int, default=40, help='at most, for each model')
     options.add_argument('--budget-seconds', type=float, default=None, help='for all models; 360 on a GPU, 120 else')
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> common.Result:
     names = parsed.models.split(',') if parsed.models else list(published) if is_cuda else list(_CPU_MODELS)
     parsed.batch_size = parsed.batch_size or (64 if is_cuda else 4)
     parsed.budget_seconds = parsed.budget_seconds or (360.0 if is_cuda else 120.0)
-    torch.backends.cuda.matmul.allow_tf32 = parsed.precision == 'tf32'
+    set_precision(parsed.precision)
 
     result = common.start('step', parsed)
     result.measures = ['times_ms', 'over_none']
@@ -83,6 +84,11 @@ def read_published() -> dict[str, float]:
     with PUBLISHED.open(encoding='utf-8') as file:
         rows = csv.DictReader(line for line in file if not line.startswith('#'))
         return {row['model']: float(row['averaged_model_ms']) / float(row['ema_optimizer_ms']) for row in rows}
+
+
+def set_precision(precision: str) -> None:
+    """Says for the process how CUDA multiplies float32 matrices; cuDNN's convolutions are left as PyTorch has them."""
+    torch.backends.cuda.matmul.allow_tf32 = precision == 'tf32'
 
 
 @dataclass(frozen=True)
@@ -133,7 +139,7 @@ class Training:
 
     def __init__(self, name: str, parsed: Any, device: torch.device) -> None:
         dtype = torch.bfloat16 if parsed.precision == 'bf16' else torch.float32
-        layout = torch.channels_last if parsed.channels_last else torch.contiguous_format
+        layout = torch.channels_last if getattr(parsed, 'channels_last', False) else torch.contiguous_format
         self.model = common.make_model(name, device, dtype).to(memory_format=layout).train()
         size = (parsed.batch_size, 3, parsed.image_size, parsed.image_size)
         self._images = torch.randn(size, device=device, dtype=dtype).to(memory_format=layout)

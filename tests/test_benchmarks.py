@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -156,6 +157,69 @@ def test_scaling_writes_each_sweep_and_leaves_out_what_does_not_fit(tmp_path) ->
     )
     assert plain['over_plain'] == 1
     assert guarded['over_plain'] == pytest.approx(guarded['ms'] / plain['ms'])
+
+
+@pytest.fixture
+def tiny(monkeypatch) -> None:
+    """In place of torchvision's models."""
+    from benchmarks import common
+
+    def make_model(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> nn.Module:
+        layers = nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.LazyLinear(1000)
+        model = nn.Sequential(*layers).to(device)
+        model(torch.zeros(2, 3, 8, 8, device=device))
+        return model.to(dtype)
+
+    monkeypatch.setattr(common, 'make_model', make_model)
+
+
+def test_scaling_compares_settings_by_the_bytes_that_they_move(tiny, tmp_path) -> None:
+    from benchmarks import scaling
+
+    none = ['--tensors', '', '--parameters', '', '--averages', '', '--guarded', '', '--ranks', '']
+    result = run('scaling', tmp_path / 'scaling.json', *none, '--settings', 'tiny', '--rounds', '2')
+    rows = {row['call']: row for row in result['rows']}
+    assert rows.keys() == {scaling.LIMIT, *scaling.SETTINGS}
+    plain, wide = rows[scaling.PLAIN_SETTING], rows['float32, compensated']
+    assert (plain['bytes'], wide['bytes']) == (12, 20)
+    assert plain['over_plain_per_byte'] == 1
+    assert wide['over_plain_per_byte'] == pytest.approx(wide['ms'] / plain['ms'] * 12 / 20)
+    assert wide['gb_per_s'] == pytest.approx(20 * wide['floats'] / wide['ms'] / 1e6)
+
+
+def test_offload_times_each_interval_beside_none_and_averages_meanwhile(tiny, tmp_path, monkeypatch) -> None:
+    from benchmarks import common, offload
+
+    made, build = [], offload.ShadowModel
+    monkeypatch.setattr(offload, 'ShadowModel', lambda *given, **named: made.append(build(*given, **named)) or made[-1])
+    parsed = SimpleNamespace(
+        device='cpu', threads=None, out=tmp_path / 'offload.json', batch_size=2, image_size=8, precision='fp32',
+        intervals='1,3', iterations=5, rounds=2, seconds=1.0,
+    )  # fmt: skip
+    result = common.start('offload', parsed)
+    rows = offload.measure('tiny', parsed, result)
+    assert [row['average'] for row in rows] == [
+        offload.NONE, offload.ON_DEVICE, 'on the host, every batch', 'on the host, every 3 batches'
+    ]  # fmt: skip
+    assert all(row['ms'] > 0 and row['rounds'] == 2 for row in rows)
+    assert rows[0]['over_none'] == 1
+    # Three updates and a turn to warm up, and a turn each round, of 1 + 5 iterations.
+    assert [shadow.num_updates for shadow in made] == [3 + 18, 3 + 18, 3 + 18 // 3]
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['--device', 'cpu'], r'needs a CUDA device, got cpu: .*Pass --device cuda\.'),
+        (['--device', 'cuda', '--precision', 'tf32,tf16'], r"--precision takes fp32, .*got 'tf16'"),
+    ],
+)
+def test_offload_refuses_what_it_cannot_measure_before_it_begins(arguments, message, capsys) -> None:
+    from benchmarks import offload
+
+    with pytest.raises(SystemExit):
+        offload.main(arguments)
+    assert re.search(message, ' '.join(capsys.readouterr().err.split()))
 
 
 @pytest.mark.slow

@@ -395,7 +395,7 @@ class TestAShadow:
     def test_every_reader_waits(self, read):
         model = self._model()
         shadow = ShadowModel(model, overlap=True)
-        shadow.resolve(model, joining=True)  # so that the next update only runs
+        shadow.resolve(model, joining=True)
         gate = Gate(shadow._follower.plan.host_averages[0], '_run')
         nn.init.constant_(model[0].weight, 5.0)
         shadow.update(model, smoothing=0.0)
@@ -417,7 +417,7 @@ class TestAShadow:
     def test_what_the_thread_cannot_do_runs_in_line(self, options):
         model = self._model()
         shadow = ShadowModel(model, **{'overlap': True, **options})
-        shadow.resolve(model, joining=True)  # so that the next update only runs
+        shadow.resolve(model, joining=True)
         assert shadow._follower.plan.host_averages == []
 
     def test_the_optimizer_lets_the_sources_be_read_before_it_writes_them(self):
@@ -481,7 +481,7 @@ class TestCuda:
 
     def test_within_two_chunks_neither_update_nor_the_wait_for_reads_makes_the_host_wait(self, model):
         shadow = ShadowModel(model, device='cpu', overlap=True)
-        shadow.resolve(model, joining=True)  # so that the next update only runs
+        shadow.resolve(model, joining=True)
         torch.cuda._sleep(SLEEP_CYCLES)
         began = time.perf_counter()
         shadow.update(model, smoothing=0.5)
@@ -493,7 +493,7 @@ class TestCuda:
 
     def test_the_update_sees_the_model_as_the_current_stream_will_have_left_it(self, model):
         shadow = ShadowModel(model, device='cpu', overlap=True)
-        shadow.resolve(model, joining=True)  # so that the next update only runs
+        shadow.resolve(model, joining=True)
         torch.cuda._sleep(SLEEP_CYCLES)
         with torch.no_grad():
             model[0].weight.fill_(7)
@@ -509,6 +509,6 @@ class TestCuda:
 
     def test_copies_go_to_pinned_memory(self, model):
         shadow = ShadowModel(model, device='cpu', overlap=True)
-        shadow.resolve(model, joining=True)  # so that the next update only runs
+        shadow.resolve(model, joining=True)
         (average,) = shadow._follower.plan.host_averages
         assert all(view.is_pinned() for chunk in [*average._chunks, *average._buffers] for view in chunk.copies)

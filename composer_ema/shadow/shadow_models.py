@@ -97,8 +97,9 @@ class ShadowModels(Mapping[str, ShadowModel]):
 
         shadows[label] += (1 - smoothing[label]) * (source - shadows[label])
 
-    It looks at the model once and reads each weight once; on CUDA it is one launch. The results are those of separate
-    shadows, to the bit, except that ``rounding='stochastic'`` gives each average random bits of its own.
+    It looks at the model once and reads each weight once; on CUDA it is one launch, or two if parameters run beside
+    training. The results are those of separate shadows, to the bit, except that ``rounding='stochastic'`` gives each
+    average random bits of its own.
 
     The averages track the same tensors, with the same settings. What lends, reads, saves or measures one average are
     the methods of the :class:`ShadowModel`: ``shadows['long'].swapped(model)``,
@@ -172,7 +173,8 @@ class ShadowModels(Mapping[str, ShadowModel]):
         return self._first.has_function
 
     def update(self, model: nn.Module, smoothing: Shares | None = None, *, weight: Shares | None = None) -> None:
-        """Moves every average towards ``model``. Runs on the current stream, parameters beside it with ``overlap``.
+        """Moves every average towards ``model``. Runs on the current stream; with ``overlap``, a long update of
+        parameters beside it.
 
         With ``avg_fn`` or ``multi_avg_fn`` give neither share: the function decides, for each average by its own number
         of updates.
