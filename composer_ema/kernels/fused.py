@@ -34,7 +34,7 @@ _MENDED = 8
 # where these are compensated k addresses of their Kahan terms.
 # A row that is copied has its target in the first of the k addresses.
 _HEAD = 3
-# Warps of a program. On an H100 two to sixteen take equally long, except where bits are drawn: there four take 5 % less.
+# Warps of a program. On an H100 two to sixteen take equally long, but where bits are drawn, four take 5 % less.
 _NUM_WARPS, _NUM_WARPS_DRAWING = 8, 4
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 PIECE = 4096
 #: First piece of the buffers of a model, where their step is not that of its parameters. A launch has fewer rows.
 FIRST_PIECE_OF_BUFFERS = 2**31
-#: Places that share one call of Philox: its four words give each 16 bits, the lower half of a word before the upper. The
-#: kernel has this number built in.
+#: Places that share one call of Philox: its four words give each 16 bits, the lower half of a word before the upper.
+#: The kernel has this number built in.
 GROUP = 8
 #: Rounds of Philox. With seven, it passes the statistical tests of its authors.
 PHILOX_ROUNDS = 7
