@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from composer_ema import ShadowModel, kernels
-from composer_ema.kernels.layout import BUNDLE, SMALL, flat, packed, side_by_side, split_bundles
+from composer_ema.kernels.layout import BUNDLE, SMALL, Scratch, flat, packed, side_by_side, split_bundles
 
 SHAPES = st.one_of(
     st.tuples(),
@@ -156,3 +156,10 @@ class TestInAShadow:
             shadow.update(module, smoothing=0.75)
         for one, two in zip(shadows[0].parameters(), shadows[1].parameters(), strict=True):
             assert torch.equal(one, two)
+
+
+def test_a_scratch_that_grows_takes_along_what_was_taken_before():
+    scratch, cpu = Scratch(), torch.device('cpu')
+    small, large = (scratch.take(size, torch.float32, cpu) for size in (3, 10**6))
+    assert scratch.take(3, torch.float64, cpu).data_ptr() != small.data_ptr() == large.data_ptr()
+    assert [len(each) for each in (small, large)] == [3, 10**6]

@@ -1,4 +1,4 @@
-"""An average on the host beside training: exact, never late, and in no more memory than two chunks.
+"""An average on the host beside training: exact, never late, and in no more memory than two chunks and a scratch.
 
 Without a CUDA device the same code runs with plain copies: threads, chunks and errors are what is tested then. The
 tests marked ``gpu`` add streams and pinned memory.
@@ -151,6 +151,24 @@ def test_the_weights_are_those_that_it_was_called_with():
     gate.open()
     average.wait()
     assert shadows[0].tolist() == [1, 1, 1]
+
+
+@for_one_and_three
+def test_weights_of_16_bits_are_cast_in_one_scratch_whatever_the_number_of_chunks(count, monkeypatch):
+    written, copy_ = {}, torch._foreach_copy_
+
+    def noting(targets, *args, **kwargs):
+        written.update({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in targets})
+        return copy_(targets, *args, **kwargs)
+
+    monkeypatch.setattr(torch, '_foreach_copy_', noting)
+    sources = [torch.ones(size, dtype=torch.bfloat16) for size in (3, 1000, 7)]
+    sets = [[torch.zeros(source.shape) for source in sources] for _ in range(count)]
+    average = HostAverage(list(zip(*sets, sources, strict=True)), [], [], chunk=16)
+    average.update([0.5] * count)
+    average.wait()
+    assert sorted(written.values()) == [16 * 2, 16 * 2, 16 * 4]
+    assert all(shadow.eq(0.5).all() for shadow in chain(*sets))
 
 
 @for_one_and_three

@@ -19,6 +19,7 @@ from composer_ema.kernels.backend import Steps
 from composer_ema.kernels.layout import (
     Pair,
     Row,
+    Scratch,
     as_part,
     can_be_bundled,
     carve,
@@ -135,12 +136,13 @@ def _copies(copied: Sequence[Pair]) -> Iterator[Callable[[], object]]:
 def _calls(
     shadow_sets: Sequence[Sequence[Tensor]], sources: Sequence[Tensor], rules: Rules, are_mended: Sequence[bool]
 ) -> Iterator[Steps]:
+    scratch = rules.scratch or Scratch()
     rows: list[tuple[Row, bool]] = list(zip(zip(*shadow_sets, sources, strict=True), are_mended, strict=True))
     for (kinds, is_mended), group in grouped(rows, _kinds).items():
         for kind in dict.fromkeys(kinds):
             which = [number for number, other in enumerate(kinds) if other == kind]
             of_kind = [(*(row[number] for number in which), row[-1]) for row, _ in group]
-            for chunk in _chunks(of_kind, kind, is_guarded=rules.skip_nonfinite):
+            for chunk in _chunks(of_kind, kind, scratch, is_guarded=rules.skip_nonfinite):
                 yield _call(chunk, which, rules, is_mended)
 
 
@@ -153,14 +155,16 @@ def _kind(shadow: Tensor, source: Tensor) -> tuple[torch.device, torch.dtype, bo
     return shadow.device, shadow.dtype, shadow.dtype == source.dtype and shadow.device == source.device
 
 
-def _chunks(rows: list[Row], kind: tuple[torch.device, torch.dtype, bool], *, is_guarded: bool) -> Iterator[_Chunk]:
+def _chunks(
+    rows: list[Row], kind: tuple[torch.device, torch.dtype, bool], scratch: Scratch, *, is_guarded: bool
+) -> Iterator[_Chunk]:
     device, dtype, is_alike = kind
     limit = _CHUNK_CPU if device.type == 'cpu' else _CHUNK_ACCELERATOR
     if not is_alike:
-        yield from _through_scratch(rows, device, dtype, limit)
+        yield from _through_scratch(rows, scratch, device, dtype, limit)
         return
     bundles, singles = split_bundles(rows)
-    yield from _gathered(bundles, dtype)
+    yield from _gathered(bundles, scratch)
     # Chunks serve the cache of a CPU, and only where a source is read more than once.
     has_turns = device.type == 'cpu' and (len(rows[0]) > 2 or is_guarded)
     chunks = packed(_cut(singles, limit), _size, limit) if has_turns else [singles]
@@ -186,23 +190,24 @@ def _cut(rows: Sequence[Row], limit: int) -> Iterator[Row]:
         yield from pieces(row, limit) if _size(row) > limit else (row,)
 
 
-def _gathered(bundles: list[tuple[list[Tensor], list[Tensor]]], dtype: torch.dtype) -> Iterator[_Chunk]:
-    scratch = torch.empty(max((firsts[0].numel() for firsts, _ in bundles), default=0), dtype=dtype)
+def _gathered(bundles: list[tuple[list[Tensor], list[Tensor]]], scratch: Scratch) -> Iterator[_Chunk]:
     for shadows, parts in bundles:
-        gathered = [scratch[: shadows[0].numel()]]
+        gathered = [scratch.take(shadows[0].numel(), shadows[0].dtype, shadows[0].device)]
         read = partial(torch.cat, parts, out=gathered[0])
         yield _Chunk([[shadow] for shadow in shadows], gathered, read, gathered, gathered)
 
 
-def _through_scratch(rows: list[Row], device: torch.device, dtype: torch.dtype, limit: int) -> Iterator[_Chunk]:
+def _through_scratch(
+    rows: list[Row], scratch: Scratch, device: torch.device, dtype: torch.dtype, limit: int
+) -> Iterator[_Chunk]:
     cut = [piece for row in rows for piece in pieces(tuple(detached(row)), limit)]
     chunks = list(packed(cut, _size, limit))
-    scratch = torch.empty(max(sum(map(_size, chunk)) for chunk in chunks), device=device, dtype=dtype)
+    memory = scratch.take(max(sum(map(_size, chunk)) for chunk in chunks), dtype, device)
     for chunk in chunks:
         *averages, originals = columns(chunk)
-        casts = carve(scratch, averages[0])
+        casts = carve(memory, averages[0])
         read = partial(torch._foreach_copy_, casts, originals)
-        yield _Chunk(averages, casts, read, originals, [scratch[: sum(map(_size, chunk))]])
+        yield _Chunk(averages, casts, read, originals, [memory[: sum(map(_size, chunk))]])
 
 
 def _size(row: Row) -> int:

@@ -28,6 +28,23 @@ SMALL = 2**11
 BUNDLE = 2**15
 
 
+class Scratch:
+    """Memory for what a step writes and reads within one call, so that all its calls can take the same.
+
+    Other steps can share it if no two of them run at the same time.
+    """
+
+    def __init__(self) -> None:
+        self._memory: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def take(self, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Returns a vector of ``size`` elements, whose memory it shares with all others of its dtype and device."""
+        memory = self._memory.setdefault((device, dtype), torch.empty(0, dtype=dtype, device=device))
+        if memory.numel() < size:
+            memory.resize_(size)  # vectors that were taken before are views, and move with it
+        return memory[:size]
+
+
 def flat(tensor: Tensor) -> Tensor | None:
     """Returns a flat view in memory order, or None if the tensor has gaps or overlaps itself."""
     outermost_first = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from composer_ema.kernels.layout import Scratch
+
 #: Elements in a piece of a tensor. Random bits are counted by piece and group of places in it, so that all backends
 #: draw the same bits.
 PIECE = 4096
@@ -21,7 +23,7 @@ PHILOX_ROUNDS = 7
 
 @dataclass(frozen=True)
 class Rules:
-    """How an update guards and rounds elements.
+    """How an update guards and rounds elements, and what it shares with other updates.
 
     Attributes:
         skip_nonfinite: where a source is NaN or infinite, leave the averages of that element alone and count it.
@@ -36,6 +38,8 @@ class Rules:
             no small update is lost.
         skipped: int64 scalar on the averages' device, to which skipped elements are added without synchronising.
             Default: they are not counted.
+        scratch: what the foreach backend casts sources in, shared with steps that never run at the same time. Default:
+            the step has its own.
     """
 
     skip_nonfinite: bool = False
@@ -45,6 +49,7 @@ class Rules:
     first_piece: int = 0
     compensated: bool = False
     skipped: Tensor | None = None
+    scratch: Scratch | None = None
 
 
 def is_inexact(tensor: Tensor) -> bool:
