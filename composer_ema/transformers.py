@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 
 # Where the Trainer evaluates and predicts: evaluate() and predict() call one or the other.
 _LOOPS = ('evaluation_loop', 'prediction_loop')
-# Among what the Trainer logs every ``logging_steps``, and nowhere else.
+# In each row that the Trainer logs while its control says ``should_log``.
 _LOSS = 'loss'
 # The prefixes of the metrics of evaluate() and of predict().
 _EVAL, _TEST = 'eval', 'test'
@@ -372,10 +372,15 @@ class WeightAverage(Door, TrainerCallback):
         """``Trainer.log`` with the averages beside the loss. By ``on_log`` the row is in the history already."""
         owner = self._trainer
 
+        def is_of_trainer(logs: dict[str, float]) -> bool:
+            # A subclass may log a loss of its own in one process only, but measuring shards takes every process.
+            trainer = owner()
+            return self._trainer is owner and trainer is not None and trainer.control.should_log and _LOSS in logs
+
         @functools.wraps(log)
         def with_averages(logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
             model = self._keeper.averages.live
-            if self._is_log_due and _LOSS in logs and self._trainer is owner and model is not None:
+            if self._is_log_due and model is not None and is_of_trainer(logs):
                 logs.update(self._keeper.measured(model))
                 self._is_log_due = False
             return log(logs, *args, **kwargs)

@@ -25,6 +25,7 @@ from transformers import (
     EarlyStoppingCallback,
     GPT2Config,
     GPT2LMHeadModel,
+    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -447,6 +448,22 @@ class TestLogs:
         assert 'b/smoothing' not in row
         expected = distance(averaged(average, 'a'), weights(trainer.model))
         assert row['a/relative_distance'] == pytest.approx(expected, rel=1e-4)
+
+    def test_they_are_in_no_row_that_a_subclass_logs(self, tmp_path):
+        # It may do so in one process only, but measuring shards takes every process.
+        class Logging(Trainer):
+            def compute_loss(self, *args, **kwargs):
+                self.log({'loss': 0.0, 'own': 1.0})
+                return super().compute_loss(*args, **kwargs)
+
+        trainer = build(
+            tmp_path, WeightAverage('2ba', log_interval='1ba'), kind=Logging, save_strategy='no', eval_strategy='no',
+            logging_strategy='steps', logging_steps=3,
+        )  # fmt: skip
+        trainer.train()
+        rows = [row for row in trainer.state.log_history if 'ema/num_updates' in row]
+        assert [row['step'] for row in rows] == [3, 6]
+        assert not any('own' in row for row in rows)
 
     def test_what_a_run_has_not_shown_is_in_no_row_of_another(self, tmp_path):
         average = WeightAverage('2ba', log_interval='6ba')
