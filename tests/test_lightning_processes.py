@@ -23,8 +23,7 @@ def test_two_processes_average_save_and_go_on_to_the_same_bits(kind, tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
     [line] = [line for line in done.stdout.splitlines() if line.startswith('{')]
     found = json.loads(line)
-    rows = 7 if kind == 'ddp' else 4
-    assert (found.pop('held by rank 0'), found.pop('updates')) == ([rows, 5], 12)
+    assert (found.pop('held by rank 0'), found.pop('updates')) == ([4, 5], 12)
     if kind != 'ddp':
         assert found.pop("Lightning's own").startswith('FSDP does not support deepcopy')
     assert found == dict.fromkeys(found, True)

@@ -261,7 +261,9 @@ class WeightAverage(Door, Callback):
     def _update_and_log(self, unit: str, module: nn.Module) -> None:
         look, trainer = Look(self._run), self._run.trainer
         self._keeper.after(unit, module, look, is_skipped=self._steps.skipped)
-        if not trainer.loggers or not self._keeper.is_log_due(unit, look):
+        # Measuring shards takes every process, and one of them may have the only logger.
+        is_needed = trainer.loggers or trainer.world_size > 1
+        if not is_needed or not self._keeper.is_log_due(unit, look):
             return
         prefix = '' if self.name is None else f'{self.name}/'
         metrics = {f'{prefix}{name}': value for name, value in self._keeper.measured(module).items()}

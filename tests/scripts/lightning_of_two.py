@@ -14,6 +14,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -74,14 +75,14 @@ def average_of(callback: WeightAverage) -> dict[str, Tensor]:
     return wholes(callback.shadow().lent_tensors())
 
 
-def fit(kind: str, *callbacks: Any, epochs: int = 3, ckpt_path: Path | None = None) -> Any:
+def fit(kind: str, *callbacks: Any, epochs: int = 3, ckpt_path: Path | None = None, logger: Any = False) -> Any:
     strategy: Any = 'ddp'
     if kind != 'ddp':
         strategy = ModelParallelStrategy(2, 1, save_distributed_checkpoint=kind == 'folder')
     generator = torch.Generator().manual_seed(0)
     data = TensorDataset(torch.randn(48, 5, generator=generator), torch.randn(48, 3, generator=generator))
     trainer = pl.Trainer(
-        accelerator='cpu', devices=2, strategy=strategy, callbacks=list(callbacks), max_epochs=epochs, logger=False,
+        accelerator='cpu', devices=2, strategy=strategy, callbacks=list(callbacks), max_epochs=epochs, logger=logger,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     module = Module(sharded=kind != 'ddp')
@@ -92,7 +93,9 @@ def fit(kind: str, *callbacks: Any, epochs: int = 3, ckpt_path: Path | None = No
 def main(kind: str, folder: Path) -> None:
     trainer, alone = fit(kind)
     weights = wholes(dict(alone.named_parameters()))
-    trainer, beside = fit(kind, callback := WeightAverage('18sp'))
+    logger = DummyLogger() if trainer.is_global_zero else False
+    # Both processes measure the shards, although one of them has no logger.
+    trainer, beside = fit(kind, callback := WeightAverage('18sp', shard_over_ranks=kind == 'ddp'), logger=logger)
     average, shard = average_of(callback), callback.shadow().lent_tensors()['net.0.weight']
     found = {
         'untouched': same(weights, wholes(dict(beside.named_parameters()))),
