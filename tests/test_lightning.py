@@ -358,6 +358,15 @@ class TestLogs:
         callback.load_state_dict(callback.state_dict())
         assert callback._keeper.progress() == {'ema/num_updates': STEPS}
 
+    @pytest.mark.filterwarnings('ignore:Be aware that when using `ckpt_path`')
+    def test_an_epoch_is_not_shown_again_when_a_checkpoint_of_its_validation_is_resumed(self, tmp_path):
+        in_validation = ModelCheckpoint(tmp_path, save_top_k=-1, filename='{step}', save_on_train_epoch_end=False)
+        fit(WeightAverage(HALF_LIFE), in_validation, enable_checkpointing=True)
+        for step, shown in ((BATCHES, [STEPS]), (STEPS, [])):
+            rows = Rows()
+            fit(WeightAverage(HALF_LIFE), logger=rows, ckpt_path=tmp_path / f'step={step}.ckpt')
+            assert [row['ema/num_updates'] for _, row in rows.rows] == shown
+
     def test_an_epoch_that_the_module_cuts_short_is_shown_once(self):
         rows, module = Rows(), Module()
         module.on_train_batch_start = lambda batch, index: -1 if index == 4 else None

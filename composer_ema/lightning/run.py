@@ -67,12 +67,13 @@ class LightningRun:
     def begin(self) -> None:
         """Training starts, or goes on."""
         self._started, self._processed = self._batches.total.started, self._batches.total.processed
-        self._epochs = self.trainer.current_epoch
         self._replicas = (self.trainer.distributed_sampler_kwargs or {}).get('num_replicas', 1)
         if self._now is None or self._now['ba'] != self.trainer.global_step:  # no state of this moment was loaded
             epochs = self.trainer.fit_loop.epoch_progress.current
             self._samples = 0
             self._now = self._before = self._read(is_in_epoch=epochs.ready > epochs.completed)
+        # A checkpoint from the validation after an epoch has that epoch on our clock, but not yet on Lightning's.
+        self._epochs = max(self.trainer.current_epoch, math.floor(self._now['ep']))
 
     def begin_batch(self, batch: Any) -> None:
         """A batch is about to be trained on."""
