@@ -38,6 +38,7 @@ def update(
             ALIGNED, PIECE, ROUNDS, COMPENSATED,
         )  # fmt: skip
     if STOCHASTIC:
+        tl.debug_barrier()  # until all of this program's warps have read how many have finished
         tl.atomic_add(control + 2, 1)
 
 

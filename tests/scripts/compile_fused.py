@@ -46,6 +46,9 @@ def main(architecture: int) -> None:
             # No load waits behind the barrier of a sum: that took an H100 a fifth of the time of an update.
             if guard and not copies:  # copies have barriers of their own
                 assert compiled.asm['ptx'].rindex('ld.global.v4') < compiled.asm['ptx'].index('bar.sync'), options
+        # No warp of a program may read the counter after the program has raised it.
+        if stochastic:
+            assert 0 < compiled.asm['ptx'].rfind('bar.sync') < compiled.asm['ptx'].rindex('atom.global'), options
         # Each call of Philox serves a group of elements, once in whole pieces and once in others.
         if stochastic and averages == 1 and shadow == 1:
             calls = 2 * PIECE // GROUP // (32 * num_warps)
