@@ -167,6 +167,8 @@ class WeightAverage(Door, Callback):
         self._run, self._steps = LightningRun(), Steps()
         #: The module that the averages are of.
         self._module: weakref.ref[nn.Module] | None = None
+        #: Whether any process of the run has a logger.
+        self._is_logged = False
 
     @property
     def state_key(self) -> str:
@@ -195,6 +197,8 @@ class WeightAverage(Door, Callback):
                 f'the module still held an average, and is given its weights back: {listed(left_in)}.', stacklevel=2
             )
         self._run.begin()
+        # Measuring is collective where tensors are sharded, and the processes may differ in their loggers.
+        self._is_logged = trainer.strategy.reduce_boolean_decision(bool(trainer.loggers), all=False)
         limits.check_times(self._keeper.limits(self._run), self._run)
         self._follow(pl_module)
         self._keeper.begin(pl_module, self._run, kind=type(self).__name__)
@@ -261,9 +265,7 @@ class WeightAverage(Door, Callback):
     def _update_and_log(self, unit: str, module: nn.Module) -> None:
         look, trainer = Look(self._run), self._run.trainer
         self._keeper.after(unit, module, look, is_skipped=self._steps.skipped)
-        # Measuring shards takes every process, and one of them may have the only logger.
-        is_needed = trainer.loggers or trainer.world_size > 1
-        if not is_needed or not self._keeper.is_log_due(unit, look):
+        if not self._is_logged or not self._keeper.is_log_due(unit, look):
             return
         prefix = '' if self.name is None else f'{self.name}/'
         metrics = {f'{prefix}{name}': value for name, value in self._keeper.measured(module).items()}

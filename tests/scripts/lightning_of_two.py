@@ -7,6 +7,8 @@ by FSDP2 and say how a checkpoint is saved.
 from __future__ import annotations
 
 import json
+import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -63,6 +65,22 @@ class SavingInValidation(pl.Callback):
             trainer.save_checkpoint(self.path)
 
 
+class Rows(Logger):
+    """What a process logs of its averages."""
+
+    name = version = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[dict[str, float]] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        del step
+        self.rows.append(metrics)
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None: ...
+
+
 def wholes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: whole(tensor.detach()).clone() for name, tensor in tensors.items()}
 
@@ -73,6 +91,13 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 def average_of(callback: WeightAverage) -> dict[str, Tensor]:
     return wholes(callback.shadow().lent_tensors())
+
+
+def shows(rows: Rows, average: dict[str, Tensor], weights: dict[str, Tensor]) -> bool:
+    """Whether the last row says how far the average is from the weights."""
+    average, weights = (torch.cat([each[name].flatten() for name in weights]) for each in (average, weights))
+    distance = float((average - weights).norm() / weights.norm())
+    return math.isclose(rows.rows[-1]['ema/relative_distance'], distance, rel_tol=1e-4)
 
 
 def fit(kind: str, *callbacks: Any, epochs: int = 3, ckpt_path: Path | None = None, logger: Any = False) -> Any:
@@ -93,20 +118,25 @@ def fit(kind: str, *callbacks: Any, epochs: int = 3, ckpt_path: Path | None = No
 def main(kind: str, folder: Path) -> None:
     trainer, alone = fit(kind)
     weights = wholes(dict(alone.named_parameters()))
-    logger = DummyLogger() if trainer.is_global_zero else False
-    # Both processes measure the shards, although one of them has no logger.
-    trainer, beside = fit(kind, callback := WeightAverage('18sp', shard_over_ranks=kind == 'ddp'), logger=logger)
+    callback = WeightAverage('18sp', shard_over_ranks=kind == 'ddp')
+    trainer, beside = fit(kind, callback, logger=(rows := Rows()))
     average, shard = average_of(callback), callback.shadow().lent_tensors()['net.0.weight']
     found = {
         'untouched': same(weights, wholes(dict(beside.named_parameters()))),
         'held by rank 0': list(shard.to_local().shape if is_shard(shard) else shard.shape),
         'updates': callback.shadow().num_updates,
+        'logged': shows(rows, average, weights),
     }
     path = folder / 'saved.ckpt'
     saving = SavingInValidation(path)
-    trainer, partly = fit(kind, callback := WeightAverage('18sp'), saving, epochs=1)
+    # The processes may differ in their loggers: Lightning's launcher has numbered all of them but the first.
+    rows = Rows() if os.environ.get('LOCAL_RANK', '0') == '0' else False
+    callback = WeightAverage('18sp', shard_over_ranks=kind == 'ddp')
+    trainer, partly = fit(kind, callback, saving, epochs=1, logger=rows)
     found['seen'] = same(saving.seen, average_of(callback))
     at_that_time, saved = wholes(dict(partly.named_parameters())), average_of(callback)
+    if trainer.is_global_zero:
+        found['logged on rank 0'] = shows(rows, saved, at_that_time)
     trainer, resumed = fit(kind, callback := WeightAverage('18sp'), ckpt_path=path)
     found['resumed weights'] = same(weights, wholes(dict(resumed.named_parameters())))
     found['resumed average'] = same(average, average_of(callback))
