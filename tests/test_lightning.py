@@ -329,6 +329,7 @@ class TestLogs:
             assert row == {
                 'ema/smoothing': pytest.approx(2 ** (-1 / 3)),
                 'ema/num_updates': step + 1,
+                'epoch': step // BATCHES,
                 'ema/relative_distance': pytest.approx(distance(watching.found[step], module.trained[step]), rel=1e-4),
             }
 
@@ -350,7 +351,7 @@ class TestLogs:
         averages = WeightAverage(half_life={'short': '2ba'}, average={'all': 'equal'}, skip_nonfinite=True, name='a')
         fit(averages, logger=rows)
         of_label = {f'a/{label}/{what}' for label in ('short', 'all') for what in ('num_updates', 'relative_distance')}
-        assert rows.rows[-1][1].keys() == {*of_label, 'a/short/smoothing', 'a/ema/skipped_elements'}
+        assert rows.rows[-1][1].keys() == {*of_label, 'a/short/smoothing', 'a/ema/skipped_elements', 'epoch'}
 
     def test_the_smoothing_is_that_of_an_update_since_the_state_was_loaded(self, run):
         callback = copy.deepcopy(run.callback)

@@ -269,6 +269,7 @@ class WeightAverage(Door, Callback):
             return
         prefix = '' if self.name is None else f'{self.name}/'
         metrics = {f'{prefix}{name}': value for name, value in self._keeper.measured(module).items()}
+        metrics['epoch'] = trainer.current_epoch  # as in the rows that Lightning writes
         for logger in trainer.loggers:  # at the step of what the module logs
             logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
 
