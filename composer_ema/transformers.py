@@ -53,6 +53,8 @@ _LOOPS = ('evaluation_loop', 'prediction_loop')
 _LOSS = 'loss'
 # The prefixes of the metrics of evaluate() and of predict().
 _EVAL, _TEST = 'eval', 'test'
+#: The log interval where nobody asks for one.
+_LOG_INTERVAL = '0.05dur'
 _TAKE_IT = "For that of a checkpoint: model.load_state_dict(load_average('checkpoint-500', model))."
 
 
@@ -127,7 +129,7 @@ class WeightAverage(Door, TrainerCallback):
         warmup: float | Mapping[str, float] | None = None,
         bias_correction: bool | Mapping[str, bool] = False,
         evaluate_with: Mapping[str, str] | None = None,
-        log_interval: str | None = '0.05dur',
+        log_interval: str | None = _LOG_INTERVAL,
         **settings: Unpack[TrainerSettings],
     ) -> None:
         self._keeper = keeper_of(
@@ -136,6 +138,7 @@ class WeightAverage(Door, TrainerCallback):
             ema_start=ema_start,
             update_interval=update_interval,
             log_interval=log_interval,
+            default_log_interval=_LOG_INTERVAL,
             half_life=half_life,
             smoothing=smoothing,
             power=power,

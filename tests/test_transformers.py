@@ -465,6 +465,12 @@ class TestLogs:
         assert [row['step'] for row in rows] == [3, 6]
         assert not any('own' in row for row in rows)
 
+    def test_an_interval_longer_than_the_run_is_warned_of_also_if_it_is_the_default_elsewhere(self, tmp_path):
+        options = {'max_steps': 2, 'save_strategy': 'no', 'logging_strategy': 'steps', 'logging_steps': 1}
+        trainer = build(tmp_path, WeightAverage('2ba', log_interval='1ep'), **options)
+        with pytest.warns(UserWarning, match="log_interval='1ep' is longer than the run of .*: no distance will be"):
+            trainer.train()
+
     def test_what_a_run_has_not_shown_is_in_no_row_of_another(self, tmp_path):
         average = WeightAverage('2ba', log_interval='6ba')
         options = {'save_strategy': 'no', 'eval_strategy': 'no', 'logging_strategy': 'steps', 'logging_steps': 4}

@@ -59,6 +59,8 @@ else:
 _STAGES = ('validate', 'test', 'predict')
 _LOADER = re.compile(r'dataloader_idx_\d+', re.ASCII)
 _REPR, _RUN = 'repr', 'run'
+#: The log interval where nobody asks for one.
+_LOG_INTERVAL = '1ep'
 _PASS_IT = 'Pass ckpt_path to the Trainer for the average of a checkpoint, or the module that was trained.'
 
 
@@ -143,7 +145,7 @@ class WeightAverage(Door, Callback):
         warmup: float | Mapping[str, float] | None = None,
         bias_correction: bool | Mapping[str, bool] = False,
         evaluate_with: Mapping[str, str] | None = None,
-        log_interval: str | Span | None = '1ep',
+        log_interval: str | Span | None = _LOG_INTERVAL,
         name: str | None = None,
         **settings: Unpack[TrainerSettings],
     ) -> None:
@@ -154,6 +156,7 @@ class WeightAverage(Door, Callback):
             ema_start=ema_start,
             update_interval=update_interval,
             log_interval=log_interval,
+            default_log_interval=_LOG_INTERVAL,
             half_life=half_life,
             smoothing=smoothing,
             power=power,

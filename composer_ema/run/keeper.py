@@ -48,6 +48,7 @@ class Keeper:
         interval: between two updates.
         settings: which tensors are averaged and how.
         log_interval: between two measurements of the distance. Default: None, none is measured.
+        default_log_interval: time string of the interval where nobody asks for one.
         hidden: as ``kept``, of averages that are updated and saved beside the others, and not used. Default: none.
 
     Attributes:
@@ -66,11 +67,13 @@ class Keeper:
         interval: Interval,
         settings: Settings,
         log_interval: Interval | None = None,
+        default_log_interval: str,
         hidden: Mapping[str, Kept] = {},
     ) -> None:
         self.name, self.kept, self.arguments = name, dict(kept), dict(arguments)
         self.start, self.interval, self.settings = start, interval, settings
         self.log_interval = log_interval
+        self._default_log_interval = default_log_interval
         self.averages = Averages(kept, settings, hidden=hidden)
         self.has_started = False
         self._compared = compared
@@ -104,9 +107,13 @@ class Keeper:
             Limit(self.start, 'no average will be kept'),
         ]
         if self.log_interval is not None:
-            is_default = str(self.log_interval.span) == '1ep'
-            found.append(Limit(self.log_interval, None if is_default else 'no distance will be logged'))
+            found.append(Limit(self.log_interval, 'no distance will be logged' if self._is_log_asked else None))
         return found
+
+    @property
+    def _is_log_asked(self) -> bool:
+        """Whether somebody asks for the log interval, so that one without effect is worth a warning."""
+        return self.log_interval is not None and str(self.log_interval.span) != self._default_log_interval
 
     def build(self, model: nn.Module, *, overlap: bool = True) -> Mapping[str, Any] | None:
         """Starts every average anew, at the weights of ``model``; returns a state that was waiting for them."""
@@ -328,6 +335,7 @@ def keeper_of(
     ema_start: Any,
     update_interval: Any,
     log_interval: Any,
+    default_log_interval: str,
     **arguments: Any,
 ) -> Keeper:
     """The keeper that a door's arguments ask for, those of :class:`composer_ema.EMA`.
@@ -338,6 +346,7 @@ def keeper_of(
         ema_start: time string before which nothing is averaged.
         update_interval: time string between two updates.
         log_interval: time string between two measurements of what is logged, or None.
+        default_log_interval: that of the door.
         arguments: ``half_life``, by default :data:`~composer_ema.run.asked.DEFAULT_HALF_LIFE`, ``smoothing``,
             ``power``, ``gamma``, ``average``, ``warmup`` and ``bias_correction``, all of them.
 
@@ -367,4 +376,5 @@ def keeper_of(
         interval=interval,
         settings=chosen,
         log_interval=log_at,
+        default_log_interval=default_log_interval,
     )

@@ -21,7 +21,7 @@ from composer_ema.shadow.shadow_model import ShadowModel
 from composer_ema.spans import Span
 from composer_ema.trainer.run import ComposerRun
 from composer_ema.trainer.snapshots import AskedSnapshots, RunSnapshots
-from composer_ema.trainer.weight_average import WeightAverage
+from composer_ema.trainer.weight_average import DEFAULT_LOG_INTERVAL, WeightAverage
 from composer_ema.wording import shown
 
 
@@ -126,7 +126,7 @@ class EMA(WeightAverage):
         bias_correction: bool | Mapping[str, bool] = False,
         evaluate_with: Mapping[str, str] | None = None,
         evaluate: Sequence[str] | None = None,
-        log_interval: str | Time | None = '1ep',
+        log_interval: str | Time | None = DEFAULT_LOG_INTERVAL,
         export_weights: str = 'training',
         snapshots: str | Time | Mapping[str, Any] | None = None,
         **settings: Unpack[TrainerSettings],

@@ -25,7 +25,7 @@ from composer_ema.trainer import annealing, limits, refresh
 from composer_ema.trainer.annealing import Annealing, check_rates, check_strategy
 from composer_ema.trainer.refresh import Refresh
 from composer_ema.trainer.run import ComposerRun, look_at
-from composer_ema.trainer.weight_average import WeightAverage
+from composer_ema.trainer.weight_average import DEFAULT_LOG_INTERVAL, WeightAverage
 from composer_ema.wording import shown
 
 # Schedulers step before the end of a batch or of an epoch. What comes last before the next step decides.
@@ -112,7 +112,7 @@ class SWA(WeightAverage):
         refresh_batchnorm: bool | int | str | Time = True,
         evaluate_with: Mapping[str, Literal['swa', 'training']] | None = None,
         evaluate: Sequence[Literal['swa', 'training']] | None = None,
-        log_interval: str | Time | None = '1ep',
+        log_interval: str | Time | None = DEFAULT_LOG_INTERVAL,
         export_weights: Literal['swa', 'training'] = 'training',
         **settings: Unpack[TrainerSettings],
     ) -> None:

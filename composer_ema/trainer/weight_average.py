@@ -47,6 +47,9 @@ log = logging.getLogger(__name__)
 # A key of the state, beside those of ``formats``.
 _SNAPSHOTS = 'snapshots'
 
+#: The log interval where nobody asks for one.
+DEFAULT_LOG_INTERVAL = '1ep'
+
 #: When the ends of a unit come.
 _ENDS = {'ba': Event.BATCH_END, 'ep': Event.EPOCH_END, 'iter': Event.ITERATION_END}
 _UPDATES_AT = {event: unit for unit, event in _ENDS.items()}
@@ -144,6 +147,7 @@ class WeightAverage(Algorithm):
             interval=interval,
             settings=kept_settings,
             log_interval=log_at,
+            default_log_interval=DEFAULT_LOG_INTERVAL,
             hidden={} if snapshots is None else snapshots.hidden,
         )
         self.update_seconds = 0.0
