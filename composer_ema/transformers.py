@@ -34,11 +34,11 @@ from composer_ema.shadow.interrupts import Block
 from composer_ema.shadow.shadow_model import ShadowModel
 from composer_ema.shadow.state import gathered
 from composer_ema.spans import Span
-from composer_ema.wording import suggestion
+from composer_ema.wording import counted, suggestion
 
 try:
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, get_last_checkpoint
 except ImportError as error:
     raise ImportError(
         'composer_ema.transformers needs transformers and accelerate. Install them with: pip install transformers '
@@ -220,6 +220,7 @@ class WeightAverage(Door, TrainerCallback):
             self.attach(trainer)
         self._run = run = _Run(args, state, train_dataloader)
         limits.check_times(self._keeper.limits(run), run)
+        self._warn_of_no_rows(args, state)
         self._warn_of_unknown_prefixes(trainer.eval_dataset)
         self._is_log_due = False
         self._keeper.forget()
@@ -399,6 +400,16 @@ class WeightAverage(Door, TrainerCallback):
             return train(resume_from_checkpoint, *args, **kwargs)
 
         return remembering
+
+    def _warn_of_no_rows(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Warns of a log interval in a run in which the Trainer logs no row with its loss."""
+        if args.logging_first_step:
+            return
+        if args.logging_strategy == IntervalStrategy.NO:
+            self._keeper.warn_unlogged("logging_strategy is 'no'", "Pass logging_strategy='steps'")
+        elif args.logging_strategy == IntervalStrategy.STEPS and state.logging_steps > state.max_steps:
+            why = f'logging_steps={state.logging_steps} is longer than the run of {counted(state.max_steps, "step")}'
+            self._keeper.warn_unlogged(why, 'Pass fewer logging_steps')
 
     def _warn_of_unknown_prefixes(self, eval_dataset: Any) -> None:
         """Warns of names in ``evaluate_with`` that no evaluation during training has."""

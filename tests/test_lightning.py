@@ -343,8 +343,16 @@ class TestLogs:
         fit(WeightAverage(HALF_LIFE, log_interval=interval), logger=rows)
         assert [step for step, _ in rows.rows] == steps
         assert len(measured) == len(steps)
-        fit(WeightAverage(HALF_LIFE, log_interval='1ba'))  # without a logger
-        assert len(measured) == len(steps)
+
+    def test_an_interval_without_a_logger_measures_nothing_and_says_so(self, monkeypatch):
+        monkeypatch.setattr(ShadowModel, 'relative_distance', None)
+        told = "log_interval='2ba' logs nothing: the Trainer has no logger. Pass it one, as in Trainer"
+        with pytest.warns(UserWarning, match=told):
+            fit(WeightAverage(HALF_LIFE, log_interval='2ba'))
+        for interval in ('1ep', None):  # the first is what nobody asked for
+            with warnings.catch_warnings():
+                warnings.filterwarnings('error', '.*logs nothing')
+                fit(WeightAverage(HALF_LIFE, log_interval=interval))
 
     def test_names_are_those_of_the_callback_and_of_the_label(self):
         rows = Rows()

@@ -471,6 +471,29 @@ class TestLogs:
         with pytest.warns(UserWarning, match="log_interval='1ep' is longer than the run of .*: no distance will be"):
             trainer.train()
 
+    @pytest.mark.parametrize(
+        ('interval', 'options', 'why'),
+        [
+            ('1ba', {'logging_strategy': 'no'}, "logging_strategy is 'no'. Pass logging_strategy='steps', or"),
+            ('1ba', {'logging_strategy': 'steps'}, 'logging_steps=500 is longer than the run of 1 step. Pass fewer'),
+            ('1ba', {'logging_strategy': 'epoch'}, None),
+            ('1ba', {'logging_strategy': 'no', 'logging_first_step': True}, None),
+            ('0.05dur', {'logging_strategy': 'no'}, None),  # which nobody asked for
+            (None, {'logging_strategy': 'no'}, None),
+        ],
+    )
+    def test_an_interval_in_a_run_without_rows_is_warned_of(self, tmp_path, interval, options, why):
+        average = WeightAverage('1ba', log_interval=interval)
+        trainer = build(tmp_path, average, max_steps=1, save_strategy='no', eval_strategy='no', **options)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter('always')
+            trainer.train()
+        told = [str(each.message) for each in caught if 'logs nothing' in str(each.message)]
+        assert len(told) == (why is not None)
+        assert all(each.startswith(f"log_interval='1ba' logs nothing: {why}") for each in told)
+        rows = [row for row in trainer.state.log_history if 'ema/num_updates' in row]
+        assert bool(rows) == (why is None and interval == '1ba')
+
     def test_what_a_run_has_not_shown_is_in_no_row_of_another(self, tmp_path):
         average = WeightAverage('2ba', log_interval='6ba')
         options = {'save_strategy': 'no', 'eval_strategy': 'no', 'logging_strategy': 'steps', 'logging_steps': 4}

@@ -203,6 +203,8 @@ class WeightAverage(Door, Callback):
         # Measuring is collective where tensors are sharded, and the processes may differ in their loggers.
         self._is_logged = trainer.strategy.reduce_boolean_decision(bool(trainer.loggers), all=False)
         limits.check_times(self._keeper.limits(self._run), self._run)
+        if not self._is_logged:
+            self._keeper.warn_unlogged('the Trainer has no logger', 'Pass it one, as in Trainer(logger=True)')
         self._follow(pl_module)
         self._keeper.begin(pl_module, self._run, kind=type(self).__name__)
         scales_gradients = getattr(trainer.precision_plugin, 'scaler', None) is not None

@@ -209,6 +209,16 @@ class Keeper:
         interval = self.log_interval
         return interval is not None and unit == interval.ends and self.has_average and interval.has_passed(look)
 
+    def warn_unlogged(self, why: str, remedy: str) -> None:
+        """Warns, if somebody asks for the log interval, that nothing is logged in this run.
+
+        Args:
+            why: as a clause.
+            remedy: as the beginning of a sentence.
+        """
+        if self._is_log_asked:
+            warn(f'{self.log_interval} logs nothing: {why}. {remedy}, or log_interval=None.')
+
     def progress(self) -> dict[str, float]:
         """What the last update was and how many there were, by name of the metric. Never waits for a device."""
         metrics: dict[str, float] = {}
