@@ -372,7 +372,7 @@ class WeightAverage(Door, TrainerCallback):
         self._keeper.use(weights, model)
         self._in_model = weights
 
-    def _logging(self, log: Callable[..., Any]) -> Callable[..., Any]:
+    def _logging(self, write: Callable[..., Any]) -> Callable[..., Any]:
         """``Trainer.log`` with the averages beside the loss. By ``on_log`` the row is in the history already."""
         owner = self._trainer
 
@@ -381,13 +381,13 @@ class WeightAverage(Door, TrainerCallback):
             trainer = owner()
             return self._trainer is owner and trainer is not None and trainer.control.should_log and _LOSS in logs
 
-        @functools.wraps(log)
+        @functools.wraps(write)
         def with_averages(logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
             model = self._keeper.averages.live
             if self._is_log_due and model is not None and is_of_trainer(logs):
                 logs.update(self._keeper.measured(model))
                 self._is_log_due = False
-            return log(logs, *args, **kwargs)
+            return write(logs, *args, **kwargs)
 
         return with_averages
 
