@@ -127,6 +127,7 @@ def measure(name: str, parsed: Any, seconds: float, result: common.Result) -> di
     row['tensors'] = len(list(train.model.parameters()))
     row.update(rounds=len(base), iterations_per_turn=turn_length)
     row['times_ms'] = {key: median(s.ms for s in taken) for key, taken in samples.items()}
+    row['quartiles_ms'] = {key: common.medians(taken)['ms_quartiles'] for key, taken in samples.items()}
     row['over_none'] = {key: common.ratio(taken, base) for key, taken in samples.items()}
     for ours, key in _SPEEDUPS.items():
         if ours in samples and AVERAGED in samples:

@@ -190,7 +190,8 @@ def recipe_of(folder: Path, overrides: Sequence[str] = (), *, on_test: bool = Fa
 
 def _nothing_held_out(place: Place, data: str, *, takes_split: bool) -> RecipeError:
     remedy = (
-        'Train the next run with data.validation_split=0.1, which holds out a tenth of the training set.'
+        'Train the next run with data.validation_split=0.1, which holds out a tenth of the training set, and with '
+        'algorithms.ema.snapshots=0.05dur, which leaves more moments to make averages of.'
         if takes_split
         else f'Let the function of {data} take validation_split, and train the next run with it.'
     )
