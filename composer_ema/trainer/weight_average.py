@@ -24,7 +24,6 @@ from composer_ema.model.wrappers import unwrap
 from composer_ema.run import limits as times
 from composer_ema.run.asked import TRAINING, check_weights
 from composer_ema.run.average import Averages, Kept
-from composer_ema.run.clock import Look
 from composer_ema.run.due import Interval, Start
 from composer_ema.run.keeper import Keeper
 from composer_ema.run.limits import Limit, warn
@@ -50,9 +49,8 @@ _SNAPSHOTS = 'snapshots'
 #: The log interval where nobody asks for one.
 DEFAULT_LOG_INTERVAL = '1ep'
 
-#: When the ends of a unit come.
-_ENDS = {'ba': Event.BATCH_END, 'ep': Event.EPOCH_END, 'iter': Event.ITERATION_END}
-_UPDATES_AT = {event: unit for unit, event in _ENDS.items()}
+#: Of what these events are the end.
+_UPDATES_AT = {Event.BATCH_END: 'ba', Event.EPOCH_END: 'ep', Event.ITERATION_END: 'iter'}
 # Training or saving goes on: the model must hold the training weights, also after an evaluation that raised.
 _TRAINING_GOES_ON = _UPDATES_AT.keys() | {
     Event.AFTER_LOAD, Event.FIT_START, Event.ITERATION_START, Event.EPOCH_START, Event.BATCH_START, Event.FIT_END,
@@ -61,10 +59,10 @@ _TRAINING_GOES_ON = _UPDATES_AT.keys() | {
 _TRAINING_STARTS = frozenset({Event.FIT_START, Event.BATCH_START})
 # What decides whether there is something to do at an event; at any other event there never is. Composer asks some 20
 # times a batch, and hashing an Event is what that costs, so match() looks one event up once.
-_ALWAYS, _IF_PENDING, _IF_TAKEN, _IF_LENT, _IF_DUE = 'always', 'if pending', 'if taken', 'if lent', 'if due'
+_ALWAYS, _IF_PENDING, _IF_TAKEN, _IF_LENT = 'always', 'if pending', 'if taken', 'if lent'
 _WHEN = {
     **dict.fromkeys(_TRAINING_GOES_ON, _IF_LENT),
-    **dict.fromkeys(_UPDATES_AT, _IF_DUE),
+    **_UPDATES_AT,  # if an update or a log line is due at the end of that
     **dict.fromkeys(evaluation.GOES_ON, _IF_TAKEN),
     Event.AFTER_TRAIN_BATCH: _IF_PENDING,
     **dict.fromkeys(evaluation.CHOOSES, _ALWAYS),
@@ -214,8 +212,8 @@ class WeightAverage(Algorithm):
             return False
         if self._steps.skipped and event is Event.BATCH_END:
             return True
-        look = look_at(state)
-        return self._is_update_due(event, look) or self._is_log_due(event, look)
+        unit, look = when, look_at(state)  # the events that are left are ends
+        return self._keeper.is_due(unit, look) or self._keeper.is_log_due(unit, look)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         """Does what ``event`` asks for; see :meth:`match`."""
@@ -326,14 +324,6 @@ class WeightAverage(Algorithm):
             self._keeper.end()
             if self.snapshots is not None:
                 self.snapshots.end(state, self._averages)
-
-    def _is_update_due(self, event: Event, look: Look) -> bool:
-        unit = self._keeper.interval.ends
-        return event is _ENDS[unit] and self._keeper.is_due(unit, look)
-
-    def _is_log_due(self, event: Event, look: Look) -> bool:
-        interval = self._keeper.log_interval
-        return interval is not None and event is _ENDS[interval.ends] and self._keeper.is_log_due(interval.ends, look)
 
     def _update_and_log(self, event: Event, state: State, logger: Logger) -> None:
         began, look, unit, is_skipped = time.perf_counter(), look_at(state), _UPDATES_AT[event], self._steps.skipped
