@@ -224,6 +224,7 @@ def test_several_averages_are_read_by_label(trainer):
     run = trainer([ema])
     run.fit()
     assert ema.ema_model.keys() == set(ALONE)
+    assert (ema.shadow(), ema.shadow('long')) == (ema.ema_model['short'], ema.ema_model['long'])
     other = toy.make_model(1)
     for label in ALONE:
         ema.get_ema_model(other, average=label)

@@ -1,4 +1,4 @@
-"""What the callbacks of all trainers show of the averages that they keep."""
+"""What callbacks and algorithms show of the averages that they keep, whoever trains."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from composer_ema.shadow.shadow_model import ShadowModel
 
 
 class Door:
-    """The averages of a callback, by label. The callback has a :class:`~composer_ema.run.keeper.Keeper`."""
+    """The averages of what has a :class:`~composer_ema.run.keeper.Keeper`, by label."""
 
     _keeper: Keeper
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """What the averages are called, the one that evaluations see by default first."""
+        """What evaluations, metrics and checkpoints call the averages, the one seen by default first."""
         return self._keeper.labels
 
     def shadow(self, label: str | None = None) -> ShadowModel | None:
-        """An average; None before training starts.
+        """An average; None before it is built: when training starts, or by Composer's Trainer when that is built.
 
         Args:
             label: of the average. Default: the first.

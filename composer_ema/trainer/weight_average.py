@@ -17,13 +17,13 @@ from composer.core import Algorithm, Event, Precision, State, Time
 from composer.loggers import Logger
 from torch import Tensor, nn
 
-from composer_ema import plain
 from composer_ema.checkpoints import sharded_format
 from composer_ema.model.names import listed
 from composer_ema.model.wrappers import unwrap
 from composer_ema.run import limits as times
 from composer_ema.run.asked import TRAINING, check_weights
 from composer_ema.run.average import Averages, Kept
+from composer_ema.run.door import Door
 from composer_ema.run.due import Interval, Start
 from composer_ema.run.keeper import Keeper
 from composer_ema.run.limits import Limit, warn
@@ -32,7 +32,6 @@ from composer_ema.run.steps import Steps
 from composer_ema.settings import Settings, settings_of
 from composer_ema.shadow import loan
 from composer_ema.shadow.interrupts import Block
-from composer_ema.shadow.shadow_model import ShadowModel
 from composer_ema.spans import Span
 from composer_ema.trainer import evaluation, limits, shards
 from composer_ema.trainer.evaluation import Evaluation
@@ -70,7 +69,7 @@ _WHEN = {
 }
 
 
-class WeightAverage(Algorithm):
+class WeightAverage(Door, Algorithm):
     """Keeps an average of the model's weights beside the model and lends it to evaluation and prediction.
 
     :class:`composer_ema.EMA` and :class:`composer_ema.SWA` choose the profile; everything else is here.
@@ -167,19 +166,6 @@ class WeightAverage(Algorithm):
         """The labels that averages will have if an algorithm of this class is built with ``arguments``."""
         del arguments
         return (cls.name,)
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """What evaluators, metrics, exports and checkpoints call the averages, the one seen by default first."""
-        return self._keeper.labels
-
-    def shadow(self, label: str) -> ShadowModel | None:
-        """The average of that label; None before the Trainer is built.
-
-        Raises:
-            ValueError: there is none of that label.
-        """
-        return self._averages.shadow(plain.label('label', label, self.labels))
 
     @property
     def evaluate_with(self) -> dict[str, str]:
