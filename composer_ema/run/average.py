@@ -40,6 +40,8 @@ _VERSION, _STASH = 'version', 'training_weights'
 
 #: The profile of an average, None where a function makes it, and the argument that gives the profile its unit of time.
 Kept = tuple[Profile | None, TimeArgument | None]
+#: The weight and the moment of an update; None for both where a function makes the average.
+Move = tuple[float | None, Moment | None]
 
 
 @dataclass
@@ -58,7 +60,8 @@ class Average:
             the start of training.
         start: how much of the average is still its start.
         has_begun: whether it was updated; the first update copies the weights.
-        last_weight: that of the last update since it was built or loaded; None before one, or if a function makes it.
+        last_move: the weight and the moment of the last update since it was built or loaded; None for both before one,
+            or if a function makes it.
     """
 
     profile: Profile | None
@@ -69,14 +72,14 @@ class Average:
     first_update: Clock | None = None
     start: StartShare = field(default_factory=StartShare)
     has_begun: bool = False
-    last_weight: float | None = None
+    last_move: Move = (None, None)
 
     @property
     def description(self) -> str:
         """The profile in one word, as states keep it."""
         return described(self.profile)
 
-    def next_weight(self, look: Look, interval: Interval, *, is_from_start: bool) -> tuple[float | None, Moment | None]:
+    def next_move(self, look: Look, interval: Interval, *, is_from_start: bool) -> Move:
         """The weight and the moment of an update now; None for both where a function makes the average.
 
         Before the first update, which copies, this sets the clocks that the age and the interval count from.
@@ -99,10 +102,11 @@ class Average:
         moment = self._moment(self.profile.unit, look, interval)
         return self.profile.weight(moment) if self.has_begun else 1.0, moment
 
-    def record(self, look: Look, weight: float | None, moment: Moment | None) -> None:
-        """Records that the update at ``moment`` was made, by the weight that :meth:`next_weight` gave."""
+    def record(self, look: Look, move: Move) -> None:
+        """Records that the update was made that :meth:`next_move` gave."""
+        weight, moment = move
         record_update(self.profile, self.start, moment, weight, has_copied=not self.has_begun)
-        self.has_begun, self.last_update, self.last_weight = True, look.now, weight
+        self.has_begun, self.last_update, self.last_move = True, look.now, move
 
     def _moment(self, unit: str, look: Look, interval: Interval) -> Moment:
         """The moment of an update now, in the unit of the profile."""
@@ -183,7 +187,7 @@ class Average:
         return dataclasses.replace(
             self,
             profile=profile,
-            last_weight=None,
+            last_move=(None, None),
             last_update=check_clock(state[_LAST_UPDATE], f'{_LAST_UPDATE} of {what}'),
             # Negative where the clock was set back since.
             started_at=check_clock(state[_STARTED_AT], f'{_STARTED_AT} of {what}', least=-math.inf),
@@ -326,22 +330,17 @@ class Averages:
         assert self._shadows is not None, 'build comes first'
         return self._shadows
 
-    def update(
-        self, model: nn.Module, look: Look, interval: Interval, *, is_from_start: bool
-    ) -> dict[str, tuple[float | None, Moment | None]]:
+    def update(self, model: nn.Module, look: Look, interval: Interval, *, is_from_start: bool) -> None:
         """Moves every average, hidden ones too, towards the weights of ``model`` in one update.
 
         Args:
             model: in training. Only read.
             look: at the clock of the run, now.
             interval: of the updates.
-            is_from_start: of averages whose first update this is; see :meth:`Average.next_weight`.
-
-        Returns:
-            The weight and the moment of the update by label; None for both if a function made the average.
+            is_from_start: of averages whose first update this is; see :meth:`Average.next_move`.
         """
         moves = {
-            label: average.next_weight(look, interval, is_from_start=is_from_start)
+            label: average.next_move(look, interval, is_from_start=is_from_start)
             for label, average in self._averages.items()
         }
         if self._built.has_function:
@@ -349,8 +348,7 @@ class Averages:
         else:
             self._built.update(model, weight={label: weight for label, (weight, _) in moves.items()})  # pyright: ignore[reportArgumentType]: without a function there are weights
         for label, average in self._averages.items():
-            average.record(look, *moves[label])
-        return moves
+            average.record(look, moves[label])
 
     def follow_surgery(self, model: nn.Module, *, may_rebuild: bool) -> None:
         """Pairs the averages with ``model``, in which another algorithm may have replaced layers.

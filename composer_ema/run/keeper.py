@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from composer_ema.averages import BiasCorrected, Exponential, Moment
+from composer_ema.averages import BiasCorrected, Exponential
 from composer_ema.checkpoints import formats, labels
 from composer_ema.model.inventory import Inventory
 from composer_ema.run import asked, limits
@@ -29,9 +29,6 @@ log = logging.getLogger(__name__)
 
 #: What an exponential average is called that has no label.
 NAME = 'ema'
-
-#: The weight and the moment of an update by label; None for both where a function makes the average.
-Moves = Mapping[str, tuple[float | None, Moment | None]]
 
 
 class Keeper:
@@ -164,7 +161,7 @@ class Keeper:
                 return True
         return False
 
-    def after(self, unit: str, model: nn.Module, look: Look, *, is_skipped: bool = False) -> Moves | None:
+    def after(self, unit: str, model: nn.Module, look: Look, *, is_skipped: bool = False) -> bool:
         """Something has ended: moves every average towards the weights of ``model``, in one update, if that is due.
 
         Args:
@@ -174,17 +171,17 @@ class Keeper:
             is_skipped: of a batch, whether its step was left out, as a gradient scaler does. It is no time then.
 
         Returns:
-            What the update was; None if there was none.
+            Whether there was an update.
         """
         if is_skipped and unit == 'ba':
             self.averages.pass_over_batch(look)
-            return None
+            return False
         if not self.is_due(unit, look):
-            return None
+            return False
         is_from_start = self.start.span.value == 0 and not self.has_started
-        moves = self.averages.update(model, look, self.interval, is_from_start=is_from_start)
+        self.averages.update(model, look, self.interval, is_from_start=is_from_start)
         self.has_started = True
-        return moves
+        return True
 
     def end(self) -> None:
         """Training has ended: waits for the last update, and warns of averages that are still their start.
@@ -223,8 +220,9 @@ class Keeper:
         """What the last update was and how many there were, by name of the metric. Never waits for a device."""
         metrics: dict[str, float] = {}
         for label, average in self.averages:
-            if average.last_weight is not None and isinstance(average.profile, Exponential | BiasCorrected):
-                metrics[f'{label}/smoothing'] = 1.0 - average.last_weight
+            weight, _ = average.last_move
+            if weight is not None and isinstance(average.profile, Exponential | BiasCorrected):
+                metrics[f'{label}/smoothing'] = 1.0 - weight
             metrics[f'{label}/num_updates'] = average.shadow.num_updates
         if self.settings.skip_nonfinite:
             metrics[f'{self.name}/skipped_elements'] = self.averages.poll_skipped()

@@ -33,7 +33,6 @@ from composer_ema.posthoc.snapshots import (
 from composer_ema.posthoc.writer import SnapshotWriter, Spacing, run_id_of, spacing_of
 from composer_ema.run.average import Averages, Kept
 from composer_ema.run.clock import Look
-from composer_ema.run.keeper import Moves
 from composer_ema.spans import UNITS, ArgumentError, Span
 from composer_ema.trainer.run import ComposerRun
 from composer_ema.wording import counted, shown, suggestion
@@ -180,20 +179,19 @@ class RunSnapshots:
         if dist.get_global_rank() == 0:
             log.info('%s', self.announcement(state, averages))
 
-    def after_update(self, look: Look, moves: Moves, averages: Averages, model: nn.Module) -> None:
+    def after_update(self, look: Look, averages: Averages, model: nn.Module) -> None:
         """Records an update of the averages, and writes a file if one is due.
 
         Args:
             look: at the clock, at the update.
-            moves: label to the weight and the moment of the update.
             averages: those of the run, updated.
             model: that they follow.
         """
         writer = self._writer
         if writer is None:
             return
-        made = {label: (weight, moves[label][1]) for label in self._profiles if (weight := moves[label][0]) is not None}
-        writer.record(look.now, made)
+        moves = {label: averages[label].last_move for label in self._profiles}
+        writer.record(look.now, {label: (weight, at) for label, (weight, at) in moves.items() if weight is not None})
         if writer.is_due():
             writer.write(averages_in(self._shadows(averages)), weights_in(model), facts_of(model))
 

@@ -315,14 +315,14 @@ class WeightAverage(Door, Algorithm):
         began, look, unit, is_skipped = time.perf_counter(), look_at(state), _UPDATES_AT[event], self._steps.skipped
         if not self._averages and self._keeper.is_due(unit, look):  # the user has taken them away
             self._create_now(state)
-        moves = self._keeper.after(unit, state.model, look, is_skipped=is_skipped)
-        if moves is not None:
+        is_updated = self._keeper.after(unit, state.model, look, is_skipped=is_skipped)
+        if is_updated:
             logger.log_metrics(self._keeper.progress())
         if self._keeper.is_log_due(unit, look):
             logger.log_metrics(self._keeper.distances(state.model))
         self.update_seconds += time.perf_counter() - began
-        if self.snapshots is not None and moves is not None:
-            self.snapshots.after_update(look, moves, self._averages, state.model)
+        if self.snapshots is not None and is_updated:
+            self.snapshots.after_update(look, self._averages, state.model)
 
     def disk_of_snapshots(self, state: State) -> str | None:
         """How much disk the snapshots of the run will take, in a sentence, once the Trainer is built; None for none.
