@@ -27,6 +27,7 @@ from composer_ema.recipe.loaded import check_loaded
 from composer_ema.recipe.matching import how_loaded, refusing_misfits
 from composer_ema.recipe.metrics import Report, directions
 from composer_ema.recipe.named import REFUSALS, Named
+from composer_ema.recipe.on_rank_0 import on_rank_0
 from composer_ema.recipe.progress import other_progress_may_resume, progress_of
 from composer_ema.recipe.scheduled import Length, Scheduled
 from composer_ema.recipe.schema import Plan, Recipe, plan
@@ -247,7 +248,7 @@ def _check_past(checked: Plan, folder: RunFolder, recorder: Recorder) -> None:
             'the run with save_overwrite=true.'
         )
 
-    folders.on_rank_0(check)
+    on_rank_0(check)
 
 
 def _seed_of_data(data: Named, seed: int) -> dict[str, int]:

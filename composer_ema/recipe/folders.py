@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any
 
 from composer import Trainer
-from composer.utils import FSDPConfig, dist, format_name_with_dist
+from composer.utils import FSDPConfig, format_name_with_dist
 
 from composer_ema.recipe import parallelism
 from composer_ema.recipe.arguments import RecipeError
+from composer_ema.recipe.on_rank_0 import on_rank_0
 from composer_ema.recipe.schema import Plan
 from composer_ema.run_folder.folder import RunFolder
 from composer_ema.run_folder.lock import InUseError, Lock
 from composer_ema.run_folder.outputs import CHECKPOINT_FOLDER
-from composer_ema.run_folder.save_folder import SaveFolder, patterns
-
-Result = TypeVar('Result')
+from composer_ema.run_folder.save_folder import SaveFolder
 
 # Others may remove an empty folder, or take a name, between our look and our step.
 _TRIES = 100
@@ -64,7 +62,7 @@ def look(checked: Plan) -> RunFolder:
     return RunFolder(name, Path(checked.runs_folder) / name)
 
 
-def save_folder(checked: Plan, run_name: str) -> SaveFolder | None:
+def folder_of_checkpoints(checked: Plan, run_name: str) -> SaveFolder | None:
     """Where Composer puts the checkpoints of a run; None for one that saves nothing, or saves in an object store.
 
     Raises:
@@ -80,32 +78,17 @@ def save_folder(checked: Plan, run_name: str) -> SaveFolder | None:
     path = Path(format_name_with_dist(folder, run_name))
     sharded = str(PurePosixPath(filename).parent / _prefix_of_folders(given.get(parallelism.KEY)))
     try:
-        names = tuple(patterns(each.lstrip('/'), run_name) for each in (filename, sharded))
+        return SaveFolder.named(
+            path,
+            [filename, sharded],
+            run_name,
+            latest=path / format_name_with_dist(latest, run_name).lstrip('/') if latest else None,
+            is_own='save_folder' not in given or '{run_name}' in folder,
+        )
     except ValueError as error:
         raise (checked.place / 'save_filename').error(
             f"is no format string: {error}, got {filename!r}. Write one as in 'ep{{epoch}}-ba{{batch}}.pt'."
         ) from error
-    return SaveFolder(
-        path=path,
-        latest=path / format_name_with_dist(latest, run_name).lstrip('/') if latest else None,
-        names=names,
-        is_own='save_folder' not in given or '{run_name}' in folder,
-    )
-
-
-def on_rank_0(do: Callable[[], Result]) -> Result:
-    """Returns on every rank what ``do`` returns on rank 0, or raises on every rank the RecipeError that it raises."""
-    outcome: list[Any] = [None, None]
-    if dist.get_global_rank() == 0:
-        try:
-            outcome[0] = do()
-        except RecipeError as error:
-            outcome[1] = error
-    dist.broadcast_object_list(outcome)
-    result, error = outcome
-    if error is not None:
-        raise error
-    return result
 
 
 def _prefix_of_folders(section: Any) -> str:
@@ -130,7 +113,7 @@ def _own_name(checked: Plan) -> str:
 
 
 def _holds_checkpoint(checked: Plan, run_name: str) -> bool:
-    folder = save_folder(checked, run_name)
+    folder = folder_of_checkpoints(checked, run_name)
     return folder is not None and folder.has_any()
 
 

@@ -20,7 +20,8 @@ from composer_ema.checkpoints.safely import CheckpointError, check_sums, load_sa
 from composer_ema.checkpoints.sharded import check_folder, is_sharded
 from composer_ema.recipe import parallelism
 from composer_ema.recipe.arguments import Place, signature
-from composer_ema.recipe.folders import on_rank_0, save_folder
+from composer_ema.recipe.folders import folder_of_checkpoints
+from composer_ema.recipe.on_rank_0 import on_rank_0
 from composer_ema.recipe.schema import Plan
 from composer_ema.recipe.trust import Trust
 from composer_ema.run_folder import resuming
@@ -92,7 +93,7 @@ def _to_resume(checked: Plan, run_name: str) -> Found | None:
     place = checked.place / 'autoresume'
     if checked.trainer.get('save_folder', '') is None:
         raise place.error('goes on from what the run has saved, and save_folder: null saves nothing. Leave one out.')
-    folder = save_folder(checked, run_name)
+    folder = folder_of_checkpoints(checked, run_name)
     if folder is None or not folder.has_any():
         return None
     now, before = checked.validation_split, _split_before(checked, run_name)

@@ -14,8 +14,9 @@ from composer.utils import dist
 
 from composer_ema.files import remove_unfinished, write_beside
 from composer_ema.recipe.build import Run, as_yaml, build, refused
-from composer_ema.recipe.folders import on_rank_0, save_folder
+from composer_ema.recipe.folders import folder_of_checkpoints
 from composer_ema.recipe.metrics import Report
+from composer_ema.recipe.on_rank_0 import on_rank_0
 from composer_ema.recipe.schema import Recipe
 from composer_ema.recipe.stopped import closed_at_end, stops_told
 from composer_ema.run_folder.outputs import RECIPE_FILE
@@ -195,7 +196,7 @@ def _remove_leftovers(run: Run) -> None:
     if dist.get_global_rank() != 0:
         return
     remove_unfinished(run.folder)
-    saves = save_folder(run.plan, run.trainer.state.run_name)
+    saves = folder_of_checkpoints(run.plan, run.trainer.state.run_name)
     if saves is not None:
         remove_unfinished(saves.path)
         if saves.is_own:

@@ -16,7 +16,7 @@ from composer.utils import dist, format_name_with_dist
 from composer_ema.files import error_of_the_system, in_words, is_of_the_disk
 from composer_ema.recipe.build import Run
 from composer_ema.recipe.command import Standing
-from composer_ema.recipe.folders import save_folder
+from composer_ema.recipe.folders import folder_of_checkpoints
 from composer_ema.run_folder.lock import InUseError
 from composer_ema.run_folder.lost import savers
 
@@ -191,7 +191,7 @@ def _standing(run: Run, loaded: Path | None, batch: int) -> Standing:
             if state.fsdp_sharded_state_dict_enabled:
                 newest = newest.parent
     if newest is None:
-        folder = save_folder(run.plan, state.run_name)
+        folder = folder_of_checkpoints(run.plan, state.run_name)
         if folder is None or folder.has_any():  # no checkpoint to go on from, or those of an earlier run
             flag = 'save_overwrite=true'
     newest = newest if newest is None else newest.absolute()

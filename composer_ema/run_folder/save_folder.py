@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import string
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +33,25 @@ class SaveFolder:
     latest: Path | None
     names: tuple[tuple[str, ...], ...]
     is_own: bool
+
+    @classmethod
+    def named(
+        cls, path: Path, filenames: Iterable[str], run_name: str, *, latest: Path | None, is_own: bool
+    ) -> SaveFolder:
+        """The folder of a run whose checkpoints are called by format strings of Composer's.
+
+        Args:
+            path: Of the folder, which may not exist yet.
+            filenames: The format strings, relative to the folder.
+            run_name: What they call the run.
+            latest: Where Composer's link to the newest checkpoint is to lie; None where the recipe wants none.
+            is_own: Whether no other run saves there.
+
+        Raises:
+            ValueError: One of ``filenames`` is no format string.
+        """
+        names = tuple(_parts(each.lstrip('/'), run_name) for each in filenames)
+        return cls(path=path, latest=latest, names=names, is_own=is_own)
 
     def checkpoints(self) -> dict[Path, int | None]:
         """What has the name of a checkpoint, of whatever kind it is, and the batches that the name tells.
@@ -62,7 +81,7 @@ class SaveFolder:
             return True
 
 
-def patterns(template: str, run_name: str) -> tuple[str, ...]:
+def _parts(template: str, run_name: str) -> tuple[str, ...]:
     """A pattern for each part of a path that was made of a format string of Composer's; rank 0 makes it."""
     pattern = ''
     for literal, field, form, _ in string.Formatter().parse(template):
