@@ -567,9 +567,9 @@ class TestOfARun:
     def test_simulated_weights_are_those_of_the_algorithm(self, trainer, monkeypatch, changes):
         weights, original = [], Average.record
 
-        def record(self, look: Any, weight: float, moment: Any) -> None:
-            weights.append(weight)
-            original(self, look, weight, moment)
+        def record(self, look: Any, move: Any) -> None:
+            weights.append(move[0])
+            original(self, look, move)
 
         monkeypatch.setattr(Average, 'record', record)
         trainer([EMA(half_life='2ba', **changes)]).fit()
