@@ -460,16 +460,20 @@ class TestCuda:
         torch.cuda.synchronize()
         return model
 
+    def change(self, model, value):
+        """A step and a forward, which move weights and statistics."""
+        with torch.no_grad():
+            model[0].weight.fill_(value)
+        model(torch.full((4, 1024), float(value), device='cuda'))
+        torch.cuda.synchronize()
+
     @pytest.mark.parametrize('chunk', [offload.CHUNK, 1000])
     def test_the_average_is_exact_while_the_model_goes_on_changing(self, model, chunk, monkeypatch):
         monkeypatch.setattr(HostAverage.__init__, '__kwdefaults__', {'chunk': chunk})
         beside, in_line = ShadowModel(model, device='cpu', overlap=True), ShadowModel(model, device='cpu')
         for value in range(5):
             beside.wait_for_reads()
-            with torch.no_grad():
-                model[0].weight.fill_(value)
-            model(torch.full((4, 1024), float(value), device='cuda'))
-            torch.cuda.synchronize()
+            self.change(model, value)
             in_line.update(model, smoothing=0.5)
             beside.update(model, smoothing=0.5)
         for (name, one), (_, two) in zip(
@@ -486,10 +490,7 @@ class TestCuda:
         in_line = {label: ShadowModel(model, device='cpu') for label in smoothing}
         for value in range(5):
             beside.wait_for_reads()
-            with torch.no_grad():
-                model[0].weight.fill_(value)
-            model(torch.full((4, 1024), float(value), device='cuda'))
-            torch.cuda.synchronize()
+            self.change(model, value)
             for label, shadow in in_line.items():
                 shadow.update(model, smoothing=smoothing[label])
             beside.update(model, smoothing=smoothing)

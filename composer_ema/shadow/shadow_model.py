@@ -61,7 +61,7 @@ class ShadowModel(LendableAverage):
         model: the model to follow; DDP, ``torch.compile`` and the like are looked through. Only read.
         overlap: on CUDA, run the update of the parameters on a side stream if it moves a gibibyte or more, and the
             arithmetic of an average on the host in a thread. If you set this, call :meth:`wait_for_reads` before you
-            modify the parameters. A shorter update runs in line: forking and joining would cost the host more.
+            modify the parameters. A shorter update runs in line, in one launch with the buffers.
         settings: which tensors are kept and how: ``buffers``, ``include``, ``exclude``, ``dtype``, ``device``,
             ``skip_nonfinite``, ``rounding``, ``compensated``, ``shard_over_ranks``, ``seed``, ``backend``, ``avg_fn``,
             ``multi_avg_fn``; see :class:`composer_ema.settings.Settings`.
